@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="time the ops against their peers and the machine's limit")
     bench.add_argument("families", nargs="*", metavar="FAMILY", help="what to measure (default: everything there is)")
+    bench.add_argument("--case", dest="cases", action="append", default=[], metavar="NAME", help="only this case (may be repeated)")
     level = bench.add_mutually_exclusive_group()
     level.add_argument("--quick", dest="level", action="store_const", const="quick", help="small shapes, a few seconds each")
     level.add_argument("--full", dest="level", action="store_const", const="full", help="all shapes, many rounds")
@@ -65,7 +66,7 @@ def _doctor(given: argparse.Namespace) -> int:
 def _bench(given: argparse.Namespace) -> int:
     from . import bench
 
-    bench.run(given.families, given.level, given.output)
+    bench.run(given.families, given.level, given.output, given.cases)
     return 0
 
 

@@ -106,10 +106,10 @@ def fake_case(ours=lambda x: x * 2, **peer) -> Case:
 
 
 def rows_of(monkeypatch, case: Case) -> dict[str, runner.Row]:
-    monkeypatch.setattr(registry, "case", lambda family: case)
+    monkeypatch.setattr(registry, "cases_of", lambda family: {"some": case})
     monkeypatch.setattr(memory, "peak_extra", lambda *args, **kwargs: 0)
     monkeypatch.setitem(runner.BUDGET, "quick", (0.0, 2))
-    (rows,) = runner.run("fake", "quick")
+    (rows,) = runner.run("fake", "some", "quick")
     assert [row.clock for row in rows] == ["cpu"] * 3 + ["wall"] * 3
     return {row.peer: row for row in rows}
 
@@ -141,46 +141,102 @@ def test_a_failing_kdfast_is_not_hidden(monkeypatch):
         rows_of(monkeypatch, fake_case(ours=lambda x: 1 / 0))
 
 
-@pytest.mark.parametrize(("family", "level", "named"), [("nonsense", "quick", "family"), ("info_nce", "nonsense", "level")])
-def test_unknown_names(family, level, named):
-    with pytest.raises(ValueError, match=f"{named} must be one of .*'nonsense'"):
-        list(runner.run(family, level))
+@pytest.mark.parametrize(
+    ("families", "level", "names", "named"),
+    [(["nonsense"], "quick", [], "family"), (["gather"], "nonsense", [], "level"), (["gather"], "quick", ["clip", "nonsense"], "case")],
+    ids=["family", "level", "case of another family"],
+)
+def test_unknown_names(tmp_path, families, level, names, named):
+    with pytest.raises(ValueError, match=f"{named} must be one of .*, got '(nonsense|clip)'"):
+        bench.run(families, level, tmp_path, names)
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("family", registry.families())
+@pytest.mark.parametrize(
+    ("families", "names", "measured"),
+    [
+        (["gather"], [], ["gather crd", "gather growth"]),
+        (["similarity", "gather"], ["growth"], ["similarity growth", "gather growth"]),
+        ([], ["clip"], ["similarity clip"]),
+        (["similarity"], ["clip", "lse"], ["similarity lse", "similarity clip"]),
+    ],
+    ids=["a family", "one case in two families", "in any family", "two cases"],
+)
+def test_cases_are_chosen_by_name(monkeypatch, tmp_path, families, names, measured):
+    asked = []
+    monkeypatch.setattr(runner, "run", lambda family, name, level: asked.append(f"{family} {name}") or [])
+    bench.run(families, "quick", tmp_path, names)
+    assert asked == measured
+
+
+SMALL = {"N": 13, "M": 100, "D": 24, "K": 30, "Ds": 24, "Dt": 40}  # ragged
+CASES = [(family, name) for family in registry.families() for name in registry.cases_of(family)]
+every_case = pytest.mark.parametrize(("family", "name"), CASES, ids=[" ".join(case) for case in CASES])
+
+
+@every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_peers_agree_with_the_reference(family, dtype):
-    """Each that needs no compilation, at a ragged small size."""
-    case = registry.case(family)
-    inputs = case.inputs((13, 100, 24, 30)[: len(case.axes.split())], dtype)
+def test_peers_agree_with_the_reference(family, name, dtype):
+    """Each that is installed and needs no compilation."""
+    case = registry.cases_of(family)[name]
+    inputs = case.inputs(tuple(SMALL[axis] for axis in case.axes.split()), dtype)
     reference = case.reference(inputs)
     allowed = measure.tolerance(measure.error(case.peers[1].build(inputs)(), reference), dtype)
     for peer in case.peers:
-        if not peer.floor and peer.quick and peer.missing() is None:
+        if peer.quick and peer.missing() is None and not peer.floor:
             assert measure.error(peer.build(inputs)(), reference) <= allowed, peer.name
+        elif peer.floor:
+            assert measure.error(peer.build(inputs)(), peer.floor(inputs)) <= 0.02, peer.name  # it may round to bf16
+
+
+@every_case
+def test_shapes_fit_their_axes(family, name):
+    case = registry.cases_of(family)[name]
+    assert set(case.shapes) == set(registry.LEVELS)
+    for shapes in case.shapes.values():
+        assert shapes and len(set(shapes)) == len(shapes) and all(len(shape) == len(case.axes.split()) for shape in shapes)
+
+
+def test_octaves():
+    assert registry.octaves((3, 5, 7), entries=(0, 2), count=2) == ((3, 5, 7), (6, 5, 7), (12, 5, 7), (3, 5, 14), (3, 5, 28))
+
+
+def test_chunks_are_the_whole():
+    x, y, shared = torch.randn(7, 3), torch.randn(7, 3), torch.randn(3)
+    loss = lambda x, y, shared: ((x * y).sum(-1) * shared.sum()).square().mean()
+    for got, whole in zip(peers.in_chunks(loss, (x, y), shared, size=3), peers.step(loss, x, y, shared), strict=True):
+        torch.testing.assert_close(got, whole)
 
 
 def test_bare_mm_restores_the_precision():
-    pair = peers.mm_pairs(lambda x: (x, x))[1].build(torch.ones(3, 4))
+    attention = peers.bare_mm(peers.attention_products, lambda x: (x, x))[1].build(torch.ones(3, 4))
+    both = peers.bare_mm(peers.gradient_products, lambda x: (x, 2 * x))[1].build(torch.ones(3, 4))
     before = torch.get_float32_matmul_precision()
-    torch.testing.assert_close(pair()[0], torch.full((3, 4), 12.0))
+    for _ in range(2):
+        torch.testing.assert_close(attention()[0], torch.full((3, 4), 12.0))
+        torch.testing.assert_close(both(), (torch.full((3, 4), 48.0), torch.full((3, 4), 24.0)))
     assert torch.get_float32_matmul_precision() == before
 
 
+def test_a_library_that_is_not_there_is_named():
+    peer = peers.library("some-package", "no_such_module", lambda: 1 / 0)
+    assert peer.missing() == "not installed: pip install some-package"
+
+
 def test_run_writes_a_table_and_a_csv(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(registry, "case", lambda family: fake_case())
+    monkeypatch.setattr(registry, "cases_of", lambda family: {"some": fake_case()})
     monkeypatch.setattr(memory, "peak_extra", lambda *args, **kwargs: 3 * MIB)
     monkeypatch.setitem(runner.BUDGET, "quick", (0.0, 2))
-    (path,) = bench.run(["info_nce"], "quick", tmp_path / "new")
+    (path,) = bench.run(["fake"], "quick", tmp_path / "new")
     with path.open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 6 and rows[0]["peer"] == "kdfast" and float(rows[0]["median"]) > 0
     assert rows[0]["torch"] == torch.__version__ and rows[0]["extra_bytes"] == str(3 * MIB)
     assert list((tmp_path / "new").iterdir()) == [path]
     text = capsys.readouterr().out
-    assert "info_nce  N=8  float32" in text and "1 thread, process-CPU" in text and "3.0" in text
+    assert "fake some  N=8  float32" in text and "1 thread, process-CPU" in text and "3.0" in text
 
 
 def test_table_gives_reasons():
-    row = runner.Row("info_nce", "N=1", "float32", "peer", 1, "cpu", note="not installed")
+    row = runner.Row("similarity", "info_nce", "N=1", "float32", "peer", 1, "cpu", note="not installed")
     assert "peer  not installed" in report.table([row])

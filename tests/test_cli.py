@@ -26,8 +26,8 @@ def test_bad_arguments_exit_2(arguments, capsys):
 
 
 def test_unknown_family_is_named(capsys):
-    assert cli.main(["bench", "info_nce", "nonsense"]) == 1
-    assert "'nonsense'" in (message := capsys.readouterr().err) and "info_nce" in message
+    assert cli.main(["bench", "similarity", "nonsense"]) == 1
+    assert "'nonsense'" in (message := capsys.readouterr().err) and "similarity" in message
 
 
 def test_arguments_reach_the_commands(monkeypatch, tmp_path):
@@ -35,10 +35,10 @@ def test_arguments_reach_the_commands(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "run", lambda *given: calls.append(given))
     monkeypatch.setattr(demo, "run", lambda output, **given: calls.append((output, given)))
     monkeypatch.setattr(doctor, "main", lambda **given: calls.append(given) or 1)
-    assert cli.main(["bench", "info_nce", "--full", "--output", str(tmp_path)]) == 0
+    assert cli.main(["bench", "similarity", "--case", "clip", "--case", "lse", "--full", "--output", str(tmp_path)]) == 0
     assert cli.main(["demo", "--quick", "--seeds", "2"]) == 0
     assert cli.main(["doctor", "--json"]) == 1
-    assert calls[0] == (["info_nce"], "full", tmp_path)
+    assert calls[0] == (["similarity"], "full", tmp_path, ["clip", "lse"])
     assert str(calls[1][0]) == "runs/demo-quick" and calls[1][1] == {"quick": True, "seeds": 2, "epochs": None}
     assert calls[2] == {"as_json": True}
 

@@ -1,25 +1,36 @@
 """`kdfast bench`: each op against its peers and the machine's own limit. benchmarks/README.md says how to read the figures."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import registry, report, runner
 
 
-def run(families: list[str], level: str, output: Path) -> list[Path]:
-    """Measure `families` (none: all), print a table a comparison, write one CSV a family to `output`; returns the paths.
+def run(families: list[str], level: str, output: Path, names: Sequence[str] = ()) -> list[Path]:
+    """Measure `families` (none: all), or only their cases called `names`: prints a table a comparison.
 
-    Raises ValueError for an unknown family or level, before anything is measured.
+    Writes one CSV a family to `output`; returns the paths. Raises ValueError for an unknown family, level or case, before
+    anything is measured.
     """
-    families = list(dict.fromkeys(families)) or list(registry.families())
-    for family in families:
-        registry.case(family)
     written = []
-    for family in families:
+    for family, chosen in _chosen(families, names).items():
         rows = []
-        for comparison in runner.run(family, level):
-            rows += comparison
-            print(report.table(comparison), end="\n\n", flush=True)
+        for name in chosen:
+            for comparison in runner.run(family, name, level):
+                rows += comparison
+                print(report.table(comparison), end="\n\n", flush=True)
         written.append(output / f"{family}.csv")
         report.write_csv(rows, written[-1])
         print(written[-1])
     return written
+
+
+def _chosen(families: list[str], names: Sequence[str]) -> dict[str, list[str]]:
+    """Names of the cases to measure, by family."""
+    available = {family: list(registry.cases_of(family)) for family in dict.fromkeys(families or registry.families())}
+    known = dict.fromkeys(name for cases in available.values() for name in cases)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"case must be one of {', '.join(known)}, got {name!r}")
+    chosen = {family: [name for name in cases if not names or name in names] for family, cases in available.items()}
+    return {family: cases for family, cases in chosen.items() if cases}

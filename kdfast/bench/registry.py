@@ -1,4 +1,4 @@
-"""What a benchmark case is, and the cases there are."""
+"""What a benchmark case is, and the cases of each family."""
 
 import importlib
 import pkgutil
@@ -32,23 +32,31 @@ class Peer(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A family's benchmark. The first peer is kdfast, the second the naive formula that sets the tolerance."""
+    """One thing measured. The first peer is kdfast, the second the naive formula that sets the tolerance."""
 
     shapes: dict[str, tuple[tuple[int, ...], ...]]  # by level
     axes: str  # names of a shape's entries
     dtypes: tuple[torch.dtype, ...]
     inputs: Callable[[tuple[int, ...], torch.dtype], Any]  # always the same for the same arguments
     reference: Callable[[Any], tuple[Tensor, ...]]  # in float64
-    flop: Callable[[tuple[int, ...]], int]
+    flop: Callable[[tuple[int, ...]], int] | None  # None: its time is not in multiply-adds
     peers: tuple[Peer, ...]
+
+
+def octaves(base: tuple[int, ...], entries: tuple[int, ...], count: int = 3) -> tuple[tuple[int, ...], ...]:
+    """Shapes: `base`, then with each of `entries` doubled, one at a time, `count` times."""
+    grown = (
+        tuple(size << step if at == entry else size for at, size in enumerate(base)) for entry in entries for step in range(1, count + 1)
+    )
+    return base, *grown
 
 
 def families() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(cases.__path__)))
 
 
-def case(family: str) -> Case:
-    """The case of `family`. Raises ValueError for a name that is not one of `families()`."""
+def cases_of(family: str) -> dict[str, Case]:
+    """The cases of `family` by name. Raises ValueError for a name that is not one of `families()`."""
     if family not in families():
         raise ValueError(f"family must be one of {', '.join(families())}, got {family!r}")
-    return importlib.import_module(f"{cases.__name__}.{family}").CASE
+    return importlib.import_module(f"{cases.__name__}.{family}").CASES

@@ -18,7 +18,7 @@ _HEADER = ("peer", "time", "20-80 %", "x kdfast", "x bare mm", "of FMA", "extra 
 def table(rows: list[Row]) -> str:
     """One comparison (a shape and dtype): a block of lines a clock."""
     first = rows[0]
-    lines = [f"{first.family}  {first.shape}  {first.dtype}"]
+    lines = [f"{first.family} {first.case}  {first.shape}  {first.dtype}"]
     for clock in dict.fromkeys(row.clock for row in rows):
         block = [row for row in rows if row.clock == clock]
         threads = "1 thread, process-CPU" if clock == "cpu" else f"{block[0].threads} threads, wall"

@@ -23,6 +23,7 @@ class Row(NamedTuple):
     """One line of the CSV. Times in seconds a call; `clock` is "cpu" (process-CPU, one thread) or "wall" (all threads)."""
 
     family: str
+    case: str
     shape: str  # as "N=64 M=256 D=128"
     dtype: str
     peer: str
@@ -51,22 +52,22 @@ class Checked(NamedTuple):
     note: str = ""
 
 
-def run(family: str, level: str) -> Iterator[list[Row]]:
-    """Measure a family; yields the rows of one shape and dtype at a time.
+def run(family: str, name: str, level: str) -> Iterator[list[Row]]:
+    """Measure case `name` of a family; yields the rows of one shape and dtype at a time.
 
     Raises ValueError for an unknown family or level, and whatever kdfast itself raises.
     """
     if level not in registry.LEVELS:
         raise ValueError(f"level must be one of {', '.join(registry.LEVELS)}, got {level!r}")
-    case = registry.case(family)
+    case = registry.cases_of(family)[name]
     comparisons = [(shape, dtype) for shape in case.shapes[level] for dtype in case.dtypes]
-    with tqdm(comparisons, desc=family, unit="comparison", leave=False) as bar:
+    with tqdm(comparisons, desc=f"{family} {name}", unit="comparison", leave=False) as bar:
         for shape, dtype in bar:
             bar.set_postfix_str(f"{_label(case, shape)} {_name(dtype)}")
-            yield _compare(family, case, shape, dtype, level)
+            yield _compare(family, name, case, shape, dtype, level)
 
 
-def _compare(family: str, case: Case, shape: tuple[int, ...], dtype: torch.dtype, level: str) -> list[Row]:
+def _compare(family: str, name: str, case: Case, shape: tuple[int, ...], dtype: torch.dtype, level: str) -> list[Row]:
     inputs = case.inputs(shape, dtype)
     reference = case.reference(inputs)
     allowed = measure.tolerance(measure.error(case.peers[1].build(inputs)(), reference), dtype)
@@ -89,13 +90,14 @@ def _compare(family: str, case: Case, shape: tuple[int, ...], dtype: torch.dtype
         ours = timings[case.peers[0].name].median if case.peers[0].name in timings else None
         floor = next((timings[p.peer.name].median for p in peers if p.peer.floor and p.call), None)
         for peer, call, error, note in peers:
-            row = Row(family, _label(case, shape), _name(dtype), peer.name, threads, clock, error=error, note=note)
+            row = Row(family, name, _label(case, shape), _name(dtype), peer.name, threads, clock, error=error, note=note)
             row = row._replace(tolerance=None if peer.floor else allowed)
-            rows.append(row if call is None else _timed(row, timings[peer.name], ours, floor, case.flop(shape), rate))
+            rows.append(row if call is None else _timed(row, timings[peer.name], ours, floor, case.flop and case.flop(shape), rate))
     extra = {row.peer: None for row in rows if row.median is not None}
     for peer in case.peers:
         if peer.name in extra and not peer.floor:
-            extra[peer.name] = memory.peak_extra(_build, family, peer.name, shape, dtype, warm=(family, peer.name, _tiny(shape), dtype))
+            which = family, name, peer.name
+            extra[peer.name] = memory.peak_extra(_build, *which, shape, dtype, warm=(*which, _tiny(shape), dtype))
     return [row._replace(extra_bytes=extra.get(row.peer)) for row in rows]
 
 
@@ -118,19 +120,19 @@ def _check(case: Case, peer: Peer, inputs, reference: tuple[Tensor, ...], allowe
     return Checked(peer, None, error, f"wrong: error {error:.1e}, allowed {allowed:.1e}")
 
 
-def _timed(row: Row, timing: Timing, ours: float | None, floor: float | None, flop: int, rate: float | None) -> Row:
+def _timed(row: Row, timing: Timing, ours: float | None, floor: float | None, flop: int | None, rate: float | None) -> Row:
     return row._replace(
         **timing._asdict(),
         per_kdfast=timing.median / ours if ours else None,
         per_bare_mm=timing.median / floor if floor else None,
-        fraction_of_fma=flop / timing.median / rate if rate else None,
+        fraction_of_fma=flop / timing.median / rate if flop and rate else None,
         fma_rate=rate,
     )
 
 
-def _build(family: str, peer: str, shape: tuple[int, ...], dtype: torch.dtype) -> Call:
+def _build(family: str, name: str, peer: str, shape: tuple[int, ...], dtype: torch.dtype) -> Call:
     """The call of one peer, found by name: what the process that measures memory runs."""
-    case = registry.case(family)
+    case = registry.cases_of(family)[name]
     return next(p for p in case.peers if p.name == peer).build(case.inputs(shape, dtype))
 
 

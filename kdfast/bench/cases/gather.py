@@ -1,14 +1,16 @@
 """CRD's loss over sampled bank rows: loss and query gradient in one step."""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast._ops.gather import reference as gather
+from kdfast.functional import sampled_nce
+
 from .. import peers
-from ..registry import Call, Case, Peer
+from ..registry import Case, octaves
 
 TAU = 0.07
 
@@ -41,26 +43,17 @@ def formula(query: Tensor, bank: Tensor, index: Tensor) -> Tensor:
 
 
 def reference(x: Inputs) -> tuple[Tensor, ...]:
-    from ..._ops.gather import reference
+    def rows(query: Tensor, index: Tensor, bank: Tensor) -> Tensor:
+        return gather.sampled_nce(query, bank, index, TAU, len(bank), torch.tensor(float(len(bank))))[0].mean()
 
-    def rows(query: Tensor, bank: Tensor, index: Tensor) -> Tensor:
-        return reference.sampled_nce(query, bank, index, TAU, len(bank), torch.tensor(float(len(bank))))[0].mean()
-
-    query, bank = x.query.double(), x.bank.double()
-    parts = [peers.step(rows, q, bank, i) for q, i in zip(query.split(1), x.index.split(1), strict=True)]  # one row: memory
-    return sum(loss for loss, _ in parts) / len(parts), torch.cat([gradient for _, gradient in parts]) / len(parts)
+    return peers.in_chunks(rows, (x.query.double(), x.index), x.bank.double(), size=1)
 
 
-def kdfast(x: Inputs) -> Call:
-    from kdfast.functional import sampled_nce
-
-    def loss(query: Tensor, bank: Tensor, index: Tensor) -> Tensor:
-        return sampled_nce(query, bank, index, temperature=TAU, num_data=len(bank), normalizer=float(len(bank)))[0]
-
-    return partial(peers.step, loss, *x)
+def fused(query: Tensor, bank: Tensor, index: Tensor) -> Tensor:
+    return sampled_nce(query, bank, index, temperature=TAU, num_data=len(bank), normalizer=float(len(bank)))[0]
 
 
-CASE = Case(
+CRD = Case(
     shapes={
         "quick": ((64, 5_000, 128, 1_638), (64, 100_000, 128, 256)),
         "default": ((64, 50_000, 128, 16_384), (256, 1_000_000, 128, 1_024)),
@@ -71,5 +64,14 @@ CASE = Case(
     inputs=inputs,
     reference=reference,
     flop=lambda shape: 4 * shape[0] * shape[2] * (1 + shape[3]),
-    peers=(Peer("kdfast", kdfast), peers.eager(formula, "index_select + bmm"), peers.compiled(formula)),
+    peers=(peers.steps("kdfast", fused), peers.steps("index_select + bmm", formula), peers.compiled(formula)),
 )
+GROWTH = CRD._replace(
+    shapes={
+        "quick": octaves((16, 5_000, 32, 128), entries=(0, 2, 3), count=1),
+        "default": octaves((32, 50_000, 64, 1_024), entries=(0, 2, 3)),
+        "full": octaves((64, 200_000, 64, 2_048), entries=(0, 2, 3)),
+    },
+    peers=CRD.peers[:2],
+)
+CASES = {"crd": CRD, "growth": GROWTH}

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import peers
-from ..registry import Call, Case, Peer
+from kdfast.functional import info_nce
+
+from ... import peers
+from ...registry import Call, Case, Peer, octaves
 
 TAU = 0.07
 
@@ -34,16 +36,8 @@ def formula(query: Tensor, positive: Tensor, bank: Tensor) -> Tensor:
 
 
 def reference(x: Inputs) -> tuple[Tensor, ...]:
-    q, p, bank = (t.double() for t in x)
-    parts = [peers.step(formula, q[i : i + 256], p[i : i + 256], bank) for i in range(0, len(q), 256)]  # 256 rows: memory
-    gradient = torch.cat([gradient * len(gradient) for _, gradient in parts]) / len(q)
-    return sum(loss * len(rows) for loss, rows in parts) / len(q), gradient
-
-
-def kdfast(x: Inputs) -> Call:
-    from kdfast.functional import info_nce
-
-    return partial(peers.step, partial(info_nce, temperature=TAU), *x)
+    query, positive, bank = (t.double() for t in x)
+    return peers.in_chunks(formula, (query, positive), bank)
 
 
 def attention(x: Inputs) -> Call:
@@ -61,7 +55,7 @@ def attention(x: Inputs) -> Call:
     return call
 
 
-CASE = Case(
+INFO_NCE = Case(
     shapes={
         "quick": ((64, 256, 128), (256, 8192, 128)),
         "default": ((64, 256, 128), (1024, 65536, 128)),
@@ -73,10 +67,34 @@ CASE = Case(
     reference=reference,
     flop=lambda shape: 4 * math.prod(shape),
     peers=(
-        Peer("kdfast", kdfast),
-        peers.eager(formula),
+        peers.steps("kdfast", partial(info_nce, temperature=TAU)),
+        peers.steps("eager", formula),
         peers.compiled(formula),
         Peer("SDPA, K = V", attention),
-        *peers.mm_pairs(lambda x: (x.query, x.bank)),
+        *peers.bare_mm(peers.attention_products, lambda x: (x.query, x.bank)),
     ),
+)
+_WIDTHS = (1, 7, 17, 31, 33, 63, 100)  # around and between the vector widths
+ODD_SIZES = INFO_NCE._replace(
+    shapes={
+        "quick": ((64, 512, 1), (64, 512, 17), (1, 4096, 128), (4096, 16, 64)),
+        "default": (
+            *((256, 8192, width) for width in _WIDTHS),
+            (64, 4096, 4096),
+            (1, 65536, 128),
+            (100_000, 64, 64),
+            (100_000, 1, 64),
+            (16, 1_000_000, 64),
+        ),
+        "full": (*((256, 8192, width) for width in range(1, 65)), (64, 16384, 4096), (8, 10_000_000, 32)),
+    },
+    peers=INFO_NCE.peers[:2],
+)
+GROWTH = INFO_NCE._replace(
+    shapes={
+        "quick": octaves((64, 512, 32), entries=(0, 1, 2), count=1),
+        "default": octaves((512, 8192, 128), entries=(0, 1, 2)),
+        "full": octaves((1024, 16384, 128), entries=(0, 1, 2)),
+    },
+    peers=INFO_NCE.peers[:2],
 )

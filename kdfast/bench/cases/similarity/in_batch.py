@@ -1,0 +1,99 @@
+"""Losses in which the batch is its own bank, scaled to unit length inside: NT-Xent of two views, SupCon of labelled samples."""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdfast.functional import nt_xent, sup_con
+
+from ... import peers
+from ...registry import Case
+
+TAU = 0.1
+CLASS = 4  # samples
+
+
+class Views(NamedTuple):
+    view1: Tensor  # [N, D]
+    view2: Tensor  # [N, D]
+
+
+class Labelled(NamedTuple):
+    features: Tensor  # [N, D]
+    labels: Tensor  # [N], CLASS samples of each or, of the last, more
+
+
+def views(shape: tuple[int, int], dtype: torch.dtype) -> Views:
+    generator = torch.Generator().manual_seed(0)
+    view1, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+    return Views(view1.to(dtype), (view1 + noise).to(dtype))
+
+
+def labelled(shape: tuple[int, int], dtype: torch.dtype) -> Labelled:
+    n, d = shape
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.arange(n) // CLASS).clamp(max=n // CLASS - 1)
+    centres = torch.randn(int(labels.max()) + 1, d, generator=generator)
+    return Labelled((centres[labels] + torch.randn(n, d, generator=generator)).to(dtype), labels)
+
+
+def scores(features: Tensor) -> Tensor:
+    """Cosines over TAU, -inf on the diagonal."""
+    unit = F.normalize(features, dim=-1)
+    return (unit @ unit.T / TAU).masked_fill(torch.eye(len(unit), dtype=torch.bool), -torch.inf)
+
+
+def nt_xent_formula(view1: Tensor, view2: Tensor) -> Tensor:
+    n = len(view1)
+    return F.cross_entropy(scores(torch.cat([view1, view2])), torch.arange(2 * n).roll(n))
+
+
+def sup_con_formula(features: Tensor, labels: Tensor) -> Tensor:
+    log_p = scores(features).log_softmax(-1)
+    positive = (labels[:, None] == labels) & ~torch.eye(len(labels), dtype=torch.bool)
+    return -(log_p.masked_fill(~positive, 0).sum(-1) / positive.sum(-1)).mean()
+
+
+def lightly():
+    from lightly.loss import NTXentLoss
+
+    return NTXentLoss(temperature=TAU)
+
+
+def metric_learning():
+    from pytorch_metric_learning.losses import SupConLoss
+
+    return SupConLoss(temperature=TAU)
+
+
+NT_XENT = Case(
+    shapes={"quick": ((128, 128),), "default": ((2048, 128),), "full": ((512, 128), (2048, 128), (4096, 256))},
+    axes="N D",
+    dtypes=(torch.float32, torch.bfloat16),
+    inputs=views,
+    reference=lambda x: peers.step(nt_xent_formula, *(t.double() for t in x), leaves=2),
+    flop=lambda shape: 8 * (2 * shape[0]) ** 2 * shape[1],
+    peers=(
+        peers.steps("kdfast", partial(nt_xent, temperature=TAU), leaves=2),
+        peers.steps("eager", nt_xent_formula, leaves=2),
+        peers.compiled(nt_xent_formula, leaves=2),
+        peers.library("lightly", "lightly", lightly, leaves=2),
+        *peers.bare_mm(peers.gradient_products, lambda x: (torch.cat(x), torch.cat(x))),
+    ),
+)
+SUP_CON = NT_XENT._replace(
+    shapes={"quick": ((256, 128),), "default": ((4096, 128),), "full": ((1024, 128), (4096, 128), (8192, 256))},
+    inputs=labelled,
+    reference=lambda x: peers.step(sup_con_formula, x.features.double(), x.labels),
+    flop=lambda shape: 8 * shape[0] ** 2 * shape[1],
+    peers=(
+        peers.steps("kdfast", partial(sup_con, temperature=TAU)),
+        peers.steps("eager", sup_con_formula),
+        peers.compiled(sup_con_formula),
+        peers.library("pytorch-metric-learning", "pytorch_metric_learning", metric_learning),
+        *peers.bare_mm(peers.gradient_products, lambda x: (x.features, x.features)),
+    ),
+)
