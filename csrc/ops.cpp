@@ -4,11 +4,12 @@
 
 STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def(
-      "similarity_softmax(Tensor query, Tensor keys, Tensor scale, Tensor? bias, Tensor? start_logit, Tensor? start_value, "
-      "Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, bool pooled) -> (Tensor, Tensor)");
+      "similarity_softmax(Tensor query, Tensor keys, Tensor scale, Tensor? bias, Tensor? start_logit, Tensor? values, Tensor? start_value, "
+      "Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, bool pooled, int precision) "
+      "-> (Tensor, Tensor)");
   m.def(
       "similarity_grad_keys(Tensor g, Tensor lse, Tensor query, Tensor keys, Tensor scale, Tensor? bias, Tensor? query_labels, "
-      "Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, bool want_keys, bool want_bias) -> (Tensor, Tensor)");
+      "Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, bool want_keys, bool want_bias, int precision) -> (Tensor, Tensor)");
   m.def("gather_similarity(Tensor query, Tensor bank, Tensor index) -> Tensor");
   m.def("gather_weighted_sum(Tensor weight, Tensor bank, Tensor index) -> Tensor");
 }

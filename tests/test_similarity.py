@@ -76,10 +76,6 @@ def test_leading_dimensions(impl, shared):
 
 
 def test_values_other_than_the_keys(impl):
-    if impl == "cpu":
-        with pytest.raises(ValueError, match="pools the keys, not other values"):
-            similarity_softmax(normal(7, 8), normal(257, 8), values=normal(257, 5), impl=impl)
-        impl = None  # the choice falls on one that can
     check(normal(7, 8), normal(257, 8), impl, values=normal(257, 5), start=(normal(7), normal(7, 5)))
     check(normal(2, 7, 8), normal(257, 8), impl, values=normal(2, 257, 5))
 
@@ -226,7 +222,7 @@ def test_same_inputs_give_the_same_bits(impl):
 # autocast and precision
 
 
-def test_autocast_rounds_operands_and_nothing_else(impl):
+def test_autocast_may_round_operands_and_nothing_else(impl):
     query, keys = normal(7, 16, requires_grad=True), normal(257, 16)
     scale = torch.tensor(1 / 0.07, requires_grad=True)
     expected = similarity_softmax(query.bfloat16(), keys.bfloat16(), scale=scale, impl=impl)
@@ -234,18 +230,22 @@ def test_autocast_rounds_operands_and_nothing_else(impl):
         lse, pooled = similarity_softmax(query, keys.bfloat16(), scale=scale, impl=impl)  # a bank of another dtype is fine here
         both = similarity_softmax(query, keys, scale=scale, impl=impl)
         dquery, dscale = torch.autograd.grad(lse.sum() + pooled.sum(), (query, scale))
-    assert torch.equal(lse, expected[0]) and torch.equal(pooled, expected[1]) and torch.equal(both[0], lse)
+    for ours in ((lse, pooled), both):  # a kernel may round less than autocast allows
+        for got, rounded in zip(ours, expected, strict=True):
+            torch.testing.assert_close(got, rounded, rtol=2e-2, atol=0.15)
     assert lse.dtype == torch.float32 and dquery.dtype == torch.float32
     for ours, theirs in zip((dquery, dscale), torch.autograd.grad(expected[0].sum() + expected[1].sum(), (query, scale)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
-def test_bf16_precision_is_that_of_bf16_inputs(impl):
+def test_precision_costs_no_more_than_its_name_says(impl):
     query, keys = normal(7, 16), normal(257, 16)
+    exact = similarity_softmax(query.double(), keys.double(), impl="torch")
     rounded = similarity_softmax(query.bfloat16(), keys.bfloat16(), impl=impl)
-    torch.testing.assert_close(similarity_softmax(query, keys, precision="bf16", impl=impl), rounded, rtol=1e-6, atol=1e-6)
-    exact = similarity_softmax(query, keys, precision="ieee", impl=impl)
-    torch.testing.assert_close(similarity_softmax(query, keys, precision="bf16x3", impl=impl), exact, rtol=1e-4, atol=1e-4)
+    coarse, fine = (similarity_softmax(query, keys, precision=name, impl=impl) for name in ("bf16", "bf16x3"))
+    for got, fine_got, bound, want in zip(coarse, fine, rounded, exact, strict=True):
+        assert (got - want).abs().max() <= 2 * (bound - want).abs().max() + 1e-6
+        torch.testing.assert_close(fine_got, want, rtol=1e-4, atol=1e-4, check_dtype=False)
 
 
 # memory

@@ -39,6 +39,8 @@ inline kdfast::ElementType element_type(const char* op, ScalarType type) {
   return kdfast::ElementType::kFloat16;
 }
 
+inline kdfast::Matrix matrix(const char* op, const Tensor& x) { return {x.const_data_ptr(), element_type(op, x.scalar_type())}; }
+
 // f(worker, task) for every task, contiguous ranges of tasks to each worker.
 template <class F>
 void for_each_task(int64_t workers, int64_t tasks, const F& f) {

@@ -50,6 +50,24 @@ const T* column_data(const char* name, const OptionalTensor& x, ScalarType type,
   return data<T>(*x);
 }
 
+// Query-side and bank-side matrices, of any element type.
+kdfast::Matrix row_matrix(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) {
+  check(name, x, x.scalar_type(), shape);
+  batch_stride(name, x, false);
+  return matrix(name, x);
+}
+
+kdfast::Matrix column_matrix(const char* name, const Tensor& x, std::initializer_list<int64_t> shape, int64_t* stride) {
+  check(name, x, x.scalar_type(), shape);
+  *stride = batch_stride(name, x, true);
+  return matrix(name, x);
+}
+
+kdfast::Precision precision_of(int64_t precision) {
+  STD_TORCH_CHECK(precision >= 0 && precision <= 2, "precision must be 0 (float), 1 (bf16x3) or 2 (bf16), got ", precision);
+  return kdfast::Precision(precision);
+}
+
 int64_t valid_columns(const SimilarityParams& p, int64_t batch) {
   if (p.valid == nullptr) return p.columns;
   return std::clamp<int64_t>(p.valid[batch * p.valid_stride], 0, p.columns);
@@ -77,7 +95,7 @@ Division divide(const SimilarityParams& p) {
   const int64_t workers = workers_for(p);
   const int64_t parts = workers / std::gcd(workers, p.batch);  // per batch entry, so that tasks divide evenly
   const int64_t row_parts = std::clamp<int64_t>(p.rows / kMinRows, 1, parts);
-  const int64_t per_part = std::max<int64_t>(1, p.batch * p.rows * (p.pooled ? p.width + 2 : 2));
+  const int64_t per_part = std::max<int64_t>(1, p.batch * p.rows * (p.pooled ? p.pooled_width + 2 : 2));
   const int64_t room = std::max<int64_t>(1, kPartialFloats / per_part);
   const int64_t column_parts = std::clamp<int64_t>(parts / row_parts, 1, std::max<int64_t>(1, std::min(p.columns / kMinColumns, room)));
   return {workers, row_parts, column_parts};
@@ -98,7 +116,7 @@ void run(const SimilarityParams& p, float* lse, float* pooled) {
   const int64_t words = kernels.similarity_workspace(p, row_step, column_step);
   const Tensor workspace = floats(words * cut.workers);
   const int64_t partial_rows = merge ? cut.column_parts * total_rows : 0;
-  const Tensor partial = floats(partial_rows * (2 + (p.pooled ? p.width : 0)));
+  const Tensor partial = floats(partial_rows * (2 + (p.pooled ? p.pooled_width : 0)));
   float* const work = static_cast<float*>(workspace.mutable_data_ptr());
   float* const maximum = static_cast<float*>(partial.mutable_data_ptr());
   float* const sum = maximum + partial_rows;
@@ -118,32 +136,31 @@ void run(const SimilarityParams& p, float* lse, float* pooled) {
     const int64_t row = task.batch * p.rows + task.row_begin, at = merge ? part * total_rows + row : row;
     task.lse = merge ? maximum + at : lse + at;
     task.sum = sum + at;
-    task.pooled = (merge ? values : pooled) + at * p.width;
+    task.pooled = (merge ? values : pooled) + at * p.pooled_width;
     if (task.row_begin < task.row_end) kernels.similarity(p, task, work + worker * words);
   });
   if (!merge) return;
   for_each_task(cut.workers, cut.workers, [&](int64_t, int64_t t) {
     const int64_t row = t * total_rows / cut.workers, end = (t + 1) * total_rows / cut.workers;
-    kernels.similarity_merge({cut.column_parts, end - row, total_rows, p.width, maximum + row, sum + row,
-                              p.pooled ? values + row * p.width : nullptr, lse + row, pooled + row * p.width});
+    kernels.similarity_merge({cut.column_parts, end - row, total_rows, p.pooled_width, maximum + row, sum + row,
+                              p.pooled ? values + row * p.pooled_width : nullptr, lse + row, pooled + row * p.pooled_width});
   });
 }
 
 // What both ops take, checked; without the start.
 SimilarityParams parameters(const Tensor& query, const Tensor& keys, const Tensor& scale, const OptionalTensor& bias,
                             const OptionalTensor& query_labels, const OptionalTensor& key_labels, const OptionalTensor& key_index,
-                            const OptionalTensor& limit, const OptionalTensor& valid, bool pooled) {
+                            const OptionalTensor& limit, const OptionalTensor& valid, bool pooled, int64_t precision) {
   STD_TORCH_CHECK(query.dim() == 3 && keys.dim() == 3, "query and keys must have 3 dimensions, got ", query.dim(), " and ", keys.dim());
   STD_TORCH_CHECK(query_labels.has_value() == key_labels.has_value(), "query_labels and key_labels come together");
   const int64_t batch = query.size(0), rows = query.size(1), width = query.size(2), columns = keys.size(1);
-  const ScalarType type = query.scalar_type();
 
   SimilarityParams p{};
-  p.type = element_type("similarity_softmax", type);
-  p.batch = batch, p.rows = rows, p.columns = columns, p.width = width;
+  p.precision = precision_of(precision);
+  p.batch = batch, p.rows = rows, p.columns = columns, p.width = p.pooled_width = width;
   p.pooled = pooled;
-  p.query = row_data<void>("query", query, type, {batch, rows, width});
-  p.keys = column_data<void>("keys", keys, type, {batch, columns, width}, &p.keys_batch_stride);
+  p.query = row_matrix("query", query, {batch, rows, width});
+  p.keys = column_matrix("keys", keys, {batch, columns, width}, &p.keys_batch_stride);
   p.scale = row_data<float>("scale", scale, ScalarType::Float, {batch, rows});
   p.bias = column_data<float>("bias", bias, ScalarType::Float, {batch, columns}, &p.bias_batch_stride);
   p.query_labels = row_data<int64_t>("query_labels", query_labels, ScalarType::Long, {batch, rows});
@@ -161,32 +178,38 @@ Tensor output(const Tensor& like, std::initializer_list<int64_t> shape) {
 }
 
 std::tuple<Tensor, Tensor> similarity_softmax(const Tensor& query, const Tensor& keys, const Tensor& scale, const OptionalTensor& bias,
-                                              const OptionalTensor& start_logit, const OptionalTensor& start_value,
-                                              const OptionalTensor& query_labels, const OptionalTensor& key_labels,
-                                              const OptionalTensor& key_index, const OptionalTensor& limit, const OptionalTensor& valid,
-                                              bool pooled) {
+                                              const OptionalTensor& start_logit, const OptionalTensor& values,
+                                              const OptionalTensor& start_value, const OptionalTensor& query_labels,
+                                              const OptionalTensor& key_labels, const OptionalTensor& key_index,
+                                              const OptionalTensor& limit, const OptionalTensor& valid, bool pooled, int64_t precision) {
   STD_TORCH_CHECK(start_logit.has_value() || !start_value.has_value(), "start_value needs start_logit");
-  SimilarityParams p = parameters(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, pooled);
+  SimilarityParams p = parameters(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, pooled, precision);
+  if (values.has_value()) {
+    STD_TORCH_CHECK(values->dim() == 3, "values must have 3 dimensions, got ", values->dim());
+    p.pooled_width = values->size(2);
+    p.values = column_matrix("values", *values, {p.batch, p.columns, p.pooled_width}, &p.values_batch_stride);
+  }
   p.start_logit = row_data<float>("start_logit", start_logit, ScalarType::Float, {p.batch, p.rows});
-  p.start_value = row_data<void>("start_value", start_value, query.scalar_type(), {p.batch, p.rows, p.width});
+  if (start_value.has_value()) p.start_value = row_matrix("start_value", *start_value, {p.batch, p.rows, p.pooled_width});
 
   Tensor lse = output(query, {p.batch, p.rows});
-  Tensor values = pooled ? output(query, {p.batch, p.rows, p.width}) : output(query, {0});
-  if (p.batch * p.rows == 0) return {lse, values};
+  Tensor out = pooled ? output(query, {p.batch, p.rows, p.pooled_width}) : output(query, {0});
+  if (p.batch * p.rows == 0) return {lse, out};
 
   // One bank for the whole batch: its rows are just more rows.
-  if (p.keys_batch_stride == 0 && p.bias_batch_stride == 0 && p.key_labels_batch_stride == 0 && p.valid_stride == 0)
+  if (p.keys_batch_stride == 0 && p.values_batch_stride == 0 && p.bias_batch_stride == 0 && p.key_labels_batch_stride == 0 && p.valid_stride == 0)
     p.rows *= p.batch, p.batch = 1;
-  run(p, static_cast<float*>(lse.mutable_data_ptr()), static_cast<float*>(values.mutable_data_ptr()));
-  return {lse, values};
+  run(p, static_cast<float*>(lse.mutable_data_ptr()), static_cast<float*>(out.mutable_data_ptr()));
+  return {lse, out};
 }
 
 // Keys are cut among threads, each of whose sums belong to one thread: no merge, and the same bits for any number of threads.
 std::tuple<Tensor, Tensor> similarity_grad_keys(const Tensor& g, const Tensor& lse, const Tensor& query, const Tensor& keys,
                                                 const Tensor& scale, const OptionalTensor& bias, const OptionalTensor& query_labels,
                                                 const OptionalTensor& key_labels, const OptionalTensor& key_index,
-                                                const OptionalTensor& limit, const OptionalTensor& valid, bool want_keys, bool want_bias) {
-  const SimilarityParams p = parameters(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, want_keys);
+                                                const OptionalTensor& limit, const OptionalTensor& valid, bool want_keys, bool want_bias,
+                                                int64_t precision) {
+  const SimilarityParams p = parameters(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, want_keys, precision);
   const float* const upstream = row_data<float>("g", g, ScalarType::Float, {p.batch, p.rows});
   const float* const level = row_data<float>("lse", lse, ScalarType::Float, {p.batch, p.rows});
   Tensor dkeys = want_keys ? output(query, {p.batch, p.columns, p.width}) : output(query, {0});

@@ -42,11 +42,6 @@ struct BlockSpace {
   }
 };
 
-template <class T>
-inline Vec load_row(const T* row, int64_t d, int64_t width) {
-  return d + kLanes <= width ? load(row + d) : load_partial(row + d, width - d);
-}
-
 // Blocks first .. last of a call, on one thread.
 template <class T>
 struct BlockPass {

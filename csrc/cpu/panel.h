@@ -16,17 +16,24 @@ namespace {
 constexpr int kTileRows = 6;
 constexpr int kPanel = kVecs * kLanes;  // words across a panel
 
-// What every product on vector registers says of itself.
+// What every product on vector registers says of itself. A product works on 4-byte words of A and B: one float, or a pair of bf16.
+template <int kPack_>
 struct RegisterTiles {
-  static constexpr int kRowMultiple = kTileRows;  // rows are padded to it
-  static constexpr int64_t kRowChunk = 192;       // rows that pass over a panel while it stays in L1
-  static constexpr int64_t kRowsToPack = 512;     // the products of so many rows make the packing of a block small
-  struct Session {};                              // what a thread sets up before its products, and undoes after
+  static constexpr int kPack = kPack_;                // elements of the inner dimension in a word
+  static constexpr int kParts = 1;                    // numbers that an element is the sum of (see amx.h)
+  static constexpr int kRowMultiple = kTileRows;      // rows are padded to it
+  static constexpr int64_t kBlock = 128 * kPack;      // columns packed at a time: W C is one chunk of steps
+  static constexpr int64_t kStepChunk = 128;          // inner steps of a product: 128 x 64 words = 32 KB of panel, inside L1
+  static constexpr int64_t kRowChunk = 192;           // rows that pass over a panel while it stays in L1
+  static constexpr int64_t kRowsToPack = 512;         // the products of so many rows make the packing of a block small
+  struct Session {};                                  // what a thread sets up before its products, and undoes after
+
+  static constexpr int64_t words(int64_t elements) { return round_up(elements, kLanes * kPack) / kPack; }  // of a packed row
+  static constexpr int64_t steps(int64_t elements) { return (elements + kPack - 1) / kPack; }              // those that count
 };
 
-// A product works on 4-byte words of A and B: one float, or a pair of bf16.
-struct Float32Product : RegisterTiles {
-  static constexpr int kPack = 1;  // elements of the inner dimension in a word
+struct Float32Product : RegisterTiles<1> {
+  using Swapped = Float32Product;  // for B^T A^T with the bits of A B
   static inline Vec broadcast(const float* p) { return splat(*p); }
   static inline Vec multiply_add(Vec a, Vec b, Vec c) {
 #if KDFAST_LANES == 16
@@ -41,8 +48,8 @@ struct Float32Product : RegisterTiles {
 
 #if defined(KDFAST_BF16_INSTRUCTIONS) && !defined(KDFAST_TILE_INSTRUCTIONS)
 // vdpbf16ps: acc += a.low * b.low + a.high * b.high in each 4-byte lane.
-struct BFloat16Product : RegisterTiles {
-  static constexpr int kPack = 2;
+struct BFloat16Product : RegisterTiles<2> {
+  using Swapped = BFloat16Product;
   static inline Vec broadcast(const float* p) {
     int32_t pair;
     __builtin_memcpy(&pair, p, 4);
@@ -83,6 +90,7 @@ struct StoreTile {
   int64_t stride;
   inline float* at(int r, int v) const { return c + r * stride + v * kLanes; }
   inline StoreTile from_row(int64_t row) const { return {c + row * stride, stride}; }
+  inline StoreTile from_column(int64_t d) const { return {c + d, stride}; }
   inline void fetch(int, int) const {}
   inline void operator()(int r, int v, Vec x) const { store(at(r, v), x); }
 };
@@ -93,6 +101,7 @@ struct AddTile {
   int64_t stride;
   inline float* at(int r, int v) const { return c + r * stride + v * kLanes; }
   inline AddTile from_row(int64_t row) const { return {c + row * stride, stride}; }
+  inline AddTile from_column(int64_t d) const { return {c + d, stride}; }
   inline void fetch(int r, int v) const { __builtin_prefetch(at(r, v), 1); }
   inline void operator()(int r, int v, Vec x) const { store(at(r, v), load(at(r, v)) + x); }
 };
@@ -104,6 +113,7 @@ struct ScaleAddTile {
   const float* factor;
   inline float* at(int r, int v) const { return c + r * stride + v * kLanes; }
   inline ScaleAddTile from_row(int64_t row) const { return {c + row * stride, stride, factor + row}; }
+  inline ScaleAddTile from_column(int64_t d) const { return {c + d, stride, factor}; }
   inline void fetch(int r, int v) const { __builtin_prefetch(at(r, v), 1); }
   inline void operator()(int r, int v, Vec x) const { store(at(r, v), multiply_add(splat(factor[r]), load(at(r, v)), x)); }
 };

@@ -165,6 +165,13 @@ inline Vec load_partial(const T* p, int64_t count) {
   return load(copy);
 }
 
+// Elements d to d + kLanes of a row, zeros beyond its `width`.
+template <class T>
+inline Vec load_row(const T* row, int64_t d, int64_t width) {
+  if (d + kLanes <= width) return load(row + d);
+  return d < width ? load_partial(row + d, width - d) : Vec{};
+}
+
 inline float total(Vec x) {
   float sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += x[i];

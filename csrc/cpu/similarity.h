@@ -8,18 +8,21 @@ namespace kdfast {
 // One call. z_ij = scale_i q_i.k_j + bias_j over the admitted columns j, plus the row's own start, if any.
 // Row-major and contiguous, except that a batch stride may be 0 (one bank for the whole batch). Null: not given.
 struct SimilarityParams {
-  ElementType type;  // of query, keys and start_value
+  Precision precision;
   int64_t batch, rows, columns, width;
+  int64_t pooled_width;  // of values and start_value; width where keys are pooled
 
-  const void* query;          // [batch, rows, width]
-  const void* keys;           // [batch, columns, width]
+  Matrix query;               // [batch, rows, width]
+  Matrix keys;                // [batch, columns, width]
   int64_t keys_batch_stride;  // in elements
+  Matrix values;              // [batch, columns, pooled_width]; not given: the keys
+  int64_t values_batch_stride;
   const float* scale;         // [batch, rows]
   const float* bias;          // [batch, columns]; -inf drops a column
   int64_t bias_batch_stride;
 
   const float* start_logit;  // [batch, rows]: a first candidate of the row, already a logit
-  const void* start_value;   // [batch, rows, width]; null counts as zero
+  Matrix start_value;        // [batch, rows, pooled_width]; not given: zero
 
   const int64_t* query_labels;  // [batch, rows]: columns whose label equals the row's are dropped
   const int64_t* key_labels;    // [batch, columns]
@@ -30,7 +33,7 @@ struct SimilarityParams {
   const int64_t* valid;      // [batch]: only the first so many columns exist
   int64_t valid_stride;
 
-  bool pooled;  // also accumulate sum_j p_ij k_j; for the gradient in the bank, sum_i g_i s_i p_ij q_i
+  bool pooled;  // also accumulate sum_j p_ij v_j; for the gradient in the bank, sum_i g_i s_i p_ij q_i
 };
 
 // A rectangle of one batch entry, computed by one thread.
@@ -46,7 +49,7 @@ struct SimilarityTask {
   bool finish;
   float* lse;      // [row_end - row_begin]; when !finish the maximum
   float* sum;      // [row_end - row_begin]; unused when finish
-  float* pooled;   // [row_end - row_begin, width]; unused when !params.pooled
+  float* pooled;   // [row_end - row_begin, pooled_width]; unused when !params.pooled
 };
 
 // The gradient in keys [key_begin, key_end) of one batch entry, computed by one thread. p_ij = exp(z_ij - lse_i); a row with lse -inf

@@ -1,28 +1,40 @@
 // Streaming softmax over a bank: log sum_j exp(z_ij) and sum_j p_ij k_j in one pass, for one instruction set.
 //
-// Queries are the rows, keys the columns of similarity_block.inl; the weights are an online softmax.
+// Queries are the rows, keys (and values, where these are others) the columns of stream.inl; the weights are an online softmax.
 //
 // Included by isa_*.cpp after the target pragma.
 #pragma once
 
-#include "similarity_block.inl"
+#include "stream.inl"
 
 namespace {
 
 using kdfast::SimilarityMerge;
 using kdfast::SimilarityTask;
 
-// The scratch of one thread: beside what every pass has, the running softmax of each row and the bias of a block.
-struct SoftmaxWorkspace : Workspace {
-  float *maximum, *multiplier, *correction, *sum;  // per row
-  float* bias;                                     // per column
+// The scratch of one thread.
+struct SoftmaxWorkspace {
+  int64_t rows, block;
+  Rows queries;
+  Sums pooled;
+  Streamed keys, values = {};
+  Tile tile;
+  BlockLabels labels;
+  float *maximum, *multiplier, *correction, *sum;  // per row: the running softmax
+  float* bias;                                     // per column of a block
 
   template <class Product>
   SoftmaxWorkspace(Product product, const SimilarityParams& p, int64_t row_count, int64_t columns, Arena& arena) {
-    plan(product, p, row_count, columns, arena);
-    maximum = arena.take(rows);
-    multiplier = arena.take(rows);
-    correction = arena.take(rows);
+    const bool other_values = p.pooled && p.values.data != nullptr;
+    rows = rows_at_once<Product>(p.width > p.pooled_width ? p.width : p.pooled_width, row_count);
+    block = block_columns<Product>(columns);
+    queries.plan(product, rows, p.width, arena);
+    pooled.plan(p.pooled ? rows : 0, p.pooled_width, arena);
+    keys.panels.plan(product, p.width, block, true, p.pooled && !other_values, arena);
+    if (other_values) values.panels.plan(product, p.pooled_width, block, false, true, arena);
+    tile.plan(product, rows, block, arena);
+    labels.plan(block, arena);
+    maximum = arena.take(rows), multiplier = arena.take(rows), correction = arena.take(rows);
     sum = arena.take(rows * kLanes);
     bias = arena.take(block);
   }
@@ -36,14 +48,14 @@ inline void pack_column_terms(const SoftmaxWorkspace& w, const SimilarityParams&
   if (p.bias != nullptr)
     for (int64_t j = 0; j < block.columns; ++j) w.bias[j] = kLog2e * p.bias[batch * p.bias_batch_stride + block.first + j];
   if (p.key_labels != nullptr)
-    pack_labels(w, p.key_labels + batch * p.key_labels_batch_stride + block.first, block.columns, block.padded);
+    w.labels.pack(p.key_labels + batch * p.key_labels_batch_stride + block.first, block);
 }
 
 // Replace row `at`'s scores q.k (the sign of its scale already in q) by base-2 logits, -inf at the excluded columns.
 inline void mask_row(const SoftmaxWorkspace& w, const SimilarityParams& p, int64_t at, const Block& block, float* scores) {
   const bool limited = p.limit != nullptr;
   const SameTerm magnitude{splat(__builtin_fabsf(p.scale[at]))}, limit{splat(limited ? p.limit[at] : kInfinity)};
-  mask_scores(w, scores, block.padded, magnitude, limited, limit, ColumnTerm{w.bias}, p.query_labels != nullptr ? p.query_labels + at : nullptr);
+  mask_scores(w.labels, scores, block.padded, magnitude, limited, limit, ColumnTerm{w.bias}, p.query_labels != nullptr ? p.query_labels + at : nullptr);
   for (int64_t e = 0; e < p.key_indices; ++e) {
     const int64_t index = p.key_index[at * p.key_indices + e] - block.first;
     if (index >= 0 && index < block.padded) scores[index] = -kInfinity;
@@ -59,9 +71,9 @@ inline float largest_score(const float* scores, int64_t padded) {
   return largest(larger(best0, best1));
 }
 
-// Replace base-2 logits, factor * score, by weights 2^(logit - shift); returns their sums by lane.
-template <class Packing>
-inline Vec weigh_row(float* scores, int64_t padded, float factor, float shift, bool keep) {
+// Weights 2^(logit - shift) of base-2 logits, factor * score; returns their sums by lane. `weights` null: only these.
+template <class Product>
+inline Vec weigh_row(const float* scores, float* weights, int64_t padded, float factor, float shift) {
   const Vec f = splat(factor), s = splat(-shift);
   Vec sum0 = {}, sum1 = {};
   for (int64_t j = 0; j < padded; j += 2 * kLanes) {
@@ -69,7 +81,7 @@ inline Vec weigh_row(float* scores, int64_t padded, float factor, float shift, b
     const Vec p1 = exp2_nonpositive(multiply_add(load(scores + j + kLanes), f, s));
     sum0 += p0;
     sum1 += p1;
-    if (keep) Packing::store_weights(scores, j, p0, p1);
+    if (weights != nullptr) Packing<Product>::store_weights(weights, j, p0, p1);
   }
   return sum0 + sum1;
 }
@@ -80,22 +92,20 @@ inline Vec weigh_row(float* scores, int64_t padded, float factor, float shift, b
 inline float log_sum(float maximum, float sum) { return float(0x1.62e42fefa39efp-1 * double(maximum) + __builtin_log(double(sum))); }
 
 // Up to rows_at_once rows, `first` .. `first + count` of the call, through the task's columns.
-template <class Packing>
+template <class Product>
 struct SimilarityPass {
-  using T = typename Packing::Element;
-  using Product = typename Packing::Product;
-
   const SimilarityParams& p;
   const SimilarityTask& task;
-  const SoftmaxWorkspace& w;
+  SoftmaxWorkspace& w;
   const int64_t first, count;
 
-  void run() const {
+  bool run() const {
     const int64_t padded_rows = round_up(count, Product::kRowMultiple);
-    for (int64_t i = 0; i < padded_rows; ++i) begin_row(i);
-    const T* const keys = static_cast<const T*>(p.keys) + task.batch * p.keys_batch_stride;
-    stream_columns(Packing{}, w, p, padded_rows, keys, task.column_begin, task.column_end, *this);
+    bool sound = true;
+    for (int64_t i = 0; i < padded_rows; ++i) sound &= begin_row(i);
+    sound &= stream_blocks(Product{}, w.block, padded_rows, task.column_begin, task.column_end, *this, w.keys, w.values);
     for (int64_t i = 0; i < count; ++i) end_row(i);
+    return sound;
   }
 
   bool masked(const Block& block) const {
@@ -107,28 +117,37 @@ struct SimilarityPass {
   }
 
   // Query, scale and start of row i; rows that only fill the last tile are zero.
-  void begin_row(int64_t i) const {
-    float* const query = w.packed_rows + i * w.row_stride;
-    float* const pooled = w.pooled + i * w.padded_width;
+  bool begin_row(int64_t i) const {
     w.maximum[i] = -kInfinity;
     w.multiplier[i] = 0;
     __builtin_memset(w.sum + i * kLanes, 0, 4 * kLanes);
-    if (p.pooled) __builtin_memset(pooled, 0, size_t(4 * w.padded_width));
+    if (p.pooled) __builtin_memset(w.pooled.at(i), 0, size_t(4 * w.pooled.stride));
     if (i >= count) {
-      __builtin_memset(query, 0, size_t(4 * w.row_stride));
-      return;
+      __builtin_memset(w.queries.at(i), 0, size_t(4 * w.queries.stride));
+      return true;
     }
     const float scale = p.scale[first + i];
     w.multiplier[i] = kLog2e * __builtin_fabsf(scale);
     // with the sign of the scale, so that the largest score is always the largest logit
-    Packing::pack_row(static_cast<const T*>(p.query) + (first + i) * p.width, p.width, scale < 0, query);
-    if (!task.start || p.start_logit[first + i] == -kInfinity) return;
+    const bool sound = Packing<Product>::pack_row(p.query, first + i, p.width, scale < 0, w.queries.at(i));
+    if (!task.start || p.start_logit[first + i] == -kInfinity) return sound;
     w.maximum[i] = kLog2e * p.start_logit[first + i];
     w.sum[i * kLanes] = 1;
-    if (!p.pooled || p.start_value == nullptr) return;
-    const T* const value = static_cast<const T*>(p.start_value) + (first + i) * p.width;
-    for (int64_t d = 0; d < p.width; d += kLanes)
-      store(pooled + d, d + kLanes <= p.width ? load(value + d) : load_partial(value + d, p.width - d));
+    if (!p.pooled || p.start_value.data == nullptr) return sound;
+    with_elements(p.start_value.from((first + i) * p.pooled_width), [&](const auto* value) {
+      for (int64_t d = 0; d < p.pooled_width; d += kLanes) store(w.pooled.at(i) + d, load_row(value, d, p.pooled_width));
+    });
+    return sound;
+  }
+
+  void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
+    score_rows(Product{}, w.queries.at(row), w.queries.stride, rows, w.keys.panels, block.padded, w.tile.scores(0), w.tile.stride);
+    weigh(block, row, rows, next);
+    if (!p.pooled) return;
+    // O = diag(correction) O + P V
+    const Panels& pooled = w.values.matrix.data != nullptr ? w.values.panels : w.keys.panels;
+    sum_rows(Product{}, w.tile.weights(0), w.tile.stride, rows, block.columns, pooled,
+             ScaleAddTile{w.pooled.at(row), w.pooled.stride, w.correction + row});
   }
 
   // For each row, with z the block's logits in base 2: m' = max(m, max z), weights 2^(z - m'), correction 2^(m - m'),
@@ -139,10 +158,9 @@ struct SimilarityPass {
     const bool mask_rows = masked(block);
     for (int64_t begin = row; begin < row + rows; begin += kLanes) {
       const int64_t end = smaller(begin + kLanes, row + rows);
-      float* const scores = w.scores + (begin - row) * w.score_stride;
       float best[kLanes] = {}, factor[kLanes] = {}, shift[kLanes];
       for (int64_t i = begin; i < end; ++i) {
-        float* const s = scores + (i - begin) * w.score_stride;
+        float* const s = w.tile.scores(i - row);
         const bool mask = mask_rows && i < count;
         if (mask) mask_row(w, p, first + i, block, s);
         factor[i - begin] = mask ? 1 : w.multiplier[i];
@@ -155,15 +173,13 @@ struct SimilarityPass {
       store(w.maximum + begin, after);
       store(w.correction + begin, exp2_nonpositive(before - finite));
       for (int64_t i = begin; i < end; ++i) {
-        const Vec sum = weigh_row<Packing>(scores + (i - begin) * w.score_stride, padded, factor[i - begin], shift[i - begin], p.pooled);
+        float* const weights = p.pooled ? w.tile.weights(i - row) : nullptr;
+        const Vec sum = weigh_row<Product>(w.tile.scores(i - row), weights, padded, factor[i - begin], shift[i - begin]);
         float* const l = w.sum + i * kLanes;
         store(l, multiply_add(load(l), splat(w.correction[i]), sum));
       }
     }
   }
-
-  // O = diag(correction) O + P K
-  ScaleAddTile sums(int64_t row, float* at) const { return {at, w.padded_width, w.correction + row}; }
 
   void end_row(int64_t i) const {
     const int64_t out = first + i - (task.batch * p.rows + task.row_begin);
@@ -172,7 +188,7 @@ struct SimilarityPass {
     if (!task.finish) task.sum[out] = sum;
     if (!p.pooled) return;
     const float weight = task.finish ? 1 / sum : 1;
-    for (int64_t d = 0; d < p.width; ++d) task.pooled[out * p.width + d] = sum == 0 ? 0 : weight * w.pooled[i * w.padded_width + d];
+    for (int64_t d = 0; d < p.pooled_width; ++d) task.pooled[out * p.pooled_width + d] = sum == 0 ? 0 : weight * w.pooled.at(i)[d];
   }
 };
 
@@ -180,21 +196,25 @@ struct SimilarityPass {
 
 // Words of workspace for tasks of at most `rows` rows and `columns` columns.
 int64_t similarity_workspace(const SimilarityParams& p, int64_t rows, int64_t columns) {
-  return with_packing(p.type, [&](auto packing) {
+  return scratch_words(p.precision, [&](auto product) {
     Arena arena{nullptr};
-    SoftmaxWorkspace(typename decltype(packing)::Product{}, p, rows, columns, arena);
+    SoftmaxWorkspace(product, p, rows, columns, arena);
     return arena.words;
   });
 }
 
 void similarity(const SimilarityParams& p, const SimilarityTask& task, float* workspace) {
-  with_packing(p.type, [&](auto packing) {
-    using Packing = decltype(packing);
+  with_sound_product(p.precision, [&](auto product) {
+    using Product = decltype(product);
     Arena arena{workspace};
-    const SoftmaxWorkspace w(typename Packing::Product{}, p, task.row_end - task.row_begin, task.column_end - task.column_begin, arena);
-    [[maybe_unused]] typename Packing::Product::Session session;
+    SoftmaxWorkspace w(product, p, task.row_end - task.row_begin, task.column_end - task.column_begin, arena);
+    w.keys.matrix = p.keys.from(task.batch * p.keys_batch_stride);
+    if (p.pooled && p.values.data != nullptr) w.values.matrix = p.values.from(task.batch * p.values_batch_stride);
+    [[maybe_unused]] typename Product::Session session;
+    bool sound = true;
     for (int64_t row = task.row_begin; row < task.row_end; row += w.rows)
-      SimilarityPass<Packing>{p, task, w, task.batch * p.rows + row, smaller(w.rows, task.row_end - row)}.run();
+      sound &= SimilarityPass<Product>{p, task, w, task.batch * p.rows + row, smaller(w.rows, task.row_end - row)}.run();
+    return sound;
   });
 }
 

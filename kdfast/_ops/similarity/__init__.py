@@ -14,11 +14,7 @@ from .sigmoid import sigmoid_pair_loss
 __all__ = ["Harder", "KeyIndex", "SameLabel", "sigmoid_pair_loss", "similarity_lse", "similarity_softmax"]
 
 
-def _cpu_refuses(*, other_values: bool = False, **facts) -> str | None:
-    return "it pools the keys, not other values" if other_values else cpu.refuses(**facts)
-
-
-impls.register("similarity_softmax", impls.Implementation("cpu", cpu.missing, _cpu_refuses))
+impls.register("similarity_softmax", impls.Implementation("cpu", cpu.missing, cpu.refuses))
 
 
 def similarity_softmax(

@@ -10,9 +10,16 @@ from ..._core import checks, dtypes, impls, precision
 from . import exclusions
 
 
+class Compute(NamedTuple):
+    """How products of the operands are formed."""
+
+    dtype: torch.dtype  # that operands are rounded to, before they are multiplied in the accumulator's
+    products: str  # "ieee", "tf32", "bf16x3" or "bf16": what a kernel may make of float32 operands
+
+
 class Problem(NamedTuple):
     impl: str
-    compute: torch.dtype
+    compute: Compute
     tensors: tuple  # query, keys, scale, bias, start_logit, values, start_value, query_labels, key_labels, key_index, limit, valid
     rows: torch.Size  # [*B, N]
 
@@ -37,12 +44,12 @@ def problem(query, keys, scale, values, bias, start, exclude, valid, precision_n
         checks.exact_shape("bias", bias, (count,) if bias.dim() == 1 else (*batch, count))
         checks.alike("bias", bias, "query", query, dtype=False)
         bias = bias.to(acc)
-    compute = compute_dtype(query, precision_name)
-    start_logit, start_value = _start(start, query, keys if values is None else values, acc, compute)
+    compute = how_to_compute(query, precision_name)
+    start_logit, start_value = _start(start, query, keys if values is None else values, acc, compute.dtype)
     rules = exclusions.flatten(exclude, query, keys, acc)
     valid = _valid(valid, query, keys, batch)
 
-    impl = impls.choose("similarity_softmax", impl, device_type=query.device.type, dtype=compute, other_values=values is not None)
+    impl = impls.choose("similarity_softmax", impl, device_type=query.device.type, dtype=compute.dtype)
     bank = ((keys, 2), (bias, 1), (values, 2), (rules.key_labels, 1), (valid, 0))  # with their dimensions when shared
     shared = all(x is None or x.dim() == own for x, own in bank)
     size = 1 if shared else query.shape[:-2].numel()
@@ -116,11 +123,13 @@ def _valid(valid, query: Tensor, keys: Tensor, batch: list[int]) -> Tensor | Non
     return torch.full((), int(valid), dtype=torch.int64, device=query.device)
 
 
-def compute_dtype(query: Tensor, precision_name: str | None) -> torch.dtype:
-    """The dtype that operands are rounded to before they are multiplied in the accumulator's."""
+def how_to_compute(query: Tensor, precision_name: str | None) -> Compute:
     name = precision.resolve(precision_name, query.device.type)
     if query.dtype == torch.float64:
-        return torch.float64
+        return Compute(torch.float64, "ieee")
+    dtype = query.dtype
     if torch.is_autocast_enabled(query.device.type):
-        return torch.get_autocast_dtype(query.device.type)
-    return torch.bfloat16 if name == "bf16" and query.dtype == torch.float32 else query.dtype
+        dtype = torch.get_autocast_dtype(query.device.type)
+    elif name == "bf16" and dtype == torch.float32:
+        dtype = torch.bfloat16
+    return Compute(dtype, "bf16" if dtype == torch.bfloat16 else "ieee" if dtype == torch.float16 else name)

@@ -15,29 +15,27 @@ from .second_order import Tangent, second_order
 def run_forward(impl, compute, need_pooled, query, keys, scale, bias, start_logit, values, start_value, *rules):
     """The named implementation's forward; `rules` = (query_labels, key_labels, key_index, limit, valid)."""
     if impl == "cpu":
-        return _run_cpu(compute, need_pooled, query, keys, scale, bias, start_logit, start_value, *rules)
+        query, keys, scale, bias, *rules = _for_kernel(query, keys, scale, bias, *rules)
+        start_logit, start_value = (None if x is None else x.contiguous() for x in (start_logit, start_value))
+        values = None if values is None else _dense(values)
+        return cpu.forward(
+            query, keys, scale, bias, start_logit, start_value, *rules, need_pooled, values=values, products=compute.products
+        )
     run = torch.ops.kdfast_torch.similarity_forward if torch.compiler.is_compiling() else portable.forward
-    return run(query, keys, scale, bias, start_logit, start_value, *rules, need_pooled, values, compute)
+    return run(query, keys, scale, bias, start_logit, start_value, *rules, need_pooled, values, compute.dtype)
 
 
-def _run_cpu(compute, need_pooled, query, keys, scale, bias, start_logit, start_value, *rules):
-    query, keys, scale, bias, *rules = _for_kernel(compute, query, keys, scale, bias, *rules)
-    start_logit, start_value = (None if x is None else x.contiguous() for x in (start_logit, start_value))
-    return cpu.forward(query, keys, scale, bias, start_logit, start_value, *rules, need_pooled)
-
-
-def _for_kernel(compute, query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid):
-    """As the compiled kernels want it: one dtype and contiguous tensors (the bank's side may have batch stride 0)."""
+def _for_kernel(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid):
+    """As the compiled kernels want it: contiguous tensors (the bank's side may have batch stride 0)."""
     query_labels, key_index, limit = (None if x is None else x.contiguous() for x in (query_labels, key_index, limit))
-    bias, key_labels, valid = (None if x is None else _dense(x, x.dtype) for x in (bias, key_labels, valid))
-    query, keys = query.to(compute).contiguous(), _dense(keys, compute)
-    return query, keys, scale.contiguous(), bias, query_labels, key_labels, key_index, limit, valid
+    bias, key_labels, valid = (None if x is None else _dense(x) for x in (bias, key_labels, valid))
+    return query.contiguous(), _dense(keys), scale.contiguous(), bias, query_labels, key_labels, key_index, limit, valid
 
 
-def _dense(x, dtype):
-    """`x` in `dtype`, contiguous but for a batch dimension of stride 0, which stays."""
+def _dense(x):
+    """`x`, contiguous but for a batch dimension of stride 0, which stays."""
     one = x[:1] if x.shape[0] > 1 and x.stride(0) == 0 else x
-    return one.to(dtype).contiguous().expand(x.shape)
+    return one.contiguous().expand(x.shape)
 
 
 def first_order(impl, compute, want, g, h, query, keys, scale, bias, start_logit, values, start_value, lse, pooled, *rules):
@@ -48,19 +46,19 @@ def first_order(impl, compute, want, g, h, query, keys, scale, bias, start_logit
     wanted = [(want_query or want_scale) and not closed, want_keys, want_bias, want_values]
     if impl == "cpu" and closed:
         if want_keys or want_bias:
-            problem = _for_kernel(compute, query, keys, scale, bias, *rules)
-            dkeys, dbias = cpu.grad_keys(g.contiguous(), lse.contiguous(), *problem, want_keys, want_bias)
+            problem = _for_kernel(query, keys, scale, bias, *rules)
+            dkeys, dbias = cpu.grad_keys(g.contiguous(), lse.contiguous(), *problem, want_keys, want_bias, products=compute.products)
             dkeys = dkeys.to(keys.dtype)
     elif any(wanted):
         run = torch.ops.kdfast_torch.similarity_gradients if torch.compiler.is_compiling() else portable.gradients
         problem = (query, keys, scale, bias, start_logit, values, start_value)
-        rows, dkeys, dbias, dvalues = run(g, h, *problem, lse, pooled, *rules, wanted, compute)
+        rows, dkeys, dbias, dvalues = run(g, h, *problem, lse, pooled, *rules, wanted, compute.dtype)
     dquery = dscale = None
     if want_query:
         factor = scale * g if closed else scale
         dquery = (factor[..., None] * (pooled if closed else rows)).to(query.dtype)
     if want_scale:
-        dscale = (query.to(compute).to(scale.dtype) * (pooled if closed else rows)).sum(-1)
+        dscale = (query.to(compute.dtype).to(scale.dtype) * (pooled if closed else rows)).sum(-1)
         dscale = g * dscale if closed else dscale
     dstart_logit = dstart_value = None
     if start_logit is not None:
@@ -190,7 +188,7 @@ class SecondOrder(Function):
         compute, want, u, kappa, sigma, beta, omega, nu, nu_start,
         g, h, query, keys, scale, bias, start_logit, values, start_value, lse, pooled, query_labels, key_labels, key_index, limit, valid,
     ):  # fmt: skip
-        logits = portable.make_logits(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, compute)
+        logits = portable.make_logits(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, compute.dtype)
         want_keys, want_bias, want_values = want
         out = second_order(
             logits, Tangent(u, kappa, sigma, beta, omega, nu, nu_start), g, h, start_logit, start_value, values, lse, pooled,

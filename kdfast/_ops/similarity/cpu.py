@@ -6,6 +6,7 @@ from torch import Tensor
 from kdfast._core import extension
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PRODUCTS = {"ieee": 0, "tf32": 0, "bf16x3": 1, "bf16": 2}
 
 
 def missing() -> str | None:
@@ -22,6 +23,11 @@ def refuses(*, device_type: str = "cpu", dtype: torch.dtype = torch.float32, **_
     return None
 
 
+def _products(name: str | None, query: Tensor) -> int:
+    """The kernels' number for a way to form products; None: as the queries' dtype suggests."""
+    return _PRODUCTS[name or ("bf16" if query.dtype == torch.bfloat16 else "ieee")]
+
+
 def forward(
     query: Tensor,
     keys: Tensor,
@@ -35,17 +41,22 @@ def forward(
     limit: Tensor | None,
     valid: Tensor | None,
     pooled: bool,
+    *,
+    values: Tensor | None = None,
+    products: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(lse [B, N], pooled [B, N, D]) in float32; pooled is empty, [0], unless asked for.
+    """(lse [B, N], pooled [B, N, Dv]) in float32; pooled is empty, [0], unless asked for.
 
     z_ij = scale_i q_i.k_j + bias_j over the admitted columns j, and start_i. Contiguous, except that what belongs to the columns
     may be shared by the batch (stride 0): query [B, N, D], keys [B, M, D], scale [B, N] float32, bias [B, M] float32,
     start_logit [B, N] float32 with start_value [B, N, D] (None: zero), query_labels [B, N] with key_labels [B, M] int64,
     key_index [B, N, E] int64 (-1 none), limit [B, N] float32, valid [B] int64. RuntimeError for anything else.
+    values [B, M, Dv] (None: the keys) are what is pooled. The matrices may differ in dtype; `products` says how they are multiplied.
     """
     return torch.ops.kdfast.similarity_softmax(
-        query, keys, scale, bias, start_logit, start_value, query_labels, key_labels, key_index, limit, valid, pooled
-    )
+        query, keys, scale, bias, start_logit, values, start_value, query_labels, key_labels, key_index, limit, valid, pooled,
+        _products(products, query),
+    )  # fmt: skip
 
 
 def grad_keys(
@@ -62,6 +73,8 @@ def grad_keys(
     valid: Tensor | None,
     want_keys: bool,
     want_bias: bool,
+    *,
+    products: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(sum_i g_i s_i p_ij q_i [B, M, D], sum_i g_i p_ij [B, M]) in float32; what is not wanted is empty, [0].
 
@@ -69,18 +82,20 @@ def grad_keys(
     [B, N] and `lse` [B, N] is `forward`'s, both float32; the rest as there. Keys that the batch shares get a gradient for each entry.
     """
     return torch.ops.kdfast.similarity_grad_keys(
-        g, lse, query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, want_keys, want_bias
-    )
+        g, lse, query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, want_keys, want_bias,
+        _products(products, query),
+    )  # fmt: skip
 
 
 def _fake(query: Tensor, *args) -> tuple[Tensor, Tensor]:
-    pooled = args[-1]
+    values, pooled = args[4], args[-2]
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
-    return lse, query.new_empty(query.shape if pooled else (0,), dtype=torch.float32)
+    width = query.shape[-1] if values is None else values.shape[-1]
+    return lse, query.new_empty((*lse.shape, width) if pooled else (0,), dtype=torch.float32)
 
 
 def _grad_keys_fake(g: Tensor, lse: Tensor, query: Tensor, keys: Tensor, *args) -> tuple[Tensor, Tensor]:
-    want_keys, want_bias = args[-2:]
+    want_keys, want_bias = args[-3:-1]
     return g.new_empty(keys.shape if want_keys else (0,)), g.new_empty(keys.shape[:2] if want_bias else (0,))
 
 

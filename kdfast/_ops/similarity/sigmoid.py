@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..._core import checks
-from .arguments import compute_dtype, row_parameter
+from .arguments import how_to_compute, row_parameter
 from .autograd import fold_batch
 from .tiles import Scores, contract, contract_tangent
 
@@ -35,7 +35,7 @@ def sigmoid_pair_loss(query: Tensor, keys: Tensor, scale: float | Tensor, shift:
     lead = (1, rows.numel()) if keys.dim() == 2 else (batch.numel(), rows[-1])
     scale, shift = (row_parameter(name, x, query).reshape(lead) for name, x in (("scale", scale), ("shift", shift)))
     loss = SigmoidPairs.apply(
-        compute_dtype(query, None),
+        how_to_compute(query, None).dtype,
         query.reshape(*lead, query.shape[-1]),
         keys.reshape(lead[0], *keys.shape[-2:]),
         scale,
