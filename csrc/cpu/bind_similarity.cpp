@@ -1,72 +1,17 @@
 // kdfast::similarity_softmax and kdfast::similarity_grad_keys on the CPU: checks, division among threads, registration.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <numeric>
-#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "bind.h"
-#include "dispatch.h"
+#include "bind_similarity.h"
 
 namespace {
 
 using kdfast::SimilarityMerge;
-using kdfast::SimilarityParams;
 using kdfast::SimilarityTask;
-using OptionalTensor = std::optional<Tensor>;
-
-// Contiguous, or a contiguous [...] expanded over the batch dimension; returns the batch stride in elements.
-int64_t batch_stride(const char* name, const Tensor& x, bool may_be_shared) {
-  int64_t expected = 1;
-  bool inner = true;
-  for (int64_t d = x.dim() - 1; d > 0; --d) {
-    inner = inner && (x.size(d) == 1 || x.stride(d) == expected);
-    expected *= x.size(d);
-  }
-  const bool shared = x.stride(0) == 0 && may_be_shared;
-  STD_TORCH_CHECK(x.numel() == 0 || (inner && (x.size(0) == 1 || x.stride(0) == expected || shared)), name,
-                  " must be contiguous", may_be_shared ? " (its batch stride may be 0)" : "");
-  return shared || x.size(0) == 1 ? 0 : expected;
-}
-
-template <class T>
-const T* row_data(const char* name, const OptionalTensor& x, ScalarType type, std::initializer_list<int64_t> shape) {
-  if (!x.has_value()) return nullptr;
-  check(name, *x, type, shape);
-  batch_stride(name, *x, false);
-  return data<T>(*x);
-}
-
-template <class T>
-const T* column_data(const char* name, const OptionalTensor& x, ScalarType type, std::initializer_list<int64_t> shape, int64_t* stride) {
-  if (!x.has_value()) return nullptr;
-  check(name, *x, type, shape);
-  *stride = batch_stride(name, *x, true);
-  return data<T>(*x);
-}
-
-// Query-side and bank-side matrices, of any element type.
-kdfast::Matrix row_matrix(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) {
-  check(name, x, x.scalar_type(), shape);
-  batch_stride(name, x, false);
-  return matrix(name, x);
-}
-
-kdfast::Matrix column_matrix(const char* name, const Tensor& x, std::initializer_list<int64_t> shape, int64_t* stride) {
-  check(name, x, x.scalar_type(), shape);
-  *stride = batch_stride(name, x, true);
-  return matrix(name, x);
-}
-
-kdfast::Precision precision_of(int64_t precision) {
-  STD_TORCH_CHECK(precision >= 0 && precision <= 2, "precision must be 0 (float), 1 (bf16x3) or 2 (bf16), got ", precision);
-  return kdfast::Precision(precision);
-}
 
 int64_t valid_columns(const SimilarityParams& p, int64_t batch) {
   if (p.valid == nullptr) return p.columns;
@@ -99,10 +44,6 @@ Division divide(const SimilarityParams& p) {
   const int64_t room = std::max<int64_t>(1, kPartialFloats / per_part);
   const int64_t column_parts = std::clamp<int64_t>(parts / row_parts, 1, std::max<int64_t>(1, std::min(p.columns / kMinColumns, room)));
   return {workers, row_parts, column_parts};
-}
-
-Tensor floats(int64_t count) {
-  return torch::stable::empty({count}, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt, std::nullopt);
 }
 
 void run(const SimilarityParams& p, float* lse, float* pooled) {
@@ -145,36 +86,6 @@ void run(const SimilarityParams& p, float* lse, float* pooled) {
     kernels.similarity_merge({cut.column_parts, end - row, total_rows, p.pooled_width, maximum + row, sum + row,
                               p.pooled ? values + row * p.pooled_width : nullptr, lse + row, pooled + row * p.pooled_width});
   });
-}
-
-// What both ops take, checked; without the start.
-SimilarityParams parameters(const Tensor& query, const Tensor& keys, const Tensor& scale, const OptionalTensor& bias,
-                            const OptionalTensor& query_labels, const OptionalTensor& key_labels, const OptionalTensor& key_index,
-                            const OptionalTensor& limit, const OptionalTensor& valid, bool pooled, int64_t precision) {
-  STD_TORCH_CHECK(query.dim() == 3 && keys.dim() == 3, "query and keys must have 3 dimensions, got ", query.dim(), " and ", keys.dim());
-  STD_TORCH_CHECK(query_labels.has_value() == key_labels.has_value(), "query_labels and key_labels come together");
-  const int64_t batch = query.size(0), rows = query.size(1), width = query.size(2), columns = keys.size(1);
-
-  SimilarityParams p{};
-  p.precision = precision_of(precision);
-  p.batch = batch, p.rows = rows, p.columns = columns, p.width = p.pooled_width = width;
-  p.pooled = pooled;
-  p.query = row_matrix("query", query, {batch, rows, width});
-  p.keys = column_matrix("keys", keys, {batch, columns, width}, &p.keys_batch_stride);
-  p.scale = row_data<float>("scale", scale, ScalarType::Float, {batch, rows});
-  p.bias = column_data<float>("bias", bias, ScalarType::Float, {batch, columns}, &p.bias_batch_stride);
-  p.query_labels = row_data<int64_t>("query_labels", query_labels, ScalarType::Long, {batch, rows});
-  p.key_labels = column_data<int64_t>("key_labels", key_labels, ScalarType::Long, {batch, columns}, &p.key_labels_batch_stride);
-  p.key_indices = key_index.has_value() && key_index->dim() == 3 ? key_index->size(2) : 0;
-  p.key_index = row_data<int64_t>("key_index", key_index, ScalarType::Long, {batch, rows, p.key_indices});
-  p.limit = row_data<float>("limit", limit, ScalarType::Float, {batch, rows});
-  p.valid = column_data<int64_t>("valid", valid, ScalarType::Long, {batch}, &p.valid_stride);
-  return p;
-}
-
-Tensor output(const Tensor& like, std::initializer_list<int64_t> shape) {
-  const std::vector<int64_t> sizes(shape);
-  return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, ScalarType::Float);
 }
 
 std::tuple<Tensor, Tensor> similarity_softmax(const Tensor& query, const Tensor& keys, const Tensor& scale, const OptionalTensor& bias,
