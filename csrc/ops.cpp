@@ -12,4 +12,8 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, bool want_keys, bool want_bias, int precision) -> (Tensor, Tensor)");
   m.def("gather_similarity(Tensor query, Tensor bank, Tensor index) -> Tensor");
   m.def("gather_weighted_sum(Tensor weight, Tensor bank, Tensor index) -> Tensor");
+  m.def(
+      "sinkhorn_solve(Tensor? cost, Tensor? x, Tensor? y, Tensor a, Tensor b, Tensor epsilon, Tensor? rows, Tensor? cols, str metric, "
+      "float? rho_a, float? rho_b, Tensor g, int iterations, float? tol, str method, float? anneal_start, float? anneal_factor, "
+      "bool history) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from sinkhorn_impls import every_impl  # noqa: F401
 
 from kdfast._ops.sinkhorn import reference
 from kdfast.ops import SinkhornResult, sinkhorn

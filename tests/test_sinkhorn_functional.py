@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
+from sinkhorn_impls import every_impl  # noqa: F401
 from torch.autograd import gradcheck, gradgradcheck
 
 from kdfast import functional as F

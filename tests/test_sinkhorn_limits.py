@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from sinkhorn_impls import AVAILABLE, every_impl  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdfast._ops.sinkhorn import library
@@ -53,15 +54,16 @@ def test_log_iterations_make_no_second_cost(dtype, monkeypatch, opened):
     assert seen.elements <= 2000, seen.elements
 
 
-def test_operators():
+@pytest.mark.parametrize("impl", AVAILABLE)
+def test_operators(impl):
     """Schemas, fakes and mutation of every operator, for given costs, a shared ragged one, and points."""
     a, b, epsilon, g = torch.full((2, 4), 1 / 4), torch.full((2, 3), 1 / 3), torch.tensor([0.1, 0.2]), torch.zeros(2, 3)
     cost, lengths = torch.rand(2, 4, 3), (torch.tensor([3, 4]), torch.tensor([2, 3]))
     schedule = (3, None, "log", None, None)
     for p in (
-        (cost, None, None, a, b, epsilon, None, None, "given", None, None),
-        (cost[0], None, None, a, b, epsilon, *lengths, "given", None, 0.5),
-        (None, torch.randn(2, 4, 2), torch.randn(2, 3, 2), a, b, epsilon, None, None, "euclidean", 0.5, None),
+        (cost, None, None, a, b, epsilon, None, None, "given", None, None, impl),
+        (cost[0], None, None, a, b, epsilon, *lengths, "given", None, 0.5, impl),
+        (None, torch.randn(2, 4, 2), torch.randn(2, 3, 2), a, b, epsilon, None, None, "euclidean", 0.5, None, impl),
     ):
         f, g, *_, done, history_f, history_g = library.solve(*p, torch.zeros(2, 3), *schedule, True)
         for op, arguments in (

@@ -3,6 +3,7 @@
 
 #include "gather.h"
 #include "similarity.h"
+#include "sinkhorn.h"
 
 // Compilers that know AMX, and the system that lends its registers.
 #if defined(__x86_64__) && defined(__linux__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
@@ -27,6 +28,11 @@ struct CpuKernels {
   int64_t (*gather_blocks_workspace)(const GatherParams&, const GatherBlocks&);  // floats
   // Blocks first .. last: scores into the samples, or weighted sums of their samples into sums [rows, width].
   void (*gather_blocks)(const GatherParams&, const GatherBlocks&, int64_t first, int64_t last, float* workspace, float* sums);
+  // Elements of workspace for problems up to this size; the solution of one.
+  int64_t (*sinkhorn_workspace)(const SinkhornProblem<float>&, const SinkhornSchedule&, int64_t workers);
+  int64_t (*sinkhorn_workspace_double)(const SinkhornProblem<double>&, const SinkhornSchedule&, int64_t workers);
+  void (*sinkhorn_solve)(const SinkhornProblem<float>&, const SinkhornSchedule&, const SinkhornTeam&, const SinkhornSolution<float>&, float* workspace);
+  void (*sinkhorn_solve_double)(const SinkhornProblem<double>&, const SinkhornSchedule&, const SinkhornTeam&, const SinkhornSolution<double>&, double* workspace);
   double (*fma_probe)(bool bfloat16, int64_t steps);  // returns the operations done
 };
 

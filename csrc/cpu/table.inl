@@ -5,6 +5,7 @@
 #include "probe.inl"
 #include "similarity.inl"
 #include "similarity_grad.inl"
+#include "sinkhorn.inl"
 
 #define KDFAST_PASTE_(a, b) a##b
 #define KDFAST_PASTE(a, b) KDFAST_PASTE_(a, b)
@@ -15,6 +16,7 @@ namespace kdfast {
 extern const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA);
 const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA) = {
     KDFAST_QUOTE(KDFAST_ISA), similarity_workspace, similarity, similarity_merge, similarity_grad_workspace, similarity_grad,
-    gather_similarity, gather_weighted_sum, gather_by_blocks, gather_blocks_workspace, gather_blocks, fma_probe,
+    gather_similarity, gather_weighted_sum, gather_by_blocks, gather_blocks_workspace, gather_blocks,
+    sinkhorn_workspace<float>, sinkhorn_workspace<double>, sinkhorn_solve<float>, sinkhorn_solve<double>, fma_probe,
 };
 }  // namespace kdfast

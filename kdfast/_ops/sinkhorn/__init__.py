@@ -6,7 +6,7 @@ from torch import Tensor
 from kdfast._core import checks, impls
 from kdfast._core import precision as precisions
 
-from . import arguments
+from . import arguments, cpu
 from .autograd import DualValue, Potentials, TransportCost, followed, refuse
 from .geometry import Problem
 from .result import PlanState, SinkhornResult, refusal
@@ -15,7 +15,7 @@ __all__ = ["SinkhornResult", "sinkhorn"]
 
 GRADS = ("envelope", "implicit", "unrolled", "detached")
 
-impls.register("sinkhorn")
+impls.register("sinkhorn", impls.Implementation("cpu", cpu.missing, cpu.refuses))
 
 
 def sinkhorn(
@@ -70,7 +70,7 @@ def sinkhorn(
             with P taken as constant.
         precision: "bf16" rounds the centred points. Otherwise their products are made as PyTorch's matmuls are set to
             on a GPU (TF32 there costs about 1e-3 of the cost's range), in float32 on the CPU.
-        impl: None or "torch".
+        impl: None, "cpu" or "torch".
 
     Returns: SinkhornResult: f, g, value, transport_cost, epsilon, iterations, error, converged, plan(), apply(v),
         apply_t(v), check().
@@ -84,10 +84,10 @@ def sinkhorn(
     rho = arguments.marginal_penalties(rho, method)
     first = cost if cost is not None else x
     device_type = first.device.type if isinstance(first, Tensor) else "cpu"
-    impls.choose("sinkhorn", impl, device_type=device_type)
+    impl = impls.choose("sinkhorn", impl, device_type=device_type)
     precision = precisions.resolve(precision, device_type)
     with torch.autocast(device_type, enabled=False):
-        p, batch, inside = arguments.problem(cost, x, y, metric, a, b, epsilon, rho, lengths, precision)
+        p, batch, inside = arguments.problem(cost, x, y, metric, a, b, epsilon, rho, lengths, precision, impl)
         g0 = _start(init, p, batch, inside[1], method)
         result = _solve(p, g0, schedule, grad, batch, inside)
     if tol is not None and device_type == "cpu" and not torch.compiler.is_compiling() and checks.readable(result.error.detach()):

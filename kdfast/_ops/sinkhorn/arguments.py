@@ -48,7 +48,7 @@ def marginal_penalties(rho, method: str) -> tuple[float | None, float | None]:
     return tuple(None if value is None else float(value) for value in pair)
 
 
-def problem(cost, x, y, metric, a, b, epsilon, rho, lengths, precision) -> tuple[Problem, tuple[int, ...], tuple]:
+def problem(cost, x, y, metric, a, b, epsilon, rho, lengths, precision, impl) -> tuple[Problem, tuple[int, ...], tuple]:
     """(the Problem over the flattened batch, the batch's shape, which rows [B, n] and columns [B, m] are not padding or None)."""
     _source(cost, x, y, metric)
     first = x if cost is None else cost
@@ -95,7 +95,7 @@ def problem(cost, x, y, metric, a, b, epsilon, rho, lengths, precision) -> tuple
         x, y = _points(flat(x.to(dtype), 2), flat(y.to(dtype), 2), rows, cols, metric, precision)
         metric = "dot" if metric == "cosine" else metric
         rows = cols = None  # padded points are zero and have no weight
-    return Problem(cost, x, y, *weights, eps, rows, cols, metric, *rho), batch, inside
+    return Problem(cost, x, y, *weights, eps, rows, cols, metric, *rho, impl), batch, inside
 
 
 def _source(cost, x, y, metric) -> None:

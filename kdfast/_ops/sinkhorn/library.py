@@ -1,6 +1,6 @@
-"""The portable form as operators of torch.ops.kdfast_torch: opaque to torch.compile, which would unroll the iterations.
+"""What is done to a Problem, as operators of torch.ops.kdfast_torch: opaque to torch.compile, which would unroll the iterations.
 
-Every operator takes the fields of a Problem first; those that iterate take a Schedule's last.
+Every operator takes the fields of a Problem first, of which the last chooses the implementation; those that iterate take a Schedule's last.
 """
 
 import functools
@@ -8,13 +8,13 @@ import functools
 import torch
 from torch import Tensor
 
-from . import adjoint, portable
+from . import adjoint, cpu, portable
 from .geometry import Problem
 from .portable import Schedule
 
 _PROBLEM = (
     "Tensor? cost, Tensor? x, Tensor? y, Tensor a, Tensor b, Tensor epsilon, Tensor? rows, Tensor? cols, "
-    "str metric, float? rho_a, float? rho_b"
+    "str metric, float? rho_a, float? rho_b, str impl"
 )
 _SCHEDULE = "int iterations, float? tol, str method, float? anneal_start, float? anneal_factor"
 _FIELDS = len(Problem._fields)
@@ -58,7 +58,7 @@ def _fold(name: str, info, in_dims, *args):
 
 def _solve(*args):
     p, g, schedule, history = Problem(*args[:_FIELDS]), args[_FIELDS], Schedule(*args[_FIELDS + 1 : -1]), args[-1]
-    return tuple(portable.solve(p, g, schedule, history))
+    return tuple((cpu if p.impl == "cpu" else portable).solve(p, g, schedule, history))
 
 
 def _solve_shapes(*args):

@@ -1,0 +1,50 @@
+// What the Sinkhorn kernels are given: plain pointers, 64-bit sizes, no torch. Real is float or double.
+#pragma once
+
+#include "element.h"
+
+namespace kdfast {
+
+enum class SinkhornMetric : int32_t { kGiven, kSquared, kEuclidean, kDot };  // kDot: 1 - x.y
+enum class SinkhornMethod : int32_t { kLog, kKernel, kProximal };
+
+// One problem: P_ij = a_i b_j exp((f_i + g_j - C_ij)/epsilon). Everything is contiguous but the cost's rows.
+template <class Real>
+struct SinkhornProblem {
+  SinkhornMetric metric;
+  ElementType type;     // of a given cost where Real is float; a double problem has a double cost
+  const void* cost;     // [n, m], each row contiguous
+  int64_t cost_stride;  // elements from one row of the cost to the next
+  const Real *x, *y;    // [n, width], [m, width] where the cost is not given
+  int64_t n, m, width;
+  const Real *a, *b;  // [n], [m]
+  double epsilon;
+  double rho_a, rho_b;  // 0: fixed marginal
+};
+
+struct SinkhornSchedule {
+  SinkhornMethod method;
+  int64_t iterations;
+  double tol;           // negative: none
+  double anneal_start;  // 0: none
+  double anneal_factor;
+};
+
+// Outputs. History may be null: [iterations][n] and [iterations][m], `history_*_stride` from one iteration to the next.
+template <class Real>
+struct SinkhornSolution {
+  Real *f, *row;  // [n]; row: sum_j b_j E_ij, E = exp((f + g - C)/epsilon)
+  Real *g, *col;  // [m]; col: sum_i a_i E_ij; before: what to start from
+  Real *transport, *error;
+  int64_t* done;
+  Real *history_f, *history_g;
+  int64_t history_f_stride, history_g_stride;
+};
+
+// Those who share the work on one problem: run(size, body, self) calls body(self, worker) for each worker < size.
+struct SinkhornTeam {
+  int64_t size;
+  void (*run)(int64_t size, void (*body)(void* self, int64_t worker), void* self);
+};
+
+}  // namespace kdfast
