@@ -3,6 +3,7 @@
 Small ragged shapes: it finds a miscompiled kernel or a broken installation, not what the tests are for.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -100,6 +101,14 @@ def _similarity_softmax(impl: str) -> Iterator[Pair]:
         _rows(N, 1),
         _rows(M, 2),
     )
+
+
+def _info_nce(impl: str) -> Iterator[Pair]:
+    def plain(query, positive, bank):
+        logits = torch.cat([(query * positive).sum(-1, keepdim=True), query @ bank.T], 1) / 0.07
+        return F.cross_entropy(logits, torch.zeros(N, dtype=torch.long))
+
+    return _agree(functools.partial(functional.info_nce, impl=impl), plain, impl, _rows(N, 1), _rows(N, 2), _rows(M, 3))
 
 
 def _gather_similarity(impl: str) -> Iterator[Pair]:
@@ -204,6 +213,7 @@ def _mine_triplets(impl: str) -> Iterator[Pair]:
 
 CHECKS: dict[str, Callable[[str], Iterator[Pair]]] = {
     "similarity_softmax": _similarity_softmax,
+    "info_nce": _info_nce,
     "gather_similarity": _gather_similarity,
     "sinkhorn": _sinkhorn,
     "knn": _knn,

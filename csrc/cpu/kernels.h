@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gather.h"
+#include "info_nce.h"
 #include "similarity.h"
 #include "sinkhorn.h"
 
@@ -21,6 +22,9 @@ struct CpuKernels {
   void (*similarity_merge)(const SimilarityMerge&);
   int64_t (*similarity_grad_workspace)(const SimilarityParams&, int64_t keys, bool bias);  // floats, for tasks up to this size
   void (*similarity_grad)(const SimilarityParams&, const SimilarityGradTask&, float* workspace);
+  void (*info_nce_rows)(const InfoNceParams&, const InfoNceRows&);
+  void (*info_nce_grad_rows)(const InfoNceParams&, const InfoNceGradients&, int64_t begin, int64_t end);
+  void (*info_nce_grad_candidates)(const InfoNceParams&, const InfoNceGradients&);
   // Items begin .. end: of the N K scores, of the N rows. False: an index was outside the bank.
   bool (*gather_similarity)(const GatherParams&, int64_t begin, int64_t end);
   bool (*gather_weighted_sum)(const GatherParams&, int64_t begin, int64_t end);

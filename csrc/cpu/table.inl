@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gather_blocks.inl"
+#include "info_nce.inl"
 #include "probe.inl"
 #include "similarity.inl"
 #include "similarity_grad.inl"
@@ -16,6 +17,7 @@ namespace kdfast {
 extern const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA);
 const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA) = {
     KDFAST_QUOTE(KDFAST_ISA), similarity_workspace, similarity, similarity_merge, similarity_grad_workspace, similarity_grad,
+    info_nce_rows, info_nce_grad_rows, info_nce_grad_candidates,
     gather_similarity, gather_weighted_sum, gather_by_blocks, gather_blocks_workspace, gather_blocks,
     sinkhorn_workspace<float>, sinkhorn_workspace<double>, sinkhorn_solve<float>, sinkhorn_solve<double>, fma_probe,
 };

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import checks, dtypes
+from .._ops.similarity.positives import take, take_rows
 
 
 def normalized(x: Tensor | None) -> Tensor | None:
@@ -25,29 +26,11 @@ def inverse(name: str, temperature: float | Tensor, query: Tensor) -> Tensor | f
     return temperature.to(device=query.device, dtype=dtypes.accumulator(query.dtype)).reciprocal()
 
 
-def dot(x: Tensor, y: Tensor) -> Tensor:
-    """Row-wise inner products in the accumulator dtype, with no matmul that autocast would lower."""
-    wide = dtypes.accumulator(x.dtype)
-    return (x.to(wide) * y.to(wide)).sum(-1)
-
-
 def per_row(scale: float | Tensor, trailing: int = 0) -> float | Tensor:
     """`scale` (float, 0-d or [*B, N]) made to broadcast against [*B, N] followed by `trailing` dimensions."""
     if not isinstance(scale, Tensor) or scale.dim() == 0:
         return scale
     return scale[(..., *(None,) * trailing)]
-
-
-def take_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """rows[index] for shared rows [M, D] or batched rows [*B, M, D]; index [*B, N] -> [*B, N, D]."""
-    if rows.dim() == 2:
-        return rows[index]
-    return rows.take_along_dim(index[..., None], dim=-2)
-
-
-def take(values: Tensor, index: Tensor) -> Tensor:
-    """values[index] for shared values [M] or batched values [*B, M]; index [*B, N] -> [*B, N]."""
-    return values[index] if values.dim() == 1 else values.take_along_dim(index, dim=-1)
 
 
 def own_columns(own_index: "bool | Tensor | None", query: Tensor, count: int) -> Tensor | None:

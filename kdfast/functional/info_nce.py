@@ -3,14 +3,17 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import bank_protocol, checks, collectives, dtypes
 from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
-from .._ops.similarity import Harder, KeyIndex, SameLabel, similarity_lse
-from ._candidates import dot, inverse, normalized, own_columns, per_row, score_sums, take, take_rows
+from .._ops.similarity import similarity_lse
+from .._ops.similarity.arguments import problem
+from .._ops.similarity.exclusions import Rules
+from .._ops.similarity.info_nce import Positives, info_nce_rows
+from .._ops.similarity.positives import positive_logits
+from ._candidates import ScoreSums, inverse, normalized, own_columns, per_row, score_sums
 
 
 def info_nce(
@@ -82,11 +85,17 @@ def info_nce(
     p = _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bias, bank_valid, own_index, normalize, group)
     _check_options(p, positive_weights, same_class, false_negative_margin, include_positive, label_smoothing, reduction)
     scale = inverse("temperature", temperature, p.query)
-    kernel = dict(scale=scale, bias=p.bias, valid=p.valid, precision=precision, impl=impl)
+    if p.rows.shape[-2] == 0:  # an empty batch is its own bank
+        return reduce_rows(p.query.sum(-1), weight=weight, reduction=reduction)
     if same_class == "positive":
-        losses, counted = _attracted(p, scale, include_positive, kernel)
-    else:
-        losses, counted = _contrasted(p, scale, positive_weights, false_negative_margin, include_positive, label_smoothing, kernel)
+        losses, counted = _attracted(p, scale, include_positive, precision, impl)
+        return reduce_rows(losses, counted=counted, weight=weight, reduction=reduction)
+    mean = reduction == "mean" and weight is None and p.counted is None and include_positive and not label_smoothing
+    losses, counted = _contrasted(
+        p, scale, positive_weights, false_negative_margin, include_positive, label_smoothing, precision, impl, mean=mean
+    )
+    if mean:
+        return losses
     return reduce_rows(losses, counted=counted, weight=weight, reduction=reduction)
 
 
@@ -94,13 +103,14 @@ class _Problem(NamedTuple):
     """The arguments after checks: every candidate explicit, every exclusion an index or a label."""
 
     query: Tensor  # [*B, N, D]
-    positive: Tensor | None  # [*B, N, J, D]
+    positive: Tensor | None  # [*B, N, D] or [*B, N, J, D], given as rows
+    columns: Tensor | None  # [*B, N, J] given as rows of the bank, -1 none
     rows: Tensor  # [M, D] or [*B, M, D]
     valid: int | Tensor | None
     bias: Tensor | None  # [M] or [*B, M]
     query_labels: Tensor | None  # [*B, N]
     row_labels: Tensor | None  # [M] or [*B, M]
-    targets: Tensor | None  # [*B, N]
+    counted: Tensor | None  # [*B, N] bool: rows that have a target; None: positives are not named by targets
     skip: Tensor | None  # [*B, N, E] columns left out by index, -1 none
 
 
@@ -110,8 +120,7 @@ def _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bia
     if positive is not None:
         checks.floating("positive", positive)
         if positive.dim() == query.dim():
-            checks.exact_shape("positive", positive, tuple(query.shape))
-            positive = positive.unsqueeze(-2)
+            checks.exact_shape("positive", positive, query.shape)
         elif positive.dim() != query.dim() + 1 or positive.shape[:-2] != query.shape[:-1] or positive.shape[-1] != query.shape[-1]:
             raise ValueError(f"positive must be [*B, N, D] or [*B, N, J, D] for query {tuple(query.shape)}, got {tuple(positive.shape)}")
         checks.alike("positive", positive, "query", query)
@@ -148,12 +157,13 @@ def _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bia
     return _Problem(
         query,
         positive,
+        None if targets is None else targets[..., None],
         normalized(rows) if normalize else rows,
         given.valid,
         given.bias,
         query_labels,
         row_labels,
-        targets,
+        None if targets is None else targets >= 0,
         torch.stack(skip, dim=-1) if skip else None,
     )
 
@@ -167,23 +177,27 @@ def _in_batch(query, positive, given, targets, query_labels, own_index, group) -
         raise ValueError("positive must be given when there is no bank")
     if group is not None and query.dim() != 2:
         raise ValueError(f"query must be [N, D] when group is given, got {tuple(query.shape)}")
-    n, copies = query.shape[-2], positive.shape[-2]
-    rows, offset = positive.flatten(-3, -2), 0  # [*B, N J, D]
+    n, copies = query.shape[-2], _copies(query, positive)
+    rows, offset = positive if positive.dim() == query.dim() else positive.flatten(-3, -2), 0  # [*B, N J, D]
     labels = query_labels
     if group is not None:
         rows, first_row = collectives.all_gather_rows(rows, group)
         offset = first_row // copies
         labels = None if labels is None else collectives.all_gather_rows(labels, group)[0]
-    sample = torch.arange(offset, offset + n, device=query.device)
-    own = sample[:, None] * copies + torch.arange(copies, device=query.device)  # [N, J]
-    skip = own.expand(*query.shape[:-1], copies)
+    own = torch.arange(offset * copies, (offset + n) * copies, device=query.device).view(n, copies)
+    own = skip = own.expand(*query.shape[:-1], copies)
     if own_index is not None and own_index is not True:
         given_own = own_columns(own_index, query, rows.shape[-2] // copies)
         given_own = torch.where(given_own >= 0, given_own * copies, -1)
         extra = given_own[..., None] + torch.arange(copies, device=query.device) * (given_own >= 0)[..., None]
         skip = torch.cat([skip, extra], dim=-1)
     row_labels = None if labels is None else labels.repeat_interleave(copies, dim=-1)
-    return _Problem(query, positive, rows, None, None, query_labels, row_labels, None, skip)
+    return _Problem(query, None, own, rows, None, None, query_labels, row_labels, None, skip)
+
+
+def _copies(query: Tensor, positive: Tensor) -> int:
+    """J of positive [*B, N, D] or [*B, N, J, D]."""
+    return 1 if positive.dim() == query.dim() else positive.shape[-2]
 
 
 def _check_options(p, positive_weights, same_class, margin, include_positive, label_smoothing, reduction) -> None:
@@ -196,69 +210,66 @@ def _check_options(p, positive_weights, same_class, margin, include_positive, la
     if same_class == "positive":
         if p.query_labels is None:
             raise ValueError('query_labels must be given with same_class="positive"')
-        for name, value in (("targets", p.targets), ("positive_weights", positive_weights), ("false_negative_margin", margin)):
+        for name, value in (("targets", p.counted), ("positive_weights", positive_weights), ("false_negative_margin", margin)):
             if value is not None:
                 raise ValueError(f'{name} cannot be combined with same_class="positive": the labels name the positives')
-    elif p.positive is None and p.targets is None:
+    elif p.positive is None and p.columns is None:
         raise ValueError('positive or targets must be given (neither is needed only with same_class="positive")')
     if positive_weights is not None:
-        copies = 1 if p.positive is None else p.positive.shape[-2]
+        copies = p.columns.shape[-1] if p.positive is None else _copies(p.query, p.positive)
         if tuple(positive_weights.shape) not in ((copies,), (*p.query.shape[:-1], copies)):
             raise ValueError(f"positive_weights must be [{copies}] or {(*p.query.shape[:-1], copies)}, got {tuple(positive_weights.shape)}")
 
 
+def _exclusions(p: _Problem) -> Rules:
+    return Rules(query_labels=p.query_labels, key_labels=p.row_labels, key_index=p.skip)
+
+
 def _positive_logits(p: _Problem, scale) -> tuple[Tensor, Tensor]:
     """Inner products with the positives and their logits, both [*B, N, J]."""
-    if p.targets is None:
-        query, positive = dtypes.autocast(p.query, p.positive)
-        inner = dot(query.unsqueeze(-2), positive)
-        return inner, per_row(scale, 1) * inner
-    index = p.targets.clamp(min=0)
-    query, positive = dtypes.autocast(p.query, take_rows(p.rows, index))
-    inner = dot(query, positive)
-    logits = per_row(scale) * inner
-    if p.bias is not None:
-        logits = logits + take(p.bias, index)
-    return inner[..., None], logits[..., None]
+    return positive_logits(p.query, p.rows, scale, p.bias, p.positive, p.columns)
 
 
-def _contrasted(p: _Problem, scale, positive_weights, margin, include_positive, label_smoothing, kernel) -> tuple[Tensor, Tensor | None]:
-    """loss_i = sum_j w_ij (logaddexp(lse_i, z_ij) - z_ij), lse_i over the negatives, j over the positives."""
-    inner, logits = _positive_logits(p, scale)
-    exclude = [] if p.skip is None else [KeyIndex(p.skip)]
-    if p.query_labels is not None:
-        exclude.append(SameLabel(p.query_labels, p.row_labels))
+def _score_sums(p: _Problem, scale) -> ScoreSums:
+    return score_sums(
+        p.query, p.rows, scale, valid=p.valid, bias=p.bias, query_labels=p.query_labels, bank_labels=p.row_labels, skip=p.skip
+    )
+
+
+def _contrasted(p: _Problem, scale, positive_weights, margin, include_positive, label_smoothing, precision, impl, *, mean):
+    """loss_i = sum_j w_ij (logaddexp(lse_i, z_ij) - z_ij), lse_i over the negatives, j over the positives; and the rows that count.
+
+    `mean`: the mean of the losses instead of them, where every row counts.
+    """
+    rules = _exclusions(p)
     if margin is not None:
-        exclude.append(Harder(per_row(scale) * (inner.detach().amax(-1) + margin), 0.0))
-    lse, _ = similarity_lse(p.query, p.rows, exclude=tuple(exclude), **kernel)
-    gap = lse[..., None] - logits
-    losses = F.softplus(gap, threshold=40) if include_positive else gap  # beyond 40, log(1 + e^gap) is gap in float64 too
-    if label_smoothing:
-        spread = score_sums(
-            p.query, p.rows, scale, valid=p.valid, bias=p.bias, query_labels=p.query_labels, bank_labels=p.row_labels, skip=p.skip
-        )
-        losses = losses + label_smoothing * (logits - (logits + spread.other[..., None]) / (1 + spread.other_count[..., None]))
+        inner = _positive_logits(p, 1.0)[0].detach()
+        rules = rules._replace(limit=(per_row(scale) * (inner.amax(-1) + margin)).detach())
+    spec = problem(p.query, p.rows, scale, None, p.bias, None, rules, p.valid, precision, impl)
+    weights = None
     if positive_weights is not None:
-        losses = (losses * positive_weights.to(losses.dtype)).sum(-1)
-    else:
-        losses = losses.squeeze(-1) if losses.shape[-1] == 1 else losses.mean(-1)
-    counted = None if p.targets is None else p.targets >= 0
+        copies = positive_weights.shape[-1]
+        weights = positive_weights.to(dtypes.accumulator(p.query.dtype)).expand(*p.query.shape[:-1], copies)
+    losses, lse = info_nce_rows(spec, Positives(p.positive, p.columns, weights, include_positive), mean=mean)
+    if label_smoothing:
+        _, logits = _positive_logits(p, scale)
+        spread = _score_sums(p, scale)
+        smoothed = logits - (logits + spread.other[..., None]) / (1 + spread.other_count[..., None])
+        losses = losses + label_smoothing * (smoothed.mean(-1) if weights is None else (smoothed * weights).sum(-1))
+    counted = p.counted
     if not include_positive:
         some_negative = lse != -torch.inf
         counted = some_negative if counted is None else counted & some_negative
     return losses, counted
 
 
-def _attracted(p: _Problem, scale, include_positive, kernel) -> tuple[Tensor, Tensor]:
+def _attracted(p: _Problem, scale, include_positive, precision, impl) -> tuple[Tensor, Tensor]:
     """loss_i = lse_i - mean of z over the rows of i's class (and the explicit positives): all in one denominator."""
-    same_label = SameLabel(p.query_labels, p.row_labels)
-    exclude = () if p.skip is None else (KeyIndex(p.skip),)
-    lse, _ = similarity_lse(p.query, p.rows, exclude=exclude if include_positive else (*exclude, same_label), **kernel)
-    sums = score_sums(
-        p.query, p.rows, scale, valid=p.valid, bias=p.bias, query_labels=p.query_labels, bank_labels=p.row_labels, skip=p.skip
-    )
+    rules = _exclusions(p) if not include_positive else Rules(key_index=p.skip)
+    lse, _ = similarity_lse(p.query, p.rows, scale=scale, bias=p.bias, exclude=rules, valid=p.valid, precision=precision, impl=impl)
+    sums = _score_sums(p, scale)
     total, number = sums.same, sums.same_count
-    if p.positive is not None:
+    if p.positive is not None or p.columns is not None:
         _, logits = _positive_logits(p, scale)
         if include_positive:
             lse = torch.logsumexp(torch.cat([lse[..., None], logits], dim=-1), dim=-1)

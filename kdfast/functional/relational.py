@@ -10,7 +10,8 @@ from .._core import bank_protocol, checks
 from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
 from .._ops.similarity import KeyIndex, similarity_lse, similarity_softmax
-from ._candidates import dot, inverse, normalized, own_columns, per_row, score_sums
+from .._ops.similarity.positives import dot
+from ._candidates import inverse, normalized, own_columns, per_row, score_sums
 
 
 def similarity_distillation(

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from ..._core import impls
 from . import cpu
-from .arguments import Problem, problem
-from .autograd import Similarity
+from .apply import streaming_softmax
+from .arguments import Spec, problem
 from .exclusions import Harder, KeyIndex, SameLabel
 from .portable import start_weight
 from .sigmoid import sigmoid_pair_loss
@@ -62,9 +62,9 @@ def similarity_softmax(
 
     Source: the online softmax of Milakov and Gimelshein (2018), pooled in one pass as in FlashAttention (Dao et al., 2022).
     """
-    p = problem(query, keys, scale, values, bias, start, exclude, valid, precision, impl)
-    lse, pooled = Similarity.apply(p.impl, p.compute, _needs_grad(p), True, *p.tensors)
-    return _unfold(p, lse, pooled)
+    spec, tensors = problem(query, keys, scale, values, bias, start, exclude, valid, precision, impl)
+    lse, pooled = streaming_softmax(spec, tensors.folded(spec), pool=True, need_pooled=True)
+    return _unfold(spec, lse, pooled)
 
 
 def similarity_lse(
@@ -86,20 +86,15 @@ def similarity_lse(
     once and may be updated in place as soon as this returns; a double backward after such an update raises RuntimeError.
     pooled is over the keys; None unless `need_pooled`.
     """
-    p = problem(query, keys, scale, None, bias, start, exclude, valid, precision, impl)
-    query, keys, scale, bias, start_logit, values, start_value, *rules = p.tensors
-    pool_keys = need_pooled or _needs_grad(p)
-    lse, pooled = Similarity.apply(p.impl, p.compute, False, pool_keys, query, keys, scale, bias, start_logit, values, None, *rules)
-    if need_pooled and start_value is not None:
+    spec, tensors = problem(query, keys, scale, None, bias, start, exclude, valid, precision, impl)
+    folded = tensors.folded(spec)
+    lse, pooled = streaming_softmax(spec, folded._replace(start_value=None), pool=False, need_pooled=need_pooled)
+    if need_pooled and folded.start_value is not None:
         with torch.no_grad():
-            pooled = pooled + start_weight(start_logit, lse)[..., None] * start_value
-    lse, pooled = _unfold(p, lse, pooled if need_pooled else None)
+            pooled = pooled + start_weight(folded.start_logit, lse)[..., None] * folded.start_value
+    lse, pooled = _unfold(spec, lse, pooled if need_pooled else None)
     return lse, None if pooled is None else pooled.detach()
 
 
-def _needs_grad(p: Problem) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in p.tensors)
-
-
-def _unfold(p: Problem, lse: Tensor, pooled: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return lse.reshape(p.rows), None if pooled is None else pooled.reshape(*p.rows, pooled.shape[-1])
+def _unfold(spec: Spec, lse: Tensor, pooled: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return lse.reshape(spec.rows), None if pooled is None else pooled.reshape(*spec.rows, pooled.shape[-1])

@@ -17,15 +17,59 @@ class Compute(NamedTuple):
     products: str  # "ieee", "tf32", "bf16x3" or "bf16": what a kernel may make of float32 operands
 
 
-class Problem(NamedTuple):
+class Spec(NamedTuple):
+    """What a problem is beside its tensors."""
+
     impl: str
     compute: Compute
-    tensors: tuple  # query, keys, scale, bias, start_logit, values, start_value, query_labels, key_labels, key_index, limit, valid
     rows: torch.Size  # [*B, N]
+    lead: tuple[int, int]  # [B, N] with one batch dimension: B is 1 where all of the bank's side is shared, the whole batch else
+
+    def per_row(self, x: Tensor | None) -> Tensor | None:
+        """[*B, N, ...] as [B, N, ...]."""
+        return None if x is None else x.reshape(self.lead + x.shape[len(self.rows) :])
+
+    def per_key(self, x: Tensor | None, own: int) -> Tensor | None:
+        """[*B, ...], or `own` dimensions that the whole batch shares, as [B, ...], the latter with stride 0."""
+        if x is None:
+            return None
+        return x.expand(self.lead[:1] + x.shape) if x.dim() == own else x.reshape(self.lead[:1] + x.shape[len(self.rows) - 1 :])
+
+
+class Tensors(NamedTuple):
+    """A problem's tensors, with the leading dimensions that the caller gave, or with one (`folded`)."""
+
+    query: Tensor  # [*B, N, D]
+    keys: Tensor  # [M, D] or [*B, M, D]
+    scale: Tensor  # [*B, N]
+    bias: Tensor | None  # [M] or [*B, M]
+    start_logit: Tensor | None  # [*B, N]
+    values: Tensor | None  # [M, Dv] or [*B, M, Dv]
+    start_value: Tensor | None  # [*B, N, Dv]
+    query_labels: Tensor | None  # [*B, N]
+    key_labels: Tensor | None  # [M] or [*B, M]
+    key_index: Tensor | None  # [*B, N, E]
+    limit: Tensor | None  # [*B, N]
+    valid: Tensor | None  # [] or [*B]
+
+    def folded(self, spec: Spec) -> "Tensors":
+        if len(spec.rows) == 1:
+            return Tensors(*[None if x is None else x.unsqueeze(0) for x in self])
+        query, keys, scale, bias, start_logit, values, start_value, query_labels, key_labels, key_index, limit, valid = self
+        row, key = spec.per_row, spec.per_key
+        return Tensors(
+            row(query), key(keys, 2), row(scale), key(bias, 1), row(start_logit), key(values, 2), row(start_value),
+            row(query_labels), key(key_labels, 1), row(key_index), row(limit), key(valid, 0),
+        )  # fmt: skip
+
+
+class Problem(NamedTuple):
+    spec: Spec
+    tensors: Tensors
 
 
 def problem(query, keys, scale, values, bias, start, exclude, valid, precision_name, impl) -> Problem:
-    """Checks, and everything with one leading batch dimension: 1 where all of the bank's side is shared, the batch else."""
+    """Checks, the accumulator's dtype for what is not a matrix, and the implementation. `exclude`: rules, or Rules, already checked."""
     checks.floating("query", query, min_ndim=2)
     *batch, rows, _ = query.shape
     _bank_side("keys", keys, query, batch)
@@ -46,29 +90,15 @@ def problem(query, keys, scale, values, bias, start, exclude, valid, precision_n
         bias = bias.to(acc)
     compute = how_to_compute(query, precision_name)
     start_logit, start_value = _start(start, query, keys if values is None else values, acc, compute.dtype)
-    rules = exclusions.flatten(exclude, query, keys, acc)
+    rules = exclude if isinstance(exclude, exclusions.Rules) else exclusions.flatten(exclude, query, keys, acc)
     valid = _valid(valid, query, keys, batch)
 
     impl = impls.choose("similarity_softmax", impl, device_type=query.device.type, dtype=compute.dtype)
     bank = ((keys, 2), (bias, 1), (values, 2), (rules.key_labels, 1), (valid, 0))  # with their dimensions when shared
-    shared = all(x is None or x.dim() == own for x, own in bank)
-    size = 1 if shared else query.shape[:-2].numel()
-    lead = (1, query.shape[:-1].numel()) if shared else (size, rows)
-
-    def per_key(x: Tensor | None, own: int) -> Tensor | None:
-        if x is None:
-            return None
-        return x.expand(size, *x.shape) if x.dim() == own else x.reshape(size, *x.shape[len(batch) :])
-
-    def per_row(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.reshape(*lead, *x.shape[len(batch) + 1 :])
-
-    keys, bias, values, key_labels, valid = (per_key(x, own) for x, own in bank)
-    tensors = (
-        per_row(query), keys, per_row(scale), bias, per_row(start_logit), values, per_row(start_value),
-        per_row(rules.query_labels), key_labels, per_row(rules.key_index), per_row(rules.limit), valid,
-    )  # fmt: skip
-    return Problem(impl, compute, tensors, query.shape[:-1])
+    shared = not batch or all(x is None or x.dim() == own for x, own in bank)
+    lead = (1, query.shape[:-1].numel()) if shared else (query.shape[:-2].numel(), rows)
+    tensors = Tensors(query, keys, scale, bias, start_logit, values, start_value, *rules, valid)
+    return Problem(Spec(impl, compute, query.shape[:-1], lead), tensors)
 
 
 def _bank_side(name: str, x, query: Tensor, batch: list[int]) -> None:

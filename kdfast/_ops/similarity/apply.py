@@ -1,0 +1,24 @@
+"""The streaming softmax of a checked problem: through its Function where something may be differentiated, else past it."""
+
+import torch
+from torch import Tensor
+
+from .arguments import Spec, Tensors
+from .autograd import Similarity, run_forward
+
+
+def transformed() -> bool:
+    """Whether code is being compiled, or runs under vmap or another transform of torch.func."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def needs_grad(tensors: tuple) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def streaming_softmax(spec: Spec, folded: Tensors, *, pool: bool, need_pooled: bool) -> tuple[Tensor, Tensor]:
+    """lse [B, N] and pooled [B, N, Dv] (empty unless asked for, or needed for a gradient); `pool`: pooled is differentiable too."""
+    grad = needs_grad(folded)
+    if grad or torch._C._are_functorch_transforms_active():
+        return Similarity.apply(spec.impl, spec.compute, pool and grad, need_pooled or grad, *folded)
+    return run_forward(spec.impl, spec.compute, need_pooled, *folded)
