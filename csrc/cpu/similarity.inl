@@ -5,7 +5,7 @@
 // Included by isa_*.cpp after the target pragma.
 #pragma once
 
-#include "stream.inl"
+#include "softmax.inl"
 
 namespace {
 
@@ -19,9 +19,8 @@ struct SoftmaxWorkspace {
   Sums pooled;
   Streamed keys, values = {};
   Tile tile;
-  BlockLabels labels;
-  float *maximum, *multiplier, *correction, *sum;  // per row: the running softmax
-  float* bias;                                     // per column of a block
+  RunningSoftmax softmax;
+  ColumnTerms terms;
 
   template <class Product>
   SoftmaxWorkspace(Product product, const SimilarityParams& p, int64_t row_count, int64_t columns, Arena& arena) {
@@ -33,63 +32,12 @@ struct SoftmaxWorkspace {
     keys.panels.plan(product, p.width, block, true, p.pooled && !other_values, arena);
     if (other_values) values.panels.plan(product, p.pooled_width, block, false, true, arena);
     tile.plan(product, rows, block, arena);
-    labels.plan(block, arena);
-    maximum = arena.take(rows), multiplier = arena.take(rows), correction = arena.take(rows);
-    sum = arena.take(rows * kLanes);
-    bias = arena.take(block);
+    softmax.plan(rows, arena);
+    terms.plan(block, arena);
   }
 };
 
-// ---- online softmax -------------------------------------------------------------------------------------------------
-
-// Bias in base 2 and labels for the block's columns; columns that do not exist get bias -inf.
-inline void pack_column_terms(const SoftmaxWorkspace& w, const SimilarityParams& p, int64_t batch, const Block& block) {
-  for (int64_t j = 0; j < block.padded; ++j) w.bias[j] = j < block.columns ? 0.0f : -kInfinity;
-  if (p.bias != nullptr)
-    for (int64_t j = 0; j < block.columns; ++j) w.bias[j] = kLog2e * p.bias[batch * p.bias_batch_stride + block.first + j];
-  if (p.key_labels != nullptr)
-    w.labels.pack(p.key_labels + batch * p.key_labels_batch_stride + block.first, block);
-}
-
-// Replace row `at`'s scores q.k (the sign of its scale already in q) by base-2 logits, -inf at the excluded columns.
-inline void mask_row(const SoftmaxWorkspace& w, const SimilarityParams& p, int64_t at, const Block& block, float* scores) {
-  const bool limited = p.limit != nullptr;
-  const SameTerm magnitude{splat(__builtin_fabsf(p.scale[at]))}, limit{splat(limited ? p.limit[at] : kInfinity)};
-  mask_scores(w.labels, scores, block.padded, magnitude, limited, limit, ColumnTerm{w.bias}, p.query_labels != nullptr ? p.query_labels + at : nullptr);
-  for (int64_t e = 0; e < p.key_indices; ++e) {
-    const int64_t index = p.key_index[at * p.key_indices + e] - block.first;
-    if (index >= 0 && index < block.padded) scores[index] = -kInfinity;
-  }
-}
-
-inline float largest_score(const float* scores, int64_t padded) {
-  Vec best0 = splat(-kInfinity), best1 = best0;
-  for (int64_t j = 0; j < padded; j += 2 * kLanes) {
-    best0 = larger(load(scores + j), best0);
-    best1 = larger(load(scores + j + kLanes), best1);
-  }
-  return largest(larger(best0, best1));
-}
-
-// Weights 2^(logit - shift) of base-2 logits, factor * score; returns their sums by lane. `weights` null: only these.
-template <class Product>
-inline Vec weigh_row(const float* scores, float* weights, int64_t padded, float factor, float shift) {
-  const Vec f = splat(factor), s = splat(-shift);
-  Vec sum0 = {}, sum1 = {};
-  for (int64_t j = 0; j < padded; j += 2 * kLanes) {
-    const Vec p0 = exp2_nonpositive(multiply_add(load(scores + j), f, s));
-    const Vec p1 = exp2_nonpositive(multiply_add(load(scores + j + kLanes), f, s));
-    sum0 += p0;
-    sum1 += p1;
-    if (weights != nullptr) Packing<Product>::store_weights(weights, j, p0, p1);
-  }
-  return sum0 + sum1;
-}
-
 // ---- one rectangle ----------------------------------------------------------------------------------------------------
-
-// sum_j e^z = sum 2^maximum; in double, where a maximum of thousands costs no digit.
-inline float log_sum(float maximum, float sum) { return float(0x1.62e42fefa39efp-1 * double(maximum) + __builtin_log(double(sum))); }
 
 // Up to rows_at_once rows, `first` .. `first + count` of the call, through the task's columns.
 template <class Product>
@@ -108,31 +56,21 @@ struct SimilarityPass {
     return sound;
   }
 
-  bool masked(const Block& block) const {
-    return p.bias != nullptr || p.key_labels != nullptr || p.key_index != nullptr || p.limit != nullptr || block.columns != block.padded;
-  }
-
-  void begin_block(const Block& block) const {
-    if (masked(block)) pack_column_terms(w, p, task.batch, block);
-  }
+  void begin_block(const Block& block) const { w.terms.pack(p, task.batch, block); }
 
   // Query, scale and start of row i; rows that only fill the last tile are zero.
   bool begin_row(int64_t i) const {
-    w.maximum[i] = -kInfinity;
-    w.multiplier[i] = 0;
-    __builtin_memset(w.sum + i * kLanes, 0, 4 * kLanes);
     if (p.pooled) __builtin_memset(w.pooled.at(i), 0, size_t(4 * w.pooled.stride));
     if (i >= count) {
+      w.softmax.begin(i, 0);
       __builtin_memset(w.queries.at(i), 0, size_t(4 * w.queries.stride));
       return true;
     }
     const float scale = p.scale[first + i];
-    w.multiplier[i] = kLog2e * __builtin_fabsf(scale);
+    w.softmax.begin(i, scale);
     // with the sign of the scale, so that the largest score is always the largest logit
     const bool sound = Packing<Product>::pack_row(p.query, first + i, p.width, scale < 0, w.queries.at(i));
-    if (!task.start || p.start_logit[first + i] == -kInfinity) return sound;
-    w.maximum[i] = kLog2e * p.start_logit[first + i];
-    w.sum[i * kLanes] = 1;
+    if (!task.start || !w.softmax.start(i, p.start_logit[first + i])) return sound;
     if (!p.pooled || p.start_value.data == nullptr) return sound;
     with_elements(p.start_value.from((first + i) * p.pooled_width), [&](const auto* value) {
       for (int64_t d = 0; d < p.pooled_width; d += kLanes) store(w.pooled.at(i) + d, load_row(value, d, p.pooled_width));
@@ -142,49 +80,20 @@ struct SimilarityPass {
 
   void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
     score_rows(Product{}, w.queries.at(row), w.queries.stride, rows, w.keys.panels, block.padded, w.tile.scores(0), w.tile.stride);
-    weigh(block, row, rows, next);
+    weigh_rows(w.softmax, w.terms, w.tile, p, first, count, block, row, rows, next, [&](int64_t i, const float* scores, float factor, float shift) {
+      return weigh_row<Product>(scores, p.pooled ? w.tile.weights(i - row) : nullptr, block.padded, factor, shift);
+    });
     if (!p.pooled) return;
     // O = diag(correction) O + P V
     const Panels& pooled = w.values.matrix.data != nullptr ? w.values.panels : w.keys.panels;
     sum_rows(Product{}, w.tile.weights(0), w.tile.stride, rows, block.columns, pooled,
-             ScaleAddTile{w.pooled.at(row), w.pooled.stride, w.correction + row});
-  }
-
-  // For each row, with z the block's logits in base 2: m' = max(m, max z), weights 2^(z - m'), correction 2^(m - m'),
-  // l' = correction l + sum of weights. kLanes rows together: their chains of max, shift and weight overlap.
-  // A row with nothing admitted yet keeps m = -inf and is shifted by 0, so that nothing becomes inf - inf.
-  void weigh(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
-    const int64_t padded = block.padded;
-    const bool mask_rows = masked(block);
-    for (int64_t begin = row; begin < row + rows; begin += kLanes) {
-      const int64_t end = smaller(begin + kLanes, row + rows);
-      float best[kLanes] = {}, factor[kLanes] = {}, shift[kLanes];
-      for (int64_t i = begin; i < end; ++i) {
-        float* const s = w.tile.scores(i - row);
-        const bool mask = mask_rows && i < count;
-        if (mask) mask_row(w, p, first + i, block, s);
-        factor[i - begin] = mask ? 1 : w.multiplier[i];
-        best[i - begin] = largest_score(s, padded);
-        next.fetch(i);
-      }
-      const Vec before = load(w.maximum + begin), after = larger(load(factor) * load(best), before);
-      const Vec finite = after == splat(-kInfinity) ? Vec{} : after;
-      store(shift, finite);
-      store(w.maximum + begin, after);
-      store(w.correction + begin, exp2_nonpositive(before - finite));
-      for (int64_t i = begin; i < end; ++i) {
-        float* const weights = p.pooled ? w.tile.weights(i - row) : nullptr;
-        const Vec sum = weigh_row<Product>(w.tile.scores(i - row), weights, padded, factor[i - begin], shift[i - begin]);
-        float* const l = w.sum + i * kLanes;
-        store(l, multiply_add(load(l), splat(w.correction[i]), sum));
-      }
-    }
+             ScaleAddTile{w.pooled.at(row), w.pooled.stride, w.softmax.correction + row});
   }
 
   void end_row(int64_t i) const {
     const int64_t out = first + i - (task.batch * p.rows + task.row_begin);
-    const float sum = total(load(w.sum + i * kLanes));
-    task.lse[out] = task.finish ? log_sum(w.maximum[i], sum) : w.maximum[i];
+    const float sum = total(load(w.softmax.sum + i * kLanes));
+    task.lse[out] = task.finish ? log_sum(w.softmax.maximum[i], sum) : w.softmax.maximum[i];
     if (!task.finish) task.sum[out] = sum;
     if (!p.pooled) return;
     const float weight = task.finish ? 1 / sum : 1;

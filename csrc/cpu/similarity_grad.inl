@@ -6,7 +6,7 @@
 // Included by isa_*.cpp after the target pragma.
 #pragma once
 
-#include "stream.inl"
+#include "softmax.inl"
 
 namespace {
 
@@ -18,9 +18,8 @@ struct GradWorkspace {
   Sums dkeys;
   Streamed queries;
   Tile tile;
-  BlockLabels labels;
-  float* sum;                                                     // per row: db by lanes
-  float *scale, *multiplier, *shift, *limit, *upstream, *factor;  // per column
+  KnownSoftmax softmax;
+  float* sum;  // per row: db by lanes
 
   template <class Product>
   GradWorkspace(Product product, const SimilarityParams& p, int64_t row_count, int64_t columns, bool bias, Arena& arena) {
@@ -30,10 +29,8 @@ struct GradWorkspace {
     dkeys.plan(p.pooled ? rows : 0, p.width, arena);
     queries.panels.plan(product, p.width, block, true, p.pooled, arena);
     tile.plan(product, rows, block, arena);
-    labels.plan(block, arena);
+    softmax.plan(block, arena);
     sum = arena.take(bias ? rows * kLanes : 0);
-    scale = arena.take(block), multiplier = arena.take(block), shift = arena.take(block);
-    limit = arena.take(block), upstream = arena.take(block), factor = arena.take(block);
   }
 };
 
@@ -62,25 +59,7 @@ struct KeyGradientPass {
     return true;
   }
 
-  // What each query brings: p = 2^(multiplier score - shift) with shift = log2e lse, g p and g s p. The digits that shift has not go
-  // into g. A query that admits nothing, or does not exist, has shift inf, so that p is 0.
-  void begin_block(const Block& block) const {
-    for (int64_t i = 0; i < block.padded; ++i) {
-      const int64_t at = task.batch * p.rows + block.first + i;
-      const bool exists = i < block.columns;
-      const double exact = 0x1.71547652b82fep0 * double(exists ? task.lse[at] : -kInfinity);
-      const float shift = float(exact), rest = float(exact - double(shift));
-      const float scale = exists ? p.scale[at] : 0, upstream = exists ? task.g[at] : 0;
-      w.scale[i] = scale;
-      w.multiplier[i] = kLog2e * scale;
-      w.shift[i] = shift == -kInfinity ? kInfinity : shift;
-      w.upstream[i] = rest == rest ? upstream * (1 - 0x1.62e43p-1f * rest) : upstream;
-      w.factor[i] = w.upstream[i] * scale;
-      w.limit[i] = exists && p.limit != nullptr ? p.limit[at] : kInfinity;
-    }
-    if (p.query_labels != nullptr)
-      w.labels.pack(p.query_labels + task.batch * p.rows + block.first, block);
-  }
+  void begin_block(const Block& block) const { w.softmax.pack(p, task.g, task.lse, task.batch, block); }
 
   void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
     score_rows(Product{}, w.keys.at(row), w.keys.stride, rows, w.queries.panels, block.padded, w.tile.scores(0), w.tile.stride);
@@ -91,9 +70,9 @@ struct KeyGradientPass {
   }
 
   void weigh(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
-    const bool masked = p.bias != nullptr || p.key_labels != nullptr || p.key_index != nullptr || p.limit != nullptr;
+    const bool masked = KnownSoftmax::mask(p);
     const int64_t end = smaller(row + rows, count);
-    if (masked) mask_rows(block, row, end);
+    if (masked) w.softmax.mask_rows(p, task.batch, first, block, row, end, w.tile);
     for (int64_t i = row; i < row + rows; ++i) {
       next.fetch(i);
       float* const scores = w.tile.scores(i - row);
@@ -111,37 +90,15 @@ struct KeyGradientPass {
     }
   }
 
-  // Replace scores by base-2 logits, -inf where excluded.
-  void mask_rows(const Block& block, int64_t row, int64_t end) const {
-    for (int64_t i = row; i < end; ++i) {
-      const float bias = p.bias != nullptr ? kLog2e * p.bias[task.batch * p.bias_batch_stride + first + i] : 0;
-      const int64_t* const label =
-          p.key_labels != nullptr ? p.key_labels + task.batch * p.key_labels_batch_stride + first + i : nullptr;
-      mask_scores(w.labels, w.tile.scores(i - row), block.padded, ColumnTerm{w.scale}, p.limit != nullptr, ColumnTerm{w.limit},
-                  SameTerm{splat(bias)}, label);
-    }
-    if (p.key_indices == 0) return;
-    const int64_t* index = p.key_index + (task.batch * p.rows + block.first) * p.key_indices;
-    for (int64_t column = 0; column < block.columns; ++column) {
-      for (int64_t e = 0; e < p.key_indices; ++e, ++index) {
-        const int64_t i = *index - first;
-        if (i >= row && i < end) w.tile.scores(i - row)[column] = -kInfinity;
-      }
-    }
-  }
-
   // Weights g s p of key i's scores, or with `kLogits` of base-2 logits; its db grows by the sum of g p.
   template <bool kLogits>
   void weigh_row(const float* scores, float* weights, int64_t padded, int64_t i) const {
-    const auto probability = [&](int64_t j) {
-      const Vec shift = load(w.shift + j), x = load(scores + j);
-      return exp2_nonpositive(kLogits ? x - shift : multiply_add(x, load(w.multiplier + j), -shift));
-    };
+    const KnownSoftmax& softmax = w.softmax;
     Vec sum = {};
     for (int64_t j = 0; j < padded; j += 2 * kLanes) {
-      const Vec p0 = probability(j), p1 = probability(j + kLanes);
-      if (task.dbias != nullptr) sum += multiply_add(p0, load(w.upstream + j), p1 * load(w.upstream + j + kLanes));
-      if (p.pooled) Packing<Product>::store_weights(weights, j, p0 * load(w.factor + j), p1 * load(w.factor + j + kLanes));
+      const Vec p0 = softmax.probability<kLogits>(scores, j), p1 = softmax.probability<kLogits>(scores, j + kLanes);
+      if (task.dbias != nullptr) sum += multiply_add(p0, load(softmax.upstream + j), p1 * load(softmax.upstream + j + kLanes));
+      if (p.pooled) Packing<Product>::store_weights(weights, j, p0 * load(softmax.factor + j), p1 * load(softmax.factor + j + kLanes));
     }
     if (task.dbias != nullptr) store(w.sum + i * kLanes, load(w.sum + i * kLanes) + sum);
   }
