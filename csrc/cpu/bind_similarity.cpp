@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <numeric>
 #include <tuple>
 
 #include "bind_similarity.h"
@@ -13,42 +12,14 @@ namespace {
 using kdfast::SimilarityMerge;
 using kdfast::SimilarityTask;
 
-int64_t valid_columns(const SimilarityParams& p, int64_t batch) {
-  if (p.valid == nullptr) return p.columns;
-  return std::clamp<int64_t>(p.valid[batch * p.valid_stride], 0, p.columns);
-}
-
-// How each batch entry is cut: row_parts x column_parts tasks.
-struct Division {
-  int64_t workers, row_parts, column_parts;
-};
-
-constexpr int64_t kMinRows = 192;                   // rows a task should have, so that packing the bank stays small beside its products
-constexpr int64_t kMinKeys = 96;                    // keys a task of the gradient should have: packing the queries is then a tenth of it
-constexpr int64_t kMinColumns = 512;                // columns a task should have
-constexpr int64_t kPartialFloats = int64_t(1) << 21;  // 8 MB of partial pooled rows
-
-// Threads that the call's work is worth.
-int64_t workers_for(const SimilarityParams& p) {
-  const double work = double(p.batch) * double(p.rows) * double(p.columns) * double(p.width) * (p.pooled ? 2 : 1);
-  return std::clamp<int64_t>(int64_t(work / kMinWork), 1, torch::stable::get_num_threads());
-}
-
-// Rows are cut first, for they need no merge; then columns, as far as the partial results stay small. Depends on the
-// sizes and the number of threads alone, so results do too.
-Division divide(const SimilarityParams& p) {
-  const int64_t workers = workers_for(p);
-  const int64_t parts = workers / std::gcd(workers, p.batch);  // per batch entry, so that tasks divide evenly
-  const int64_t row_parts = std::clamp<int64_t>(p.rows / kMinRows, 1, parts);
-  const int64_t per_part = std::max<int64_t>(1, p.batch * p.rows * (p.pooled ? p.pooled_width + 2 : 2));
-  const int64_t room = std::max<int64_t>(1, kPartialFloats / per_part);
-  const int64_t column_parts = std::clamp<int64_t>(parts / row_parts, 1, std::max<int64_t>(1, std::min(p.columns / kMinColumns, room)));
-  return {workers, row_parts, column_parts};
+// Multiply-adds of a call: scores and what is pooled.
+double work_of(const SimilarityParams& p) {
+  return double(p.batch) * double(p.rows) * double(p.columns) * double(p.width) * (p.pooled ? 2 : 1);
 }
 
 void run(const SimilarityParams& p, float* lse, float* pooled) {
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
-  const Division cut = divide(p);
+  const Division cut = divide(work_of(p), p.batch, p.rows, p.columns, p.pooled ? p.pooled_width + 2 : 2);
   const int64_t row_step = (p.rows + cut.row_parts - 1) / cut.row_parts;
   const int64_t column_step = (p.columns + cut.column_parts - 1) / cut.column_parts;
   const int64_t total_rows = p.batch * p.rows, tasks = p.batch * cut.row_parts * cut.column_parts;
@@ -129,7 +100,7 @@ std::tuple<Tensor, Tensor> similarity_grad_keys(const Tensor& g, const Tensor& l
   float* const bias_out = want_bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
   if (p.batch * p.columns == 0 || !(want_keys || want_bias)) return {dkeys, dbias};
 
-  const int64_t workers = workers_for(p), parts = std::clamp<int64_t>(p.columns / kMinKeys, 1, workers / std::gcd(workers, p.batch));
+  const int64_t workers = workers_for(work_of(p)), parts = parts_of_keys(workers, p.batch, p.columns);
   const int64_t step = (p.columns + parts - 1) / parts;
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const int64_t words = kernels.similarity_grad_workspace(p, step, want_bias);

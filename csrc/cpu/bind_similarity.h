@@ -1,9 +1,11 @@
-// What the bindings of the similarity kernels share: matrices and vectors of one batched problem, checked.
+// What the bindings of the similarity kernels share: matrices and vectors of one batched problem, checked; its division among threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <initializer_list>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -95,6 +97,40 @@ inline SimilarityParams parameters(const Tensor& query, const Tensor& keys, cons
 inline Tensor output(const Tensor& like, std::initializer_list<int64_t> shape) {
   const std::vector<int64_t> sizes(shape);
   return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, ScalarType::Float);
+}
+
+inline int64_t valid_columns(const SimilarityParams& p, int64_t batch) {
+  if (p.valid == nullptr) return p.columns;
+  return std::clamp<int64_t>(p.valid[batch * p.valid_stride], 0, p.columns);
+}
+
+// How each batch entry is cut: row_parts x column_parts tasks.
+struct Division {
+  int64_t workers, row_parts, column_parts;
+};
+
+constexpr int64_t kMinRows = 192;                     // rows a task should have, so that packing the bank stays small beside its products
+constexpr int64_t kMinKeys = 96;                      // keys a task of the gradient should have: packing the queries is then a tenth of it
+constexpr int64_t kMinColumns = 512;                  // columns a task should have
+constexpr int64_t kPartialFloats = int64_t(1) << 21;  // 8 MB of partial results
+
+// Threads that so many multiply-adds are worth.
+inline int64_t workers_for(double work) { return std::clamp<int64_t>(int64_t(work / kMinWork), 1, torch::stable::get_num_threads()); }
+
+// Rows are cut first, for they need no merge; then columns, as far as the partial results, `partial` floats a row, stay small. Depends on the
+// sizes and the number of threads alone, so results do too.
+inline Division divide(double work, int64_t batch, int64_t rows, int64_t columns, int64_t partial) {
+  const int64_t workers = workers_for(work);
+  const int64_t parts = workers / std::gcd(workers, batch);  // per batch entry, so that tasks divide evenly
+  const int64_t row_parts = std::clamp<int64_t>(rows / kMinRows, 1, parts);
+  const int64_t room = std::max<int64_t>(1, kPartialFloats / std::max<int64_t>(1, batch * rows * partial));
+  const int64_t column_parts = std::clamp<int64_t>(parts / row_parts, 1, std::max<int64_t>(1, std::min(columns / kMinColumns, room)));
+  return {workers, row_parts, column_parts};
+}
+
+// Parts that the keys of a batch entry are cut into where each thread owns its keys' sums.
+inline int64_t parts_of_keys(int64_t workers, int64_t batch, int64_t keys) {
+  return std::clamp<int64_t>(keys / kMinKeys, 1, workers / std::gcd(workers, batch));
 }
 
 }  // namespace

@@ -93,7 +93,7 @@ struct KeyGradientPass {
   // Weights g s p of key i's scores, or with `kLogits` of base-2 logits; its db grows by the sum of g p.
   template <bool kLogits>
   void weigh_row(const float* scores, float* weights, int64_t padded, int64_t i) const {
-    const KnownSoftmax& softmax = w.softmax;
+    const KnownSoftmax softmax = w.softmax;
     Vec sum = {};
     for (int64_t j = 0; j < padded; j += 2 * kLanes) {
       const Vec p0 = softmax.probability<kLogits>(scores, j), p1 = softmax.probability<kLogits>(scores, j + kLanes);
