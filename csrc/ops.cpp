@@ -6,9 +6,9 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def(
       "similarity_softmax(Tensor query, Tensor keys, Tensor scale, Tensor? bias, Tensor? start_logit, Tensor? values, Tensor? start_value, "
       "Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, bool pooled, int precision) "
-      "-> (Tensor, Tensor)");
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "similarity_grad_keys(Tensor g, Tensor lse, Tensor query, Tensor keys, Tensor scale, Tensor? bias, Tensor? query_labels, "
+      "similarity_grad_keys(Tensor g, Tensor lse, Tensor? lse_low, Tensor query, Tensor keys, Tensor scale, Tensor? bias, Tensor? query_labels, "
       "Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, bool want_keys, bool want_bias, int precision) -> (Tensor, Tensor)");
   m.def(
       "info_nce_rows(Tensor lse, Tensor(a!)? pull, Tensor query, Tensor scale, Tensor candidates, Tensor? columns, Tensor? bias, "

@@ -26,7 +26,7 @@ def formula(a: dict, dtype=torch.float64, values: Tensor | None = None) -> tuple
 
 def check(a: dict, dtype: torch.dtype, **given) -> tuple[Tensor, Tensor]:
     """The kernel's outputs, held to the float64 formula."""
-    lse, pooled = cpu.forward(**a, pooled=True, **given)
+    lse, pooled, _ = cpu.forward(**a, pooled=True, **given)
     want_lse, want_pooled = formula(a, values=given.get("values"))
     naive_lse, naive_pooled = formula(a, dtype, values=given.get("values"))
     for got, want, naive in ((lse, want_lse, naive_lse), (pooled, want_pooled, naive_pooled)):
@@ -77,7 +77,7 @@ def test_matrices_of_different_dtypes(isa, keys_dtype):
 def test_products_keep_what_their_name_says(isa, products, unit):
     """Scores |z| <= 20 of unit rows err by less than 20 units of the products' precision; the pooled rows by as much, relatively."""
     a = case(1, 40, 700, 130, scale=20.0)
-    lse, pooled = cpu.forward(**a, pooled=True, products=products)
+    lse, pooled, _ = cpu.forward(**a, pooled=True, products=products)
     want_lse, want_pooled = formula(a)
     assert (lse - want_lse).abs().max() <= 20 * unit
     assert (pooled - want_pooled).abs().max() <= 40 * unit * want_pooled.abs().max()
@@ -93,7 +93,7 @@ def test_labels_are_compared_in_all_64_bits(isa):
 def test_limit_is_compared_before_the_bias(isa):
     a = case(1, 1, 2, 1, unit=False, bias=torch.tensor([[100.0, -100.0]]), limit=torch.tensor([[1.5]]), scale=1)
     a["query"], a["keys"] = torch.ones(1, 1, 1), torch.tensor([[[1.0], [2.0]]])
-    lse, pooled = cpu.forward(**a, pooled=True)
+    lse, pooled, _ = cpu.forward(**a, pooled=True)
     assert lse.item() == pytest.approx(101.0)
     assert pooled.item() == 1.0
 
@@ -115,7 +115,7 @@ def test_shared_keys_are_the_expanded_keys(isa, dtype):
     a = case(3, 9, 130, 20, dtype, shared=True)
     assert a["keys"].stride(0) == 0
     lse, pooled = check(a, dtype)
-    for got, want in zip(cpu.forward(**{**a, "keys": a["keys"].contiguous()}, pooled=True), (lse, pooled), strict=True):
+    for got, want in zip(cpu.forward(**{**a, "keys": a["keys"].contiguous()}, pooled=True)[:2], (lse, pooled), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -146,11 +146,11 @@ def test_nothing_admitted(isa, how):
         "bias": {"bias": torch.full((2, 70), -math.inf)},
         "limit": {"limit": torch.full((2, 7), -1e30)},
     }[how]
-    lse, pooled = cpu.forward(**case(2, 7, 70, 5, **given), pooled=True)
+    lse, pooled, _ = cpu.forward(**case(2, 7, 70, 5, **given), pooled=True)
     assert (lse == -math.inf).all()
     assert (pooled == 0).all()
     start = {"start_logit": torch.randn(2, 7), "start_value": torch.randn(2, 7, 5)}
-    lse, pooled = cpu.forward(**case(2, 7, 70, 5, **given, **start), pooled=True)
+    lse, pooled, _ = cpu.forward(**case(2, 7, 70, 5, **given, **start), pooled=True)
     torch.testing.assert_close(lse, start["start_logit"], rtol=2e-7, atol=2e-7)
     torch.testing.assert_close(pooled, start["start_value"], rtol=0, atol=0)
 
@@ -190,7 +190,7 @@ def test_extreme_logits(isa):
 def test_flat_softmax_over_65536_rows(isa, dtype):
     """All weights equal: the sum and the pooled row are means of 65,536 terms."""
     a = case(1, 2, 65536, 8, dtype, scale=1e-3)
-    lse, pooled = cpu.forward(**a, pooled=True)
+    lse, pooled, _ = cpu.forward(**a, pooled=True)
     want_lse, want_pooled = formula(a)
     assert (lse.double() - want_lse).abs().max() < 4 * ULP * 11.1
     # Where the instruction set multiplies bf16, weights near 1 are rounded to multiples of 2^-8 or 2^-7 below and above it.
@@ -202,7 +202,7 @@ def test_nan_stays_in_its_rows(isa):
     want = cpu.forward(**a, pooled=True)
     a["query"][0, 4, 3] = math.nan
     a["scale"][1, 7] = math.nan
-    lse, pooled = cpu.forward(**a, pooled=True)
+    lse, pooled, _ = cpu.forward(**a, pooled=True)
     broken = torch.zeros(2, 13, dtype=torch.bool)
     broken[0, 4] = broken[1, 7] = True
     assert lse[broken].isnan().all() and pooled[broken].isnan().all()
@@ -220,9 +220,9 @@ def test_nan_of_any_payload_in_keys_and_bias(isa, dtype, bits):
     a = case(1, 8, 90, 20, dtype)
     a["keys"] = a["keys"].clone()
     a["keys"].view(integers)[0, 70, 1] = payload
-    lse, pooled = cpu.forward(**a, pooled=True)
+    lse, pooled, _ = cpu.forward(**a, pooled=True)
     assert lse.isnan().all() and pooled.isnan().all()
-    lse, _ = cpu.forward(**case(1, 8, 90, 20, dtype, bias=torch.zeros(1, 90).index_fill(1, torch.tensor([3]), math.nan)), pooled=True)
+    lse, *_ = cpu.forward(**case(1, 8, 90, 20, dtype, bias=torch.zeros(1, 90).index_fill(1, torch.tensor([3]), math.nan)), pooled=True)
     assert lse.isnan().all()
 
 
@@ -236,7 +236,7 @@ def test_start_without_a_value_pools_zero(isa):
 
 def test_lse_alone(isa):
     a = case(2, 11, 100, 12)
-    lse, pooled = cpu.forward(**a, pooled=False)
+    lse, pooled, _ = cpu.forward(**a, pooled=False)
     assert pooled.shape == (0,)
     torch.testing.assert_close(lse, cpu.forward(**a, pooled=True)[0], rtol=0, atol=0)
 
@@ -246,7 +246,7 @@ def test_lse_alone(isa):
 @pytest.mark.parametrize("shape", [(1, 4, 20000, 128), (1, 800, 700, 64), (5, 33, 2100, 48)], ids=lambda s: "x".join(map(str, s)))
 def test_threads_agree_and_repeat(threads, dtype, shape):
     a = case(*shape, dtype, **options(*shape, dtype)["start"])
-    lse, pooled = cpu.forward(**a, pooled=True)
+    lse, pooled, _ = cpu.forward(**a, pooled=True)
     for _ in range(3):
         again = cpu.forward(**a, pooled=True)
         assert torch.equal(lse, again[0]) and torch.equal(pooled, again[1])
@@ -262,21 +262,21 @@ def test_divided_bank_with_nothing_admitted_in_one_part(threads, isa):
     bias = torch.zeros(1, 20000)
     bias[:, :10000] = -math.inf
     check_shape = case(*shape, bias=bias)
-    lse, pooled = cpu.forward(**check_shape, pooled=True)
+    lse, pooled, _ = cpu.forward(**check_shape, pooled=True)
     want = formula(check_shape)
     torch.testing.assert_close(lse.double(), want[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(pooled.double(), want[1], rtol=0, atol=1e-6)
-    lse, pooled = cpu.forward(**case(*shape, valid=torch.tensor([3])), pooled=True)
+    lse, pooled, _ = cpu.forward(**case(*shape, valid=torch.tensor([3])), pooled=True)
     assert lse.isfinite().all() and pooled.isfinite().all()
-    lse, pooled = cpu.forward(**case(*shape, valid=torch.tensor([0])), pooled=True)
+    lse, pooled, _ = cpu.forward(**case(*shape, valid=torch.tensor([0])), pooled=True)
     assert (lse == -math.inf).all() and (pooled == 0).all()
 
 
 def test_empty_batches_and_empty_banks():
     for shape in ((0, 4, 10, 3), (2, 0, 10, 3)):
-        lse, pooled = cpu.forward(**case(*shape), pooled=True)
+        lse, pooled, _ = cpu.forward(**case(*shape), pooled=True)
         assert lse.shape == shape[:2] and pooled.shape == (*shape[:2], 3)
-    lse, pooled = cpu.forward(**case(2, 4, 0, 3), pooled=True)
+    lse, pooled, _ = cpu.forward(**case(2, 4, 0, 3), pooled=True)
     assert (lse == -math.inf).all() and (pooled == 0).all()
 
 

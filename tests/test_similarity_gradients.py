@@ -298,7 +298,7 @@ def test_opcheck_of_the_compiled_form(op):
     args = {
         torch.ops.kdfast_torch.similarity_forward: (*problem[:6], *none, torch.tensor([7, 5]), True, None, torch.float32),
         torch.ops.kdfast_torch.similarity_gradients: (
-            *(g, normal(2, 3, 4), *problem, torch.ones(2, 3), normal(2, 3, 4), *none, None),
+            *(g, normal(2, 3, 4), *problem, torch.ones(2, 3), torch.zeros(2, 3), normal(2, 3, 4), *none, None),
             *([True, True, True, False], torch.float32),
         ),
         torch.ops.kdfast_torch.sigmoid_forward: (*pairs, torch.float32),

@@ -38,7 +38,7 @@ struct SimilarityParams {
 
 // A rectangle of one batch entry, computed by one thread.
 //
-// finish: the rectangle spans every column; write lse = log(sum_j e^z) and pooled = sum_j p k.
+// finish: the rectangle spans every column; write lse + lse_low = log(sum_j e^z) and pooled = sum_j p k.
 // Otherwise write the three parts of a flash pass, base-2 maximum, sum and unnormalised pooled row, to be merged with
 // those of the other column ranges by similarity_merge.
 struct SimilarityTask {
@@ -48,17 +48,18 @@ struct SimilarityTask {
   bool start;   // this column range also takes the start candidate
   bool finish;
   float* lse;      // [row_end - row_begin]; when !finish the maximum
+  float* lse_low;  // [row_end - row_begin]: the digits that lse has no room for; unused when !finish
   float* sum;      // [row_end - row_begin]; unused when finish
   float* pooled;   // [row_end - row_begin, pooled_width]; unused when !params.pooled
 };
 
-// The gradient in keys [key_begin, key_end) of one batch entry, computed by one thread. p_ij = exp(z_ij - lse_i); a row with lse -inf
+// The gradient in keys [key_begin, key_end) of one batch entry, computed by one thread. p_ij = exp(z_ij - lse_i - lse_low_i); a row with lse -inf
 // has p = 0. Arrays as in the call, whole.
 struct SimilarityGradTask {
   int64_t batch;
   int64_t key_begin, key_end;
   const float* g;    // [batch, rows], upstream of lse
-  const float* lse;  // [batch, rows]
+  const float *lse, *lse_low;  // [batch, rows], their sum; lse_low null: 0
   float* dkeys;      // [batch, columns, width], sum_i g_i s_i p_ij q_i; unused when !params.pooled
   float* dbias;      // [batch, columns], sum_i g_i p_ij; null when not wanted
 };
@@ -69,7 +70,7 @@ struct SimilarityMerge {
   const float* maximum;
   const float* sum;
   const float* partial;  // null when nothing is pooled
-  float* lse;
+  float *lse, *lse_low;
   float* pooled;
 };
 

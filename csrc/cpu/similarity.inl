@@ -93,8 +93,11 @@ struct SimilarityPass {
   void end_row(int64_t i) const {
     const int64_t out = first + i - (task.batch * p.rows + task.row_begin);
     const float sum = total(load(w.softmax.sum + i * kLanes));
-    task.lse[out] = task.finish ? log_sum(w.softmax.maximum[i], sum) : w.softmax.maximum[i];
-    if (!task.finish) task.sum[out] = sum;
+    if (task.finish) {
+      store_log_sum(log_sum(w.softmax.maximum[i], sum), task.lse + out, task.lse_low + out);
+    } else {
+      task.lse[out] = w.softmax.maximum[i], task.sum[out] = sum;
+    }
     if (!p.pooled) return;
     const float weight = task.finish ? 1 / sum : 1;
     for (int64_t d = 0; d < p.pooled_width; ++d) task.pooled[out * p.pooled_width + d] = sum == 0 ? 0 : weight * w.pooled.at(i)[d];
@@ -145,7 +148,7 @@ void similarity_merge(const SimilarityMerge& t) {
       if (t.partial != nullptr)
         for (int64_t d = 0; d < t.width; ++d) out[d] = (c == 0 ? 0 : out[d]) + weight * t.partial[at * t.width + d];
     }
-    t.lse[i] = log_sum(maximum, sum);
+    store_log_sum(log_sum(maximum, sum), t.lse + i, t.lse_low + i);
     if (t.partial != nullptr)
       for (int64_t d = 0; d < t.width; ++d) out[d] = sum == 0 ? 0 : out[d] / sum;
   }

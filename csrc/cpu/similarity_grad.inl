@@ -59,7 +59,7 @@ struct KeyGradientPass {
     return true;
   }
 
-  void begin_block(const Block& block) const { w.softmax.pack(p, task.g, task.lse, task.batch, block); }
+  void begin_block(const Block& block) const { w.softmax.pack(p, task.g, task.lse, task.lse_low, task.batch, block); }
 
   void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
     score_rows(Product{}, w.keys.at(row), w.keys.stride, rows, w.queries.panels, block.padded, w.tile.scores(0), w.tile.stride);

@@ -128,7 +128,14 @@ inline void weigh_rows(const RunningSoftmax& s, const ColumnTerms& terms, const 
 }
 
 // sum_j e^z = sum 2^maximum; in double, where a maximum of thousands costs no digit.
-inline float log_sum(float maximum, float sum) { return float(0x1.62e42fefa39efp-1 * double(maximum) + __builtin_log(double(sum))); }
+inline double log_sum(float maximum, float sum) { return 0x1.62e42fefa39efp-1 * double(maximum) + __builtin_log(double(sum)); }
+
+// x = high + low in two floats; low is 0 where x is infinite or NaN.
+inline void store_log_sum(double x, float* high, float* low) {
+  *high = float(x);
+  const double rest = x - double(*high);
+  *low = rest == rest ? float(rest) : 0;
+}
 
 // ---- rows are keys ----------------------------------------------------------------------------------------------------
 
@@ -149,12 +156,12 @@ struct KnownSoftmax {
     return p.bias != nullptr || p.key_labels != nullptr || p.key_index != nullptr || p.limit != nullptr;
   }
 
-  // Upstream gradients g and lse are the call's. The digits of log2e lse that shift has not go into g.
-  void pack(const SimilarityParams& p, const float* g, const float* lse, int64_t batch, const Block& block) const {
+  // Upstream gradients g and the log-sum lse + low (null: 0) are the call's. The digits of it that shift has not go into g.
+  void pack(const SimilarityParams& p, const float* g, const float* lse, const float* low, int64_t batch, const Block& block) const {
     for (int64_t i = 0; i < block.padded; ++i) {
       const int64_t at = batch * p.rows + block.first + i;
       const bool exists = i < block.columns;
-      const double exact = 0x1.71547652b82fep0 * double(exists ? lse[at] : -kInfinity);
+      const double exact = 0x1.71547652b82fep0 * (exists ? double(lse[at]) + (low != nullptr ? double(low[at]) : 0) : -double(kInfinity));
       const float level = float(exact), rest = float(exact - double(level));
       scale[i] = exists ? p.scale[at] : 0;
       multiplier[i] = kLog2e * scale[i];

@@ -63,7 +63,7 @@ def similarity_softmax(
     Source: the online softmax of Milakov and Gimelshein (2018), pooled in one pass as in FlashAttention (Dao et al., 2022).
     """
     spec, tensors = problem(query, keys, scale, values, bias, start, exclude, valid, precision, impl)
-    lse, pooled = streaming_softmax(spec, tensors.folded(spec), pool=True, need_pooled=True)
+    lse, pooled, _ = streaming_softmax(spec, tensors.folded(spec), pool=True, need_pooled=True)
     return _unfold(spec, lse, pooled)
 
 
@@ -88,10 +88,10 @@ def similarity_lse(
     """
     spec, tensors = problem(query, keys, scale, None, bias, start, exclude, valid, precision, impl)
     folded = tensors.folded(spec)
-    lse, pooled = streaming_softmax(spec, folded._replace(start_value=None), pool=False, need_pooled=need_pooled)
+    lse, pooled, lse_low = streaming_softmax(spec, folded._replace(start_value=None), pool=False, need_pooled=need_pooled)
     if need_pooled and folded.start_value is not None:
         with torch.no_grad():
-            pooled = pooled + start_weight(folded.start_logit, lse)[..., None] * folded.start_value
+            pooled = pooled + start_weight(folded.start_logit, lse, lse_low)[..., None] * folded.start_value
     lse, pooled = _unfold(spec, lse, pooled if need_pooled else None)
     return lse, None if pooled is None else pooled.detach()
 

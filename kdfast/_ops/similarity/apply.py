@@ -16,8 +16,11 @@ def needs_grad(tensors: tuple) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def streaming_softmax(spec: Spec, folded: Tensors, *, pool: bool, need_pooled: bool) -> tuple[Tensor, Tensor]:
-    """lse [B, N] and pooled [B, N, Dv] (empty unless asked for, or needed for a gradient); `pool`: pooled is differentiable too."""
+def streaming_softmax(spec: Spec, folded: Tensors, *, pool: bool, need_pooled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """lse [B, N], pooled [B, N, Dv] (empty unless asked for, or needed for a gradient) and lse_low [B, N], what lse rounded off.
+
+    `pool`: pooled is differentiable too.
+    """
     grad = needs_grad(folded)
     if grad or torch._C._are_functorch_transforms_active():
         return Similarity.apply(spec.impl, spec.compute, pool and grad, need_pooled or grad, *folded)

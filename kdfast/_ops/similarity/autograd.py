@@ -38,7 +38,7 @@ def _dense(x):
     return one.contiguous().expand(x.shape)
 
 
-def first_order(impl, compute, want, g, h, query, keys, scale, bias, start_logit, values, start_value, lse, pooled, *rules):
+def first_order(impl, compute, want, g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules):
     """(dquery, dkeys, dscale, dbias, dstart_logit, dvalues, dstart_value); `want` = (query, scale, keys, bias, values), None if not."""
     want_query, want_scale, want_keys, want_bias, want_values = want
     rows = dkeys = dbias = dvalues = None
@@ -47,12 +47,13 @@ def first_order(impl, compute, want, g, h, query, keys, scale, bias, start_logit
     if impl == "cpu" and closed:
         if want_keys or want_bias:
             problem = _for_kernel(query, keys, scale, bias, *rules)
-            dkeys, dbias = cpu.grad_keys(g.contiguous(), lse.contiguous(), *problem, want_keys, want_bias, products=compute.products)
+            g, lse, lse_low = (x.contiguous() for x in (g, lse, lse_low))
+            dkeys, dbias = cpu.grad_keys(g, lse, lse_low, *problem, want_keys, want_bias, products=compute.products)
             dkeys = dkeys.to(keys.dtype)
     elif any(wanted):
         run = torch.ops.kdfast_torch.similarity_gradients if torch.compiler.is_compiling() else portable.gradients
         problem = (query, keys, scale, bias, start_logit, values, start_value)
-        rows, dkeys, dbias, dvalues = run(g, h, *problem, lse, pooled, *rules, wanted, compute.dtype)
+        rows, dkeys, dbias, dvalues = run(g, h, *problem, lse, lse_low, pooled, *rules, wanted, compute.dtype)
     dquery = dscale = None
     if want_query:
         factor = scale * g if closed else scale
@@ -62,7 +63,7 @@ def first_order(impl, compute, want, g, h, query, keys, scale, bias, start_logit
         dscale = g * dscale if closed else dscale
     dstart_logit = dstart_value = None
     if start_logit is not None:
-        p_start, slope = portable.start_terms(g, h, start_logit, start_value, lse, pooled)
+        p_start, slope = portable.start_terms(g, h, start_logit, start_value, lse, lse_low, pooled)
         dstart_logit = p_start * slope
         if h is not None and start_value is not None:
             dstart_value = (p_start[..., None] * h).to(start_value.dtype)
@@ -93,7 +94,7 @@ def _versions(tensors: tuple) -> tuple[int | None, ...]:
 
 
 class Similarity(Function):
-    """(lse [B, N], pooled [B, N, Dv]); pooled is differentiable only where `pool` is set."""
+    """(lse [B, N], pooled [B, N, Dv], lse_low [B, N]); pooled is differentiable only where `pool` is set, lse_low never."""
 
     @staticmethod
     def forward(impl, compute, pool, need_pooled, *tensors):
@@ -102,12 +103,11 @@ class Similarity(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         impl, compute, pool, _, query, keys, scale, bias, start_logit, values, start_value, *rules = inputs
-        lse, pooled = output
-        if not pool:
-            ctx.mark_non_differentiable(pooled)
+        lse, pooled, lse_low = output
+        ctx.mark_non_differentiable(lse_low, *(() if pool else (pooled,)))
         ctx.set_materialize_grads(False)
         ctx.impl, ctx.compute, ctx.pool = impl, compute, pool
-        rows, bank = (query, scale, start_logit, start_value, lse, pooled), (keys, bias, values, *rules)
+        rows, bank = (query, scale, start_logit, start_value, lse, lse_low, pooled), (keys, bias, values, *rules)
         needs = ctx.needs_input_grad
         ctx.want = (needs[4], needs[6], needs[5], needs[7], needs[9])
         hold = not pool and not any(ctx.want[2:])
@@ -119,17 +119,17 @@ class Similarity(Function):
         _keep(ctx, rows, bank, hold)
 
     @staticmethod
-    def backward(ctx, g, h):
+    def backward(ctx, g, h, _):
         if g is None and h is None:
             return (None,) * 16
-        (query, scale, start_logit, start_value, lse, pooled), (keys, bias, values, *rules) = _kept(ctx, 6)
+        (query, scale, start_logit, start_value, lse, lse_low, pooled), (keys, bias, values, *rules) = _kept(ctx, 7)
         g = torch.zeros_like(lse) if g is None else g.contiguous()
         h = h.contiguous() if ctx.pool and h is not None else None
         *want, want_values = ctx.want
         record = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         dquery, dkeys, dscale, dbias, dstart_logit, dvalues, dstart_value = (Gradients.apply if record else Gradients.forward)(
             ctx.impl, ctx.compute, (*want, want_values and h is not None), ctx.versions,
-            g, h, query, keys, scale, bias, start_logit, values, start_value, lse, pooled, *rules,
+            g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules,
         )  # fmt: skip
         return (None, None, None, None, dquery, dkeys, dscale, dbias, dstart_logit, dvalues, dstart_value, *(None,) * 5)
 
@@ -148,20 +148,20 @@ class Gradients(Function):
     """
 
     @staticmethod
-    def forward(impl, compute, want, versions, g, h, query, keys, scale, bias, start_logit, values, start_value, lse, pooled, *rules):
-        return first_order(impl, compute, want, g, h, query, keys, scale, bias, start_logit, values, start_value, lse, pooled, *rules)
+    def forward(impl, compute, want, versions, *tensors):
+        return first_order(impl, compute, want, *tensors)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, compute, _, versions, g, h, query, keys, scale, bias, start_logit, values, start_value, lse, pooled, *rules = inputs
+        _, compute, _, versions, g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules = inputs
         ctx.set_materialize_grads(False)
         ctx.compute, ctx.versions = compute, versions
-        rows, bank = (g, h, query, scale, start_logit, start_value, lse, pooled), (keys, bias, values, *rules)
+        rows, bank = (g, h, query, scale, start_logit, start_value, lse, lse_low, pooled), (keys, bias, values, *rules)
         _keep(ctx, rows, bank, versions is not None)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        (g, h, query, scale, start_logit, start_value, lse, pooled), bank = _kept(ctx, 8)
+        (g, h, query, scale, start_logit, start_value, lse, lse_low, pooled), bank = _kept(ctx, 9)
         if ctx.versions is not None and _versions(bank) != ctx.versions:
             raise RuntimeError(
                 "double backward through similarity_softmax needs the bank as the forward saw it, but it was updated in place since; "
@@ -171,9 +171,9 @@ class Gradients(Function):
         needs = ctx.needs_input_grad
         grads = SecondOrder.apply(
             ctx.compute, (needs[7], needs[9], needs[11]), *cotangents,
-            g, h, query, keys, scale, bias, start_logit, values, start_value, lse, pooled, *rules,
+            g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules,
         )  # fmt: skip
-        return (*(None,) * 4, *grads, *(None,) * 7)
+        return (*(None,) * 4, *grads, *(None,) * 8)
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -186,12 +186,12 @@ class SecondOrder(Function):
     @staticmethod
     def forward(
         compute, want, u, kappa, sigma, beta, omega, nu, nu_start,
-        g, h, query, keys, scale, bias, start_logit, values, start_value, lse, pooled, query_labels, key_labels, key_index, limit, valid,
+        g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules,
     ):  # fmt: skip
-        logits = portable.make_logits(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, compute.dtype)
+        logits = portable.make_logits(query, keys, scale, bias, *rules, compute.dtype)
         want_keys, want_bias, want_values = want
         out = second_order(
-            logits, Tangent(u, kappa, sigma, beta, omega, nu, nu_start), g, h, start_logit, start_value, values, lse, pooled,
+            logits, Tangent(u, kappa, sigma, beta, omega, nu, nu_start), g, h, start_logit, start_value, values, lse, lse_low, pooled,
             want_keys=want_keys, want_bias=want_bias, want_values=want_values and h is not None,
         )  # fmt: skip
         originals = (g, h, query, keys, scale, bias, start_logit, values, start_value)
@@ -231,8 +231,7 @@ def _fold_rows(apply, size, in_dims, args, bank_side):
             return x
         return (x.unsqueeze(1).expand(-1, size, *x.shape[1:]) if dim is None else x.movedim(dim, 1)).flatten(1, 2)
 
-    lse, pooled = apply(*(fold(i, x, dim) for i, (x, dim) in enumerate(zip(args, in_dims, strict=True))))
+    lse, pooled, lse_low = apply(*(fold(i, x, dim) for i, (x, dim) in enumerate(zip(args, in_dims, strict=True))))
     if pooled.dim() == 1:  # not asked for
         pooled = pooled.reshape(1, 0, 1)
-    lse, pooled = (x.unflatten(1, (size, x.shape[1] // size)) for x in (lse, pooled))
-    return (lse, pooled), (1, 1)
+    return tuple(x.unflatten(1, (size, x.shape[1] // size)) for x in (lse, pooled, lse_low)), (1, 1, 1)

@@ -44,8 +44,10 @@ def forward(
     *,
     values: Tensor | None = None,
     products: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(lse [B, N], pooled [B, N, Dv]) in float32; pooled is empty, [0], unless asked for.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse [B, N], pooled [B, N, Dv], lse_low [B, N]) in float32; pooled is empty, [0], unless asked for.
+
+    lse + lse_low is the log-sum-exp with twice a float's digits.
 
     z_ij = scale_i q_i.k_j + bias_j over the admitted columns j, and start_i. Contiguous, except that what belongs to the columns
     may be shared by the batch (stride 0): query [B, N, D], keys [B, M, D], scale [B, N] float32, bias [B, M] float32,
@@ -62,6 +64,7 @@ def forward(
 def grad_keys(
     g: Tensor,
     lse: Tensor,
+    lse_low: Tensor | None,
     query: Tensor,
     keys: Tensor,
     scale: Tensor,
@@ -78,23 +81,24 @@ def grad_keys(
 ) -> tuple[Tensor, Tensor]:
     """(sum_i g_i s_i p_ij q_i [B, M, D], sum_i g_i p_ij [B, M]) in float32; what is not wanted is empty, [0].
 
-    The gradient of lse in keys and bias: p_ij = exp(z_ij - lse_i), 0 where excluded and in rows with lse -inf. `g` is the upstream
-    [B, N] and `lse` [B, N] is `forward`'s, both float32; the rest as there. Keys that the batch shares get a gradient for each entry.
+    The gradient of lse in keys and bias: p_ij = exp(z_ij - lse_i - lse_low_i), 0 where excluded and in rows with lse -inf. `g` is
+    the upstream [B, N]; lse and lse_low (None: 0) [B, N] are `forward`'s, all float32; the rest as there. Keys that the batch
+    shares get a gradient for each entry.
     """
     return torch.ops.kdfast.similarity_grad_keys(
-        g, lse, query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, want_keys, want_bias,
+        g, lse, lse_low, query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, want_keys, want_bias,
         _products(products, query),
     )  # fmt: skip
 
 
-def _fake(query: Tensor, *args) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
     values, pooled = args[4], args[-2]
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     width = query.shape[-1] if values is None else values.shape[-1]
-    return lse, query.new_empty((*lse.shape, width) if pooled else (0,), dtype=torch.float32)
+    return lse, query.new_empty((*lse.shape, width) if pooled else (0,), dtype=torch.float32), torch.empty_like(lse)
 
 
-def _grad_keys_fake(g: Tensor, lse: Tensor, query: Tensor, keys: Tensor, *args) -> tuple[Tensor, Tensor]:
+def _grad_keys_fake(g: Tensor, lse: Tensor, lse_low: Tensor | None, query: Tensor, keys: Tensor, *args) -> tuple[Tensor, Tensor]:
     want_keys, want_bias = args[-3:-1]
     return g.new_empty(keys.shape if want_keys else (0,)), g.new_empty(keys.shape[:2] if want_bias else (0,))
 

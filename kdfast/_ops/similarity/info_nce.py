@@ -52,7 +52,7 @@ def _composed(p: Problem, positives: Positives) -> tuple[Tensor, Tensor]:
     """The definition in PyTorch's operations, for any device and transform, and for derivatives of the second order."""
     spec, tensors = p
     rows, columns, weights, include = positives
-    lse, _ = streaming_softmax(spec, tensors.folded(spec), pool=False, need_pooled=False)
+    lse, *_ = streaming_softmax(spec, tensors.folded(spec), pool=False, need_pooled=False)
     lse = lse.reshape(spec.rows)
     _, logits = positive_logits(tensors.query, tensors.keys, tensors.scale, tensors.bias, rows, columns)
     gap = lse[..., None] - logits
@@ -84,7 +84,7 @@ class InfoNceRows(Function):
         spec, include, mean, need_pull = call
         q, k, s, b, given, columns, weights, *rules = _folded(spec, query, keys, scale, bias, positive, *rest)
         problem = _for_kernel(q, k, s, b, *rules)
-        lse, pull = cpu.forward(*problem[:4], None, None, *problem[4:], need_pull, products=spec.compute.products)
+        lse, pull, lse_low = cpu.forward(*problem[:4], None, None, *problem[4:], need_pull, products=spec.compute.products)
         pull = pull if need_pull else None
         candidates, terms = (_once(problem[1]), _once(problem[3])) if given is None else (given, None)
         losses, slopes = torch.ops.kdfast.info_nce_rows(lse, pull, problem[0], s, candidates, columns, terms, weights, include)
@@ -92,7 +92,7 @@ class InfoNceRows(Function):
         ctx.call, ctx.want = call, (want_query, want_keys, want_scale, want_bias, want_positive)
         bank, hold = (keys, bias, *rest), not (want_keys or want_bias)
         ctx.versions = _versions(bank) if hold else None
-        _keep(ctx, (slopes, pull, lse, query, scale, positive), bank, hold)
+        _keep(ctx, (slopes, pull, lse, lse_low, query, scale, positive), bank, hold)
         ctx.set_materialize_grads(False)
         losses = losses.mean() if mean else losses.view(spec.rows)
         if include:
@@ -105,7 +105,7 @@ class InfoNceRows(Function):
     def backward(ctx, g, *_):
         if g is None:
             return (None,) * 7
-        rows, bank = _kept(ctx, 6)
+        rows, bank = _kept(ctx, 7)
         run = Gradients.apply if torch.is_grad_enabled() else _gradients
         return None, None, *run(ctx.call, ctx.want, ctx.versions, g, *rows, *bank)
 
@@ -114,11 +114,11 @@ class Gradients(Function):
     """`_gradients`, and their derivative: that of the definition, taken twice."""
 
     @staticmethod
-    def forward(ctx, call, want, versions, g, slopes, pull, lse, query, scale, positive, *bank):
+    def forward(ctx, call, want, versions, g, slopes, pull, lse, lse_low, query, scale, positive, *bank):
         ctx.call, ctx.want, ctx.versions = call, want, versions
         _keep(ctx, (g, query, scale, positive), bank, versions is not None)
         ctx.set_materialize_grads(False)
-        return _gradients(call, want, versions, g, slopes, pull, lse, query, scale, positive, *bank)
+        return _gradients(call, want, versions, g, slopes, pull, lse, lse_low, query, scale, positive, *bank)
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -131,7 +131,7 @@ class Gradients(Function):
         dg, dquery, dkeys, dscale, dbias, dpositive = SecondOrder.apply(
             ctx.call, ctx.want, bank[2:], *cotangents, g, query, bank[0], scale, bank[1], positive
         )
-        return None, None, None, dg, None, None, None, dquery, dscale, dpositive, dkeys, dbias, *(None,) * 7
+        return None, None, None, dg, None, None, None, None, dquery, dscale, dpositive, dkeys, dbias, *(None,) * 7
 
 
 class SecondOrder(Function):
@@ -159,7 +159,7 @@ class SecondOrder(Function):
         raise RuntimeError("info_nce has first and second derivatives only; a third was asked for")
 
 
-def _gradients(call, want, versions, g, slopes, pull, lse, query, scale, positive, keys, bias, *rest):
+def _gradients(call, want, versions, g, slopes, pull, lse, lse_low, query, scale, positive, keys, bias, *rest):
     """The gradients of <g, losses> in (query, keys, scale, bias, positive), None where not wanted."""
     spec = call.spec
     want_query, want_keys, want_scale, want_bias, want_positive = want
@@ -172,7 +172,9 @@ def _gradients(call, want, versions, g, slopes, pull, lse, query, scale, positiv
     )
     dkeys = dbias = None
     if of_bank:
-        dkeys, dbias = cpu.grad_keys(dlse, lse, *_for_kernel(q, k, s, b, *rules), want_keys, want_bias, products=spec.compute.products)
+        dkeys, dbias = cpu.grad_keys(
+            dlse, lse, lse_low, *_for_kernel(q, k, s, b, *rules), want_keys, want_bias, products=spec.compute.products
+        )
         dkeys, dbias = dkeys if want_keys else None, dbias if want_bias else None
         if columns is not None:
             torch.ops.kdfast.info_nce_grad_candidates(g, slopes, rows, s, columns, dkeys, dbias)

@@ -54,9 +54,9 @@ def pooled_is_over_keys(h: Tensor | None, values: Tensor | None, start_value: Te
     return h is None and values is None and start_value is None
 
 
-def start_weight(start_logit: Tensor, lse: Tensor) -> Tensor:
+def start_weight(start_logit: Tensor, lse: Tensor, lse_low: Tensor) -> Tensor:
     """p_i of the start candidate, [B, N]."""
-    return torch.exp(start_logit - above_nothing(lse))
+    return torch.exp(start_logit - above_nothing(lse) - lse_low)
 
 
 @no_autocast
@@ -75,12 +75,15 @@ def forward(
     pooled: bool,
     values: Tensor | None,  # [B, M, Dv]; None: keys
     compute: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """(lse [B, N], pooled [B, N, Dv]) in the dtype of `scale`; pooled is empty where it is not asked for."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse [B, N], pooled [B, N, Dv], lse_low [B, N]) in the dtype of `scale`; pooled is empty where it is not asked for.
+
+    lse + lse_low is the log-sum-exp with twice the digits.
+    """
     logits = make_logits(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, compute)
     scores = logits.scores
     width = keys.shape[-1] if values is None else values.shape[-1]
-    lse = torch.empty_like(scale)
+    lse, lse_low = torch.empty_like(scale), torch.empty_like(scale)
     out = scale.new_empty((*scale.shape, width) if pooled else (0,))
     batches, row_blocks, column_blocks = scores.blocks()
     for b in batches:
@@ -103,25 +106,32 @@ def forward(
                     v = k if values is None else scores.column_tile(values, b, c)
                     acc = torch.baddbmm(acc * rescale[..., None], weight, v)
                 top = higher
-            lse[b, r] = _finite(top) + torch.log(total)
+            lse[b, r], lse_low[b, r] = _two_sum(_finite(top), torch.log(total))
             if pooled:
                 out[b, r] = acc / torch.where(total == 0, 1.0, total)[..., None]
-    return lse, out
+    return lse, out, lse_low
+
+
+def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a + b and the rounding error of that sum (Knuth), 0 where it is infinite or NaN."""
+    total = a + b
+    of_b = total - a
+    return total, _finite((a - (total - of_b)) + (b - of_b))
 
 
 def _finite(top: Tensor) -> Tensor:
-    """The shift for a running maximum: itself, or 0 where it is infinite or NaN (inf - inf would make NaN of -inf and +inf)."""
+    """`top`, or 0 where it is infinite or NaN: the shift for a running maximum (inf - inf would make NaN of -inf and +inf)."""
     return torch.where(torch.isfinite(top), top, 0.0)
 
 
-def start_terms(g, h, start_logit, start_value, lse, pooled) -> tuple[Tensor, Tensor]:
+def start_terms(g, h, start_logit, start_value, lse, lse_low, pooled) -> tuple[Tensor, Tensor]:
     """The start candidate's weight p and slope g + h.(v - pooled), each [B, N]."""
     slope = g
     if h is not None:
         slope = slope - (h * pooled).sum(-1)
         if start_value is not None:
             slope = slope + (h * start_value.to(h.dtype)).sum(-1)
-    return start_weight(start_logit, lse), slope
+    return start_weight(start_logit, lse, lse_low), slope
 
 
 def gradients(
@@ -135,6 +145,7 @@ def gradients(
     values: Tensor | None,  # None: keys
     start_value: Tensor | None,
     lse: Tensor,
+    lse_low: Tensor,
     pooled: Tensor,
     query_labels: Tensor | None,
     key_labels: Tensor | None,
@@ -182,7 +193,7 @@ def gradients(
     if want_rows:
         key_mean = pooled
         if start_logit is not None:
-            p_start, slope = start_terms(g, h, start_logit, start_value, lse, pooled)
+            p_start, slope = start_terms(g, h, start_logit, start_value, lse, lse_low, pooled)
             mass, total = mass + p_start, total + p_start * slope
             if start_value is not None:
                 key_mean = pooled - p_start[..., None] * start_value.to(p_start.dtype)
@@ -203,11 +214,11 @@ def gradients(
 
 def _forward_fake(query, keys, scale, bias, start_logit, start_value, ql, kl, index, limit, valid, pooled, values, compute):
     width = keys.shape[-1] if values is None else values.shape[-1]
-    return torch.empty_like(scale), scale.new_empty((*scale.shape, width) if pooled else (0,))
+    return torch.empty_like(scale), scale.new_empty((*scale.shape, width) if pooled else (0,)), torch.empty_like(scale)
 
 
 def _gradients_fake(
-    g, h, query, keys, scale, bias, start_logit, values, start_value, lse, pooled, ql, kl, index, limit, valid, want, compute
+    g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, ql, kl, index, limit, valid, want, compute
 ):
     shapes = (query.shape, keys.shape, keys.shape[:2], None if values is None else values.shape)
     dtypes = (scale.dtype, keys.dtype, scale.dtype, scale.dtype if values is None else values.dtype)

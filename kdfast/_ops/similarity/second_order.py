@@ -52,6 +52,7 @@ def second_order(
     start_value: Tensor | None,
     values: Tensor | None,  # None: keys
     lse: Tensor,
+    lse_low: Tensor,
     pooled: Tensor,
     *,
     want_keys: bool,
@@ -68,7 +69,7 @@ def second_order(
     u = torch.zeros_like(q) if tangent.query is None else tangent.query.to(scale.dtype)
     sigma = torch.zeros_like(scale) if tangent.scale is None else tangent.scale
     direction = scale[..., None] * u + sigma[..., None] * q
-    start = _start(start_logit, start_value, tangent, lse)
+    start = _start(start_logit, start_value, tangent, lse, lse_low)
     means = _row_means(logits, tangent, direction, start, h, values, lse, pooled, closed)
 
     # with w = h.v and eta = h.(tangent of v), both about a row's mean: c = g + w, phi = mean of c rate + eta
@@ -130,12 +131,12 @@ class _Start(NamedTuple):
     value_tangent: Tensor
 
 
-def _start(start_logit: Tensor | None, start_value: Tensor | None, tangent: Tangent, lse: Tensor) -> _Start | None:
+def _start(start_logit: Tensor | None, start_value: Tensor | None, tangent: Tangent, lse: Tensor, lse_low: Tensor) -> _Start | None:
     if start_logit is None:
         return None
     zero = lse.new_zeros(())
     return _Start(
-        start_weight(start_logit, lse),
+        start_weight(start_logit, lse, lse_low),
         torch.zeros_like(lse) if tangent.start_logit is None else tangent.start_logit,
         zero if start_value is None else start_value.to(lse.dtype),
         zero if tangent.start_value is None else tangent.start_value.to(lse.dtype),
