@@ -26,7 +26,7 @@ using kdfast::SinkhornTeam;
 constexpr double kDrift = 28.85;        // 20 nats: past 2^this, what underflowed in a stored kernel may count
 constexpr double kMaxEntry = 0x1p115;   // rows without weight may be near any column: their sums are reported as at most this
 constexpr int64_t kGroup = 16;          // rows weighed together, at most
-constexpr int64_t kGroupBytes = 32768;  // of their entries: most of L1
+constexpr int64_t kGroupBytes = 16384;  // of their entries: two groups are most of L1
 constexpr int64_t kShare = 64;          // elements between what workers report: no cache line in common
 constexpr int64_t kChunk = 128;         // rows whose columns are summed apart, for the sake of rounding
 constexpr double kBitsPerNat = 0x1.71547652b82fep+0;
@@ -47,7 +47,7 @@ struct SinkhornArrays {
   // Places the arrays from `work` on and returns their size in elements.
   int64_t place(const SinkhornProblem<Real>& p, bool stores, int64_t workers, Real* work) {
     n = round_up(p.n, kGroup) + kGroup, m = round_up(p.m, kPanelWidth<Real>);
-    worker_columns = 2 * m, worker_entries = kGroup * m;
+    worker_columns = 2 * m, worker_entries = 2 * kGroup * m;
     int64_t used = 0;
     const auto take = [&](int64_t count) {
       Real* const at = work + used;
@@ -58,7 +58,7 @@ struct SinkhornArrays {
     b = take(m), g = take(m), new_g = take(m), older_g = take(m), start_g = take(m), exponent = take(m), scale = take(m);
     columns = take(workers * worker_columns);
     entries = take(workers * worker_entries);
-    costs = take(p.metric == SinkhornMetric::kGiven ? 0 : workers * worker_entries);
+    costs = take(p.metric == SinkhornMetric::kGiven ? 0 : workers * worker_entries / 2);
     shares = take(workers * kShare);
     points = take(PointSums<Real>::space(p));
     kernel = take(stores ? p.n * m : 0);
@@ -226,24 +226,31 @@ class SinkhornSolver {
 
   int64_t first_row(int64_t worker) const { return worker * p_.n / team_.size; }
 
-  // f(i, rows, e, stride, costs, cost stride) for the groups of a worker's rows, then e's rows times `weights` into its column sums.
+  // f(i, rows, e, costs, weights) for the groups of a worker's rows, to fill e and weights; e's rows times their weights are added to
+  // its column sums one group later, while the next is weighed: between the sums of a row and its weight lies a long chain.
   template <class F>
   void each_group(int64_t worker, Real* stored, const F& f) {
-    const int64_t end = first_row(worker + 1), step = group();
+    const int64_t begin = first_row(worker), end = first_row(worker + 1), step = group();
     Real *const columns = w_.columns + worker * w_.worker_columns, *const chunk = columns + w_.m;
-    Real *const entries = w_.entries + worker * w_.worker_entries, *const costs = w_.costs + worker * w_.worker_entries;
-    Real weights[kGroup] = {};
-    for (int64_t j = 0; j < w_.m; ++j) columns[j] = chunk[j] = 0;
-    for (int64_t i = first_row(worker), rows = 0; i < end; i += rows) {
-      rows = smaller(step, end - i);
-      Real* const e = stored != nullptr ? stored + i * w_.m : entries;
-      f(i, rows, e, costs, weights);
-      add_all(e, w_.m, rows, weights, p_.m, chunk);
-      if ((i + rows) / kChunk == i / kChunk && i + rows < end) continue;
+    Real *const entries = w_.entries + worker * w_.worker_entries, *const costs = w_.costs + worker * w_.worker_entries / 2;
+    Real weights[2][kGroup] = {};
+    const auto place = [&](int64_t i) { return stored != nullptr ? stored + i * w_.m : entries + (i - begin) / step % 2 * kGroup * w_.m; };
+    const auto add = [&](int64_t i, int64_t rows) {
+      add_all(place(i), w_.m, rows, weights[(i - begin) / step % 2], p_.m, chunk);
+      if ((i + rows) / kChunk == i / kChunk && i + rows < end) return;
       for (int64_t j = 0; j < w_.m; j += kW) {
         store(columns + j, load(columns + j) + load(chunk + j));
         store(chunk + j, V{});
       }
+    };
+    for (int64_t j = 0; j < w_.m; ++j) columns[j] = chunk[j] = 0;
+    for (int64_t i = begin; i < end; i += step) {
+      f(i, smaller(step, end - i), place(i), costs, weights[(i - begin) / step % 2]);
+      if (i > begin) add(i - step, step);
+    }
+    if (begin < end) {
+      const int64_t last = begin + (end - begin - 1) / step * step;
+      add(last, end - last);
     }
   }
 
@@ -252,20 +259,23 @@ class SinkhornSolver {
     Real error = 0;
     bool doubtful = false;
     each_group(worker, form_ == Form::kStored || keep_ ? w_.kernel : nullptr, [&](int64_t i, int64_t rows, Real* e, Real* buffer, Real* weights) {
+      V lanes[kGroup];
       Real sums[kGroup] = {}, used[kGroup] = {};
       if (form_ == Form::kStored) {
-        weigh_all(e, w_.m, rows, w_.scale, p_.m, sums);
-        for (int64_t r = 0; r < rows; ++r) used[r] = w_.stored_u[i + r], doubtful |= !trusted(sums[r]);
+        weigh_all(e, w_.m, rows, w_.scale, p_.m, lanes);
+        for (int64_t r = 0; r < rows; ++r) used[r] = w_.stored_u[i + r], sums[r] = sum_lanes(lanes[r]), doubtful |= !trusted(sums[r]);
       } else {
         int64_t stride = 0;
         const T* const c = cost_rows<Real, T>(p_, points_, i, rows, 0, p_.m, buffer, &stride);
+        const bool fresh = form_ == Form::kLargest;
+        for (int64_t r = 0; r < rows && !fresh; ++r) {
+          used[r] = k_ * w_.f[i + r];
+          lanes[r] = weigh_row(c + r * stride, w_.exponent, w_.b, k_, used[r], p_.m, e + r * w_.m);
+        }
         for (int64_t r = 0; r < rows; ++r) {
-          if (form_ == Form::kAbsorbed) {
-            used[r] = k_ * w_.f[i + r];
-            sums[r] = weigh_row(c + r * stride, w_.exponent, w_.b, k_, used[r], p_.m, e + r * w_.m);
-            if (trusted(sums[r])) continue;
-          }
-          sums[r] = weigh_row_from_largest(c + r * stride, w_.exponent, w_.b, k_, p_.m, e + r * w_.m, &used[r]);
+          if (!fresh) sums[r] = sum_lanes(lanes[r]);
+          if (!trusted(sums[r]))
+            sums[r] = sum_lanes(weigh_row_from_largest(c + r * stride, w_.exponent, w_.b, k_, p_.m, e + r * w_.m, &used[r]));
         }
         if (keep_) __builtin_memcpy(w_.stored_u + i, used, size_t(rows) * sizeof(Real));
       }
@@ -363,7 +373,7 @@ class SinkhornSolver {
       for (int64_t r = 0; r < rows; ++r) {
         const Real a = w_.a[i + r], f = w_.f[i + r];
         Real* const entries = e + r * w_.m;
-        const Real sum = weigh_row(c + r * stride, w_.scale, w_.b, k_, k_ * f, p_.m, entries);
+        const Real sum = sum_lanes(weigh_row(c + r * stride, w_.scale, w_.b, k_, k_ * f, p_.m, entries));
         weights[r] = a;
         out_->row[i + r] = sum > Real(kMaxEntry) ? Real(kMaxEntry) : sum;
         if (a == 0) {  // entries may be infinite
