@@ -21,6 +21,7 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "Tensor(b!)? dbias) -> ()");
   m.def("gather_similarity(Tensor query, Tensor bank, Tensor index) -> Tensor");
   m.def("gather_weighted_sum(Tensor weight, Tensor bank, Tensor index) -> Tensor");
+  m.def("gather_scatter(Tensor weight, Tensor query, Tensor index, int size, ScalarType dtype) -> Tensor");
   m.def(
       "sinkhorn_solve(Tensor? cost, Tensor? x, Tensor? y, Tensor a, Tensor b, Tensor epsilon, Tensor? rows, Tensor? cols, str metric, "
       "float? rho_a, float? rho_b, Tensor g, int iterations, float? tol, str method, float? anneal_start, float? anneal_factor, "

@@ -2,18 +2,12 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-#include <atomic>
-#include <optional>
-
-#include "bind.h"
-#include "dispatch.h"
+#include "bind_gather.h"
 
 namespace {
 
 using kdfast::BlockSample;
 using kdfast::GatherBlocks;
-using kdfast::GatherParams;
 
 GatherParams gather_params(const char* op, const Tensor& bank, const Tensor& index) {
   STD_TORCH_CHECK(bank.dim() == 2 && index.dim() == 2, "bank and index must have 2 dimensions, got ", bank.dim(), " and ", index.dim());
@@ -23,28 +17,10 @@ GatherParams gather_params(const char* op, const Tensor& bank, const Tensor& ind
   p.bank_stride = bank.stride(0);
   check("bank", bank, bank.scalar_type(), {p.columns, p.width});
   STD_TORCH_CHECK(bank.stride(1) == 1 || p.width <= 1, "rows of the bank must be contiguous");
-  check("index", index, ScalarType::Long, {p.rows, p.samples});
-  STD_TORCH_CHECK(p.columns > 0 || index.numel() == 0, "bank must have at least 1 row");
-  STD_TORCH_CHECK(index.is_contiguous(), "index must be contiguous");
   p.bank = data<void>(bank);
-  p.index = data<int64_t>(index);
+  p.index = index_data(p, index);
   return p;
 }
-
-const float* float_rows(const char* name, const Tensor& x, int64_t rows, int64_t width) {
-  check(name, x, ScalarType::Float, {rows, width});
-  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
-  return data<float>(x);
-}
-
-constexpr double kSampleWork = 300;  // what ordering a sample, or waiting for its bank row, costs in multiply-adds
-
-// `work` in multiply-adds
-int64_t workers_for(double work, int64_t most) {
-  return std::clamp<int64_t>(int64_t(work / kMinWork), 1, std::min<int64_t>(torch::stable::get_num_threads(), most));
-}
-
-void check_inside(const GatherParams& p, bool inside) { STD_TORCH_CHECK(inside, "index must be in [0, ", p.columns, ")"); }
 
 // ---- one sampled row after another ------------------------------------------------------------------------------------
 
@@ -101,9 +77,6 @@ void run_blocks(const GatherParams& p) {
   GatherBlocks b{0, chunk, mask + 1, blocks, nullptr, nullptr};
   const int64_t space = kernels.gather_blocks_workspace(p, b);
 
-  const auto scratch = [](int64_t count, ScalarType type) {
-    return torch::stable::empty({count}, type, std::nullopt, std::nullopt, std::nullopt, std::nullopt);
-  };
   const Tensor samples = scratch(chunk * p.samples, ScalarType::Long);  // 8 bytes, as a BlockSample
   const Tensor places = scratch(chunk * (blocks + 1) + workers * blocks, ScalarType::Long);
   const Tensor floats = scratch(workers * (space + partial), ScalarType::Float);
@@ -149,6 +122,8 @@ void run_blocks(const GatherParams& p) {
     }
   }
 }
+
+// ---- the ops ----------------------------------------------------------------------------------------------------------
 
 Tensor gather_similarity(const Tensor& query, const Tensor& bank, const Tensor& index) {
   GatherParams p = gather_params("gather_similarity", bank, index);

@@ -31,4 +31,22 @@ struct GatherBlocks {
   const int64_t* begin;   // [row_end - row_begin, blocks + 1]: where in `samples` each block's begin
 };
 
+// A sample on its way to the bank row whose gradient it is part of.
+struct ScatterEntry {
+  int32_t row;     // n
+  int32_t column;  // of the bank, counted from the first of its block
+  float weight;
+};
+
+// out_m = sum over (n, k) with index_nk = m of w_nk q_n. The samples are ordered by block of bank rows, in a block by n, then k.
+struct ScatterParams {
+  ElementType type;                // of out
+  int64_t rows, columns, width;    // N, M, D
+  const float* query;              // [N, D]
+  int64_t block, blocks, largest;  // bank rows in a block; blocks; samples in the fullest
+  const ScatterEntry* entries;
+  const int64_t* begin;            // [blocks + 1]: where in `entries` each block's begin
+  void* out;                       // [M, D]
+};
+
 }  // namespace kdfast

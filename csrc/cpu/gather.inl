@@ -142,28 +142,27 @@ bool score_samples(const GatherParams& p, int64_t begin, int64_t end) {
   return sampled.inside;
 }
 
-// One panel of row `row`'s weighted sum.
-template <class T>
+// One panel of a weighted sum of `terms`: at(k) is a row, weight(k) its weight, fetch<lines>(k, d) asks for what comes later.
+template <class Terms>
 struct SumPanel {
-  const GatherParams& p;
-  SampledRows<T>& sampled;
-  int64_t row;
+  Terms& terms;
+  int64_t width;
+  float* out;  // [width]
 
   template <int kWidth>
   inline void run(const Panel& panel) const {
     constexpr int kSets = 2 * kWidth <= kPanelVecs ? 2 : 1;  // rows added side by side: the multiply-add's latency
-    const float* const weight = p.weight + row * p.samples;
     Vec sum[kWidth] = {};
-    for (int64_t begin = 0; begin < p.samples; begin += kRun) {
-      const int64_t end = smaller(begin + kRun, p.samples);
+    for (int64_t begin = 0; begin < terms.count; begin += kRun) {
+      const int64_t end = smaller(begin + kRun, terms.count);
       Vec acc[kSets][kWidth] = {};
       const auto add = [&](Vec* to, int64_t k) __attribute__((always_inline)) {
-        prefetch_panel<T, kWidth>(sampled.later(row * p.samples + k) + panel.d);
-        const T* const from = sampled.at(row * p.samples + k);
-        const Vec w = splat(weight[k]);
+        terms.template fetch<kWidth>(k, panel.d);
+        const auto* const from = terms.at(k);
+        const Vec w = splat(terms.weight(k));
 #pragma GCC unroll 8
         for (int v = 0; v < kWidth - 1; ++v) to[v] = multiply_add(w, load(from + panel.d + v * kLanes), to[v]);
-        to[kWidth - 1] = multiply_add(w, load_short(from + panel.last, p.width), to[kWidth - 1]);
+        to[kWidth - 1] = multiply_add(w, load_short(from + panel.last, width), to[kWidth - 1]);
       };
       int64_t k = begin;
       for (; k + kSets <= end; k += kSets)
@@ -173,18 +172,39 @@ struct SumPanel {
 #pragma GCC unroll 8
       for (int v = 0; v < kWidth; ++v) sum[v] += kSets == 2 ? acc[0][v] + acc[kSets - 1][v] : acc[0][v];
     }
-    float* const out = p.out + row * p.width;
     for (int v = 0; v < kWidth - 1; ++v) store(out + panel.d + v * kLanes, sum[v]);
-    __builtin_memcpy(out + panel.last, &sum[kWidth - 1], size_t(smaller(kLanes, p.width)) * sizeof(float));
+    __builtin_memcpy(out + panel.last, &sum[kWidth - 1], size_t(smaller(kLanes, width)) * sizeof(float));
+  }
+};
+
+template <class Terms>
+inline void add_terms(Terms& terms, int64_t width, float* out) {
+  for (int64_t d = 0; d < width; d += kPanelVecs * kLanes) with_width(Panel(d, width), SumPanel<Terms>{terms, width, out});
+}
+
+// The bank rows sampled for one row, with its weights.
+template <class T>
+struct SampledTerms {
+  SampledRows<T>& sampled;
+  const float* weights;
+  int64_t first, count;
+
+  inline const T* at(int64_t k) { return sampled.at(first + k); }
+  inline float weight(int64_t k) const { return weights[k]; }
+  template <int kWidth>
+  inline void fetch(int64_t k, int64_t d) const {
+    prefetch_panel<T, kWidth>(sampled.later(first + k) + d);
   }
 };
 
 // Rows begin .. end.
 template <class T>
-bool sum_rows(const GatherParams& p, int64_t begin, int64_t end) {
+bool sum_samples(const GatherParams& p, int64_t begin, int64_t end) {
   SampledRows<T> sampled(p);
-  for (int64_t row = begin; row < end; ++row)
-    for (int64_t d = 0; d < p.width; d += kPanelVecs * kLanes) with_width(Panel(d, p.width), SumPanel<T>{p, sampled, row});
+  for (int64_t row = begin; row < end; ++row) {
+    SampledTerms<T> terms{sampled, p.weight + row * p.samples, row * p.samples, p.samples};
+    add_terms(terms, p.width, p.out + row * p.width);
+  }
   return sampled.inside;
 }
 
@@ -205,11 +225,11 @@ bool gather_similarity(const GatherParams& p, int64_t begin, int64_t end) {
 bool gather_weighted_sum(const GatherParams& p, int64_t begin, int64_t end) {
   switch (p.type) {
     case ElementType::kFloat32:
-      return sum_rows<float>(p, begin, end);
+      return sum_samples<float>(p, begin, end);
     case ElementType::kBFloat16:
-      return sum_rows<BFloat16>(p, begin, end);
+      return sum_samples<BFloat16>(p, begin, end);
     case ElementType::kFloat16:
-      return sum_rows<Half>(p, begin, end);
+      return sum_samples<Half>(p, begin, end);
   }
   return false;
 }

@@ -32,6 +32,8 @@ struct CpuKernels {
   int64_t (*gather_blocks_workspace)(const GatherParams&, const GatherBlocks&);  // floats
   // Blocks first .. last: scores into the samples, or weighted sums of their samples into sums [rows, width].
   void (*gather_blocks)(const GatherParams&, const GatherBlocks&, int64_t first, int64_t last, float* workspace, float* sums);
+  int64_t (*gather_scatter_workspace)(const ScatterParams&);  // floats
+  void (*gather_scatter)(const ScatterParams&, int64_t first, int64_t last, float* workspace);  // blocks first .. last
   // Elements of workspace for problems up to this size; the solution of one.
   int64_t (*sinkhorn_workspace)(const SinkhornProblem<float>&, const SinkhornSchedule&, int64_t workers);
   int64_t (*sinkhorn_workspace_double)(const SinkhornProblem<double>&, const SinkhornSchedule&, int64_t workers);

@@ -15,6 +15,8 @@ constexpr int kVecs = KDFAST_VECS;    // vectors across a panel
 
 typedef float Vec __attribute__((vector_size(4 * KDFAST_LANES), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(4 * KDFAST_LANES), aligned(4), may_alias));
+typedef uint32_t BitVec __attribute__((vector_size(4 * KDFAST_LANES), aligned(4), may_alias));
+typedef uint16_t HalfBitVec __attribute__((vector_size(2 * KDFAST_LANES), aligned(2), may_alias));
 
 struct BFloat16 {
   uint16_t bits;
@@ -42,6 +44,7 @@ inline Vec load(const BFloat16* p) {
   return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }
 inline Vec load(const Half* p) { return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline void store(Half* p, Vec x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT)); }
 
 // Rows of 4-byte words: to[i * to_stride + j] = from[j * from_stride + i] for i, j < kLanes. Three rounds double the
 // run of words that come from one column: pairs of words, pairs of pairs, then the 128-bit quarters.
@@ -86,6 +89,7 @@ inline Vec load(const BFloat16* p) {
   return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 }
 inline Vec load(const Half* p) { return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline void store(Half* p, Vec x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT)); }
 
 inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   __m256 a[8], b[8];
@@ -145,6 +149,28 @@ inline Vec load(const T* p) {
   for (int i = 0; i < kLanes; ++i) out[i] = widen(p[i]);
   return out;
 }
+// Float to half, to the nearest, ties to even. Below 2^-14 the sum with 1/2 rounds to half's unit there, 2^-24.
+inline Half narrow(float x) {
+  const float magnitude = __builtin_fabsf(x), shifted = magnitude + 0.5f;
+  uint32_t signed_bits, bits, low;
+  __builtin_memcpy(&signed_bits, &x, 4);
+  __builtin_memcpy(&bits, &magnitude, 4);
+  __builtin_memcpy(&low, &shifted, 4);
+  uint32_t out;
+  if (x != x) {
+    out = 0x7e00;
+  } else if (magnitude >= 65536.0f) {
+    out = 0x7c00;
+  } else if (magnitude < 0x1p-14f) {
+    out = low - 0x3f000000u;
+  } else {
+    out = (bits - (112u << 23) + 0xfffu + (bits >> 13 & 1)) >> 13;
+  }
+  return {uint16_t(out | (signed_bits >> 16 & 0x8000))};
+}
+inline void store(Half* p, Vec x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = narrow(x[i]);
+}
 inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   for (int i = 0; i < kLanes; ++i)
     for (int j = 0; j < kLanes; ++j) __builtin_memcpy(to + i * to_stride + j, from + j * from_stride + i, 4);
@@ -156,6 +182,13 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// To the nearest, ties to even; NaN stays NaN.
+inline void store(BFloat16* p, Vec x) {
+  const BitVec bits = (BitVec)x, rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+  const BitVec kept = x == x ? rounded : bits | 0x400000u;
+  *reinterpret_cast<HalfBitVec*>(p) = __builtin_convertvector(kept >> 16, HalfBitVec);
+}
 
 // The first `count` < kLanes elements, then zeros; nothing beyond them is read.
 template <class T>
@@ -170,6 +203,15 @@ template <class T>
 inline Vec load_row(const T* row, int64_t d, int64_t width) {
   if (d + kLanes <= width) return load(row + d);
   return d < width ? load_partial(row + d, width - d) : Vec{};
+}
+
+// Stores elements d to d + kLanes of a row, none beyond its `width`.
+template <class T>
+inline void store_row(T* row, int64_t d, int64_t width, Vec x) {
+  if (d + kLanes <= width) return store(row + d, x);
+  T copy[kLanes];
+  store(copy, x);
+  __builtin_memcpy(row + d, copy, size_t(width - d) * sizeof(T));
 }
 
 inline float total(Vec x) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gather_blocks.inl"
+#include "gather_scatter.inl"
 #include "info_nce.inl"
 #include "probe.inl"
 #include "similarity.inl"
@@ -19,6 +20,7 @@ const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA) = {
     KDFAST_QUOTE(KDFAST_ISA), similarity_workspace, similarity, similarity_merge, similarity_grad_workspace, similarity_grad,
     info_nce_rows, info_nce_grad_rows, info_nce_grad_candidates,
     gather_similarity, gather_weighted_sum, gather_by_blocks, gather_blocks_workspace, gather_blocks,
+    gather_scatter_workspace, gather_scatter,
     sinkhorn_workspace<float>, sinkhorn_workspace<double>, sinkhorn_solve<float>, sinkhorn_solve<double>, fma_probe,
 };
 }  // namespace kdfast

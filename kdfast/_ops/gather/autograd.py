@@ -62,7 +62,7 @@ class GatherPool(Function):
             return (None,) * 4
         grad = grad.contiguous()
         d_weights = GatherScores.apply(grad, bank, index, ctx.impl) if ctx.needs_input_grad[0] else None
-        d_bank = ScatterRows.apply(weights, grad, index, len(bank), ctx.impl).to(bank.dtype) if ctx.needs_input_grad[1] else None
+        d_bank = ScatterRows.apply(weights, grad, index, len(bank), bank.dtype, ctx.impl) if ctx.needs_input_grad[1] else None
         return d_weights, d_bank, None, None
 
     @staticmethod
@@ -72,15 +72,15 @@ class GatherPool(Function):
 
 
 class ScatterRows(Function):
-    """dT/dk: weights [N, K], query [N, D], index [N, K], size M -> [M, D]."""
+    """dT/dk: weights [N, K], query [N, D], index [N, K], size M -> [M, D] of `dtype`, the bank's."""
 
     @staticmethod
-    def forward(weights, query, index, size, impl: str):
-        return FORMS[impl].scatter(weights, query, index, size)
+    def forward(weights, query, index, size, dtype, impl: str):
+        return FORMS[impl].scatter(weights, query, index, size, dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, _, ctx.impl = inputs
+        *tensors, _, _, ctx.impl = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
@@ -88,16 +88,16 @@ class ScatterRows(Function):
     def backward(ctx, grad):
         weights, query, index = ctx.saved_tensors
         if grad is None:
-            return (None,) * 5
+            return (None,) * 6
         d_weights = GatherScores.apply(query, grad, index, ctx.impl) if ctx.needs_input_grad[0] else None
         d_query = GatherPool.apply(weights, grad, index, ctx.impl) if ctx.needs_input_grad[1] else None
-        return d_weights, d_query, None, None, None
+        return d_weights, d_query, None, None, None, None
 
     @staticmethod
-    def vmap(info, in_dims, weights, query, index, size, impl):
+    def vmap(info, in_dims, weights, query, index, size, dtype, impl):
         weights, query, index = _folded(info, in_dims[:3], weights, query, index)
         index = index + size * _batch(info, index)
-        return ScatterRows.apply(weights, query, index, size * info.batch_size, impl).unflatten(0, (info.batch_size, size)), 0
+        return ScatterRows.apply(weights, query, index, size * info.batch_size, dtype, impl).unflatten(0, (info.batch_size, size)), 0
 
 
 def _sums(wanted, weights: Tensor | None, query: Tensor, bank: Tensor, index: Tensor, impl: str) -> tuple[Tensor | None, Tensor | None]:
@@ -105,7 +105,7 @@ def _sums(wanted, weights: Tensor | None, query: Tensor, bank: Tensor, index: Te
     if weights is None:
         return None, None
     d_query = GatherPool.apply(weights, bank, index, impl) if wanted[0] else None
-    d_bank = ScatterRows.apply(weights, query, index, len(bank), impl).to(bank.dtype) if wanted[1] else None
+    d_bank = ScatterRows.apply(weights, query, index, len(bank), bank.dtype, impl) if wanted[1] else None
     return d_query, d_bank
 
 

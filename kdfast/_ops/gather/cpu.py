@@ -1,11 +1,9 @@
-"""impl="cpu": the contractions of portable.py by fused C++ kernels (csrc/cpu/gather.inl), each sampled row read once."""
+"""impl="cpu": the contractions of portable.py by fused C++ kernels (csrc/cpu/gather*.inl), each sampled row read once."""
 
 import torch
 from torch import Tensor
 
 from kdfast._core import extension
-
-from .portable import scatter
 
 __all__ = ["missing", "pool", "refuses", "scatter", "scores"]
 
@@ -40,6 +38,11 @@ def pool(weights: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     return torch.ops.kdfast.gather_weighted_sum(weights.contiguous(), _rows(bank), index.contiguous())
 
 
+def scatter(weights: Tensor, query: Tensor, index: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """weights [N, K] and query [N, D] float32, index [N, K] int64 -> h_m = sum over (n, k): index_nk = m of w_nk q_n, [size, D]."""
+    return torch.ops.kdfast.gather_scatter(weights.contiguous(), query.contiguous(), index.contiguous(), size, dtype)
+
+
 def _rows(bank: Tensor) -> Tensor:
     return bank if bank.stride(1) == 1 else bank.contiguous()
 
@@ -52,6 +55,11 @@ def _fake_pool(weights: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     return weights.new_empty(index.shape[0], bank.shape[1])
 
 
+def _fake_scatter(weights: Tensor, query: Tensor, index: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    return query.new_empty(size, query.shape[1], dtype=dtype)
+
+
 if missing() is None:
     torch.library.register_fake("kdfast::gather_similarity", _fake_scores)
     torch.library.register_fake("kdfast::gather_weighted_sum", _fake_pool)
+    torch.library.register_fake("kdfast::gather_scatter", _fake_scatter)

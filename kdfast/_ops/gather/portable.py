@@ -58,16 +58,16 @@ def pool(weights: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     return out
 
 
-def scatter(weights: Tensor, query: Tensor, index: Tensor, size: int) -> Tensor:
-    """weights [N, K], query [N, D], index [N, K] -> h_m = sum over (n, k) with index_nk = m of w_nk q_n, [size, D].
+def scatter(weights: Tensor, query: Tensor, index: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """weights [N, K], query [N, D], index [N, K] -> h_m = sum over (n, k) with index_nk = m of w_nk q_n, [size, D] of `dtype`.
 
     Entries are sorted by bank row, in a stable order, so each row is one sequential sum: the same bits every time.
     """
     if index.numel() == 0:
-        return query.new_zeros(size, query.shape[1])
+        return query.new_zeros(size, query.shape[1], dtype=dtype)
     ascending, order = torch.sort(index.reshape(-1), stable=True)
     first = torch.searchsorted(ascending, torch.arange(size, device=index.device))  # where each bank row's entries begin
-    return F.embedding_bag(order // index.shape[1], query, first, per_sample_weights=weights.reshape(-1)[order], mode="sum")
+    return F.embedding_bag(order // index.shape[1], query, first, per_sample_weights=weights.reshape(-1)[order], mode="sum").to(dtype)
 
 
 def _tiles(index: Tensor, width: int):
