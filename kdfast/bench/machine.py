@@ -1,6 +1,6 @@
 """The rate of fused multiply-adds, measured on the spot: the limit of code that uses vector registers.
 
-Matrix units (AMX) go beyond it in bf16, and in fp32 where PyTorch may round to bf16: read the bare mm pair beside it.
+Matrix units (AMX) go beyond it in bf16, and in fp32 where PyTorch may round to bf16: read the bare mm beside it.
 """
 
 import torch
