@@ -3,6 +3,7 @@
 
 #include "gather.h"
 #include "info_nce.h"
+#include "knn.h"
 #include "similarity.h"
 #include "sinkhorn.h"
 
@@ -39,6 +40,9 @@ struct CpuKernels {
   int64_t (*sinkhorn_workspace_double)(const SinkhornProblem<double>&, const SinkhornSchedule&, int64_t workers);
   void (*sinkhorn_solve)(const SinkhornProblem<float>&, const SinkhornSchedule&, const SinkhornTeam&, const SinkhornSolution<float>&, float* workspace);
   void (*sinkhorn_solve_double)(const SinkhornProblem<double>&, const SinkhornSchedule&, const SinkhornTeam&, const SinkhornSolution<double>&, double* workspace);
+  int64_t (*knn_workspace)(const KnnScanParams&, int64_t rows);  // floats, for tasks up to this size
+  void (*knn_scan)(const KnnScanParams&, int64_t begin, int64_t end, float* workspace);
+  void (*knn_refine)(const KnnRefineParams&, int64_t begin, int64_t end);
   double (*fma_probe)(bool bfloat16, int64_t steps);  // returns the operations done
 };
 

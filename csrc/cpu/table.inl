@@ -4,6 +4,7 @@
 #include "gather_blocks.inl"
 #include "gather_scatter.inl"
 #include "info_nce.inl"
+#include "knn.inl"
 #include "probe.inl"
 #include "similarity.inl"
 #include "similarity_grad.inl"
@@ -21,6 +22,8 @@ const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA) = {
     info_nce_rows, info_nce_grad_rows, info_nce_grad_candidates,
     gather_similarity, gather_weighted_sum, gather_by_blocks, gather_blocks_workspace, gather_blocks,
     gather_scatter_workspace, gather_scatter,
-    sinkhorn_workspace<float>, sinkhorn_workspace<double>, sinkhorn_solve<float>, sinkhorn_solve<double>, fma_probe,
+    sinkhorn_workspace<float>, sinkhorn_workspace<double>, sinkhorn_solve<float>, sinkhorn_solve<double>,
+    knn_workspace, knn_scan, knn_refine,
+    fma_probe,
 };
 }  // namespace kdfast

@@ -1,6 +1,5 @@
 """Exact nearest neighbours in a bank, streamed. Derivation: README.md; definition: reference.py."""
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -9,13 +8,13 @@ from torch import Tensor
 
 from ..._core import bank_protocol, checks, impls
 from ..._core import precision as precisions
-from . import portable
+from . import cpu, portable
 
 __all__ = ["knn"]
 
 METRICS = ("cosine", "euclidean", "sqeuclidean")
 
-impls.register("knn")
+impls.register("knn", impls.Implementation("cpu", cpu.missing, cpu.refuses))
 
 
 @torch.no_grad()
@@ -38,7 +37,8 @@ def knn(
 
     The N x M distances are never stored. Products rank candidates, more than k of them; their distances are then taken
     from the rows themselves in float32 (float64 for float64), so that equal rows are at distance 0 and ties go to the
-    lower index. That is exact unless many rows lie within the products' rounding of one another (README.md has the bound).
+    lower index. impl="cpu" searches a row once more, in float64, where rounding could have hidden a neighbour: it finds every one,
+    whatever the precision. impl="torch" is exact unless many rows lie within the products' rounding of one another (README.md).
     Where fewer than k rows are admitted the rest is (inf, -1). A NaN distance comes after all others.
 
     Args:
@@ -55,7 +55,7 @@ def knn(
         progress: True shows a bar (tqdm); a callable gets (blocks done, blocks in all).
         precision: of float32 products that rank candidates: None follows PyTorch, as does impl="torch" throughout.
             Anything below "ieee" keeps at least max(4 k, 32) candidates.
-        impl: None or "torch".
+        impl: None, "cpu" or "torch".
 
     Returns:
         distance in float32 (float64 for float64), index int64.
@@ -79,8 +79,10 @@ def knn(
             raise ValueError("query_labels need bank_labels, or a bank that keeps labels")
         query_labels = checks.integral("query_labels", query_labels, shape=(n,), device=device)
         bank_labels = checks.integral("bank_labels", rows.labels, shape=(m,), device=device)
-    exact = precisions.resolve(precision, device.type) == "ieee"
-    impls.choose("knn", impl, device_type=device.type)
+    products = precisions.resolve(precision, device.type)
+    whole_rows = isinstance(bank, Tensor) or (bank.flags.c_contiguous and bank.dtype.isnative)
+    dtype = query.dtype if isinstance(query, Tensor) else _dtype("query", query)
+    impl = impls.choose("knn", impl, device_type=device.type, dtype=dtype, whole_rows=whole_rows)
     problem = portable.Problem(
         query,
         bank,
@@ -92,10 +94,12 @@ def knn(
         same_class,
         _dropped(rows, m, device),
     )
-    total = math.ceil(m / portable._BANK_BLOCK) * math.ceil(n / portable._QUERY_BLOCK)
-    step, close = _progress(progress, total)
+    candidates = k + 16 if products == "ieee" else max(4 * k, 32)
+    step, close = _progress(progress, (cpu if impl == "cpu" else portable).blocks(n, m))
     try:
-        return portable.knn(problem, k, k + 8 if exact else max(4 * k, 32), step)
+        if impl == "cpu":
+            return cpu.knn(problem, k, candidates, step, products)
+        return portable.knn(problem, k, candidates, step)
     finally:
         close()
 

@@ -33,6 +33,17 @@ class Problem(NamedTuple):
     dropped: Callable[[slice], Tensor | None]  # columns no query may have: bool [m]
 
 
+def queries(p: Problem, selection: "slice | Tensor") -> Problem:
+    """The problem of some of its queries."""
+    own, labels = (None if x is None else x[selection] for x in (p.own, p.query_labels))
+    return p._replace(query=p.rows(p.query, selection), own=own, query_labels=labels)
+
+
+def blocks(n: int, m: int) -> int:
+    """How often `step` is called."""
+    return -(-n // _QUERY_BLOCK) * -(-m // _BANK_BLOCK)
+
+
 def knn(p: Problem, k: int, candidates: int, step: Callable[[], None]) -> tuple[Tensor, Tensor]:
     """(distance [N, k], index [N, k]), ascending, ties to the lower index, missing (inf, -1)."""
     n, m = len(p.query), len(p.bank)
