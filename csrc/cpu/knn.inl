@@ -202,7 +202,7 @@ struct KnnPass {
 // ---- distances ------------------------------------------------------------------------------------------------------
 
 template <class T>
-inline float square_norm(const T* x, int64_t width) {
+inline float row_square(const T* x, int64_t width) {
   Vec sum = {};
   for (int64_t d = 0; d < width; d += kLanes) {
     const Vec v = load_row(x, d, width);
@@ -213,7 +213,7 @@ inline float square_norm(const T* x, int64_t width) {
 
 // ||a x - b y||^2, from differences: equal rows are at distance exactly 0.
 template <class T, class U>
-inline float square_distance(const T* x, float a, const U* y, float b, int64_t width) {
+inline float row_distance(const T* x, float a, const U* y, float b, int64_t width) {
   Vec sum = {};
   for (int64_t d = 0; d < width; d += kLanes) {
     const Vec v = load_row(x, d, width) * splat(a) - load_row(y, d, width) * splat(b);
@@ -231,11 +231,11 @@ inline float inverse_norm(float square) {
 template <class T, class U>
 inline float distance_of(KnnMetric metric, const T* x, const U* y, int64_t width) {
   if (metric == KnnMetric::kCosine) {
-    const float xx = square_norm(x, width), yy = square_norm(y, width);
-    const float half = square_distance(x, inverse_norm(xx), y, inverse_norm(yy), width) / 2;
+    const float xx = row_square(x, width), yy = row_square(y, width);
+    const float half = row_distance(x, inverse_norm(xx), y, inverse_norm(yy), width) / 2;
     return (xx == 0 || yy == 0) && half == half ? 1 : half;
   }
-  const float square = square_distance(x, 1, y, 1, width);
+  const float square = row_distance(x, 1, y, 1, width);
   return metric == KnnMetric::kEuclidean ? __builtin_sqrtf(square) : square;
 }
 
