@@ -11,14 +11,13 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "similarity_grad_keys(Tensor g, Tensor lse, Tensor? lse_low, Tensor query, Tensor keys, Tensor scale, Tensor? bias, Tensor? query_labels, "
       "Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, bool want_keys, bool want_bias, int precision) -> (Tensor, Tensor)");
   m.def(
-      "info_nce_rows(Tensor lse, Tensor(a!)? pull, Tensor query, Tensor scale, Tensor candidates, Tensor? columns, Tensor? bias, "
-      "Tensor? weights, bool include_positive) -> (Tensor, Tensor)");
+      "info_nce(Tensor query, Tensor keys, Tensor scale, Tensor? bias, Tensor? query_labels, Tensor? key_labels, Tensor? key_index, "
+      "Tensor? limit, Tensor? valid, Tensor? positive, Tensor? columns, Tensor? weights, bool include_positive, bool mean, bool pull, "
+      "int precision) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "info_nce_grad_rows(Tensor g, Tensor slopes, Tensor? pull, Tensor query, Tensor scale, bool want_query, bool want_scale, "
-      "bool want_positive, bool want_lse) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "info_nce_grad_candidates(Tensor g, Tensor slopes, Tensor query, Tensor scale, Tensor columns, Tensor(a!)? dcandidates, "
-      "Tensor(b!)? dbias) -> ()");
+      "info_nce_grad(Tensor g, Tensor lse, Tensor lse_low, Tensor slopes, Tensor pull, Tensor query, Tensor keys, Tensor scale, Tensor? bias, "
+      "Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, Tensor? columns, bool want_query, "
+      "bool want_keys, bool want_scale, bool want_bias, bool want_positive, int precision) -> Tensor[]");
   m.def("gather_similarity(Tensor query, Tensor bank, Tensor index) -> Tensor");
   m.def("gather_weighted_sum(Tensor weight, Tensor bank, Tensor index) -> Tensor");
   m.def("gather_scatter(Tensor weight, Tensor query, Tensor index, int size, ScalarType dtype) -> Tensor");

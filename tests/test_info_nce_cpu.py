@@ -1,7 +1,5 @@
 """impl="cpu" of info_nce: the fused kernels of the row losses against the formula, in every form, dtype and instruction set."""
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -228,49 +226,82 @@ def test_any_number_of_threads_gives_the_same_bits():
         assert torch.equal(x, y)
 
 
-ops = torch.ops.kdfast
-LSE, SCALE, G = torch.zeros(1, 4), torch.ones(1, 4), torch.ones(1, 4)
-rows = functools.partial(ops.info_nce_rows, LSE, None)
-QUERY, ROWS = torch.ones(1, 4, 5), torch.ones(1, 4, 2, 5)
-COLUMNS, SLOPES = torch.tensor([0, 1, -1, 2]).view(1, 4, 1), torch.ones(1, 4, 2)
+QUERY, KEYS, SCALE = torch.randn(4, 5), torch.randn(3, 5), torch.ones(4)
+POSITIVE, COLUMNS, WEIGHTS = torch.randn(4, 2, 5), torch.tensor([[0], [1], [-1], [2]]), torch.rand(4, 2)
+NO_RULES = dict.fromkeys(("query_labels", "key_labels", "key_index", "limit", "valid"))
 
 
-def test_opcheck():
-    check = torch.library.opcheck
-    check(ops.info_nce_rows.default, (LSE, torch.ones(1, 4, 5), QUERY, SCALE, ROWS, None, None, torch.ones(1, 4, 2), True))
-    check(ops.info_nce_rows.default, (LSE, None, QUERY, SCALE, torch.ones(1, 3, 5), COLUMNS, torch.ones(1, 3), None, False))
-    check(ops.info_nce_grad_rows.default, (G, SLOPES, torch.ones(1, 4, 5), QUERY, SCALE, True, True, True, True))
-    check(ops.info_nce_grad_rows.default, (torch.ones(()), SLOPES, None, QUERY, SCALE, False, False, True, False))
-    check(
-        ops.info_nce_grad_candidates.default, (G, SLOPES[..., :1].clone(), QUERY, SCALE, COLUMNS, torch.zeros(1, 3, 5), torch.zeros(1, 3))
-    )
+def forward(**given):
+    """kdfast::info_nce with its arguments by name, those not given at their simplest."""
+    arguments = dict(query=QUERY, keys=KEYS, scale=SCALE, bias=None, **NO_RULES, positive=None, columns=None, weights=None)
+    options = dict(include_positive=True, mean=False, pull=True, precision=0)
+    return {**arguments, **options, **given}
+
+
+def backward(**given):
+    """kdfast::info_nce_grad, likewise."""
+    saved = dict(g=torch.rand(4), lse=torch.rand(1, 4), lse_low=torch.zeros(1, 4), slopes=torch.rand(1, 4, 1), pull=torch.rand(1, 4, 5))
+    arguments = dict(query=QUERY, keys=KEYS, scale=SCALE, bias=None, **NO_RULES, columns=COLUMNS)
+    wanted = {f"want_{name}": True for name in ("query", "keys", "scale", "bias", "positive")}
+    return {**saved, **arguments, **wanted, "precision": 0, **given}
+
+
+@pytest.mark.parametrize("mean", [True, False], ids=["mean", "rows"])
+def test_opcheck(mean):
+    def check(op, arguments, lead=()):
+        saved = ("lse", "lse_low", "slopes", "pull")
+        lift = lambda name, x: x[None] if lead and isinstance(x, torch.Tensor) and name not in saved and x.dim() else x
+        torch.library.opcheck(op.default, tuple(lift(name, x) for name, x in arguments.items()))
+
+    for lead in ((), (1,)):
+        check(torch.ops.kdfast.info_nce, forward(positive=POSITIVE, weights=WEIGHTS, mean=mean), lead)
+        check(torch.ops.kdfast.info_nce, forward(columns=COLUMNS, bias=torch.rand(3), mean=mean, include_positive=False, pull=False), lead)
+        check(torch.ops.kdfast.info_nce_grad, backward(**(dict(g=torch.rand(())) if mean else {})), lead)
+        check(torch.ops.kdfast.info_nce_grad, backward(pull=torch.empty(0), want_query=False, want_scale=False, want_keys=False), lead)
 
 
 @pytest.mark.parametrize("other", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matrices_of_different_dtypes(isa, dtype, other):
-    query, positives = torch.randn(1, 4, 5).to(dtype), torch.randn(1, 4, 2, 5).to(other)
-    ours = rows(query, SCALE, positives, None, None, None, True)
-    wide = rows(query.float(), SCALE, positives.float(), None, None, None, True)
-    assert torch.equal(ours[0], wide[0]) and torch.equal(ours[1], wide[1])
+    query, positive, keys = QUERY.to(dtype), POSITIVE.to(other), KEYS.to(other)
+    ours = torch.ops.kdfast.info_nce(**forward(query=query, keys=keys, positive=positive))
+    wide = torch.ops.kdfast.info_nce(**forward(query=query.float(), keys=keys.float(), positive=positive.float()))
+    for x, y in zip(ours, wide, strict=True):
+        torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("given", "message"),
     [
-        (lambda: rows(QUERY[0], SCALE, ROWS, None, None, None, True), "query must have 3 dimensions"),
-        (lambda: rows(QUERY.double(), SCALE, ROWS, None, None, None, True), "takes float32, bfloat16 or float16"),
-        (lambda: rows(QUERY, SCALE, ROWS.double(), None, None, None, True), "takes float32, bfloat16 or float16"),
-        (lambda: rows(QUERY, SCALE, ROWS[..., :4], None, None, None, True), "candidates has size"),
-        (lambda: rows(QUERY, SCALE, ROWS.mT.contiguous().mT, None, None, None, True), "candidates must be contiguous"),
-        (lambda: rows(QUERY, SCALE, ROWS, None, LSE, None, True), "bias needs columns"),
-        (lambda: rows(QUERY, SCALE, torch.ones(1, 2, 5), COLUMNS, None, None, True), r"columns must be in \[-1, 2\)"),
-        (lambda: rows(QUERY, SCALE, ROWS, COLUMNS, None, None, True), "candidates must have 3 dimensions"),
-        (lambda: ops.info_nce_grad_rows(G, SLOPES, None, QUERY, SCALE, True, False, False, False), "need pull"),
-        (lambda: ops.info_nce_grad_rows(G[:, :3], SLOPES, None, QUERY, SCALE, False, False, True, False), "g has size"),
-        (lambda: ops.info_nce_grad_candidates(G, SLOPES, QUERY, SCALE, COLUMNS, None, None), "dcandidates or dbias must be given"),
+        (dict(), "positive or columns must be given, and not both"),
+        (dict(positive=POSITIVE, columns=COLUMNS), "positive or columns must be given, and not both"),
+        (dict(positive=POSITIVE, query=QUERY[0]), "query must have 2 or 3 dimensions"),
+        (dict(positive=POSITIVE, query=QUERY.double()), "takes float32, bfloat16 or float16"),
+        (dict(positive=POSITIVE.double()), "takes float32, bfloat16 or float16"),
+        (dict(positive=POSITIVE[..., :4]), "positive has size"),
+        (dict(positive=POSITIVE[0, 0]), "positive must have 2 or 3 dimensions"),
+        (dict(positive=POSITIVE, scale=SCALE.double()), "scale has dtype"),
+        (dict(positive=POSITIVE, weights=WEIGHTS[:, :1]), "weights has size"),
+        (dict(columns=COLUMNS, keys=KEYS[:2]), r"columns must be in \[-1, 2\)"),
+        (dict(columns=COLUMNS.int()), "columns has dtype"),
+        (dict(columns=COLUMNS, bias=torch.rand(2)), "bias has size"),
     ],
 )
-def test_bad_arguments(call, message):
+def test_bad_arguments(given, message):
     with pytest.raises(RuntimeError, match=message):
-        call()
+        torch.ops.kdfast.info_nce(**forward(**given))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(g=torch.rand(3)), "g has size"),
+        (dict(slopes=torch.rand(1, 3, 1)), "slopes has size"),
+        (dict(pull=torch.empty(0)), "pull must have 3 dimensions"),
+        (dict(lse=torch.rand(1, 3)), "lse has size"),
+        (dict(columns=COLUMNS + 1), r"columns must be in \[-1, 3\)"),
+    ],
+)
+def test_bad_arguments_of_the_gradient(given, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.kdfast.info_nce_grad(**backward(**given))

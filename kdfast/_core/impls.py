@@ -42,7 +42,8 @@ def choose(op: str, impl: str | None, **facts) -> str:
     Raises ValueError when `impl` names an unknown implementation or one that cannot serve the call.
     """
     if impl is None:
-        for candidate in sorted(_registry[op], key=lambda c: c.name != DEFAULT):
+        found = _registry[op] if DEFAULT is None else sorted(_registry[op], key=lambda c: c.name != DEFAULT)
+        for candidate in found:
             if candidate.unavailable() is None and candidate.refuses(**facts) is None:
                 return candidate.name
     if impl not in NAMES:

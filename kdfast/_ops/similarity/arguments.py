@@ -94,9 +94,11 @@ def problem(query, keys, scale, values, bias, start, exclude, valid, precision_n
     valid = _valid(valid, query, keys, batch)
 
     impl = impls.choose("similarity_softmax", impl, device_type=query.device.type, dtype=compute.dtype)
-    bank = ((keys, 2), (bias, 1), (values, 2), (rules.key_labels, 1), (valid, 0))  # with their dimensions when shared
-    shared = not batch or all(x is None or x.dim() == own for x, own in bank)
-    lead = (1, query.shape[:-1].numel()) if shared else (query.shape[:-2].numel(), rows)
+    lead = (1, rows)
+    if batch:
+        bank = ((keys, 2), (bias, 1), (values, 2), (rules.key_labels, 1), (valid, 0))  # with their dimensions when shared
+        shared = all(x is None or x.dim() == own for x, own in bank)
+        lead = (1, query.shape[:-1].numel()) if shared else (query.shape[:-2].numel(), rows)
     tensors = Tensors(query, keys, scale, bias, start_logit, values, start_value, *rules, valid)
     return Problem(Spec(impl, compute, query.shape[:-1], lead), tensors)
 
@@ -112,9 +114,9 @@ def row_parameter(name: str, x, query: Tensor) -> Tensor:
     """`x`, a float or a tensor [], [N] or [*B, N], as [*B, N] in the accumulator's dtype."""
     rows, acc = query.shape[:-1], dtypes.accumulator(query.dtype)
     if not isinstance(x, Tensor):
-        if isinstance(x, bool) or not isinstance(x, Real):
+        if type(x) is not float and (isinstance(x, bool) or not isinstance(x, Real)):
             raise TypeError(f"{name} must be a float or a floating tensor, got {type(x).__name__}")
-        return torch.full(rows, float(x), dtype=acc, device=query.device)
+        return query.new_full(rows, x, dtype=acc)
     checks.floating(name, x)
     checks.alike(name, x, "query", query, dtype=False)
     if x.dim() and tuple(x.shape) not in (tuple(rows), tuple(rows[-1:])):

@@ -23,7 +23,7 @@ def refuses(*, device_type: str = "cpu", dtype: torch.dtype = torch.float32, **_
     return None
 
 
-def _products(name: str | None, query: Tensor) -> int:
+def product_number(name: str | None, query: Tensor) -> int:
     """The kernels' number for a way to form products; None: as the queries' dtype suggests."""
     return _PRODUCTS[name or ("bf16" if query.dtype == torch.bfloat16 else "ieee")]
 
@@ -57,7 +57,7 @@ def forward(
     """
     return torch.ops.kdfast.similarity_softmax(
         query, keys, scale, bias, start_logit, values, start_value, query_labels, key_labels, key_index, limit, valid, pooled,
-        _products(products, query),
+        product_number(products, query),
     )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def grad_keys(
     """
     return torch.ops.kdfast.similarity_grad_keys(
         g, lse, lse_low, query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, want_keys, want_bias,
-        _products(products, query),
+        product_number(products, query),
     )  # fmt: skip
 
 

@@ -37,13 +37,13 @@ def info_nce_rows(p: Problem, positives: Positives, *, mean: bool = False) -> tu
     The problem has neither a start nor values.
     """
     spec, tensors = p
-    weights = positives.weights
+    rows, columns, weights, include = positives
     if spec.impl == "cpu" and not transformed() and (weights is None or not weights.requires_grad):
         query, keys, scale, bias, _, _, _, *rules = tensors
         pull = torch.is_grad_enabled() and (query.requires_grad or scale.requires_grad)
-        call = Call(spec, positives.include, mean, pull)
-        out = InfoNceRows.apply(call, (positives.columns, weights, *rules), query, keys, scale, bias, positives.rows)
-        return (out, None) if positives.include else out
+        call = Call(spec, include, mean, pull, cpu.product_number(spec.compute.products, query))
+        out = InfoNceRows.apply(call, (columns, weights, *rules), query, keys, scale, bias, rows)
+        return (out, None) if include else out
     losses, lse = _composed(p, positives)
     return losses.mean() if mean else losses, lse.detach()
 
@@ -71,6 +71,7 @@ class Call(NamedTuple):
     include: bool
     mean: bool
     pull: bool  # whether the gradient of query or scale will be asked for
+    products: int
 
 
 class InfoNceRows(Function):
@@ -81,20 +82,19 @@ class InfoNceRows(Function):
 
     @staticmethod
     def forward(ctx, call, rest, query, keys, scale, bias, positive):
-        spec, include, mean, need_pull = call
-        q, k, s, b, given, columns, weights, *rules = _folded(spec, query, keys, scale, bias, positive, *rest)
-        problem = _for_kernel(q, k, s, b, *rules)
-        lse, pull, lse_low = cpu.forward(*problem[:4], None, None, *problem[4:], need_pull, products=spec.compute.products)
-        pull = pull if need_pull else None
-        candidates, terms = (_once(problem[1]), _once(problem[3])) if given is None else (given, None)
-        losses, slopes = torch.ops.kdfast.info_nce_rows(lse, pull, problem[0], s, candidates, columns, terms, weights, include)
+        spec, include, mean, pull, products = call
+        columns, weights, *rules = rest
+        tensors = _folded(spec, query, keys, scale, bias, *rules, positive, columns, weights)
+        losses, lse, lse_low, slopes, pulls = torch.ops.kdfast.info_nce(*tensors, include, mean, pull, products)
         _, _, want_query, want_keys, want_scale, want_bias, want_positive = ctx.needs_input_grad
+        hold = not (want_keys or want_bias)
+        bank = (keys, bias, *rest)
         ctx.call, ctx.want = call, (want_query, want_keys, want_scale, want_bias, want_positive)
-        bank, hold = (keys, bias, *rest), not (want_keys or want_bias)
         ctx.versions = _versions(bank) if hold else None
-        _keep(ctx, (slopes, pull, lse, lse_low, query, scale, positive), bank, hold)
+        _keep(ctx, (lse, lse_low, slopes, pulls, query, scale, positive), bank, hold)
         ctx.set_materialize_grads(False)
-        losses = losses.mean() if mean else losses.view(spec.rows)
+        if not mean and losses.shape != spec.rows:
+            losses = losses.view(spec.rows)
         if include:
             return losses
         lse = lse.view(spec.rows)
@@ -114,11 +114,11 @@ class Gradients(Function):
     """`_gradients`, and their derivative: that of the definition, taken twice."""
 
     @staticmethod
-    def forward(ctx, call, want, versions, g, slopes, pull, lse, lse_low, query, scale, positive, *bank):
+    def forward(ctx, call, want, versions, g, lse, lse_low, slopes, pulls, query, scale, positive, *bank):
         ctx.call, ctx.want, ctx.versions = call, want, versions
         _keep(ctx, (g, query, scale, positive), bank, versions is not None)
         ctx.set_materialize_grads(False)
-        return _gradients(call, want, versions, g, slopes, pull, lse, lse_low, query, scale, positive, *bank)
+        return _gradients(call, want, versions, g, lse, lse_low, slopes, pulls, query, scale, positive, *bank)
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -131,7 +131,7 @@ class Gradients(Function):
         dg, dquery, dkeys, dscale, dbias, dpositive = SecondOrder.apply(
             ctx.call, ctx.want, bank[2:], *cotangents, g, query, bank[0], scale, bank[1], positive
         )
-        return None, None, None, dg, None, None, None, None, dquery, dscale, dpositive, dkeys, dbias, *(None,) * 7
+        return None, None, None, dg, *(None,) * 4, dquery, dscale, dpositive, dkeys, dbias, *(None,) * 7
 
 
 class SecondOrder(Function):
@@ -159,70 +159,47 @@ class SecondOrder(Function):
         raise RuntimeError("info_nce has first and second derivatives only; a third was asked for")
 
 
-def _gradients(call, want, versions, g, slopes, pull, lse, lse_low, query, scale, positive, keys, bias, *rest):
+def _gradients(call, want, versions, g, lse, lse_low, slopes, pulls, query, scale, positive, keys, bias, columns, weights, *rules):
     """The gradients of <g, losses> in (query, keys, scale, bias, positive), None where not wanted."""
-    spec = call.spec
-    want_query, want_keys, want_scale, want_bias, want_positive = want
-    q, k, s, b, _, columns, _, *rules = _folded(spec, query, keys, scale, bias, None, *rest)
-    rows = q.contiguous()
-    g = g if call.mean else spec.per_row(g).contiguous()
-    of_bank = want_keys or want_bias
-    dquery, dscale, dpositive, dlse = torch.ops.kdfast.info_nce_grad_rows(
-        g, slopes, pull, rows, s, want_query, want_scale, want_positive, of_bank
-    )
-    dkeys = dbias = None
-    if of_bank:
-        dkeys, dbias = cpu.grad_keys(
-            dlse, lse, lse_low, *_for_kernel(q, k, s, b, *rules), want_keys, want_bias, products=spec.compute.products
-        )
-        dkeys, dbias = dkeys if want_keys else None, dbias if want_bias else None
-        if columns is not None:
-            torch.ops.kdfast.info_nce_grad_candidates(g, slopes, rows, s, columns, dkeys, dbias)
-    return (
-        dquery.view(query.shape).to(query.dtype) if want_query else None,
-        _of_bank(dkeys, keys),
-        dscale.view(scale.shape) if want_scale else None,
-        _of_bank(dbias, bias),
-        dpositive.view(positive.shape).to(positive.dtype) if want_positive else None,
-    )
+    tensors = _folded(call.spec, query, keys, scale, bias, *rules, columns)
+    g = g if call.mean or len(call.spec.rows) == 1 else call.spec.per_row(g).contiguous()
+    found = iter(torch.ops.kdfast.info_nce_grad(g, lse, lse_low, slopes, pulls, *tensors, *want, call.products))
+    inputs = (query, keys, scale, bias, positive)
+    return tuple([_like(next(found), x) if wanted else None for x, wanted in zip(inputs, want, strict=True)])
 
 
-def _folded(spec, query, keys, scale, bias, positive, columns, weights, *rules):
-    """Everything with one leading batch dimension, the rows of InfoNCE's own kernels dense and the positives [B, N, J, D]."""
-    q, k, s, b, _, _, _, *rules = Tensors(query, keys, scale, bias, None, None, None, *rules).folded(spec)
-    if positive is not None:
-        given = spec.per_row(positive)
-        positive = (given.unsqueeze(2) if given.dim() == 3 else given).contiguous()
-    columns, weights = (None if x is None else spec.per_row(x).contiguous() for x in (columns, weights))
-    return q, k, s, b, positive, columns, weights, *rules
+def _folded(spec: Spec, query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, *rows) -> tuple:
+    """As the kernels take it: no leading dimension, or exactly one and everything dense."""
+    if len(spec.rows) == 1:
+        return query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, *rows
+    t = Tensors(query, keys, scale, bias, None, None, None, query_labels, key_labels, key_index, limit, valid).folded(spec)
+    rows = (None if x is None else spec.per_row(x).contiguous() for x in rows)
+    return *_for_kernel(t.query, t.keys, t.scale, t.bias, *t[7:]), *rows
 
 
-def _once(x: Tensor | None) -> Tensor | None:
-    """One batch entry of what all share."""
-    return x[:1] if x is not None and x.shape[0] > 1 and x.stride(0) == 0 else x
+def _like(grad: Tensor, x: Tensor) -> Tensor:
+    """A gradient in the shape and dtype of `x`, which the batch may have shared."""
+    if grad.shape != x.shape:
+        grad = grad.view(x.shape) if grad.numel() == x.numel() else grad.sum(0)
+    return grad.to(x.dtype)
 
 
-def _of_bank(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
-    """The gradient [B, ...] as that of `x`, which the batch may share."""
-    if grad is None:
-        return None
-    if x.dim() < grad.dim():
-        grad = grad.sum(0) if grad.shape[0] > 1 else grad.squeeze(0)
-    return grad.view(x.shape).to(x.dtype)
+def _info_nce_fake(query, keys, scale, *args):
+    positive, columns, _, _, mean, pull, _ = args[-7:]
+    batch = query.shape[:-1] if query.dim() == 3 else (1, *query.shape[:-1])
+    copies = columns.shape[-1] if positive is None else 1 if positive.dim() == query.dim() else positive.shape[-2]
+    lse = scale.new_empty(batch)
+    slopes, pulls = scale.new_empty((*batch, copies)), scale.new_empty((*batch, query.shape[-1]) if pull else (0,))
+    return scale.new_empty(()) if mean else torch.empty_like(scale), lse, torch.empty_like(lse), slopes, pulls
 
 
-def _rows_fake(lse, pull, query, scale, candidates, columns, bias, weights, include):
-    shape = candidates.shape[:3] if columns is None else columns.shape
-    return torch.empty_like(lse), lse.new_empty(shape)
-
-
-def _grad_rows_fake(g, slopes, pull, query, scale, want_query, want_scale, want_positive, want_lse):
-    shapes = (query.shape, scale.shape, (*slopes.shape, query.shape[-1]), scale.shape)
-    wanted = (want_query, want_scale, want_positive, want_lse)
-    return tuple(slopes.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True))
+def _info_nce_grad_fake(g, lse, lse_low, slopes, pull, query, keys, scale, *args):
+    lead, width = lse.shape, query.shape[-1]
+    bank = (lead[0], keys.shape[-2])
+    shapes = ((*lead, width), (*bank, width), lead, bank, (*lead, slopes.shape[-1], width))
+    return [scale.new_empty(shape) for shape, wanted in zip(shapes, args[-6:-1], strict=True) if wanted]
 
 
 if cpu.missing() is None:
-    torch.library.register_fake("kdfast::info_nce_rows", _rows_fake)
-    torch.library.register_fake("kdfast::info_nce_grad_rows", _grad_rows_fake)
-    torch.library.register_fake("kdfast::info_nce_grad_candidates", lambda *args: None)
+    torch.library.register_fake("kdfast::info_nce", _info_nce_fake)
+    torch.library.register_fake("kdfast::info_nce_grad", _info_nce_grad_fake)
