@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from .._core import checks, collectives, dtypes
+from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
 from .._ops.similarity import sigmoid_pair_loss
 from ._candidates import normalized
-from .info_nce import info_nce
+from .info_nce import Prepared, info_nce, prepared_loss
 
 
 def nt_xent(
@@ -36,6 +37,7 @@ def nt_xent(
     Raises: ValueError, TypeError naming the argument. Source: Chen et al. 2020 (SimCLR), eq. 1.
     """
     _pair("view1", view1, "view2", view2)
+    checks.choice("reduction", reduction, REDUCTIONS)
     features = torch.cat([view1, view2])
     features = normalized(features) if normalize else features
     n = view1.shape[0]
@@ -46,22 +48,10 @@ def nt_xent(
     if group is not None:
         rows, offset = collectives.all_gather_rows(features, group)
         row_labels = None if labels is None else collectives.all_gather_rows(labels, group)[0]
-    if len(rows) == 0:
-        return reduce_rows(features.sum(-1), reduction=reduction)
-    own = torch.arange(2 * n, device=view1.device)
-    return info_nce(
-        features,
-        bank=rows,
-        targets=own.roll(n) + offset,
-        own_index=own + offset,
-        query_labels=labels,
-        bank_labels=row_labels,
-        temperature=temperature,
-        weight=weight,
-        reduction=reduction,
-        precision=precision,
-        impl=impl,
-    )
+    own = torch.arange(offset, offset + 2 * n, device=view1.device)
+    partner = own.roll(n)
+    p = Prepared(features, None, partner[:, None], rows, None, None, labels, row_labels, None, torch.stack([partner, own], dim=-1))
+    return prepared_loss(p, temperature=temperature, weight=weight, reduction=reduction, precision=precision, impl=impl)
 
 
 def sup_con(
@@ -151,23 +141,16 @@ def clip_loss(
     checks.positive_number("logit_scale", logit_scale)
     if normalize:
         image, text = normalized(image), normalized(text)
-    n = image.shape[0]
-    images, texts, offset = image, text, 0
-    if group is not None:
-        images, offset = collectives.all_gather_rows(image, group)
-        texts, _ = collectives.all_gather_rows(text, group)
-    if len(texts) == 0:
-        return reduce_rows((image + text).sum(-1), reduction=reduction)
     options = dict(
-        targets=torch.arange(offset, offset + n, device=image.device),
         temperature=1.0 / logit_scale,
         label_smoothing=label_smoothing,
         weight=weight,
         reduction=reduction,
+        group=group,
         precision=precision,
         impl=impl,
     )
-    return (info_nce(image, bank=texts, **options) + info_nce(text, bank=images, **options)) / 2
+    return (info_nce(image, text, **options) + info_nce(text, image, **options)) / 2
 
 
 def siglip_loss(

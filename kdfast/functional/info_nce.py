@@ -84,22 +84,22 @@ def info_nce(
     """
     p = _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bias, bank_valid, own_index, normalize, group)
     _check_options(p, positive_weights, same_class, false_negative_margin, include_positive, label_smoothing, reduction)
-    scale = inverse("temperature", temperature, p.query)
-    if p.rows.shape[-2] == 0:  # an empty batch is its own bank
-        return reduce_rows(p.query.sum(-1), weight=weight, reduction=reduction)
-    if same_class == "positive":
-        losses, counted = _attracted(p, scale, include_positive, precision, impl)
-        return reduce_rows(losses, counted=counted, weight=weight, reduction=reduction)
-    mean = reduction == "mean" and weight is None and p.counted is None and include_positive and not label_smoothing
-    losses, counted = _contrasted(
-        p, scale, positive_weights, false_negative_margin, include_positive, label_smoothing, precision, impl, mean=mean
+    return prepared_loss(
+        p,
+        temperature=temperature,
+        positive_weights=positive_weights,
+        same_class=same_class,
+        false_negative_margin=false_negative_margin,
+        include_positive=include_positive,
+        label_smoothing=label_smoothing,
+        weight=weight,
+        reduction=reduction,
+        precision=precision,
+        impl=impl,
     )
-    if mean:
-        return losses
-    return reduce_rows(losses, counted=counted, weight=weight, reduction=reduction)
 
 
-class _Problem(NamedTuple):
+class Prepared(NamedTuple):
     """The arguments after checks: every candidate explicit, every exclusion an index or a label."""
 
     query: Tensor  # [*B, N, D]
@@ -114,7 +114,7 @@ class _Problem(NamedTuple):
     skip: Tensor | None  # [*B, N, E] columns left out by index, -1 none
 
 
-def _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bias, bank_valid, own_index, normalize, group) -> _Problem:
+def _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bias, bank_valid, own_index, normalize, group) -> Prepared:
     checks.floating("query", query, min_ndim=2)
     given = bank_protocol.unpack(bank, valid=bank_valid, labels=bank_labels, bias=bank_bias)
     if positive is not None:
@@ -154,7 +154,7 @@ def _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bia
         checks.index_range("targets", targets, rows.shape[-2], lowest=-1)
     own = own_columns(own_index, query, rows.shape[-2])
     skip = [index for index in (targets, own) if index is not None]
-    return _Problem(
+    return Prepared(
         query,
         positive,
         None if targets is None else targets[..., None],
@@ -168,7 +168,7 @@ def _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bia
     )
 
 
-def _in_batch(query, positive, given, targets, query_labels, own_index, group) -> _Problem:
+def _in_batch(query, positive, given, targets, query_labels, own_index, group) -> Prepared:
     """bank=None: the other samples' positives are the negatives; a sample's own rows are left out."""
     for name, value in (("targets", targets), ("bank_labels", given.labels), ("bank_bias", given.bias), ("bank_valid", given.valid)):
         if value is not None:
@@ -185,14 +185,14 @@ def _in_batch(query, positive, given, targets, query_labels, own_index, group) -
         offset = first_row // copies
         labels = None if labels is None else collectives.all_gather_rows(labels, group)[0]
     own = torch.arange(offset * copies, (offset + n) * copies, device=query.device).view(n, copies)
-    own = skip = own.expand(*query.shape[:-1], copies)
+    skip = own = own if query.dim() == 2 else own.expand(*query.shape[:-1], copies)
     if own_index is not None and own_index is not True:
         given_own = own_columns(own_index, query, rows.shape[-2] // copies)
         given_own = torch.where(given_own >= 0, given_own * copies, -1)
         extra = given_own[..., None] + torch.arange(copies, device=query.device) * (given_own >= 0)[..., None]
         skip = torch.cat([skip, extra], dim=-1)
     row_labels = None if labels is None else labels.repeat_interleave(copies, dim=-1)
-    return _Problem(query, None, own, rows, None, None, query_labels, row_labels, None, skip)
+    return Prepared(query, None, own, rows, None, None, query_labels, row_labels, None, skip)
 
 
 def _copies(query: Tensor, positive: Tensor) -> int:
@@ -221,22 +221,50 @@ def _check_options(p, positive_weights, same_class, margin, include_positive, la
             raise ValueError(f"positive_weights must be [{copies}] or {(*p.query.shape[:-1], copies)}, got {tuple(positive_weights.shape)}")
 
 
-def _exclusions(p: _Problem) -> Rules:
+def prepared_loss(
+    p: Prepared,
+    *,
+    temperature,
+    positive_weights=None,
+    same_class="exclude",
+    false_negative_margin=None,
+    include_positive=True,
+    label_smoothing=0.0,
+    weight=None,
+    reduction="mean",
+    precision=None,
+    impl=None,
+) -> Tensor:
+    """`info_nce` of arguments that have been checked, but for temperature, weight and impl."""
+    if p.rows.shape[-2] == 0:  # an empty batch is its own bank
+        return reduce_rows(p.query.sum(-1), weight=weight, reduction=reduction)
+    scale = inverse("temperature", temperature, p.query)
+    if same_class == "positive":
+        losses, counted = _attracted(p, scale, include_positive, precision, impl)
+        return reduce_rows(losses, counted=counted, weight=weight, reduction=reduction)
+    mean = reduction == "mean" and weight is None and p.counted is None and include_positive and not label_smoothing
+    losses, counted = _contrasted(
+        p, scale, positive_weights, false_negative_margin, include_positive, label_smoothing, precision, impl, mean=mean
+    )
+    return losses if mean else reduce_rows(losses, counted=counted, weight=weight, reduction=reduction)
+
+
+def _exclusions(p: Prepared) -> Rules:
     return Rules(query_labels=p.query_labels, key_labels=p.row_labels, key_index=p.skip)
 
 
-def _positive_logits(p: _Problem, scale) -> tuple[Tensor, Tensor]:
+def _positive_logits(p: Prepared, scale) -> tuple[Tensor, Tensor]:
     """Inner products with the positives and their logits, both [*B, N, J]."""
     return positive_logits(p.query, p.rows, scale, p.bias, p.positive, p.columns)
 
 
-def _score_sums(p: _Problem, scale) -> ScoreSums:
+def _score_sums(p: Prepared, scale) -> ScoreSums:
     return score_sums(
         p.query, p.rows, scale, valid=p.valid, bias=p.bias, query_labels=p.query_labels, bank_labels=p.row_labels, skip=p.skip
     )
 
 
-def _contrasted(p: _Problem, scale, positive_weights, margin, include_positive, label_smoothing, precision, impl, *, mean):
+def _contrasted(p: Prepared, scale, positive_weights, margin, include_positive, label_smoothing, precision, impl, *, mean):
     """loss_i = sum_j w_ij (logaddexp(lse_i, z_ij) - z_ij), lse_i over the negatives, j over the positives; and the rows that count.
 
     `mean`: the mean of the losses instead of them, where every row counts.
@@ -263,7 +291,7 @@ def _contrasted(p: _Problem, scale, positive_weights, margin, include_positive, 
     return losses, counted
 
 
-def _attracted(p: _Problem, scale, include_positive, precision, impl) -> tuple[Tensor, Tensor]:
+def _attracted(p: Prepared, scale, include_positive, precision, impl) -> tuple[Tensor, Tensor]:
     """loss_i = lse_i - mean of z over the rows of i's class (and the explicit positives): all in one denominator."""
     rules = _exclusions(p) if not include_positive else Rules(key_index=p.skip)
     lse, _ = similarity_lse(p.query, p.rows, scale=scale, bias=p.bias, exclude=rules, valid=p.valid, precision=precision, impl=impl)
