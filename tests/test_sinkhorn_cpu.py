@@ -101,6 +101,58 @@ def test_threads(isa, method, tol):
     torch.testing.assert_close(single[1], first[1], rtol=1e-5, atol=1e-6)
 
 
+# Widths where squared distances are sums of differences (3), of products (5, 40), and where the cost is kept (100).
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine"])
+@pytest.mark.parametrize("n, m, width", [(1, 1, 3), (5, 17, 5), (18, 63, 40), (7, 130, 100)], ids=lambda v: str(v))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_points(isa, metric, n, m, width, dtype):
+    x, y = torch.randn(2, n, width, dtype=dtype).requires_grad_(), torch.randn(2, m, width, dtype=dtype).requires_grad_()
+    r = sinkhorn(x=x, y=y, metric=metric, epsilon=2.0, max_iters=15, impl="cpu")
+    u, v = x.detach().double().requires_grad_(), y.detach().double().requires_grad_()
+    truth = sinkhorn(reference.cost_matrix(u, v, metric), epsilon=2.0, max_iters=15, impl="torch")
+    pairs = [(r.f, truth.f), (r.plan(), truth.plan()), (r.apply(y), truth.apply(v)), (r.apply_t(x), truth.apply_t(u))]
+    pairs += zip(torch.autograd.grad(r.value.sum(), (x, y)), torch.autograd.grad(truth.value.sum(), (u, v)), strict=True)
+    for ours, theirs in pairs:
+        scale = float(theirs.detach().abs().max()) + float(r.f.detach().abs().max())
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=(1e-5 if dtype == torch.float32 else 1e-13) * scale)
+
+
+def test_points_by_tiles(isa, monkeypatch):
+    """Neither kept by the solver nor formed at once by the gradients."""
+    monkeypatch.setattr("kdfast._ops.sinkhorn.geometry.TILE", {"cpu": 900})
+    x, y = torch.randn(1, 600, 6).requires_grad_(), torch.randn(1, 520, 6)
+    given = sinkhorn(reference.cost_matrix(x.double(), y.double(), "sqeuclidean"), epsilon=1.0, max_iters=8, impl="torch")
+    points = sinkhorn(x=x, y=y, epsilon=1.0, max_iters=8, method="log", impl="cpu")
+    torch.testing.assert_close(points.f.double(), given.f, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(*(torch.autograd.grad(r.value.sum(), x) for r in (points, given)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(2, 5, 17), (3, 33, 129), (9, 70)], ids=str)
+def test_gradient_in_the_cost(isa, dtype, shape):
+    """P, in the cost's dtype; of a shared cost the sum over its problems, of which two lengths differ."""
+    cost = torch.rand(*shape, dtype=torch.float64).to(dtype).requires_grad_()
+    n, m = shape[-2:]
+    given = {"a": weights(3, n).to(dtype), "lengths": (torch.tensor([n, 1, n - 2]), torch.tensor([1, m, m - 1]))} if len(shape) == 2 else {}
+    r = sinkhorn(cost, epsilon=0.1, max_iters=10, impl="cpu", **given)
+    weight = torch.rand(r.value.shape, dtype=r.value.dtype)
+    gradient = torch.autograd.grad((weight * r.value).sum(), cost)[0]
+    wanted = (
+        weight[:, None, None].double()
+        * sinkhorn(
+            cost.detach().double(),
+            epsilon=0.1,
+            max_iters=10,
+            impl="torch",
+            **{k: v if k == "lengths" else v.double() for k, v in given.items()},
+        ).plan()
+    )
+    unit = torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 20 * torch.finfo(dtype).eps
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient.double(), wanted.sum(0) if len(shape) == 2 else wanted, rtol=unit, atol=unit * 1e-2)
+
+
 def test_denormals_are_flushed_on_the_way_only():
     """The kernels let denormals be zero while they run; the caller's arithmetic is as it was."""
     sinkhorn(torch.rand(8, 8), impl="cpu")
@@ -139,5 +191,7 @@ def test_the_operator_checks_its_arguments(change, message):
         "history": True,
     }
     torch.library.opcheck(torch.ops.kdfast.sinkhorn_solve.default, tuple(arguments.values()))
+    rows = (torch.rand(1, 3), torch.rand(1, 4), torch.ones(1), False, False, 1, 3)
+    torch.library.opcheck(torch.ops.kdfast.sinkhorn_plan.default, (*list(arguments.values())[:11], *rows))
     with pytest.raises(RuntimeError, match=message):
         torch.ops.kdfast.sinkhorn_solve(**(arguments | change))

@@ -1,4 +1,4 @@
-// kdfast::sinkhorn_solve on the CPU: checks, division among threads, registration.
+// kdfast::sinkhorn_solve and sinkhorn_plan on the CPU: checks, division among threads, registration.
 
 #include <torch/csrc/stable/library.h>
 
@@ -14,6 +14,7 @@ namespace {
 
 using kdfast::SinkhornMethod;
 using kdfast::SinkhornMetric;
+using kdfast::SinkhornPlan;
 using kdfast::SinkhornProblem;
 using kdfast::SinkhornSchedule;
 using kdfast::SinkhornSolution;
@@ -95,6 +96,13 @@ struct Problems {
     return p;
   }
 
+  // As large as any of them.
+  SinkhornProblem<Real> first_padded() const {
+    SinkhornProblem<Real> p = first;
+    p.n = n, p.m = m;
+    return p;
+  }
+
  private:
   void take_cost(const Tensor& cost) {
     const bool shared = cost.dim() == 2;
@@ -162,9 +170,7 @@ Solution solve(const Problems<Real>& problems, const Tensor& a, const Tensor& b,
   const auto pointer = [](Tensor& x) { return static_cast<Real*>(x.mutable_data_ptr()); };
   const Division division(batch, n, m, schedule.iterations);
   const SinkhornTeam team{division.team, run_team};
-  SinkhornProblem<Real> largest = problems.first;
-  largest.n = n, largest.m = m;
-  const int64_t space = solve_workspace(largest, schedule, team.size);
+  const int64_t space = solve_workspace(problems.first_padded(), schedule, team.size);
   Tensor work = torch::stable::new_empty(a, {division.workers * space + 16});
   Real* const aligned = reinterpret_cast<Real*>((reinterpret_cast<uintptr_t>(pointer(work)) + 63) / 64 * 64);
   Real *const to_f = pointer(f), *const to_g = pointer(g), *const to_row = pointer(row), *const to_col = pointer(col);
@@ -199,6 +205,61 @@ Solution sinkhorn_solve(const OptionalTensor& cost, const OptionalTensor& x, con
   return solve<float>(problems, a, b, g, schedule, choose, history);
 }
 
+// ---- rows of the plan, or of the cost ---------------------------------------------------------------------------------
+
+int64_t plan_workspace(const SinkhornProblem<float>& p) { return kdfast::cpu_kernels().sinkhorn_plan_workspace(p); }
+int64_t plan_workspace(const SinkhornProblem<double>& p) { return kdfast::cpu_kernels().sinkhorn_plan_workspace_double(p); }
+void plan_one(const SinkhornProblem<float>& p, const SinkhornPlan<float>& plan, float* work) { kdfast::cpu_kernels().sinkhorn_plan(p, plan, work); }
+void plan_one(const SinkhornProblem<double>& p, const SinkhornPlan<double>& plan, double* work) { kdfast::cpu_kernels().sinkhorn_plan_double(p, plan, work); }
+
+template <class Real>
+Tensor plan(const Problems<Real>& problems, const Tensor& a, const OptionalTensor& f, const OptionalTensor& g, const OptionalTensor& weight, bool over_cost,
+            bool sum, int64_t begin, int64_t end) {
+  const auto [batch, n, m] = std::tuple(problems.batch, problems.n, problems.m);
+  STD_TORCH_CHECK(0 <= begin && begin <= end && end <= n, "begin and end must be in order within ", n, " rows, got ", begin, " and ", end);
+  STD_TORCH_CHECK(f.has_value() == g.has_value() && f.has_value() == weight.has_value(), "f, g and weight must be given together");
+  const Real *const from_f = f ? packed<Real>("f", *f, {batch, n}) : nullptr, *const from_g = f ? packed<Real>("g", *g, {batch, m}) : nullptr;
+  const Real* const weights = f ? packed<Real>("weight", *weight, {batch}) : nullptr;
+  const int64_t rows = end - begin;
+  Tensor out = sum ? torch::stable::new_empty(a, {rows, m}) : torch::stable::new_empty(a, {batch, rows, m});
+  if (problems.rows != nullptr || batch == 0) torch::stable::zero_(out);  // padding
+  if (batch * rows == 0) return out;
+  Real* const to = static_cast<Real*>(out.mutable_data_ptr());
+
+  // Row ranges of problems are tasks of their own, but problems that are summed.
+  const int64_t threads = torch::stable::get_num_threads();
+  const double entries = double(rows) * double(m) * double(batch);
+  const int64_t workers = std::clamp<int64_t>(int64_t(entries / kEntriesAThread), 1, std::min(threads, batch * rows));
+  const int64_t parts = sum || batch < workers ? std::min(rows, workers) : 1, tasks = sum ? parts : batch * parts;
+  const int64_t space = plan_workspace(problems.first_padded());
+  Tensor work = torch::stable::new_empty(a, {workers * space});
+  Real* const scratch = static_cast<Real*>(work.mutable_data_ptr());
+  for_each_task(workers, tasks, [&](int64_t worker, int64_t task) {
+    const int64_t part = task % parts;
+    for (int64_t i = sum ? 0 : task / parts; i < (sum ? batch : task / parts + 1); ++i) {
+      const SinkhornProblem<Real> p = problems.at(i);
+      SinkhornPlan<Real> s{};
+      s.begin = std::min(p.n, begin + part * rows / parts), s.end = std::min(p.n, begin + (part + 1) * rows / parts);
+      if (f) s.f = from_f + i * n, s.g = from_g + i * m, s.weight = double(weights[i]);
+      s.over_cost = over_cost, s.add = sum && (i > 0 || problems.rows != nullptr);
+      s.out = to + ((sum ? 0 : i) * rows + s.begin - begin) * m, s.out_stride = m;
+      plan_one(p, s, scratch + worker * space);
+    }
+  });
+  return out;
+}
+
+Tensor sinkhorn_plan(const OptionalTensor& cost, const OptionalTensor& x, const OptionalTensor& y, const Tensor& a, const Tensor& b, const Tensor& epsilon,
+                     const OptionalTensor& rows, const OptionalTensor& cols, std::string metric, std::optional<double> rho_a, std::optional<double> rho_b,
+                     const OptionalTensor& f, const OptionalTensor& g, const OptionalTensor& weight, bool over_cost, bool sum, int64_t begin, int64_t end) {
+  if (a.scalar_type() == ScalarType::Double)
+    return plan<double>({cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b}, a, f, g, weight, over_cost, sum, begin, end);
+  return plan<float>({cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b}, a, f, g, weight, over_cost, sum, begin, end);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) { m.impl("sinkhorn_solve", TORCH_BOX(&sinkhorn_solve)); }
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("sinkhorn_solve", TORCH_BOX(&sinkhorn_solve));
+  m.impl("sinkhorn_plan", TORCH_BOX(&sinkhorn_plan));
+}

@@ -40,6 +40,10 @@ struct CpuKernels {
   int64_t (*sinkhorn_workspace_double)(const SinkhornProblem<double>&, const SinkhornSchedule&, int64_t workers);
   void (*sinkhorn_solve)(const SinkhornProblem<float>&, const SinkhornSchedule&, const SinkhornTeam&, const SinkhornSolution<float>&, float* workspace);
   void (*sinkhorn_solve_double)(const SinkhornProblem<double>&, const SinkhornSchedule&, const SinkhornTeam&, const SinkhornSolution<double>&, double* workspace);
+  int64_t (*sinkhorn_plan_workspace)(const SinkhornProblem<float>&);
+  int64_t (*sinkhorn_plan_workspace_double)(const SinkhornProblem<double>&);
+  void (*sinkhorn_plan)(const SinkhornProblem<float>&, const SinkhornPlan<float>&, float* workspace);
+  void (*sinkhorn_plan_double)(const SinkhornProblem<double>&, const SinkhornPlan<double>&, double* workspace);
   int64_t (*knn_workspace)(const KnnScanParams&, int64_t rows);  // floats, for tasks up to this size
   void (*knn_scan)(const KnnScanParams&, int64_t begin, int64_t end, float* workspace);
   void (*knn_refine)(const KnnRefineParams&, int64_t begin, int64_t end);

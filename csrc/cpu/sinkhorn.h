@@ -41,6 +41,18 @@ struct SinkhornSolution {
   int64_t history_f_stride, history_g_stride;
 };
 
+// Rows of weight a_i b_j E_ij at some potentials; f null: of the cost.
+template <class Real>
+struct SinkhornPlan {
+  const Real *f, *g;  // [n], [m]
+  double weight;
+  bool over_cost;      // divided by C_ij, 0 where that is 0
+  bool add;            // to what is in out
+  int64_t begin, end;  // rows
+  Real* out;           // [end - begin, m]
+  int64_t out_stride;
+};
+
 // Those who share the work on one problem: run(size, body, self) calls body(self, worker) for each worker < size.
 struct SinkhornTeam {
   int64_t size;

@@ -17,7 +17,6 @@
 
 namespace {
 
-using kdfast::ElementType;
 using kdfast::SinkhornMethod;
 using kdfast::SinkhornSchedule;
 using kdfast::SinkhornSolution;
@@ -27,9 +26,10 @@ constexpr double kDrift = 28.85;        // 20 nats: past 2^this, what underflowe
 constexpr double kMaxEntry = 0x1p115;   // rows without weight may be near any column: their sums are reported as at most this
 constexpr int64_t kGroup = 16;          // rows weighed together, at most
 constexpr int64_t kGroupBytes = 16384;  // of their entries: two groups are most of L1
+constexpr int64_t kKeptBytes = 1 << 20; // points: the cost is kept where it fits in half of L2,
+constexpr int64_t kKeptWidth = 92;      // or where forming it anew takes longer than reading it from memory
 constexpr int64_t kShare = 64;          // elements between what workers report: no cache line in common
 constexpr int64_t kChunk = 128;         // rows whose columns are summed apart, for the sake of rounding
-constexpr double kBitsPerNat = 0x1.71547652b82fep+0;
 
 inline double damping(double rho, double epsilon) { return rho > 0 ? rho / (rho + epsilon) : 1.0; }  // lambda
 
@@ -41,8 +41,12 @@ struct SinkhornArrays {
   Real *b, *g, *new_g, *older_g, *start_g, *exponent, *scale;
   Real* kernel;                                // [rows, m] or null
   Real *columns, *entries, *costs, *shares;    // of every worker
-  Real* points;
+  Real *points, *kept;
   int64_t worker_columns, worker_entries;
+
+  static bool keeps_cost(const SinkhornProblem<Real>& p) {
+    return p.metric != SinkhornMetric::kGiven && (p.width >= kKeptWidth || p.n * p.m * int64_t(sizeof(Real)) <= kKeptBytes);
+  }
 
   // Places the arrays from `work` on and returns their size in elements.
   int64_t place(const SinkhornProblem<Real>& p, bool stores, int64_t workers, Real* work) {
@@ -62,6 +66,7 @@ struct SinkhornArrays {
     shares = take(workers * kShare);
     points = take(PointSums<Real>::space(p));
     kernel = take(stores ? p.n * m : 0);
+    kept = take(keeps_cost(p) ? p.n * m : 0);
     return used;
   }
 };
@@ -392,6 +397,27 @@ class SinkhornSolver {
   const SinkhornSolution<Real>* out_ = nullptr;
 };
 
+// The problem, with a given cost where that of its points is kept.
+template <class Real>
+SinkhornProblem<Real> keep_cost(const SinkhornProblem<Real>& p, const SinkhornTeam& team, const SinkhornArrays<Real>& arrays) {
+  if (!SinkhornArrays<Real>::keeps_cost(p)) return p;
+  struct Rows {
+    const SinkhornProblem<Real>& p;
+    const PointSums<Real> points;
+    const SinkhornArrays<Real>& arrays;
+    int64_t workers;
+  } rows{p, PointSums<Real>(p, arrays.points), arrays, team.size};
+  team.run(team.size, [](void* self, int64_t worker) {
+    const Rows& r = *static_cast<Rows*>(self);
+    const int64_t begin = worker * r.p.n / r.workers, end = (worker + 1) * r.p.n / r.workers;
+    int64_t stride = 0;
+    cost_rows<Real, Real>(r.p, r.points, begin, end - begin, 0, r.p.m, r.arrays.kept + begin * r.arrays.m, &stride);
+  }, &rows);
+  SinkhornProblem<Real> q = p;
+  q.metric = SinkhornMetric::kGiven, q.type = ElementType::kFloat32, q.cost = arrays.kept, q.cost_stride = arrays.m;
+  return q;
+}
+
 template <class Real>
 int64_t sinkhorn_workspace(const SinkhornProblem<Real>& p, const SinkhornSchedule& schedule, int64_t workers) {
   SinkhornArrays<Real> arrays;
@@ -402,11 +428,8 @@ template <class Real>
 void sinkhorn_solve(const SinkhornProblem<Real>& p, const SinkhornSchedule& schedule, const SinkhornTeam& team, const SinkhornSolution<Real>& out, Real* work) {
   SinkhornArrays<Real> arrays;
   arrays.place(p, schedule.method == SinkhornMethod::kKernel, team.size, work);
-  if constexpr (sizeof(Real) == 4) {
-    if (p.metric == SinkhornMetric::kGiven && p.type == ElementType::kBFloat16) return SinkhornSolver<Real, BFloat16>(p, schedule, team, arrays).solve(out);
-    if (p.metric == SinkhornMetric::kGiven && p.type == ElementType::kFloat16) return SinkhornSolver<Real, Half>(p, schedule, team, arrays).solve(out);
-  }
-  SinkhornSolver<Real, Real>(p, schedule, team, arrays).solve(out);
+  const SinkhornProblem<Real> q = keep_cost(p, team, arrays);
+  with_cost_type<Real>(q, [&](auto element) { SinkhornSolver<Real, decltype(element)>(q, schedule, team, arrays).solve(out); });
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 namespace {
 
+using kdfast::ElementType;
 using kdfast::SinkhornMetric;
 using kdfast::SinkhornProblem;
 
@@ -126,6 +127,19 @@ inline const T* cost_rows(const SinkhornProblem<Real>& p, const PointSums<Real>&
   }
   *stride = p.cost_stride;
   return static_cast<const T*>(p.cost) + i * p.cost_stride + j;
+}
+
+// f(T{}), T what the costs of `p` are stored as.
+template <class Real, class F>
+inline void with_cost_type(const SinkhornProblem<Real>& p, const F& f) {
+  const bool given = p.metric == SinkhornMetric::kGiven && sizeof(Real) == 4;
+  if (given && p.type == ElementType::kBFloat16) {
+    if constexpr (sizeof(Real) == 4) f(BFloat16{});
+  } else if (given && p.type == ElementType::kFloat16) {
+    if constexpr (sizeof(Real) == 4) f(Half{});
+  } else {
+    f(Real{});
+  }
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 namespace {
 
 constexpr int64_t kCostAhead = 4096;   // bytes of the cost requested before they are read: the processor's own stops at pages
+constexpr double kBitsPerNat = 0x1.71547652b82fep+0;
 constexpr double kTrusted = 0x1p100;  // sums outside [1/this, this] are redone
 
 template <class Real>

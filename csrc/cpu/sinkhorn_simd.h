@@ -67,6 +67,17 @@ inline VecOf<Real> load_count(const T* p, int64_t count) {
   return load(copy);
 }
 
+template <class Real>
+inline void store_count(Real* p, VecOf<Real> x, int64_t count) {
+  if (count == kWidth<Real>) return store(p, x);
+#if KDFAST_LANES == 16
+  if constexpr (sizeof(Real) == 4) _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)x);
+  if constexpr (sizeof(Real) == 8) _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), (__m512d)x);
+#else
+  __builtin_memcpy(p, &x, size_t(count) * sizeof(Real));
+#endif
+}
+
 #if KDFAST_LANES == 16
 
 inline Vec fraction(Vec t) { return (Vec)_mm512_reduce_ps((__m512)t, 0x09); }  // t - floor(t); 0 for infinities

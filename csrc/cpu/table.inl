@@ -9,6 +9,7 @@
 #include "similarity.inl"
 #include "similarity_grad.inl"
 #include "sinkhorn.inl"
+#include "sinkhorn_plan.inl"
 
 #define KDFAST_PASTE_(a, b) a##b
 #define KDFAST_PASTE(a, b) KDFAST_PASTE_(a, b)
@@ -23,6 +24,7 @@ const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA) = {
     gather_similarity, gather_weighted_sum, gather_by_blocks, gather_blocks_workspace, gather_blocks,
     gather_scatter_workspace, gather_scatter,
     sinkhorn_workspace<float>, sinkhorn_workspace<double>, sinkhorn_solve<float>, sinkhorn_solve<double>,
+    sinkhorn_plan_workspace<float>, sinkhorn_plan_workspace<double>, sinkhorn_plan<float>, sinkhorn_plan<double>,
     knn_workspace, knn_scan, knn_refine,
     fma_probe,
 };

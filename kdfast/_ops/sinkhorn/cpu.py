@@ -1,12 +1,13 @@
-"""impl="cpu": the fused C++ kernels (csrc/cpu/sinkhorn.inl), with the signatures of portable.py."""
+"""impl="cpu": the fused C++ kernels (csrc/cpu/sinkhorn.inl), with the signatures of portable.py and adjoint.py."""
 
 import torch
 from torch import Tensor
 
 from kdfast._core import extension
 
-from . import portable
-from .geometry import Problem
+from . import adjoint
+from .adjoint import Moments
+from .geometry import Problem, blocks, pull_slopes, row_tiles
 from .portable import Schedule, Solution
 
 
@@ -22,9 +23,56 @@ def refuses(*, device_type: str = "cpu", **_facts) -> str | None:
 
 def solve(p: Problem, g: Tensor, schedule: Schedule, history: bool) -> Solution:
     """Run `schedule` on every problem from column potentials g [B, m]. Weights below 1.2e-38 (2.2e-308) count as zero."""
-    if p.cost is None:
-        return portable.solve(p, g, schedule, history)
     return Solution(*torch.ops.kdfast.sinkhorn_solve(*_fields(p), g.contiguous(), *schedule, history))
+
+
+def costs(p: Problem, begin: int, end: int) -> Tensor:
+    """C[:, begin:end] [B, r, m] of points, to the bit as every kernel forms it."""
+    return torch.ops.kdfast.sinkhorn_plan(*_fields(p), None, None, None, False, False, begin, end)
+
+
+def plan_gradient(p: Problem, f: Tensor, g: Tensor, w0: Tensor, w1: Tensor | None) -> Moments:
+    """adjoint.plan_gradient; without w1 in one pass over the cost."""
+    if w1 is not None:
+        return adjoint.plan_gradient(p, f, g, w0, w1)
+    nothing = [p.a.new_empty(0) for _ in range(5)]
+    if p.cost is not None:
+        gradient = _plan(p, f, g, w0, 0, p.a.shape[1], total=p.cost.dim() == 2)
+        return Moments(gradient.to(p.cost.dtype), *nothing)
+    dx, dy = torch.empty_like(p.x), torch.zeros_like(p.y)
+    with torch.autocast("cpu", enabled=False):
+        for block, rows, q, slopes in _plan_tiles(p, f, g, w0, over_cost=p.metric == "euclidean"):
+            dx[block, rows], to_y = pull_slopes(q, rows, slopes)
+            dy[block] += to_y
+    return Moments(nothing[0], dx, dy, *nothing[2:])
+
+
+def apply_plan(p: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> Tensor:
+    """adjoint.apply_plan."""
+    out = v.new_zeros(*(p.b if transpose else p.a).shape, v.shape[-1])
+    with torch.autocast("cpu", enabled=False):
+        for block, rows, _, plan in _plan_tiles(p, f, g, torch.ones_like(p.epsilon)):
+            if transpose:
+                out[block] += plan.mT @ v[block, rows]
+            else:
+                out[block, rows] = plan @ v[block]
+    return out
+
+
+def _plan_tiles(p: Problem, f: Tensor, g: Tensor, weight: Tensor, *, over_cost: bool = False):
+    """(problems, rows, these problems, weight P [b, r, m] there, over C where asked) in pieces that stay in cache."""
+    for lo, hi in blocks(p):
+        block, q = slice(lo, hi), p.part(lo, hi)
+        for rows in row_tiles(q):
+            yield block, rows, q, _plan(q, f[block], g[block], weight[block], rows.start, rows.stop, over_cost=over_cost)
+
+
+def _plan(
+    p: Problem, f: Tensor, g: Tensor, weight: Tensor, begin: int, end: int, *, over_cost: bool = False, total: bool = False
+) -> Tensor:
+    """Rows of weight P [B, r, m], or their sum over the problems [r, m]."""
+    potentials = (t.contiguous() for t in (f, g, weight))
+    return torch.ops.kdfast.sinkhorn_plan(*_fields(p), *potentials, over_cost, total, begin, end)
 
 
 def _fields(p: Problem) -> tuple:
@@ -39,5 +87,11 @@ def _solve_shapes(cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b, g
     return (*(torch.empty_like(s) for s in (a, b, a, b, epsilon, epsilon)), count, *histories)
 
 
+def _plan_shapes(cost, x, y, a, b, *rest) -> Tensor:
+    total, begin, end = rest[-3:]
+    return b.new_empty(*(() if total else b.shape[:1]), end - begin, b.shape[1])
+
+
 if missing() is None:
     torch.library.register_fake("kdfast::sinkhorn_solve", _solve_shapes)
+    torch.library.register_fake("kdfast::sinkhorn_plan", _plan_shapes)

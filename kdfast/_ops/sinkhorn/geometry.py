@@ -75,21 +75,26 @@ def blocks(p: Problem):
         yield lo, min(lo + step, batch)
 
 
+def row_tiles(p: Problem):
+    """Slices of rows of a block of problems, one tile each."""
+    batch, n = p.a.shape
+    step = min(n, max(1, TILE.get(p.a.device.type, TILE_ELSEWHERE) // max(1, batch * p.b.shape[1])))
+    for lo in range(0, n, step):
+        yield slice(lo, min(lo + step, n))
+
+
 class Tiles:
     """Iterates over (rows, cost [B, r, m] or [r, m]) of a block; the cost is kept when it is one tile, else formed anew."""
 
     def __init__(self, p: Problem):
-        batch, n, m = *p.a.shape, p.b.shape[1]
-        self.problem, self.n = p, n
-        self.step = min(n, max(1, TILE.get(p.a.device.type, TILE_ELSEWHERE) // max(1, batch * m)))
-        self.whole = cost_tile(p, slice(0, n)) if self.step == n else None
+        self.problem, self.slices = p, list(row_tiles(p))
+        self.whole = cost_tile(p, self.slices[0]) if len(self.slices) == 1 else None
 
     def __iter__(self):
         if self.whole is not None:
-            yield slice(0, self.n), self.whole
+            yield self.slices[0], self.whole
             return
-        for lo in range(0, self.n, self.step):
-            rows = slice(lo, min(lo + self.step, self.n))
+        for rows in self.slices:
             yield rows, cost_tile(self.problem, rows)
 
 
@@ -104,6 +109,18 @@ def cost_tile(p: Problem, rows: slice) -> Tensor:
         inside = (row < p.rows[:, None])[..., None] & (col < p.cols[:, None])[:, None]
         return torch.where(inside, c, torch.zeros_like(c))
     x, y = p.x[:, rows], p.y
+    if p.impl == "cpu":
+        begin, end, _ = rows.indices(p.x.shape[1])
+        exact = torch.ops.kdfast_torch.sinkhorn_costs(*(None if t is None else t.detach() for t in p[:8]), *p[8:], begin, end)
+        if not torch.is_grad_enabled():
+            return exact
+        c = _point_costs(p, x, y)
+        return c + (exact - c).detach()  # what the kernels see, to the bit: a plan is as exact as its cost is consistent
+    return _point_costs(p, x, y)
+
+
+def _point_costs(p: Problem, x: Tensor, y: Tensor) -> Tensor:
+    """C [B, r, m] between x [B, r, D] and y [B, m, D], differentiable."""
     if p.metric == "dot":
         return 1 - x @ y.mT
     if p.metric == "euclidean" or x.shape[-1] <= DIRECT:  # not through x.y, whose rounding is large beside a small distance
@@ -115,15 +132,18 @@ def cost_tile(p: Problem, rows: slice) -> Tensor:
 
 def pull(p: Problem, rows: slice, w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """(dx [B, r, D], dy [B, m, D]) of sum_ij w_ij C_ij over a tile, w [B, r, m], c its cost."""
-    x, y = p.x[:, rows], p.y
-    if p.metric == "dot":
-        return -(w @ y), -(w.mT @ x)
     if p.metric == "euclidean":  # grad |x - y| = (x - y)/|x - y|, taken as 0 at 0
         apart = c > 0
         w = torch.where(apart, w / torch.where(apart, c, torch.ones_like(c)), torch.zeros_like(w))
-        scale = 1
-    else:
-        scale = 2
+    return pull_slopes(p, rows, w)
+
+
+def pull_slopes(p: Problem, rows: slice, w: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from w_ij, with metric "euclidean" w_ij / C_ij."""
+    x, y = p.x[:, rows], p.y
+    if p.metric == "dot":
+        return -(w @ y), -(w.mT @ x)
+    scale = 1 if p.metric == "euclidean" else 2
     return scale * (w.sum(-1)[..., None] * x - w @ y), scale * (w.sum(-2)[..., None] * y - w.mT @ x)
 
 

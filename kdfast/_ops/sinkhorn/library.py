@@ -34,7 +34,7 @@ def _fold(name: str, info, in_dims, *args):
     """The vmap rule: V batches of B problems are V B problems. A shared cost stays shared unless its gradient is wanted."""
     dims, size, batch = in_dims, info.batch_size, args[5].shape[0 if in_dims[5] is None else in_dims[5] - 1]
     shared = args[0] is not None and args[0].dim() - (dims[0] is not None) == 2
-    pulls = name not in ("sinkhorn_solve", "sinkhorn_apply_plan")
+    pulls = name not in ("sinkhorn_solve", "sinkhorn_apply_plan", "sinkhorn_costs")
     folded = []
     for i, (t, dim) in enumerate(zip(args, dims, strict=True)):
         if not isinstance(t, Tensor) or (i == 0 and shared and dim is None and not pulls):
@@ -61,6 +61,15 @@ def _solve(*args):
     return tuple((cpu if p.impl == "cpu" else portable).solve(p, g, schedule, history))
 
 
+def _costs(*args):
+    return cpu.costs(Problem(*args[:_FIELDS]), *args[_FIELDS:])
+
+
+def _costs_shapes(*args):
+    b, (begin, end) = args[4], args[-2:]
+    return b.new_empty(b.shape[0], end - begin, b.shape[1])
+
+
 def _solve_shapes(*args):
     p, length = Problem(*args[:_FIELDS]), args[_FIELDS + 1] if args[-1] else 0
     a, b, eps = p.a, p.b, p.epsilon
@@ -74,7 +83,8 @@ def _source_shapes(p: Problem) -> tuple[Tensor, ...]:
 
 
 def _plan_gradient(*args):
-    return tuple(adjoint.plan_gradient(Problem(*args[:_FIELDS]), *args[_FIELDS:]))
+    p = Problem(*args[:_FIELDS])
+    return tuple((cpu if p.impl == "cpu" else adjoint).plan_gradient(p, *args[_FIELDS:]))
 
 
 def _plan_gradient_shapes(*args):
@@ -83,7 +93,8 @@ def _plan_gradient_shapes(*args):
 
 
 def _apply_plan(*args):
-    return adjoint.apply_plan(Problem(*args[:_FIELDS]), *args[_FIELDS:])
+    p = Problem(*args[:_FIELDS])
+    return (cpu if p.impl == "cpu" else adjoint).apply_plan(p, *args[_FIELDS:])
 
 
 def _apply_plan_shapes(*args):
@@ -105,6 +116,7 @@ def _pulled_shapes(*args):
 
 
 _define("sinkhorn_solve", f"{_PROBLEM}, Tensor g, {_SCHEDULE}, bool history", 9, _solve, _solve_shapes)
+_define("sinkhorn_costs", f"{_PROBLEM}, int begin, int end", 1, _costs, _costs_shapes)
 _define("sinkhorn_plan_gradient", f"{_PROBLEM}, Tensor f, Tensor g, Tensor w0, Tensor? w1", 6, _plan_gradient, _plan_gradient_shapes)
 _define("sinkhorn_apply_plan", f"{_PROBLEM}, Tensor f, Tensor g, Tensor v, bool transpose", 1, _apply_plan, _apply_plan_shapes)
 _define(
