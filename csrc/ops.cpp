@@ -18,6 +18,13 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "info_nce_grad(Tensor g, Tensor lse, Tensor lse_low, Tensor slopes, Tensor pull, Tensor query, Tensor keys, Tensor scale, Tensor? bias, "
       "Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, Tensor? columns, bool want_query, "
       "bool want_keys, bool want_scale, bool want_bias, bool want_positive, int precision) -> Tensor[]");
+  m.def(
+      "similarity_distillation(Tensor student, Tensor keys, Tensor teacher, Tensor teacher_keys, Tensor scale, Tensor teacher_scale, "
+      "Tensor? bias, Tensor? start_logit, Tensor? teacher_start_logit, Tensor? key_index, Tensor? valid, int precision) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "similarity_distillation_grad_keys(Tensor g, Tensor log_sums, Tensor student, Tensor keys, Tensor teacher, Tensor teacher_keys, "
+      "Tensor scale, Tensor teacher_scale, Tensor? bias, Tensor? key_index, Tensor? valid, int precision) -> Tensor");
   m.def("gather_similarity(Tensor query, Tensor bank, Tensor index) -> Tensor");
   m.def("gather_weighted_sum(Tensor weight, Tensor bank, Tensor index) -> Tensor");
   m.def("gather_scatter(Tensor weight, Tensor query, Tensor index, int size, ScalarType dtype) -> Tensor");

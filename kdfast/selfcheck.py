@@ -111,6 +111,20 @@ def _info_nce(impl: str) -> Iterator[Pair]:
     return _agree(functools.partial(functional.info_nce, impl=impl), plain, impl, _rows(N, 1), _rows(N, 2), _rows(M, 3))
 
 
+def _similarity_distillation(impl: str) -> Iterator[Pair]:
+    teacher, teacher_bank = _rows(N, 3, D + 8), _rows(M, 4, D + 8)
+
+    def plain(student, bank):
+        target = (teacher.double() @ teacher_bank.double().T / 0.1).softmax(-1)
+        return -(target * (student @ bank.T / 0.2).log_softmax(-1)).sum(-1).mean()
+
+    def ours(student, bank):
+        there = teacher.to(student.device), bank, teacher_bank.to(student.device)
+        return functional.similarity_distillation(student, *there, student_temperature=0.2, teacher_temperature=0.1, impl=impl)
+
+    return _agree(ours, plain, impl, _rows(N, 1), _rows(M, 2))
+
+
 def _gather_similarity(impl: str) -> Iterator[Pair]:
     from ._ops.gather import reference
 
@@ -214,6 +228,7 @@ def _mine_triplets(impl: str) -> Iterator[Pair]:
 CHECKS: dict[str, Callable[[str], Iterator[Pair]]] = {
     "similarity_softmax": _similarity_softmax,
     "info_nce": _info_nce,
+    "similarity_distillation": _similarity_distillation,
     "gather_similarity": _gather_similarity,
     "sinkhorn": _sinkhorn,
     "knn": _knn,

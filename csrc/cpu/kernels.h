@@ -1,6 +1,7 @@
 // The CPU kernels of one instruction set, as function pointers. No C++ library: isa_*.cpp include this.
 #pragma once
 
+#include "distillation.h"
 #include "gather.h"
 #include "info_nce.h"
 #include "knn.h"
@@ -26,6 +27,11 @@ struct CpuKernels {
   void (*info_nce_rows)(const InfoNceParams&, const InfoNceRows&);
   void (*info_nce_grad_rows)(const InfoNceParams&, const InfoNceGradients&, int64_t begin, int64_t end);
   void (*info_nce_grad_candidates)(const InfoNceParams&, const InfoNceGradients&);
+  int64_t (*distillation_workspace)(const DistillationParams&, int64_t rows, int64_t columns);  // floats, for tasks up to this size
+  void (*distillation)(const DistillationParams&, const DistillationTask&, float* workspace);
+  void (*distillation_merge)(const DistillationParams&, const DistillationMerge&);
+  int64_t (*distillation_grad_workspace)(const DistillationParams&, int64_t keys);  // floats, for tasks up to this size
+  void (*distillation_grad)(const DistillationParams&, const DistillationGradTask&, float* workspace);
   // Items begin .. end: of the N K scores, of the N rows. False: an index was outside the bank.
   bool (*gather_similarity)(const GatherParams&, int64_t begin, int64_t end);
   bool (*gather_weighted_sum)(const GatherParams&, int64_t begin, int64_t end);

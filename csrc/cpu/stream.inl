@@ -126,6 +126,13 @@ inline void sum_rows(Product, const float* weights, int64_t weight_stride, int64
   }
 }
 
+// Each of `rows` rows' share of the block of at most `block_size` columns after this one, which then waits in L2 when it is packed.
+inline Prefetch after_block(const Streamed& s, const Block& block, int64_t block_size, int64_t end, int64_t rows) {
+  const int64_t row_bytes = s.panels.width * s.matrix.element_bytes(), first = block.first + block.columns;
+  const int64_t bytes = smaller(block_size, end - first) * row_bytes;
+  return {static_cast<const char*>(s.matrix.data) + first * row_bytes, bytes, round_up(bytes / rows + 1, 64)};
+}
+
 // Takes `rows` rows through the columns `begin` to `end` of each of `streamed`. A pass has
 //   begin_block(block)              what it keeps of a block's columns
 //   chunk(block, row, rows, next)   scores, weights and sums of a chunk of rows; next.fetch(i) once for each row i
@@ -143,10 +150,7 @@ inline bool stream_blocks(Product, int64_t block_size, int64_t rows, int64_t beg
     pack(streamed);
     (pack(more), ...);
     pass.begin_block(block);
-    // Each row's share of the next block, which then waits in L2 when it is packed.
-    const int64_t row_bytes = streamed.panels.width * streamed.matrix.element_bytes();
-    const int64_t ahead = smaller(block_size, end - first - columns) * row_bytes;
-    const Prefetch next{static_cast<const char*>(streamed.matrix.data) + (first + columns) * row_bytes, ahead, round_up(ahead / rows + 1, 64)};
+    const Prefetch next = after_block(streamed, block, block_size, end, rows);
     for (int64_t row = 0; row < rows; row += Product::kRowChunk) {
       const int64_t left = rows - row;
       pass.chunk(block, row, smaller(left, Product::kRowChunk), next);

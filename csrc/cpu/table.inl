@@ -1,6 +1,8 @@
 // One instruction set's row of the dispatch table; KDFAST_ISA is its name.
 #pragma once
 
+#include "distillation.inl"
+#include "distillation_grad.inl"
 #include "gather_blocks.inl"
 #include "gather_scatter.inl"
 #include "info_nce.inl"
@@ -21,6 +23,7 @@ extern const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA);
 const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA) = {
     KDFAST_QUOTE(KDFAST_ISA), similarity_workspace, similarity, similarity_merge, similarity_grad_workspace, similarity_grad,
     info_nce_rows, info_nce_grad_rows, info_nce_grad_candidates,
+    distillation_workspace, distillation, distillation_merge, distillation_grad_workspace, distillation_grad,
     gather_similarity, gather_weighted_sum, gather_by_blocks, gather_blocks_workspace, gather_blocks,
     gather_scatter_workspace, gather_scatter,
     sinkhorn_workspace<float>, sinkhorn_workspace<double>, sinkhorn_solve<float>, sinkhorn_solve<double>,

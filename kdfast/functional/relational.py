@@ -9,7 +9,7 @@ from torch import Tensor
 from .._core import bank_protocol, checks
 from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
-from .._ops.similarity import KeyIndex, similarity_lse, similarity_softmax
+from .._ops.similarity.distillation import distillation_rows
 from .._ops.similarity.positives import dot
 from ._candidates import inverse, normalized, own_columns, per_row, score_sums
 
@@ -36,8 +36,8 @@ def similarity_distillation(
 ) -> Tensor:
     """Cross-entropy (or KL) between teacher's and student's softmax over the rows of a bank. No tau^2 factor.
 
-    With p = softmax_j(t . k^T_j / teacher_temperature): l_i = lse_j(z^S_ij) - s_i . (sum_j p_ij k^S_j) / student_temperature,
-    so that the teacher's probabilities are never stored.
+    With p = softmax_j(t_i . k^T_j / teacher_temperature): l_i = lse_j(z^S_ij) - s_i . (sum_j p_ij k^S_j) / student_temperature,
+    so that no probabilities are stored.
 
     Args:
         student: [N, D_s], gradient. teacher: [N, D_t], detached.
@@ -64,7 +64,7 @@ def similarity_distillation(
     keys = _bank_rows("student_bank", given.rows, "student", student)
     shared = teacher_bank is None
     teacher_keys = keys if shared else bank_protocol.unpack(teacher_bank).rows
-    teacher_keys = _bank_rows("student_bank" if shared else "teacher_bank", teacher_keys, "teacher", teacher).detach()
+    teacher_keys = _bank_rows("student_bank" if shared else "teacher_bank", teacher_keys, "teacher", teacher)
     if len(teacher_keys) != len(keys):
         raise ValueError(f"teacher_bank must have a row for each of student_bank's {len(keys)}, got {len(teacher_keys)}")
     teacher = teacher.detach()
@@ -73,29 +73,30 @@ def similarity_distillation(
         teacher_positive = _positive("teacher_positive", teacher_positive, teacher, teacher).detach()
     if normalize:
         student, teacher, student_positive, teacher_positive = map(normalized, (student, teacher, student_positive, teacher_positive))
-        keys, teacher_keys = normalized(keys), normalized(teacher_keys)
+        keys, teacher_keys = normalized(keys), None if shared else normalized(teacher_keys)
 
     own_column = own_columns(own_index, student, len(keys))
-    options = dict(exclude=() if own_column is None else (KeyIndex(own_column),), valid=given.valid, bias=given.bias, impl=impl)
     sharp = any(isinstance(t, Real) and t < 1e-3 for t in (student_temperature, teacher_temperature))
-    options["precision"] = "ieee" if sharp and precision is None else precision
     with torch.autocast(student.device.type, enabled=False) if sharp else contextlib.nullcontext():
         s, t = inverse("student_temperature", student_temperature, student), inverse("teacher_temperature", teacher_temperature, teacher)
-        s_start = t_start = value_start = None
+        start = None
         if student_positive is not None:
-            s_start = (per_row(s) * dot(student, student_positive), student_positive)
-            teacher_logit = per_row(t) * dot(teacher, teacher_positive)
-            t_start, value_start = (teacher_logit, teacher_positive), (teacher_logit, student_positive)
-        lse, _ = similarity_lse(student, keys, scale=s, start=s_start, **options)
-        teacher_lse, expected = similarity_softmax(teacher, teacher_keys, scale=t, values=keys, start=value_start, **options)
-        losses = lse - per_row(s) * (student.to(expected.dtype) * expected).sum(-1)
-        if divergence == "kl":
-            own_expected = (
-                expected.detach()
-                if shared
-                else similarity_lse(teacher, teacher_keys, scale=t, start=t_start, need_pooled=True, **options)[1]
-            )
-            losses = losses + per_row(t) * (teacher.to(expected.dtype) * own_expected).sum(-1) - teacher_lse
+            start = per_row(s) * dot(student, student_positive), per_row(t) * dot(teacher, teacher_positive)
+        losses, lse = distillation_rows(
+            student,
+            keys,
+            teacher,
+            None if shared else teacher_keys,
+            scale=s,
+            teacher_scale=t,
+            start=start,
+            bias=given.bias,
+            key_index=None if own_column is None else own_column[:, None],
+            valid=given.valid,
+            kl=divergence == "kl",
+            precision="ieee" if sharp and precision is None else precision,
+            impl=impl,
+        )
     return reduce_rows(losses, counted=lse != -torch.inf, weight=weight, reduction=reduction)
 
 

@@ -1,0 +1,241 @@
+"""Cross-entropy, or KL, between two softmaxes over a bank: a student's under a teacher's, each of its own queries, keys and scale.
+
+With p^S, p^T the softmaxes of z^S_ij = s_i q_i.k^S_j + b_j and z^T_ij = t_i u_i.k^T_j + b_j, and start candidates j = 0:
+
+    loss_i = lse^S_i - sum_j p^T_ij z^S_ij        KL subtracts the teacher's entropy, lse^T_i - sum_j p^T_ij z^T_ij
+    dq_i = g_i s_i (O^S_i - O^T_i)                ds_i = g_i q_i.(O^S_i - O^T_i)        O_i = sum_(j > 0) p_ij k^S_j
+    dk_j = sum_i g_i s_i (p^S_ij - p^T_ij) q_i    dz^S_i0 = g_i (p^S_i0 - p^T_i0)
+
+impl="cpu" takes the losses and O^S - O^T from one pass over both banks, so that a student's bank without gradient is read once. Anything
+else, and what has a gradient besides, is composed of the streaming softmaxes of the two sides.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ..._core import impls
+from . import cpu
+from .apply import needs_grad, streaming_softmax
+from .arguments import how_to_compute, problem, row_parameter
+from .autograd import _keep, _kept, _versions
+from .exclusions import Rules
+from .portable import start_weight
+from .positives import dot
+
+
+def _refuses(*, teacher_dtype: torch.dtype | None = None, **facts) -> str | None:
+    return cpu.refuses(**facts) or (None if teacher_dtype is None else cpu.refuses(dtype=teacher_dtype))
+
+
+impls.register("similarity_distillation", impls.Implementation("cpu", cpu.missing, _refuses))
+
+
+class Fixed(NamedTuple):
+    """What is not differentiated by the fused pass."""
+
+    teacher: Tensor  # [N, Dt]
+    keys: Tensor  # [M, Dt], the teacher's; the student's where there is one bank
+    scale: Tensor  # [N]
+    start_logit: Tensor | None  # [N]
+    bias: Tensor | None  # [M], of both sides
+    key_index: Tensor | None  # [N, E], -1 none
+    valid: Tensor | None  # []
+
+
+class Call(NamedTuple):
+    """What a call is told beside its tensors."""
+
+    kl: bool
+    one_bank: bool
+    precision: str | None
+    impl: str | None
+    products: int  # the kernel's number for how both sides' products are formed
+
+
+def distillation_rows(
+    student: Tensor,
+    keys: Tensor,
+    teacher: Tensor,
+    teacher_keys: Tensor | None,
+    *,
+    scale: float | Tensor,
+    teacher_scale: float | Tensor,
+    start: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+    key_index: Tensor | None = None,
+    valid: int | Tensor | None = None,
+    kl: bool = False,
+    precision: str | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(losses [N], the student's lse [N] without gradient); a row that admits nothing has lse -inf.
+
+    student [N, Ds], keys [M, Ds], teacher [N, Dt], teacher_keys [M, Dt] or None for `keys`; the sides may differ in dtype. `start` = logits
+    [N] of one more candidate, student's and teacher's. key_index [N, E]: columns left out, -1 none. The teacher's rows and keys get
+    no gradient; all else does, twice.
+    """
+    one_bank = teacher_keys is None
+    teacher, teacher_keys = teacher.detach(), (keys if one_bank else teacher_keys).detach()
+    ours, theirs = how_to_compute(student, precision), how_to_compute(teacher, precision)
+    chosen = impls.choose("similarity_distillation", impl, device_type=student.device.type, dtype=ours.dtype, teacher_dtype=theirs.dtype)
+    _, tensors = problem(student, keys, scale, None, bias, None, Rules(key_index=key_index), valid, precision, impl)
+    logit, teacher_logit = (None, None) if start is None else start
+    fixed = Fixed(
+        teacher,
+        teacher_keys,
+        row_parameter("teacher_scale", teacher_scale, teacher),
+        teacher_logit,
+        tensors.bias,
+        key_index,
+        tensors.valid,
+    )
+    products = min(cpu.product_number(ours.products, student), cpu.product_number(theirs.products, teacher))  # the finer
+    call = Call(kl, one_bank, precision, impl, products)
+    inputs = (student, keys, tensors.scale, logit, *fixed)
+    transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if chosen == "cpu" and not transforms and not needs_grad((fixed.scale, teacher_logit, bias)):
+        return Distillation.apply(call, *inputs)
+    losses, lse = _composed(call, *inputs)
+    return losses, lse.detach()
+
+
+def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Tensor, Tensor]:
+    """The definition by streaming softmaxes: any device, dtype and transform, and derivatives in the teacher's scale and the bias too."""
+    f = Fixed(*fixed)
+    wide = torch.promote_types(student.dtype, f.teacher.dtype)
+    operands = (student, keys, f.teacher, f.keys)
+    if not torch.is_autocast_enabled(student.device.type):
+        operands = (x.to(wide) for x in operands)
+    query, values, teacher, teacher_keys = operands
+    rules = Rules(key_index=f.key_index)
+
+    def softmax(query, keys, scale, values, start_logit, *, pool):
+        start = None if start_logit is None else (start_logit, None)
+        spec, tensors = problem(query, keys, scale, values, f.bias, start, rules, f.valid, call.precision, call.impl)
+        lse, pooled, low = streaming_softmax(spec, tensors.folded(spec), pool=pool, need_pooled=pool)
+        return lse[0], low[0], pooled[0] if pool else None
+
+    lse, _, _ = softmax(query, values, scale, None, start_logit, pool=False)
+    teacher_lse, teacher_low, expected = softmax(teacher, teacher_keys, f.scale, values, f.start_logit, pool=True)
+    losses = lse - scale * dot(query.to(expected.dtype), expected)
+    p_start = None if f.start_logit is None else start_weight(f.start_logit, teacher_lse, teacher_low)
+    if p_start is not None:
+        losses = losses - p_start * start_logit
+    if call.kl:
+        if call.one_bank and not needs_grad((f.scale, f.bias)):
+            own = expected.detach()
+        else:
+            own = softmax(teacher, teacher_keys, f.scale, None, f.start_logit, pool=True)[-1]
+        losses = losses + f.scale * dot(teacher.to(own.dtype), own) - teacher_lse
+        if p_start is not None:
+            losses = losses + p_start * f.start_logit
+    elif f.bias is not None:  # KL's two terms sum_j p^T_ij b_j cancel
+        finite = torch.where(f.bias == -torch.inf, 0.0, f.bias)[:, None].to(wide)
+        losses = losses - softmax(teacher, teacher_keys, f.scale, finite, f.start_logit, pool=True)[-1][:, 0]
+    return losses, lse
+
+
+class Distillation(Function):
+    """(losses [N], lse [N]) by the fused pass, outside transforms."""
+
+    @staticmethod
+    def forward(ctx, call, student, keys, scale, start_logit, *fixed):
+        inputs = _for_kernel(call, student, keys, scale, *fixed)
+        f = Fixed(*fixed)
+        starts = tuple(None if x is None else x.contiguous() for x in (start_logit, f.start_logit))
+        losses, entropy, difference, log_sums = torch.ops.kdfast.similarity_distillation(*inputs[:7], *starts, *inputs[7:], call.products)
+        losses = losses - entropy if call.kl else losses
+        lse = log_sums[0]
+        slope = None
+        if start_logit is not None:
+            slope = start_weight(start_logit, *log_sums[:2]) - start_weight(f.start_logit, *log_sums[2:])
+        ctx.call, ctx.want = call, ctx.needs_input_grad[1:5]
+        rows, bank, hold = (student, scale, start_logit, slope, difference, log_sums), (keys, *fixed), not ctx.want[1]
+        ctx.versions = None
+        if hold and torch.compiler.is_compiling():
+            bank = (None,) * len(bank)  # compiled code has no double backward, and the first one does not read them
+        elif hold:
+            ctx.versions = _versions(bank)
+        _keep(ctx, rows, bank, hold)
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return losses, lse
+
+    @staticmethod
+    def backward(ctx, g, _):
+        if g is None:
+            return (None,) * 12
+        rows, bank = _kept(ctx, 6)
+        record = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        run = Gradients.apply if record else _gradients
+        return (None, *run(ctx.call, ctx.want, ctx.versions, g.contiguous(), *rows, *bank), *(None,) * 7)
+
+
+def _gradients(call, want, versions, g, student, scale, start_logit, slope, difference, log_sums, keys, *fixed):
+    """The gradients of <g, losses> in (student, keys, scale, start_logit), None where not wanted."""
+    want_student, want_keys, want_scale, want_start = want
+    dkeys = None
+    if want_keys:
+        inputs = _for_kernel(call, student, keys, scale, *fixed)
+        dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(g, log_sums, *inputs, call.products).to(keys.dtype)
+    return (
+        ((g * scale)[:, None] * difference).to(student.dtype) if want_student else None,
+        dkeys,
+        g * dot(student.to(difference.dtype), difference) if want_scale else None,
+        g * slope if want_start else None,
+    )
+
+
+class Gradients(Function):
+    """`_gradients`, and their derivative: that of the definition, taken twice."""
+
+    @staticmethod
+    def forward(ctx, call, want, versions, g, student, scale, start_logit, slope, difference, log_sums, keys, *fixed):
+        ctx.call, ctx.want, ctx.versions = call, want, versions
+        _keep(ctx, (g, student, scale, start_logit), (keys, *fixed), versions is not None)
+        ctx.set_materialize_grads(False)
+        return _gradients(call, want, versions, g, student, scale, start_logit, slope, difference, log_sums, keys, *fixed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *cotangents):
+        (g, student, scale, start_logit), bank = _kept(ctx, 4)
+        if ctx.versions is not None and _versions(bank) != ctx.versions:
+            raise RuntimeError(
+                "double backward through similarity_distillation needs the bank as the forward saw it, but it was updated in place since; "
+                "push to the bank after the last backward, or give the loss a clone of it"
+            )
+        keys, *fixed = bank
+        inputs = [None if x is None else x.detach() for x in (student, keys, scale, start_logit)]
+        at = [i for i, wanted in enumerate(ctx.want) if wanted]
+        leaves = [g.detach().requires_grad_(), *(inputs[i].requires_grad_() for i in at)]
+        with torch.enable_grad():
+            losses, _ = _composed(ctx.call, *inputs, *fixed)
+            first = torch.autograd.grad(losses, leaves[1:], leaves[0], create_graph=True)
+        along = [(x, cotangents[i]) for x, i in zip(first, at, strict=True) if cotangents[i] is not None]
+        dg, *found = torch.autograd.grad([x for x, _ in along], leaves, [u for _, u in along], allow_unused=True)
+        second = dict(zip(at, found, strict=True))
+        dstudent, dkeys, dscale, dstart = (second.get(i) for i in range(4))
+        return None, None, None, dg, dstudent, dscale, dstart, None, None, None, dkeys, *(None,) * 7
+
+
+def _for_kernel(call, student, keys, scale, *fixed):
+    """(student, keys, teacher, teacher_keys, scale, teacher_scale, bias, key_index, valid), contiguous."""
+    f, keys = Fixed(*fixed), keys.contiguous()
+    valid = None if f.valid is None else f.valid.reshape(1)
+    tensors = (student, keys, f.teacher, keys if call.one_bank else f.keys, scale, f.scale, f.bias, f.key_index, valid)
+    return tuple(None if x is None else x.contiguous() for x in tensors)
+
+
+def _fake(student, keys, *_):
+    count, width = student.shape
+    return tuple(student.new_empty(shape, dtype=torch.float32) for shape in ((count,), (count,), (count, width), (4, count)))
+
+
+if cpu.missing() is None:
+    torch.library.register_fake("kdfast::similarity_distillation", _fake)
+    torch.library.register_fake("kdfast::similarity_distillation_grad_keys", lambda g, log_sums, student, keys, *_: g.new_empty(keys.shape))

@@ -1,0 +1,214 @@
+"""Similarity distillation by the fused pass: gradients, transforms and memory, against its composition and the float64 formula."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from similarity_cases import assert_as_good_as
+
+from kdfast._core import bank_protocol, impls
+from kdfast.functional import similarity_distillation
+
+FUSED = impls.table()["similarity_distillation"].get("cpu") is None
+pytestmark = pytest.mark.skipif(not FUSED, reason="the kernels are not built")
+
+N, M, DS, DT = 9, 70, 12, 20
+
+
+class BiasedBank:
+    """A bank with a bias, as kdfast banks give it."""
+
+    def __init__(self, rows, bias):
+        self.rows, self.bias = rows, bias
+
+    def as_rows(self):
+        return bank_protocol.BankRows(self.rows, None, None, self.bias)
+
+
+def data(dtype=torch.float32, teacher_dtype=None):
+    unit = lambda *shape: F.normalize(torch.randn(*shape), dim=-1)
+    teacher_dtype = teacher_dtype or dtype
+    return dict(
+        student=unit(N, DS).to(dtype).requires_grad_(),
+        teacher=unit(N, DT).to(teacher_dtype),
+        student_bank=unit(M, DS).to(dtype).requires_grad_(),
+        teacher_bank=unit(M, DT).to(teacher_dtype),
+        student_positive=unit(N, DS).to(dtype).requires_grad_(),
+        teacher_positive=unit(N, DT).to(teacher_dtype),
+        student_temperature=(0.1 + torch.rand(N)).requires_grad_(),
+        teacher_temperature=0.05 + torch.rand(N),
+    )
+
+
+def cast(d: dict, dtype) -> dict:
+    floats = {k: v.detach().to(dtype).requires_grad_(v.requires_grad) for k, v in d.items() if v.is_floating_point()}
+    return d | floats
+
+
+def formula(d: dict, divergence, own_index, bank_valid):
+    def logits(side):
+        query, bank, positive, tau = (d[name] for name in (side, f"{side}_bank", f"{side}_positive", f"{side}_temperature"))
+        column = torch.arange(len(bank))
+        out = (column == own_index[:, None]) | (column >= bank_valid)
+        start = (query * positive).sum(-1, keepdim=True) / tau[:, None]
+        return torch.cat([start, (query @ bank.T / tau[:, None]).masked_fill(out, -torch.inf)], 1)
+
+    z, t = logits("student"), logits("teacher")
+    p = t.softmax(-1)
+    cross = -(p * z.log_softmax(-1).masked_fill(z == -torch.inf, 0)).sum(-1)
+    return cross + (p * t.log_softmax(-1).masked_fill(t == -torch.inf, 0)).sum(-1) if divergence == "kl" else cross
+
+
+def gradients(losses, d, upstream):
+    return torch.autograd.grad((losses * upstream.to(losses.dtype)).sum(), [v for v in d.values() if v.requires_grad])
+
+
+@pytest.mark.parametrize("divergence", ["ce", "kl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda t: str(t)[6:])
+def test_losses_and_every_gradient(dtype, divergence):
+    d, upstream = data(dtype), torch.randn(N)
+    rules = dict(divergence=divergence, own_index=torch.randint(-1, M, (N,)), bank_valid=M - 3)
+    ours = similarity_distillation(**d, **rules, reduction="none", impl="cpu")
+    naive, truth = cast(d, dtype), cast(d, torch.float64)
+    other, wanted = (formula(x, **rules) for x in (naive, truth))
+    assert_as_good_as(ours.detach(), other.detach(), wanted.detach())
+    grads = (gradients(losses, x, upstream) for losses, x in ((ours, d), (other, naive), (wanted, truth)))
+    for mine, its, exact in zip(*grads, strict=True):
+        assert_as_good_as(mine, its, exact)
+
+
+@pytest.mark.parametrize("wanted", ["student", "student_bank", "student_positive", "student_temperature"])
+def test_one_gradient_at_a_time(wanted):
+    d = {k: v.detach().requires_grad_(k == wanted) for k, v in data().items()}
+    ours, other = (gradients(similarity_distillation(**d, impl=impl), d, torch.ones(())) for impl in ("cpu", "torch"))
+    torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", ["ce", "kl"])
+def test_one_bank_that_is_not_contiguous(divergence):
+    d = {k: v.detach() for k, v in data().items()}
+    bank = torch.randn(DS, M).mT.requires_grad_()
+    given = dict(student_bank=bank, student_temperature=0.3, teacher_temperature=0.1, divergence=divergence, own=True)
+    losses = [similarity_distillation(d["student"], d["student_positive"], impl=impl, **given) for impl in ("cpu", "torch")]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(x, bank) for x in losses), rtol=1e-4, atol=1e-6)
+
+
+def test_sides_of_different_dtypes():
+    d = data(torch.float32, torch.bfloat16)
+    wide = cast(d, torch.float32)
+    ours, expected = (similarity_distillation(**x, reduction="none") for x in (d, wide))
+    assert torch.equal(ours, expected)
+    torch.testing.assert_close(similarity_distillation(**d, impl="torch"), expected.mean())
+
+
+@pytest.mark.parametrize("divergence", ["ce", "kl"])
+@pytest.mark.parametrize("impl", ["cpu", "torch"])
+def test_a_bias_is_part_of_both_scores(impl, divergence):
+    d = {k: v.detach() for k, v in data().items()}
+    bias = torch.randn(M).masked_fill(torch.rand(M) < 0.2, -torch.inf)
+    z, t = d["student"] @ d["student_bank"].T / 0.2 + bias, d["teacher"] @ d["teacher_bank"].T / 0.1 + bias
+    wanted = -(t.softmax(-1) * z.log_softmax(-1).masked_fill(bias == -torch.inf, 0)).sum(-1)
+    if divergence == "kl":
+        wanted = wanted + (t.softmax(-1) * t.log_softmax(-1).masked_fill(bias == -torch.inf, 0)).sum(-1)
+    given = dict(student_temperature=0.2, teacher_temperature=0.1, divergence=divergence, reduction="none", impl=impl)
+    losses = similarity_distillation(d["student"], d["teacher"], BiasedBank(d["student_bank"], bias), d["teacher_bank"], **given)
+    torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("divergence", ["ce", "kl"])
+def test_gradient_of_the_teachers_temperature(divergence):
+    d = {k: v.detach().double() for k, v in data().items()}
+    given = {k: d[k] for k in ("student", "teacher", "student_bank", "teacher_bank")} | dict(student_temperature=0.4, divergence=divergence)
+    loss = lambda tau: similarity_distillation(**given, teacher_temperature=tau)
+    tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(loss, tau) and torch.autograd.gradgradcheck(loss, tau)
+    single = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    ours = torch.autograd.grad(similarity_distillation(**single, teacher_temperature=(t := tau.detach().float().requires_grad_())), t)[0]
+    torch.testing.assert_close(ours.double(), torch.autograd.grad(loss(tau), tau)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_second_derivatives_are_those_of_the_formula():
+    d = data()
+    truth = cast(d, torch.float64)
+    rules = dict(divergence="kl", own_index=torch.randint(-1, M, (N,)), bank_valid=M - 3)
+
+    def second(losses, x):
+        leaves = [v for v in x.values() if v.requires_grad]
+        first = torch.autograd.grad(losses.square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    ours = second(similarity_distillation(**d, **rules, reduction="none", impl="cpu"), d)
+    for got, wanted in zip(ours, second(formula(truth, **rules), truth), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
+
+
+def test_a_third_derivative_is_refused():
+    d = data()
+    first = torch.autograd.grad(similarity_distillation(**d), d["student"], create_graph=True)[0]
+    second = torch.autograd.grad(first.sum(), d["student"], create_graph=True)[0]
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(second.sum(), d["student"])
+
+
+def test_a_bank_without_gradient_may_change_after_the_forward():
+    d = data() | {"student_bank": F.normalize(torch.randn(M, DS), dim=-1)}
+    expected = torch.autograd.grad(similarity_distillation(**d), d["student"])[0]
+    loss = similarity_distillation(**d)
+    d["student_bank"].zero_()
+    assert torch.equal(torch.autograd.grad(loss, d["student"], retain_graph=True)[0], expected)
+    again = torch.autograd.grad(loss, d["student"], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="updated in place"):
+        torch.autograd.grad(again.sum(), d["student"])
+
+
+def test_rows_that_admit_nothing_are_not_counted():
+    d = {k: v for k, v in data().items() if "positive" not in k}
+    loss = similarity_distillation(**d, bank_valid=0, divergence="kl")
+    grads = torch.autograd.grad(loss, [d["student"], d["student_bank"], d["student_temperature"]])
+    assert loss == 0 and all((g == 0).all() for g in grads)
+
+
+def test_retained_graphs_and_strides_of_zero():
+    d = data()
+    losses = similarity_distillation(**d, reduction="none")
+    first, second = (torch.autograd.grad(losses.sum(), d["student_bank"], retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    wide = torch.randn(N, 2 * DS)[:, ::2].requires_grad_()
+    got = torch.autograd.grad(similarity_distillation(**(d | {"student": wide})), wide)[0]
+    same = wide.detach().clone().requires_grad_()
+    assert torch.equal(got, torch.autograd.grad(similarity_distillation(**(d | {"student": same})), same)[0])
+
+
+def test_transforms():
+    d = {k: v.detach() for k, v in data().items()}
+    rest = {k: v for k, v in d.items() if k != "student"}
+    loss = lambda student: similarity_distillation(student, **rest)
+    leaf = d["student"].clone().requires_grad_()
+    expected = torch.autograd.grad(loss(leaf), leaf)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(d["student"]), expected, rtol=1e-4, atol=1e-6)
+    batch = torch.stack([d["student"], -d["student"]])
+    torch.testing.assert_close(torch.vmap(loss)(batch), torch.stack([loss(x) for x in batch]))
+    torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(batch)[0], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", ["ce", "kl"])
+def test_compiled(divergence):
+    d = data()
+    f = lambda **x: similarity_distillation(**x, divergence=divergence, own_index=True)
+    leaves = [v for v in d.values() if v.requires_grad]
+    eager, compiled = f(**d), torch.compile(f, fullgraph=True, backend="aot_eager")(**d)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(torch.autograd.grad(compiled, leaves), torch.autograd.grad(eager, leaves))
+
+
+def test_autocast_rounds_as_the_composition_does():
+    d = data()
+    with torch.autocast("cpu", torch.bfloat16):
+        fused, composed = (similarity_distillation(**d, impl=impl) for impl in ("cpu", "torch"))
+    torch.testing.assert_close(fused, composed, rtol=2e-3, atol=2e-3)
+
+
+def test_float64_is_not_for_the_kernel():
+    for d in (data(torch.float64), data(torch.float32, torch.float64)):
+        with pytest.raises(ValueError, match="similarity_distillation"):
+            similarity_distillation(**d, impl="cpu")

@@ -1,0 +1,256 @@
+"""The C++ kernels of similarity distillation against the float64 formula, under every instruction set of this machine."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from similarity_kernel_cases import DTYPES, assert_accurate
+from torch import Tensor
+
+from kdfast._core import extension
+from kdfast._ops.similarity import distillation  # noqa: F401  (registers the fakes)
+
+_C, REASON = extension.load("_C")
+pytestmark = pytest.mark.skipif(_C is None, reason=str(REASON))
+
+PRODUCTS = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 0}
+NAMES = (
+    "student",
+    "keys",
+    "teacher",
+    "teacher_keys",
+    "scale",
+    "teacher_scale",
+    "bias",
+    "start_logit",
+    "teacher_start_logit",
+    "key_index",
+    "valid",
+)
+
+
+def case(rows, columns, width, teacher_width, dtype=torch.float32, teacher_dtype=None, **options) -> dict:
+    """Arguments of the op by name; `options` gives any of the optional ones."""
+    unit = lambda *shape: F.normalize(torch.randn(*shape), dim=-1)
+    teacher_dtype = teacher_dtype or dtype
+    made = {
+        "student": unit(rows, width).to(dtype),
+        "keys": unit(columns, width).to(dtype),
+        "teacher": unit(rows, teacher_width).to(teacher_dtype),
+        "teacher_keys": unit(columns, teacher_width).to(teacher_dtype),
+        "scale": torch.rand(rows) * 20,
+        "teacher_scale": torch.rand(rows) * 40,
+    }
+    return dict.fromkeys(NAMES) | made | options
+
+
+def options(rows: int, columns: int) -> dict:
+    return {
+        "bias": {"bias": torch.randn(columns).masked_fill(torch.rand(columns) < 0.2, -math.inf)},
+        "start": {"start_logit": torch.randn(rows) * 5, "teacher_start_logit": torch.randn(rows) * 5},
+        "index": {"key_index": torch.randint(-1, columns, (rows, 2))},
+        "valid": {"valid": torch.tensor([columns - 2])},
+    }
+
+
+def forward(a: dict, products: int = 0) -> tuple[Tensor, ...]:
+    """(loss, entropy, difference, log_sums)"""
+    return torch.ops.kdfast.similarity_distillation(*(a[name] for name in NAMES), products)
+
+
+def grad_keys(a: dict, g: Tensor, log_sums: Tensor, products: int = 0) -> Tensor:
+    given = (a[name] for name in NAMES if not name.endswith("start_logit"))
+    return torch.ops.kdfast.similarity_distillation_grad_keys(g, log_sums, *given, products)
+
+
+def logits(a: dict, side: str, dtype) -> Tensor:  # [N, 1 + M], the start first
+    query, keys, prefix = (a["student"], a["keys"], "") if side == "student" else (a["teacher"], a["teacher_keys"], "teacher_")
+    z = a[f"{prefix}scale"].to(dtype)[:, None] * (query.to(dtype) @ keys.to(dtype).T)
+    if a["bias"] is not None:
+        z = z + a["bias"].to(dtype)
+    column = torch.arange(z.shape[1])
+    if a["key_index"] is not None:
+        z = z.masked_fill((column[:, None] == a["key_index"][:, None]).any(-1), -math.inf)
+    if a["valid"] is not None:
+        z = z.masked_fill(column >= a["valid"], -math.inf)
+    start = a[f"{prefix}start_logit"]
+    return torch.cat([torch.full((len(z), 1), -math.inf, dtype=dtype) if start is None else start.to(dtype)[:, None], z], 1)
+
+
+def formula(a: dict, g: Tensor, dtype=torch.float64) -> tuple[Tensor, ...]:
+    """(loss, entropy, difference, student's lse, teacher's lse, dkeys) with everything materialised."""
+    z, t = logits(a, "student", dtype), logits(a, "teacher", dtype)
+    p, q = (x.softmax(-1).masked_fill(x == -math.inf, 0) for x in (z, t))
+    log_p, log_q = (x.log_softmax(-1).masked_fill(x == -math.inf, 0) for x in (z, t))
+    change = (p - q)[:, 1:]
+    weights = g.to(dtype)[:, None] * a["scale"].to(dtype)[:, None] * change
+    return (
+        -(q * log_p).sum(-1), -(q * log_q).sum(-1), change @ a["keys"].to(dtype), z.logsumexp(-1), t.logsumexp(-1),
+        weights.T @ a["student"].to(dtype),
+    )  # fmt: skip
+
+
+def run(a: dict, g: Tensor, products: int = 0) -> tuple[Tensor, ...]:
+    loss, entropy, difference, log_sums = forward(a, products)
+    return loss, entropy, difference, log_sums[0], log_sums[2], grad_keys(a, g, log_sums, products)
+
+
+def check(a: dict) -> None:
+    """What the kernels give, held to the float64 formula.
+
+    bf16 products round their weights to bf16. In dkeys an error of a logit, of up to half a unit in its last place from the rounding of its
+    factor, is a share of each weight; a naive formula's errors differ from pair to pair and partly cancel.
+    """
+    g, bfloat16 = torch.randn(len(a["scale"])), a["student"].dtype == torch.bfloat16
+    largest = max(z[z.isfinite()].abs().max().item() for z in (logits(a, side, torch.float64) for side in ("student", "teacher")))
+    shares = [2.0**-6 if bfloat16 else 0.0] * 5 + [2.0**-6 if bfloat16 else largest * 2.0**-24]
+    ours = run(a, g, PRODUCTS[a["student"].dtype])
+    for got, want, naive, share in zip(ours, formula(a, g), formula(a, g, torch.float32), shares, strict=True):
+        assert_accurate(got, want, naive, share)
+
+
+# 1: a lone row, column or element; 6, 7, 15, 17: beside a tile of rows; 63, 65: beside a vector and a panel; 129, 257, 513: beside a block
+# of columns; 97, 193: beside a chunk of rows; 130: beside a chunk of steps; 520: many panels.
+SHAPES = [
+    (1, 1, 1, 1),
+    (7, 65, 3, 17),
+    (6, 63, 15, 65),
+    (17, 257, 65, 3),
+    (97, 129, 130, 16),
+    (193, 40, 16, 130),
+    (13, 513, 64, 128),
+    (3, 66, 8, 520),
+]
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_ragged_sizes(isa, dtype, shape):
+    check(case(*shape, dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("chosen", ["bias", "start", "index", "valid", "all"])
+def test_exclusions(isa, dtype, chosen):
+    given = {k: v for name, part in options(20, 300).items() if chosen in (name, "all") for k, v in part.items()}
+    check(case(20, 300, 33, 24, dtype, **given))
+
+
+def test_sides_of_different_dtypes(isa):
+    """Each matrix is widened as it is packed: the result is that of the widened matrices, to the bit."""
+    a, g = case(9, 300, 33, 20, torch.bfloat16, torch.float16), torch.randn(9)
+    wide = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in a.items()}
+    assert all(torch.equal(x, y) for x, y in zip(run(a, g), run(wide, g), strict=True))
+
+
+@DTYPES
+def test_one_bank_is_two_equal_banks(isa, dtype):
+    a, g = case(40, 300, 33, 33, dtype), torch.randn(40)
+    one, two = a | {"teacher_keys": a["keys"]}, a | {"teacher_keys": a["keys"].clone()}
+    assert all(torch.equal(x, y) for x, y in zip(run(one, g, PRODUCTS[dtype]), run(two, g, PRODUCTS[dtype]), strict=True))
+    check(one)
+
+
+@pytest.mark.parametrize(("products", "unit"), [(0, 2.0**-23), (1, 2.0**-15), (2, 2.0**-7)], ids=["ieee", "bf16x3", "bf16"])
+def test_products_keep_what_their_name_says(isa, products, unit):
+    a, g = case(40, 700, 130, 64, scale=torch.full((40,), 20.0), teacher_scale=torch.full((40,), 20.0)), torch.ones(40)
+    loss, entropy, difference, *_ = run(a, g, products)
+    want_loss, want_entropy, want_difference, *_ = formula(a, g)
+    assert (loss - want_loss).abs().max() <= 40 * unit
+    assert (entropy - want_entropy).abs().max() <= 100 * unit
+    assert (difference - want_difference).abs().max() <= 40 * unit
+
+
+@pytest.mark.parametrize("shape", [(5, 6000, 64, 96), (390, 400, 64, 32)], ids=["columns", "rows"])
+def test_threads_divide_rows_or_columns(isa, threads, shape):
+    """Of 5 rows the columns are divided and the parts merged. Equal calls give equal bits."""
+    rows, columns = shape[:2]
+    a, g = case(*shape, **{k: v for part in options(rows, columns).values() for k, v in part.items()}), torch.randn(rows)
+    check(a)
+    assert all(torch.equal(x, y) for x, y in zip(run(a, g), run(a, g), strict=True))
+
+
+def test_parts_without_a_column_or_a_weight(threads):
+    """Of a divided bank one part admits nothing, by bias or by valid; or everything but the start is left out; or that too."""
+    shape = (4, 4000, 64, 320)
+    for given in ({"bias": torch.cat([torch.zeros(1500), torch.full((2500,), -math.inf)])}, {"valid": torch.tensor([2])}):
+        check(case(*shape, **given))
+    nothing = {"bias": torch.full((4000,), -math.inf)}
+    loss, entropy, difference, log_sums = forward(case(*shape, **nothing, start_logit=torch.ones(4), teacher_start_logit=torch.ones(4)))
+    assert loss.abs().max() <= 2.0**-22 and (entropy == 0).all() and (difference == 0).all() and (log_sums[::2] - 1).abs().max() <= 2.0**-22
+    loss, entropy, difference, log_sums = forward(case(*shape, **nothing))
+    assert (loss == -math.inf).all() and (entropy == 0).all() and (difference == 0).all() and (log_sums[::2] == -math.inf).all()
+
+
+def test_valid_hides_anything(isa):
+    """Rows beyond it may be uninitialised memory: they must not be read, and have no gradient."""
+    a, g = case(5, 300, 16, 24, valid=torch.tensor([70])), torch.randn(5)
+    cut = a | {"keys": a["keys"][:70].clone(), "teacher_keys": a["teacher_keys"][:70].clone(), "valid": None}
+    want = run(cut, g)
+    a["keys"][70:] = a["teacher_keys"][70:] = math.nan
+    *ours, dkeys = run(a, g)
+    assert all(torch.equal(x, y) for x, y in zip(ours, want, strict=False))
+    assert torch.equal(dkeys[:70], want[-1]) and (dkeys[70:] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e4])
+def test_nearly_hard_softmaxes(isa, scale):
+    """Scores of rows that are one-hot are exact, so that only the softmaxes' own roundings are left."""
+    n, m, d = 7, 300, 8
+    onehot = lambda rows: F.one_hot(torch.randint(d, (rows,)), d).float()
+    big = torch.full((n,), scale)
+    check(case(n, m, d, d, student=onehot(n), keys=onehot(m), teacher=onehot(n), teacher_keys=onehot(m), scale=big, teacher_scale=big))
+
+
+def test_entropy_of_large_logits_keeps_its_digits(isa):
+    """Relative to the maximum, not as a difference of numbers near 1e5."""
+    shift = torch.full((300,), 1e5).double()
+    a = case(6, 300, 32, 32, bias=shift.float())
+    assert (forward(a)[1] - formula(a | {"bias": None}, torch.ones(6))[1]).abs().max() < 0.05  # the biased logits are rounded to 2^-7
+    a["bias"] = torch.zeros(300)
+    a["teacher_scale"] = torch.full((6,), 3e4)
+    assert_accurate(forward(a)[1], formula(a, torch.ones(6))[1], formula(a, torch.ones(6), torch.float32)[1])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_a_bad_row_spoils_itself_alone(isa, name, bad):
+    a = case(20, 300, 33, 40)
+    want = forward(a)
+    a[name][3, 5] = bad
+    for got, expected in zip(forward(a), want, strict=True):
+        rows = got.mT if got.dim() == 2 and got.shape[0] == 4 else got
+        expected = expected.mT if rows is not got else expected
+        keep = torch.arange(20) != 3
+        torch.testing.assert_close(rows[keep], expected[keep], rtol=1e-5, atol=1e-5)
+    assert forward(a)[0][3].isnan()
+
+
+def test_equal_sides_cancel(isa):
+    a, g = case(20, 300, 33, 33), torch.randn(20)
+    a |= {"teacher": a["student"], "teacher_keys": a["keys"].clone(), "teacher_scale": a["scale"]}
+    loss, entropy, difference, *_, dkeys = run(a, g)
+    torch.testing.assert_close(loss, entropy, rtol=2e-6, atol=2e-6)
+    assert difference.abs().max() <= 2.0**-22 and dkeys.abs().max() <= 2.0**-20
+
+
+def test_no_rows():
+    a = case(0, 30, 8, 8)
+    assert [tuple(x.shape) for x in forward(a)] == [(0,), (0,), (0, 8), (4, 0)]
+    assert (grad_keys(a, torch.ones(0), torch.ones(4, 0)) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["student", "keys", "teacher", "teacher_keys", "scale"])
+def test_what_is_not_as_documented_is_refused(name):
+    a = case(5, 30, 8, 12)
+    for wrong in (a[name][:-1], a[name].double(), a[name].mT if a[name].dim() == 2 else a[name][None]):
+        with pytest.raises(RuntimeError):
+            forward(a | {name: wrong})
+
+
+def test_opcheck():
+    a = case(5, 30, 8, 12, **{k: v for part in options(5, 30).values() for k, v in part.items()})
+    torch.library.opcheck(torch.ops.kdfast.similarity_distillation.default, (*(a[name] for name in NAMES), 0))
+    given = tuple(a[name] for name in NAMES if not name.endswith("start_logit"))
+    torch.library.opcheck(torch.ops.kdfast.similarity_distillation_grad_keys.default, (torch.randn(5), forward(a)[3], *given, 0))
