@@ -27,6 +27,7 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "Tensor scale, Tensor teacher_scale, Tensor? bias, Tensor? key_index, Tensor? valid, int precision) -> Tensor");
   m.def("gather_similarity(Tensor query, Tensor bank, Tensor index) -> Tensor");
   m.def("gather_weighted_sum(Tensor weight, Tensor bank, Tensor index) -> Tensor");
+  m.def("gather_statistic(Tensor query, Tensor bank, Tensor index, Tensor? offset, Tensor? shift, bool pooled) -> (Tensor, Tensor)");
   m.def("gather_scatter(Tensor weight, Tensor query, Tensor index, int size, ScalarType dtype) -> Tensor");
   m.def(
       "sinkhorn_solve(Tensor? cost, Tensor? x, Tensor? y, Tensor a, Tensor b, Tensor epsilon, Tensor? rows, Tensor? cols, str metric, "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdfast._core import extension
-from kdfast._ops.gather import cpu
+from kdfast._ops.gather import cpu, statistics
 
 _C, REASON = extension.load("_C")
 pytestmark = pytest.mark.skipif(_C is None, reason=str(REASON))
@@ -60,36 +60,41 @@ def test_ragged_sizes(isa, dtype, shape):
     check(*problem(*shape, dtype))
 
 
-# Where rows are drawn so often that blocks of the bank are multiplied: widths beside a vector, a panel and a chunk of
-# steps; 200 rows exceed a tile, 1100 those ordered at once; 2500 bank rows are three blocks of 1024.
-BLOCKED = [(13, 600, 90, 70), (7, 900, 64, 63), (5, 900, 65, 65), (6, 900, 30, 130), (3, 1500, 70, 257), (200, 700, 100, 70)]
+# Where rows are drawn so often, and are so long, that blocks of the bank are multiplied: widths beside a vector, a panel and a chunk of
+# steps; 200 rows exceed a tile; 520 bank rows are several blocks.
+BLOCKED = [(13, 600, 90, 270), (7, 900, 64, 319), (5, 900, 65, 321), (6, 900, 30, 513), (3, 1500, 70, 300), (6, 2500, 520, 300)]
 
 
 @DTYPES
-@pytest.mark.parametrize("shape", [*BLOCKED, (1100, 100, 30, 72), (6, 20_000, 2500, 72)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("shape", [*BLOCKED, (200, 100, 20, 300)], ids=lambda s: "x".join(map(str, s)))
 def test_rows_drawn_many_times(isa, dtype, shape):
     check(*problem(*shape, dtype))
 
 
-def test_more_samples_than_are_ordered_at_once():
-    query, weights, bank, index = problem(36, 60_000, 40, 96)
+@pytest.mark.parametrize("shape", [(36, 60_000, 40, 96), (1100, 120, 30, 272)], ids=["samples", "rows"])
+def test_more_than_is_ordered_at_once(shape):
+    query, weights, bank, index = problem(*shape)
     z, o = cpu.scores(query, bank, index), cpu.pool(weights, bank, index)
     torch.testing.assert_close(z, (query @ bank.T).gather(1, index), rtol=1e-4, atol=1e-4)
-    dense = torch.zeros(36, 40).scatter_add_(1, index, weights)
+    dense = torch.zeros(shape[0], shape[2]).scatter_add_(1, index, weights)
     torch.testing.assert_close(o, dense @ bank, rtol=1e-4, atol=1e-2)
+    value, pooled = cpu.statistic(query * 0.1, bank, index, None, torch.tensor(0.5), True)
+    wanted, derivative = statistics.of_scores(z * 0.1, None, torch.tensor(0.5))
+    torch.testing.assert_close(value, wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(pooled, cpu.pool(derivative, bank, index), rtol=1e-3, atol=1e-2)
 
 
 def test_one_row_drawn_every_time(isa):
     """Its weights are added up in runs: 20,000 equal ones, one after another, would be off by far more."""
-    _, _, bank, index = problem(2, 20_000, 80, 70)
+    _, _, bank, index = problem(2, 20_000, 80, 320)
     index[:] = 3
     pooled = cpu.pool(torch.full((2, 20_000), 0.1), bank, index)
-    torch.testing.assert_close(pooled.double(), (20_000 * torch.tensor(0.1).double() * bank[3].double()).expand(2, -1), rtol=2e-6, atol=0)
+    torch.testing.assert_close(pooled.double(), (20_000 * torch.tensor(0.1).double() * bank[3].double()).expand(2, -1), rtol=5e-6, atol=0)
 
 
 @DTYPES
 def test_rows_not_drawn_may_hold_anything(isa, dtype):
-    query, weights, bank, index = problem(5, 900, 70, 70, dtype)
+    query, weights, bank, index = problem(5, 900, 70, 320, dtype)
     index[index < 3] = 3
     expected = cpu.scores(query, bank, index), cpu.pool(weights, bank, index)
     bank[0], bank[1], bank[2, 7] = math.nan, math.inf, -math.inf
@@ -107,7 +112,7 @@ def test_bank_rows_apart(isa, width, samples):
 
 
 @DTYPES
-@pytest.mark.parametrize(("width", "samples"), [(3, 20), (16, 20), (37, 20), (70, 900)])
+@pytest.mark.parametrize(("width", "samples"), [(3, 20), (16, 20), (37, 20), (320, 900)])
 def test_infinities_and_nan_stay_what_they_are(isa, dtype, width, samples):
     query, weights, bank, index = problem(2, samples, 30, width, dtype)
     query, weights, bank = query.abs(), weights.abs(), bank.abs()
@@ -135,7 +140,7 @@ def test_threads_change_no_bit_of_single_rows(threads, dtype):
 @DTYPES
 def test_threads_repeat_sums_by_blocks(threads, dtype):
     """Scores are the same bits whatever the number of threads; sums for the same number, for each thread adds up its own blocks."""
-    query, weights, bank, index = problem(60, 5000, 3000, 72, dtype)
+    query, weights, bank, index = problem(60, 1500, 600, 320, dtype)
     torch.set_num_threads(1)
     scores, sums = cpu.scores(query, bank, index), cpu.pool(weights, bank, index)
     for count in (1, 2, 3):
@@ -144,6 +149,89 @@ def test_threads_repeat_sums_by_blocks(threads, dtype):
         once = cpu.pool(weights, bank, index)
         assert torch.equal(cpu.pool(weights, bank, index), once)
         torch.testing.assert_close(once, sums, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("where", ["query", "weights", "bank"])
+@pytest.mark.parametrize("value", [math.inf, math.nan, 3.4e38])
+def test_what_parts_of_floats_cannot_hold(isa, where, value):
+    """By blocks: only the rows and elements that the value reaches are lost; 3.4e38 is finite, yet its leading bf16 part is not."""
+    query, weights, bank, index = (x.abs() if x.is_floating_point() else x for x in problem(3, 900, 30, 320))
+    index[index == 4], index[0, 5] = 3, 4
+    dict(query=query[1:2, 7:8], weights=weights[1:2, 7:8], bank=bank[4:5, 7:8])[where].fill_(value)
+    z, o = cpu.scores(query * 1e-3, bank, index).double(), cpu.pool(weights * 1e-3, bank, index).double()
+    wanted_z = ((query * 1e-3).double()[:, None] * bank.double()[index]).sum(-1)
+    wanted_o = torch.einsum("nk,nkd->nd", (weights * 1e-3).double(), bank.double()[index])
+    torch.testing.assert_close(z, wanted_z, rtol=1e-5, atol=0, equal_nan=True)
+    torch.testing.assert_close(o, wanted_o, rtol=1e-5, atol=0, equal_nan=True)
+
+
+def statistic_reference(query: Tensor, bank: Tensor, index: Tensor, offset: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    z = torch.einsum("nd,nkd->nk", query.double(), bank.double()[index])
+    value, weights = statistics.of_scores(z, None if offset is None else offset.double(), None if shift is None else shift.double())
+    return value, torch.einsum("nk,nkd->nd", weights, bank.double()[index])
+
+
+def check_statistic(query: Tensor, bank: Tensor, index: Tensor, offset: Tensor | None, shift: Tensor | None) -> None:
+    value, pooled = cpu.statistic(query, bank, index, offset, shift, True)
+    wanted_value, wanted_pooled = statistic_reference(query, bank, index, offset, shift)
+    torch.testing.assert_close(value.double(), wanted_value, rtol=4e-6, atol=4e-6)
+    torch.testing.assert_close(pooled.double(), wanted_pooled, rtol=2e-5, atol=2e-5 * float(wanted_pooled.abs().max()))
+    alone, none = cpu.statistic(query, bank, index, offset, shift, False)
+    assert torch.equal(alone, value) and none.numel() == 0
+
+
+# One sample; fewer than a vector's; beside one; more than a run of vectors, and by blocks.
+STATISTICS = [(1, 1, 1, 1), (3, 5, 7, 3), (5, 63, 90, 63), (2, 33, 40, 17), (3, 2100, 50, 5), (13, 600, 90, 270)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["log-sum-exp", "noise contrast", "noise contrast, a shift for each row"])
+@pytest.mark.parametrize("shape", STATISTICS, ids=lambda s: "x".join(map(str, s)))
+def test_statistics(isa, dtype, kind, shape):
+    query, offset, bank, index = problem(*shape, dtype)
+    query /= math.sqrt(shape[3])
+    offset[torch.rand(offset.shape) < 0.1] = -math.inf
+    offset[0] = -math.inf  # a row with nothing left
+    shift = {"log-sum-exp": None, "noise contrast": torch.tensor(0.7)}.get(kind, torch.randn(shape[0]))
+    check_statistic(query, bank, index, None, shift)
+    if shift is not None:
+        offset[:, 0] = 0  # without its positive a row's loss is infinite
+    check_statistic(query, bank, index, offset, shift)
+
+
+def test_statistics_of_extreme_scores(isa):
+    """Scores of thousands, both ways: nothing overflows, and what is below the smallest float is 0."""
+    _, _, bank, index = problem(4, 50, 40, 1)
+    query = torch.tensor([[1e4], [-1e4], [100.0], [1e-3]])
+    for shift in (None, torch.tensor(5.0)):
+        check_statistic(query, bank, index, None, shift)
+
+
+@pytest.mark.parametrize("width", [20, 320])
+def test_statistics_of_nan_and_of_rows_left_out(isa, width):
+    query, offset, bank, index = problem(3, 900, 30, width)
+    index[index == 4] = 3
+    index[1, 10], offset[1, 10] = 4, -math.inf
+    for bad in (math.nan, math.inf):
+        bank[4] = bad
+        assert cpu.statistic(query, bank, index, offset, None, False)[0].isfinite().all()
+        value, pooled = cpu.statistic(query, bank, index, None, None, True)
+        assert value.isfinite()[[0, 2]].all() and pooled[[0, 2]].isfinite().all()
+        if bad != bad:
+            assert value[1].isnan() and pooled[1].isnan().all()
+
+
+def test_threads_repeat_statistics(threads):
+    for shape in ((60, 1500, 600, 320), (60, 1500, 60_000, 72)):
+        query, _, bank, index = problem(*shape)
+        torch.set_num_threads(1)
+        expected = cpu.statistic(query, bank, index, None, None, True)
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            value, pooled = cpu.statistic(query, bank, index, None, None, True)
+            assert torch.equal(value, expected[0])
+            assert torch.equal(pooled, cpu.statistic(query, bank, index, None, None, True)[1])
+            torch.testing.assert_close(pooled, expected[1], rtol=1e-4, atol=1e-5)
 
 
 def scattered(weights: Tensor, query: Tensor, index: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -232,11 +320,12 @@ def test_empty():
 @pytest.mark.parametrize("wrong", [-1, 30, 1 << 40])
 @pytest.mark.parametrize("samples", [40, 900])
 def test_an_index_outside_the_bank_is_an_error(isa, wrong, samples):
-    query, weights, bank, index = problem(3, samples, 30, 50)
+    query, weights, bank, index = problem(3, samples, 30, 320)
     index[1, 7] = wrong
     for call in (
         lambda: cpu.scores(query, bank, index),
         lambda: cpu.pool(weights, bank, index),
+        lambda: cpu.statistic(query, bank, index, None, None, True),
         lambda: cpu.scatter(weights, query, index, 30, torch.float32),
     ):
         with pytest.raises(RuntimeError, match=r"index must be in \[0, 30\)"):
@@ -248,6 +337,7 @@ def test_opcheck():
         query, weights, bank, index = problem(3, 10, 20, 12, dtype)
         torch.library.opcheck(torch.ops.kdfast.gather_similarity.default, (query, bank, index))
         torch.library.opcheck(torch.ops.kdfast.gather_weighted_sum.default, (weights, bank, index))
+        torch.library.opcheck(torch.ops.kdfast.gather_statistic.default, (query, bank, index, weights, torch.randn(3), True))
         torch.library.opcheck(torch.ops.kdfast.gather_scatter.default, (weights, query, index, 20, dtype))
 
 
@@ -292,6 +382,25 @@ def test_bad_arguments_of_scatter(change, message):
     change(a)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.kdfast.gather_scatter(**a)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.update(query=a["query"][:2]), "query has size"),
+        (lambda a: a.update(offset=a["offset"][:, :4]), "offset has size"),
+        (lambda a: a.update(offset=a["offset"].double()), "offset has dtype"),
+        (lambda a: a.update(shift=torch.ones(2)), "shift has size"),
+        (lambda a: a.update(shift=torch.tensor(1.0)), "shift must have 1 dimensions"),
+        (lambda a: a.update(index=a["index"][:, :0], offset=None), "at least 1 column"),
+    ],
+)
+def test_bad_arguments_of_statistics(change, message):
+    query, offset, bank, index = problem(3, 10, 20, 12)
+    a = {"query": query, "bank": bank, "index": index, "offset": offset, "shift": torch.ones(3), "pooled": True}
+    change(a)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.kdfast.gather_statistic(**a)
 
 
 def test_what_it_refuses():

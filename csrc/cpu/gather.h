@@ -17,18 +17,21 @@ struct GatherParams {
   float* out;                              // scores [N, K] or weighted sums [N, D]
 };
 
-// A sample: its bank row, counted from the first of the row's block, and its weight, or its score once that is known.
-struct BlockSample {
-  int32_t column;
-  float value;
-};
-
-// The samples of some rows of a call, each row's ordered by the block of `block` bank rows they fall in.
+// The samples of some rows of a call, each row's ordered by the block of bank rows they fall in, in a block by k.
 struct GatherBlocks {
   int64_t row_begin, row_end;
-  int64_t block, blocks;  // block is a multiple of 64, so of every panel
-  BlockSample* samples;   // [row_end - row_begin, K]
-  const int64_t* begin;   // [row_end - row_begin, blocks + 1]: where in `samples` each block's begin
+  int64_t block, blocks;  // block is a power of two, at least 64, so a multiple of every panel
+  uint16_t* column;       // [row_end - row_begin, K]: bank row, counted from the first of its block
+  float* value;           // [row_end - row_begin, K]: weight; or what is added to the score, then the score
+  const int64_t* begin;   // [row_end - row_begin, blocks + 1]: where each block's begin
+};
+
+// What becomes of a row of scores z: its value and, in their place, the derivatives of the value.
+struct RowStatistic {
+  const float* shift;    // a: softplus(a - z_0) + sum_{k > 0} softplus(z_k - a); null: log sum_k exp(z_k)
+  int64_t shift_stride;  // 1: one for each row, 0: one for all
+  const float* offset;   // [N, K]: added to the scores; -inf leaves a sample out; null: 0
+  float* value;          // [N]
 };
 
 // A sample on its way to the bank row whose gradient it is part of.

@@ -2,231 +2,270 @@
 //
 // Scores: S = Q K^T for the block, from which the sampled ones are picked. Sums: weights are spread into a block W of
 // zeros, and O += W K. Each bank row is read once for all queries, and D multiply-adds for a pair that nobody sampled are
-// cheaper than a cache miss for one that somebody did, up to a point: see gather_by_blocks.
+// cheaper than a cache miss for one that somebody did, up to a point: see gather_block.
 #pragma once
 
 #include "gather.inl"
-#include "panel.h"
+#include "stream.inl"
 
 namespace {
 
-using kdfast::BlockSample;
 using kdfast::GatherBlocks;
 
-constexpr int64_t kBlockRows = 192;   // rows of a tile of S or W
-constexpr int64_t kBlockSteps = 128;  // inner steps of a product: 128 x 64 floats = 32 KB of panel, inside L1
+constexpr int64_t kBlockWords = int64_t(1) << 17;  // of a packed block: half a megabyte stays in a core's L2
+constexpr int64_t kMostColumns = 2048;             // of a block
+constexpr double kNearBytes = 1 << 21;             // of L2
 
-// The scratch of one thread, carved from one allocation, in floats.
+// Multiply-adds a cycle: two of vectors; on tiles 16 x 16 x 32 in 16 cycles, kTerms of them for one of floats.
+template <class Product>
+constexpr double multiply_adds() {
+  if constexpr (Product::kParts > 1) return 512.0 / Product::kTerms;
+  return 2.0 * kLanes;
+}
+
+// The scratch of one thread.
 struct BlockSpace {
-  int64_t rows, width, stride;         // padded rows; padded width; from one row of the tile to the next
-  float *panels, *tile, *operand;      // of the block; S or W; queries or sums, [rows, width]
-  float* special;                      // [block]: 1 for bank rows with an infinity or NaN
-  float* run;                          // [block]: sums of a run of weights; zero in between
-  int64_t floats;
+  int64_t rows;  // padded
+  Rows queries;
+  Sums sums;
+  Streamed bank;
+  Tile tile;
+  float* finite;   // [block, width]: a block of bank rows, zeros in place of those with an infinity or NaN
+  float* special;  // [block]: 1 for these
+  float* run;      // [block]: sums of a run of weights; zero in between
 
-  BlockSpace(const GatherParams& p, const GatherBlocks& b, float* base)
-      : rows(round_up(b.row_end - b.row_begin, kTileRows)),
-        width(round_up(p.width, kLanes)),
-        stride(b.block + kLanes),  // not a power of two: six rows must not share one L1 set
-        floats(0) {
-    const auto take = [&](int64_t count) {
-      float* const at = base == nullptr ? nullptr : base + floats;
-      floats += round_up(count, 16);
-      return at;
-    };
-    panels = take(b.block * width);
-    tile = take(smaller(rows, kBlockRows) * stride);
-    operand = take(rows * width);
-    special = take(b.block);
-    run = take(b.block);
+  template <class Product>
+  BlockSpace(Product product, const GatherParams& p, const GatherBlocks& b, Arena& arena) {
+    rows = round_up(b.row_end - b.row_begin, Product::kRowMultiple);
+    queries.plan(product, p.query != nullptr ? rows : 0, p.width, arena);
+    sums.plan(rows, p.width, arena);
+    bank.matrix = {p.bank, p.type};
+    bank.panels.plan(product, p.width, b.block, true, true, arena);
+    tile.plan(product, rows, b.block, arena);
+    finite = arena.take(b.block * p.width);
+    special = arena.take(b.block);
+    run = arena.take(b.block);
   }
 };
 
-// Blocks first .. last of a call, on one thread.
+// Whether parts in bf16 can hold these numbers: finite ones, and no larger than a bf16 can be.
 template <class T>
+inline bool parts_hold(const T* x, int64_t count) {
+  IntVec held = ~IntVec{};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec v = load_row(x, i, count);
+    held &= (v <= splat(0x1.fep127f)) & (v >= splat(-0x1.fep127f));
+  }
+  int32_t all = -1;
+  for (int lane = 0; lane < kLanes; ++lane) all &= held[lane];
+  return all != 0;
+}
+
+// Blocks first .. last of a call, on one thread.
+template <class Product>
 struct BlockPass {
   const GatherParams& p;
   const GatherBlocks& b;
-  const BlockSpace& s;
-  const T* const bank = static_cast<const T*>(p.bank);
+  BlockSpace& s;
   const int64_t count = b.row_end - b.row_begin;
 
-  void scores(int64_t first, int64_t last) const {
-    for (int64_t i = 0; i < s.rows; ++i)
-      for (int64_t d = 0; d < s.width; d += kLanes)
-        store(s.operand + i * s.width + d, i < count ? load_row(p.query + (b.row_begin + i) * p.width, d, p.width) : Vec{});
+  // Adds scores to b.value, in which -inf stays. False, with nothing done: the product cannot hold the queries.
+  bool scores(int64_t first, int64_t last) const {
+    bool sound = true;
+    const Matrix queries{p.query, ElementType::kFloat32};
+    for (int64_t i = 0; i < count; ++i) sound &= Packing<Product>::pack_row(queries, b.row_begin + i, p.width, false, s.queries.at(i));
+    if (!sound) return false;
+    __builtin_memset(s.queries.at(count), 0, size_t(4 * (s.rows - count) * s.queries.stride));
+    s.bank.panels.rows = Product::kParts > 1 ? nullptr : s.bank.panels.rows;
     for (int64_t block = first; block < last; ++block) {
-      const int64_t column = block * b.block, columns = smaller(b.block, p.columns - column);
-      pack_columns(column, columns);
-      for (int64_t row = 0; row < count; row += kBlockRows) {
-        const int64_t rows = smaller(kBlockRows, s.rows - row);
-        for (int64_t j = 0; j < columns; j += kPanel) multiply_scores(row, rows, j);
-        each_row(block, row, [](BlockSample* begin, BlockSample* end, const float* tile_row, int64_t) {
-          for (BlockSample* sample = begin; sample < end; ++sample) sample->value = tile_row[sample->column];
+      const int64_t column = block * b.block, columns = smaller(b.block, p.columns - column), padded = round_up(columns, kPanel);
+      const bool special = pack(column, columns);
+      each_chunk([&](int64_t row, int64_t rows) {
+        score_rows(Product{}, s.queries.at(row), s.queries.stride, rows, s.bank.panels, padded, s.tile.scores(0), s.tile.stride);
+        each_row(block, row, rows, [&](int64_t begin, int64_t end, int64_t i) {
+          const float* const scores = s.tile.scores(i - row);
+          for (int64_t at = begin; at < end; ++at) b.value[at] = b.value[at] == -kInfinity ? -kInfinity : b.value[at] + scores[b.column[at]];
+          if (special) score_special(begin, end, column, i);
         });
-      }
+      });
     }
+    return true;
   }
 
-  void sums(int64_t first, int64_t last, float* out) const {
-    __builtin_memset(s.operand, 0, size_t(s.rows * s.width) * sizeof(float));
-    __builtin_memset(s.run, 0, size_t(b.block) * sizeof(float));
+  // The sums over these blocks' samples. False: the product cannot hold the weights.
+  bool sums(int64_t first, int64_t last, float* out) const {
+    bool sound = true;
+    s.bank.panels.columns = nullptr;
+    __builtin_memset(s.sums.at(0), 0, size_t(4 * s.rows * s.sums.stride));
+    __builtin_memset(s.run, 0, size_t(4 * b.block));
     for (int64_t block = first; block < last; ++block) {
-      const int64_t column = block * b.block, columns = smaller(b.block, p.columns - column);
-      const bool special = pack_rows(column, columns);
-      for (int64_t row = 0; row < count; row += kBlockRows) {
-        const int64_t rows = smaller(kBlockRows, s.rows - row);
-        __builtin_memset(s.tile, 0, size_t(rows * s.stride) * sizeof(float));
-        each_row(block, row, [&](BlockSample* begin, BlockSample* end, float* tile_row, int64_t i) {
-          if (special) {
-            for (BlockSample* sample = begin; sample < end; ++sample) {
-              if (s.special[sample->column] == 0) continue;
-              add_row(*sample, column, i);
-              sample->value = 0;
-            }
-          }
-          spread(begin, end, tile_row);
+      const int64_t column = block * b.block, columns = smaller(b.block, p.columns - column), padded = round_up(columns, kPanel);
+      const bool special = pack(column, columns);
+      each_chunk([&](int64_t row, int64_t rows) {
+        for (int64_t i = 0; i < rows; ++i) __builtin_memset(s.tile.scores(i), 0, size_t(4 * padded));
+        each_row(block, row, rows, [&](int64_t begin, int64_t end, int64_t i) {
+          spread(begin, end, s.tile.scores(i - row));
+          if (special) add_special(begin, end, column, s.tile.scores(i - row), s.sums.at(i));
         });
+        for (int64_t i = 0; i < rows; ++i) sound &= store_weights(i, padded);
         multiply_sums(row, rows, columns);
-      }
+      });
     }
-    for (int64_t i = 0; i < count; ++i) __builtin_memcpy(out + i * p.width, s.operand + i * s.width, size_t(p.width) * sizeof(float));
+    for (int64_t i = 0; i < count; ++i) __builtin_memcpy(out + i * p.width, s.sums.at(i), size_t(4 * p.width));
+    return sound;
   }
 
  private:
-  // f(begin, end, row of the tile, row) for the block's samples of each of the tile's rows.
   template <class F>
-  void each_row(int64_t block, int64_t row, const F& f) const {
-    for (int64_t i = row; i < smaller(count, row + kBlockRows); ++i) {
-      const int64_t* const range = b.begin + i * (b.blocks + 1) + block;
-      f(b.samples + range[0], b.samples + range[1], s.tile + (i - row) * s.stride, i);
+  void each_chunk(const F& f) const {
+    for (int64_t row = 0; row < s.rows; row += Product::kRowChunk) {
+      const int64_t left = s.rows - row;
+      f(row, smaller(left, Product::kRowChunk));
     }
   }
 
-  // Adds weights to the tile. Where one row may have been drawn very often, a run of samples is added up before the next.
-  void spread(const BlockSample* begin, const BlockSample* end, float* tile_row) const {
+  // f(begin, end, row) for the block's samples of each of the chunk's rows.
+  template <class F>
+  void each_row(int64_t block, int64_t row, int64_t rows, const F& f) const {
+    for (int64_t i = row; i < smaller(count, row + rows); ++i) {
+      const int64_t* const range = b.begin + i * (b.blocks + 1) + block;
+      f(range[0], range[1], i);
+    }
+  }
+
+  // Adds weights to a row of the tile. Where one column may come very often, a run of samples is added up before the next.
+  void spread(int64_t begin, int64_t end, float* row) const {
     if (end - begin <= 4 * kRun) {
-      for (; begin < end; ++begin) tile_row[begin->column] += begin->value;
+      for (int64_t at = begin; at < end; ++at) row[b.column[at]] += b.value[at];
       return;
     }
-    for (const BlockSample* stop; begin < end; begin = stop) {
-      stop = begin + smaller(kRun, end - begin);
-      for (const BlockSample* sample = begin; sample < stop; ++sample) s.run[sample->column] += sample->value;
-      for (const BlockSample* sample = begin; sample < stop; ++sample) {
-        tile_row[sample->column] += s.run[sample->column];
-        s.run[sample->column] = 0;
+    for (int64_t stop; begin < end; begin = stop) {
+      stop = smaller(begin + kRun, end);
+      for (int64_t at = begin; at < stop; ++at) s.run[b.column[at]] += b.value[at];
+      for (int64_t at = begin; at < stop; ++at) {
+        row[b.column[at]] += s.run[b.column[at]];
+        s.run[b.column[at]] = 0;
       }
     }
   }
 
-  // K^T in panels, [columns / panel][width][panel], zero beyond the last column.
-  void pack_columns(int64_t column, int64_t columns) const {
-    float square[kLanes * kLanes];
-    for (int64_t j = 0; j < round_up(columns, kPanel); j += kLanes) {
-      for (int64_t d = 0; d < s.width; d += kLanes) {
-        for (int64_t r = 0; r < kLanes; ++r)
-          store(square + r * kLanes, j + r < columns ? load_row(bank + (column + j + r) * p.bank_stride, d, p.width) : Vec{});
-        transpose(square, kLanes, s.panels + (j / kPanel * s.width + d) * kPanel + j % kPanel, kPanel);
-      }
+  // A row of the tile as the product wants it.
+  bool store_weights(int64_t i, int64_t padded) const {
+    if constexpr (Product::kParts == 1) return true;
+    const float* const row = s.tile.scores(i);
+    Vec zero = {};
+    for (int64_t j = 0; j < padded; j += 2 * kLanes) {
+      const Vec x0 = load(row + j), x1 = load(row + j + kLanes);
+      zero += (x0 - x0) + (x1 - x1);
+      Packing<Product>::store_weights(s.tile.weights(i), j, x0, x1);
     }
+    return total(zero) == 0;
   }
 
-  // K in panels, [width / panel][columns][panel]. A row that is not finite is packed as zeros, for 0 times it is not 0:
-  // its samples are added one by one. Returns whether there is one.
-  bool pack_rows(int64_t column, int64_t columns) const {
-    bool any = false;
-    for (int64_t j = 0; j < columns; ++j) {
-      const T* const row = bank + (column + j) * p.bank_stride;
-      Vec zero = {};
-      for (int64_t d0 = 0; d0 < s.width; d0 += kPanel) {
-        const int64_t panel = smaller(kPanel, s.width - d0);
-        float* const to = s.panels + d0 * b.block + j * panel;
-        for (int64_t d = 0; d < panel; d += kLanes) {
-          const Vec x = load_row(row, d0 + d, p.width);
-          zero += x * Vec{};
-          store(to + d, x);
-        }
-      }
-      const bool finite = total(zero) == 0;
-      s.special[j] = finite ? 0 : 1;
-      if (finite) continue;
-      any = true;
-      for (int64_t d0 = 0; d0 < s.width; d0 += kPanel) {
-        const int64_t panel = smaller(kPanel, s.width - d0);
-        __builtin_memset(s.panels + d0 * b.block + j * panel, 0, size_t(panel) * sizeof(float));
-      }
-    }
-    return any;
-  }
-
-  void multiply_scores(int64_t row, int64_t rows, int64_t j) const {
-    for (int64_t k = 0; k < s.width; k += kBlockSteps) {
-      const float* const q = s.operand + row * s.width + k;
-      const float* const panel = s.panels + j * s.width + k * kPanel;
-      const int64_t steps = smaller(kBlockSteps, s.width - k);
-      if (k == 0) {
-        multiply_panel(Float32Product{}, q, s.width, rows, panel, steps, kVecs, StoreTile{s.tile + j, s.stride});
-      } else {
-        multiply_panel(Float32Product{}, q, s.width, rows, panel, steps, kVecs, AddTile{s.tile + j, s.stride});
-      }
-    }
-  }
-
+  // O += W K, kStepChunk steps at a time, so that the panel stays in L1.
   void multiply_sums(int64_t row, int64_t rows, int64_t columns) const {
-    for (int64_t d = 0; d < s.width; d += kPanel) {
-      const int64_t panel = smaller(kPanel, s.width - d);
-      for (int64_t k = 0; k < columns; k += kBlockSteps)
-        multiply_panel(Float32Product{}, s.tile + k, s.stride, rows, s.panels + d * b.block + k * panel, smaller(kBlockSteps, columns - k),
-                       int(panel / kLanes), AddTile{s.operand + row * s.width + d, s.width});
+    const Panels& k = s.bank.panels;
+    for (int64_t d = 0; d < k.padded_width; d += kPanel) {
+      const int64_t panel = smaller(kPanel, k.padded_width - d), steps = Product::steps(columns);
+      for (int64_t step = 0; step < steps; step += Product::kStepChunk) {
+        const int64_t left = steps - step;
+        multiply_panel(Product{}, s.tile.weights(0) + step, s.tile.stride, rows, k.rows + d * k.block_words + step * panel,
+                       smaller(left, Product::kStepChunk), int(panel / kLanes), AddTile{s.sums.at(row) + d, s.sums.stride});
+      }
     }
   }
 
-  void add_row(const BlockSample& sample, int64_t column, int64_t i) const {
-    const T* const row = bank + (column + sample.column) * p.bank_stride;
-    float* const to = s.operand + i * s.width;
-    const Vec w = splat(sample.value);
-    for (int64_t d = 0; d < s.width; d += kLanes) store(to + d, multiply_add(w, load_row(row, d, p.width), load(to + d)));
+  // Packs a block, zeros in place of rows with an infinity or NaN: 0 times these is not 0, and parts cannot hold them. Returns whether
+  // there are any; their samples are scored, or added, one by one.
+  bool pack(int64_t column, int64_t columns) const {
+    bool special = false;
+    with_elements(s.bank.matrix.from(column * p.width), [&](const auto* rows) {
+      special = !parts_hold(rows, columns * p.width);
+      for (int64_t j = 0; special && j < columns; ++j) {
+        const bool held = parts_hold(rows + j * p.width, p.width);
+        s.special[j] = held ? 0 : 1;
+        for (int64_t d = 0; d < p.width; d += kLanes)
+          store_row(s.finite + j * p.width, d, p.width, held ? load_row(rows + j * p.width, d, p.width) : Vec{});
+      }
+    });
+    const Matrix finite{s.finite, ElementType::kFloat32};
+    Packing<Product>::pack_block(s.bank.panels, special ? finite : s.bank.matrix, special ? 0 : column, columns, round_up(columns, kPanel));
+    return special;
+  }
+
+  void score_special(int64_t begin, int64_t end, int64_t column, int64_t i) const {
+    with_elements(s.bank.matrix, [&](const auto* bank) {
+      const float* const query = p.query + (b.row_begin + i) * p.width;
+      for (int64_t at = begin; at < end; ++at) {
+        if (s.special[b.column[at]] == 0 || b.value[at] == -kInfinity) continue;
+        const auto* const row = bank + (column + b.column[at]) * p.width;
+        Vec sum = {};
+        for (int64_t d = 0; d < p.width; d += kLanes) sum = multiply_add(load_row(query, d, p.width), load_row(row, d, p.width), sum);
+        b.value[at] += total(sum);
+      }
+    });
+  }
+
+  void add_special(int64_t begin, int64_t end, int64_t column, float* weights, float* sum) const {
+    with_elements(s.bank.matrix, [&](const auto* bank) {
+      for (int64_t at = begin; at < end; ++at) {
+        if (s.special[b.column[at]] == 0) continue;
+        const auto* const row = bank + (column + b.column[at]) * p.width;
+        const Vec w = splat(b.value[at]);
+        for (int64_t d = 0; d < p.width; d += kLanes) store(sum + d, multiply_add(w, load_row(row, d, p.width), load(sum + d)));
+        weights[b.column[at]] = 0;
+      }
+    });
   }
 };
 
-template <class T>
-void gather_blocks_of(const GatherParams& p, const GatherBlocks& b, int64_t first, int64_t last, float* workspace, float* sums) {
-  const BlockSpace space(p, b, workspace);
-  const BlockPass<T> pass{p, b, space};
-  if (p.query != nullptr) {
-    pass.scores(first, last);
-  } else {
-    pass.sums(first, last, sums);
-  }
-}
-
 // ---- the entries of the dispatch table --------------------------------------------------------------------------------
 
-// Whether blocks are the faster way, from what each way was measured to take on one AVX-512 core, in nanoseconds.
-// Row by row a sample costs 2, and 0.045 for each of its bytes (0.015 where the bank fits in L2). By blocks it costs 3.3
-// for the ordering, a pair of query and bank row 0.011 for each of their D multiply-adds (in proportion to the vector's
-// length), and packing 0.25 an element. With D = 128 and N = 64 in fp32 blocks win up to M = 11 K, in bf16 up to 5 K.
-bool gather_by_blocks(const GatherParams& p) {
-  const double samples = double(p.rows) * double(p.samples), elements = double(p.columns) * double(p.width);
-  const double element_bytes = p.type == ElementType::kFloat32 ? 4 : 2;
-  const double byte = elements * element_bytes <= 2e6 ? 0.015 : 0.045;
-  const double by_row = samples * (2 + byte * element_bytes * double(p.width));
-  const double by_block = samples * 3.3 + elements * (0.25 + double(round_up(p.rows, kTileRows)) * 0.18 / kLanes);
-  return by_block < by_row;
+// Bank rows in a block, 0 where single rows are faster, from what each way costs in cycles. Products run at the instruction set's rate; the
+// rest was measured on one AVX-512 core: row by row 5 a sample and 0.12 a byte (0.04 where the bank fits in L2); by blocks 16 a sample, for
+// the ordering, and packing an element 0.8, in parts 2. With D = 128 and N = 64 blocks win up to M = 9 K in fp32, 3 K in bf16.
+int64_t gather_block(const GatherParams& p) {
+  if (p.bank_stride != p.width) return 0;
+  return with_product(Precision::kFloat32, [&](auto product) {
+    using Product = decltype(product);
+    int64_t block = kPanel;
+    while (block < kMostColumns && block < p.columns && 2 * block * Product::words(p.width) <= kBlockWords) block *= 2;
+    const double samples = double(p.rows) * double(p.samples), elements = double(p.columns) * double(p.width);
+    const double element_bytes = double(Matrix{p.bank, p.type}.element_bytes());
+    const double byte = elements * element_bytes <= kNearBytes ? 0.04 : 0.12, packing = Product::kParts > 1 ? 2 : 0.8;
+    const double by_row = samples * (5 + byte * element_bytes * double(p.width));
+    const double by_block = samples * 16 + elements * (packing + double(round_up(p.rows, Product::kRowMultiple)) / multiply_adds<Product>());
+    return by_block < by_row ? block : 0;
+  });
 }
 
-int64_t gather_blocks_workspace(const GatherParams& p, const GatherBlocks& b) { return BlockSpace(p, b, nullptr).floats; }
+// Words.
+int64_t gather_blocks_workspace(const GatherParams& p, const GatherBlocks& b) {
+  return scratch_words(Precision::kFloat32, [&](auto product) {
+    Arena arena{nullptr};
+    BlockSpace(product, p, b, arena);
+    return arena.words;
+  });
+}
 
-// Blocks first .. last: scores into the samples, or the sums over these blocks' samples into `sums` [rows, width].
-void gather_blocks(const GatherParams& p, const GatherBlocks& b, int64_t first, int64_t last, float* workspace, float* sums) {
-  switch (p.type) {
-    case ElementType::kFloat32:
-      return gather_blocks_of<float>(p, b, first, last, workspace, sums);
-    case ElementType::kBFloat16:
-      return gather_blocks_of<BFloat16>(p, b, first, last, workspace, sums);
-    case ElementType::kFloat16:
-      return gather_blocks_of<Half>(p, b, first, last, workspace, sums);
-  }
+// f(pass), which returns whether the product could hold its operands; else again, in plain floats.
+template <class F>
+inline void with_block_pass(const GatherParams& p, const GatherBlocks& b, float* workspace, const F& f) {
+  with_sound_product(Precision::kFloat32, [&](auto product) {
+    using Product = decltype(product);
+    Arena arena{workspace};
+    BlockSpace space(product, p, b, arena);
+    [[maybe_unused]] typename Product::Session session;
+    return f(BlockPass<Product>{p, b, space});
+  });
+}
+
+void gather_blocks_scores(const GatherParams& p, const GatherBlocks& b, int64_t first, int64_t last, float* workspace) {
+  with_block_pass(p, b, workspace, [&](const auto& pass) { return pass.scores(first, last); });
+}
+
+void gather_blocks_sums(const GatherParams& p, const GatherBlocks& b, int64_t first, int64_t last, float* workspace, float* sums) {
+  with_block_pass(p, b, workspace, [&](const auto& pass) { return pass.sums(first, last, sums); });
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include "distillation_grad.inl"
 #include "gather_blocks.inl"
 #include "gather_scatter.inl"
+#include "gather_statistic.inl"
 #include "info_nce.inl"
 #include "knn.inl"
 #include "probe.inl"
@@ -24,7 +25,8 @@ const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA) = {
     KDFAST_QUOTE(KDFAST_ISA), similarity_workspace, similarity, similarity_merge, similarity_grad_workspace, similarity_grad,
     info_nce_rows, info_nce_grad_rows, info_nce_grad_candidates,
     distillation_workspace, distillation, distillation_merge, distillation_grad_workspace, distillation_grad,
-    gather_similarity, gather_weighted_sum, gather_by_blocks, gather_blocks_workspace, gather_blocks,
+    gather_similarity, gather_weighted_sum, gather_row_statistic, gather_statistic, gather_block, gather_blocks_workspace,
+    gather_blocks_scores, gather_blocks_sums,
     gather_scatter_workspace, gather_scatter,
     sinkhorn_workspace<float>, sinkhorn_workspace<double>, sinkhorn_solve<float>, sinkhorn_solve<double>,
     sinkhorn_plan_workspace<float>, sinkhorn_plan_workspace<double>, sinkhorn_plan<float>, sinkhorn_plan<double>,

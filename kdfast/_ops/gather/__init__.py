@@ -8,7 +8,7 @@ from torch import Tensor
 from ..._core import checks, impls
 from ..._core.dtypes import accumulator
 from . import cpu
-from .autograd import GatherScores, RowStatistic, log_sum_exp, noise_contrast
+from .autograd import GatherScores, RowStatistic
 
 __all__ = ["gather_similarity", "row_log_sum_exp", "row_noise_contrast"]
 
@@ -78,14 +78,14 @@ def scaled(query: Tensor, scale: float | Tensor) -> Tensor:
 
 def row_log_sum_exp(query: Tensor, bank: Tensor, index: Tensor, offset: Tensor | None, impl: str) -> Tensor:
     """log sum_k exp(q_n . k_{index_nk} + offset_nk), [N], of a scaled query, by a chosen `impl`; no gradient to `offset`."""
-    return _statistic(log_sum_exp, query, bank, index, offset, None, impl)
+    return _statistic(query, bank, index, offset, None, impl)
 
 
 def row_noise_contrast(query: Tensor, bank: Tensor, index: Tensor, shift: Tensor, offset: Tensor | None, impl: str) -> Tensor:
     """softplus(a - z_n0) + sum_{k > 0} softplus(z_nk - a), [N], z as above, a = `shift` []; no gradient to it."""
-    return _statistic(noise_contrast, query, bank, index, offset, shift, impl)
+    return _statistic(query, bank, index, offset, shift, impl)
 
 
-def _statistic(formula, query: Tensor, bank: Tensor, index: Tensor, offset: Tensor | None, shift: Tensor | None, impl: str) -> Tensor:
+def _statistic(query: Tensor, bank: Tensor, index: Tensor, offset: Tensor | None, shift: Tensor | None, impl: str) -> Tensor:
     with_pooled = torch.is_grad_enabled() and query.requires_grad and not bank.requires_grad
-    return RowStatistic.apply(query, bank, index, offset, shift, formula, with_pooled, impl)[0]
+    return RowStatistic.apply(query, bank, index, offset, shift, with_pooled, impl)[0]

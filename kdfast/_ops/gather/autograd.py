@@ -2,20 +2,14 @@
 are one another's derivatives, so three small Functions give every order. Row statistics of the scores follow.
 """
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from . import cpu, portable
+from . import cpu, portable, statistics
 
-#: the contractions by name of implementation; each has scores, pool and scatter
+#: the contractions by name of implementation; each has scores, pool, scatter and statistic
 FORMS = {"cpu": cpu, "torch": portable}
-
-_CHUNK = 1 << 18  # scores that a statistic takes at once: the handful of arrays of that size it needs stay in L2
-_CHUNKS = 16  # at most so many: torch.compile unrolls them
 
 
 class GatherScores(Function):
@@ -129,37 +123,21 @@ def _batch(info, index: Tensor) -> Tensor:
     return torch.arange(info.batch_size, device=index.device).repeat_interleave(n, output_size=len(index))[:, None]
 
 
-def log_sum_exp(z: Tensor, shift: None) -> tuple[Tensor, Tensor]:
-    """log sum_k exp z_nk [N] and its derivative [N, K]; a row of -inf gives -inf and 0."""
-    some = (z != -torch.inf).any(dim=1)
-    z = torch.where(some[:, None], z, torch.zeros_like(z))
-    weights = torch.where(some[:, None], torch.softmax(z, dim=1), torch.zeros_like(z))
-    return torch.where(some, torch.logsumexp(z, dim=1), -torch.inf), weights
-
-
-def noise_contrast(z: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """softplus(a - z_n0) + sum_{k > 0} softplus(z_nk - a) [N] and its derivative [N, K], a = shift, [] or [N, 1] (NCE)."""
-    sign = torch.ones(z.shape[1], dtype=z.dtype, device=z.device)
-    sign = torch.cat([-sign[:1], sign[1:]])
-    u = sign * (z - shift)
-    return -F.logsigmoid(-u).sum(dim=1), sign * torch.sigmoid(u)
-
-
 class RowStatistic(Function):
-    """A statistic of each row's scores, formula(q_n . k_{index_nk} + offset_nk, shift), [N].
+    """A statistic (statistics.py) of each row's scores q_n . k_{index_nk} + offset_nk, [N].
 
     The weighted row sum that is the query's gradient is its by-product, so the first backward does not read a bank
     that needs no gradient, and the bank may change in between. Differentiating twice reads it again.
     """
 
     @staticmethod
-    def forward(query, bank, index, offset, shift, formula: Callable, with_pooled: bool, impl: str):
-        value, weights = _in_place(formula, FORMS[impl].scores(query, bank, index), offset, shift)
-        return value, _of_admitted(FORMS[impl].pool(weights, bank, index), offset) if with_pooled else query.new_empty(0)
+    def forward(query, bank, index, offset, shift, with_pooled: bool, impl: str):
+        value, pooled = FORMS[impl].statistic(query, bank, index, offset, shift, with_pooled)
+        return value, _of_admitted(pooled, offset) if with_pooled else pooled
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        query, bank, index, offset, shift, ctx.formula, ctx.with_pooled, ctx.impl = inputs
+        query, bank, index, offset, shift, ctx.with_pooled, ctx.impl = inputs
         pooled = output[1]
         ctx.mark_non_differentiable(pooled)
         ctx.set_materialize_grads(False)
@@ -173,51 +151,34 @@ class RowStatistic(Function):
     @staticmethod
     def backward(ctx, grad, _):
         if grad is None:
-            return (None,) * 8
+            return (None,) * 7
         query, index, offset, shift, pooled, bank = ctx.saved_tensors
         grad = grad[:, None]
         if pooled is not None and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
-            return grad * pooled, *(None,) * 7
+            return grad * pooled, *(None,) * 6
         if bank is None:
             bank = ctx.bank
             if _version(bank) != ctx.version:
                 raise RuntimeError("the bank was changed in place after the forward: differentiating twice needs it as it was")
-        _, weights = ctx.formula(_shifted(GatherScores.apply(query, bank, index, ctx.impl), offset), shift)
-        d_query, d_bank = _sums(ctx.needs_input_grad[:2], grad * weights, query, bank, index, ctx.impl)
-        return None if d_query is None else _of_admitted(d_query, offset), d_bank, *(None,) * 6
+        scores = GatherScores.apply(query, bank, index, ctx.impl)
+        if torch.is_grad_enabled():
+            weights = grad * statistics.of_scores(scores, offset, shift)[1]
+        else:
+            weights = statistics.replace_scores(scores, offset, shift)[1].mul_(grad)
+        d_query, d_bank = _sums(ctx.needs_input_grad[:2], weights, query, bank, index, ctx.impl)
+        return None if d_query is None else _of_admitted(d_query, offset), d_bank, *(None,) * 5
 
     @staticmethod
-    def vmap(info, in_dims, query, bank, index, offset, shift, formula, with_pooled, impl):
+    def vmap(info, in_dims, query, bank, index, offset, shift, with_pooled, impl):
         if offset is not None:
             offset = _folded(info, in_dims[3:4], offset)[0]
         if in_dims[4] is not None:
             n = query.shape[0 if in_dims[0] is None or in_dims[0] > 0 else 1]
-            shift = shift.movedim(in_dims[4], 0).reshape(-1, 1, 1).expand(-1, n, 1).flatten(0, 1)
+            shift = shift.movedim(in_dims[4], 0).reshape(-1, 1).expand(-1, n).flatten()
         query, bank, index = _folded(info, in_dims[:3], query, bank, index, bank_at=1)
-        value, pooled = RowStatistic.apply(query, bank, index, offset, shift, formula, with_pooled, impl)
+        value, pooled = RowStatistic.apply(query, bank, index, offset, shift, with_pooled, impl)
         split = (info.batch_size, -1)
         return (value.unflatten(0, split), pooled.unflatten(0, split) if with_pooled else pooled), (0, 0 if with_pooled else None)
-
-
-def _in_place(formula: Callable, z: Tensor, offset: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-    """formula's value [N] and derivative of the scores z [N, K]; the derivative overwrites z, a few rows at a time, so that
-    the formula's intermediates stay small."""
-    n, k = z.shape
-    step = max(1, _CHUNK // max(1, k), -(-n // _CHUNKS))
-    values = []
-    for i in range(0, max(1, n), step):
-        rows = slice(i, i + step)
-        part, derivative = formula(
-            _shifted(z[rows], None if offset is None else offset[rows]), shift if shift is None or shift.dim() == 0 else shift[rows]
-        )
-        values.append(part)
-        z[rows] = derivative
-    return torch.cat(values), z
-
-
-def _shifted(z: Tensor, offset: Tensor | None) -> Tensor:
-    """z + offset [N, K], -inf where the offset is: a row left out may hold NaN."""
-    return z if offset is None else torch.where(offset == -torch.inf, offset, z + offset)
 
 
 def _of_admitted(sums: Tensor, offset: Tensor | None) -> Tensor:

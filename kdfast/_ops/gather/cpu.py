@@ -5,7 +5,9 @@ from torch import Tensor
 
 from kdfast._core import extension
 
-__all__ = ["missing", "pool", "refuses", "scatter", "scores"]
+from . import portable
+
+__all__ = ["missing", "pool", "refuses", "scatter", "scores", "statistic"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -38,6 +40,17 @@ def pool(weights: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     return torch.ops.kdfast.gather_weighted_sum(weights.contiguous(), _rows(bank), index.contiguous())
 
 
+def statistic(
+    query: Tensor, bank: Tensor, index: Tensor, offset: Tensor | None, shift: Tensor | None, pooled: bool
+) -> tuple[Tensor, Tensor]:
+    """As portable.statistic, of a query [N, D] float32; scores and weights [N, K] are never in the order of `index`."""
+    if index.shape[1] == 0 or query.shape[1] == 0:
+        return portable.statistic(query, bank, index, offset, shift, pooled)
+    offset = None if offset is None else offset.contiguous()
+    shift = None if shift is None else shift.reshape(-1)
+    return torch.ops.kdfast.gather_statistic(query.contiguous(), _rows(bank), index.contiguous(), offset, shift, pooled)
+
+
 def scatter(weights: Tensor, query: Tensor, index: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """weights [N, K] and query [N, D] float32, index [N, K] int64 -> h_m = sum over (n, k): index_nk = m of w_nk q_n, [size, D]."""
     return torch.ops.kdfast.gather_scatter(weights.contiguous(), query.contiguous(), index.contiguous(), size, dtype)
@@ -55,6 +68,12 @@ def _fake_pool(weights: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     return weights.new_empty(index.shape[0], bank.shape[1])
 
 
+def _fake_statistic(
+    query: Tensor, bank: Tensor, index: Tensor, offset: Tensor | None, shift: Tensor | None, pooled: bool
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(index.shape[0]), query.new_empty(index.shape[0] if pooled else 0, bank.shape[1])
+
+
 def _fake_scatter(weights: Tensor, query: Tensor, index: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     return query.new_empty(size, query.shape[1], dtype=dtype)
 
@@ -62,4 +81,5 @@ def _fake_scatter(weights: Tensor, query: Tensor, index: Tensor, size: int, dtyp
 if missing() is None:
     torch.library.register_fake("kdfast::gather_similarity", _fake_scores)
     torch.library.register_fake("kdfast::gather_weighted_sum", _fake_pool)
+    torch.library.register_fake("kdfast::gather_statistic", _fake_statistic)
     torch.library.register_fake("kdfast::gather_scatter", _fake_scatter)

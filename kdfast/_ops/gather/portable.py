@@ -1,4 +1,4 @@
-"""impl="torch": the three contractions of T(w, q, k) = sum_nk w_nk q_n . k_{index_nk}, in linear memory on any device.
+"""impl="torch": the contractions of T(w, q, k) = sum_nk w_nk q_n . k_{index_nk}, in linear memory on any device.
 
 Bank rows may have any floating dtype; weights and queries come, and results leave, in the accumulator's dtype.
 [N, K, D] never exists: scores come from tiles, the two sums from embedding_bag, which adds rows as it reads them.
@@ -7,6 +7,8 @@ Bank rows may have any floating dtype; weights and queries come, and results lea
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import statistics
 
 _TILE = 1 << 17  # elements of gathered rows at a time: half a megabyte of float32 stays in a core's L2 cache
 _BLOCK = 1 << 20  # elements of a score block, and of a bank block converted to the accumulator's dtype
@@ -56,6 +58,14 @@ def pool(weights: Tensor, bank: Tensor, index: Tensor) -> Tensor:
             gathered = _gathered(bank, index[rows, slots], weights.dtype)  # [n, k, D]
             out[rows] += torch.bmm(weights[rows, None, slots], gathered)[:, 0]
     return out
+
+
+def statistic(
+    query: Tensor, bank: Tensor, index: Tensor, offset: Tensor | None, shift: Tensor | None, pooled: bool
+) -> tuple[Tensor, Tensor]:
+    """The statistic of each row's scores (statistics.py), [N]; with `pooled` the sums weighted by its derivative, [N, D], else [0]."""
+    value, weights = statistics.replace_scores(scores(query, bank, index), offset, shift)
+    return value, pool(weights, bank, index) if pooled else query.new_empty(0)
 
 
 def scatter(weights: Tensor, query: Tensor, index: Tensor, size: int, dtype: torch.dtype) -> Tensor:
