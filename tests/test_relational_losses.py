@@ -103,6 +103,21 @@ def test_wasserstein_dependency(data, labelled):
     same(actual, expected, [q, k, bank, d["tau"]])
 
 
+@pytest.mark.parametrize("labelled", [False, True])
+def test_wasserstein_dependency_of_a_long_bank(labelled):
+    """Sums of many rows keep their digits; what lies beyond `bank_valid` is not read."""
+    m, valid = 5000, 4321
+    q, k, bank = torch.randn(3, DS), torch.randn(3, DS), 1 + torch.randn(m, DS)
+    labels, bank_labels = torch.tensor([7, -3, 1 << 40]), torch.arange(m) % 3 - 3
+    keep = torch.ones(3, valid) if not labelled else (labels[:, None] != bank_labels[None, :valid]).double()
+    z = q.double() @ bank[:valid].double().T
+    wanted = (z * keep).sum(-1) / keep.sum(-1) - (q.double() * k.double()).sum(-1)
+    bank[valid:] = torch.nan
+    classes = dict(query_labels=labels, bank_labels=bank_labels) if labelled else {}
+    actual = wasserstein_dependency(q, k, bank, temperature=1.0, bank_valid=valid, reduction="none", **classes)
+    torch.testing.assert_close(actual.double(), wanted, rtol=1e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "name"),
     [
