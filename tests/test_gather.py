@@ -329,6 +329,8 @@ good = problem(3, 4, 5, 2, torch.float32, grad=False)
         (ValueError, "index", lambda q, b, i: gather_similarity(q, b, i[:2])),
         (IndexError, "index", lambda q, b, i: gather_similarity(q, b, i + 5)),
         (IndexError, "index", lambda q, b, i: gather_similarity(q, b, i - 5)),
+        (IndexError, "index", lambda q, b, i: sampled_info_nce(q, q, b, i + 5)),
+        (IndexError, "index", lambda q, b, i: sampled_nce(q, b, i - 5, num_data=5)),
         (TypeError, "scale", lambda q, b, i: gather_similarity(q, b, i, scale="1")),
         (ValueError, "scale", lambda q, b, i: gather_similarity(q, b, i, scale=torch.ones(4))),
         (ValueError, "impl", lambda q, b, i: gather_similarity(q.double(), b.double(), i, impl="cpu")),

@@ -14,6 +14,8 @@ from .._core import checks, random
 
 _HEAVY = 1 / 16  # a row at least this likely gets a table of its own, from which it is missing
 _RESOLUTION = 24  # bits: what is left after the redraws is below what one uniform number resolves
+_UNIFORM = 23  # bits of a random integer that become a uniform number, exact in float32; the others choose a column
+_DRAWS = 1 << 14  # drawn at a time on the CPU, where the hash's intermediates then stay in L2
 
 
 class _Sampler(nn.Module):
@@ -43,10 +45,12 @@ class _Sampler(nn.Module):
             raise ValueError(f"rows must have shape [N], got {tuple(rows.shape)}")
         checks.index_range("rows", rows, self._size)
         home = self._device
-        own = rows.to(home).long()
-        index = self._draw(own[:, None], random.seed(self.generator if generator is None else generator, home))
+        own = rows.to(home).long()[:, None]
+        seed = random.seed(self.generator if generator is None else generator, home)
+        parts = own.split(max(1, _DRAWS // self.k)) if _reading_is_free(own) else (own,)
+        index = torch.cat([self._draw(part, seed) for part in parts])
         if positive:
-            index = torch.cat([own[:, None], index], dim=1)
+            index = torch.cat([own, index], dim=1)
         return index.to(rows.device)
 
     def get_extra_state(self):
@@ -105,16 +109,24 @@ class AliasSampler(_Sampler):
 
     def _draw(self, own: Tensor, seed: Tensor) -> Tensor:
         slots = torch.arange(self.k, device=own.device)
-        table = ((own == self.heavy) * torch.arange(1, len(self.heavy) + 1, device=own.device)).sum(dim=1, keepdim=True)  # [N, 1]
-        index = own.expand(-1, self.k)
-        for attempt in range(self.tries):
-            slot = 2 * (attempt * self.k + slots)
-            column = random.integers(seed, own, slot, self._size)
-            cell = table * self._size + column
-            drawn = torch.where(random.uniform(seed, own, slot + 1) < self.keep.take(cell), column, self.alias.take(cell))
-            index = torch.where(index == own, drawn, index)
+        index = self._attempt(own, slots, seed)
+        for attempt in range(1, self.tries):
+            if _reading_is_free(own):
+                n, slot = (index == own).nonzero(as_tuple=True)
+                index[n, slot] = self._attempt(own[n], attempt * self.k + slot[:, None], seed)[:, 0]
+            else:
+                index = torch.where(index == own, self._attempt(own, attempt * self.k + slots, seed), index)
         other = torch.where(own == self.heaviest[0], self.heaviest[1], self.heaviest[0])
         return torch.where(index == own, other, index)
+
+    def _attempt(self, own: Tensor, slot: Tensor, seed: Tensor) -> Tensor:
+        """A row of the bank for each slot [N or 1, K] of the rows `own` [N, 1]; it may be `own`."""
+        table = ((own == self.heavy) * torch.arange(1, len(self.heavy) + 1, device=own.device)).sum(dim=1, keepdim=True)  # [N, 1]
+        number = random.integers(seed, own, slot, 1 << 62)
+        column = (number >> _UNIFORM) % self._size
+        uniform = ((number & ((1 << _UNIFORM) - 1)).float() + 0.5) * 2.0**-_UNIFORM
+        cell = table * self._size + column
+        return torch.where(uniform < self.keep.take(cell), column, self.alias.take(cell))
 
 
 class ClassSampler(_Sampler):
@@ -155,6 +167,11 @@ class ClassSampler(_Sampler):
         first, count = self.first[own], self.count[own]  # [N, 1]
         place = random.integers(seed, own, torch.arange(self.k, device=own.device), self._size - count)
         return self.by_class[torch.where(place >= first, place + count, place)]  # past the sample's own class
+
+
+def _reading_is_free(x: Tensor) -> bool:
+    """Whether a size that depends on the numbers costs nothing: on the CPU, in eager code."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _alias_table(weights: Tensor) -> tuple[Tensor, Tensor]:
