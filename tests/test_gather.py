@@ -252,6 +252,19 @@ def test_extreme_logits_stay_finite():
         torch.testing.assert_close(gradient.double(), torch.autograd.grad(exact.sum(), wide)[0], rtol=1e-3, atol=1e-2)
 
 
+@IMPLS
+def test_second_derivatives_of_extreme_logits_stay_finite(impl):
+    query, bank, index = problem(5, 24, 60, 40, torch.float32)
+    results = []
+    for q, b, name in ((query, bank, impl), (query.double(), bank.double(), "torch")):
+        q, b = q.detach().requires_grad_(), b.detach().requires_grad_()
+        loss = sampled_info_nce(q, q * torch.tensor([[4.0], [-4], [1], [-1], [0]]), b, index, temperature=0.5, impl=name)
+        gradients = torch.autograd.grad(loss, (q, b), create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), (q, b)))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-3, atol=1e-4 * float(exact.abs().max()))
+
+
 def test_exclusions():
     query, bank, index = problem(6, 4, 12, 9, grad=False)
     bank_labels, labels, own = torch.arange(12) % 3, torch.arange(6) % 3, torch.arange(6)

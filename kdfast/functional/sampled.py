@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import bank_protocol, checks, collectives, dtypes
@@ -74,7 +75,8 @@ def sampled_info_nce(
     z_positive = dot(scaled, positive)
     z_negatives = gather.row_log_sum_exp(scaled, bank, index, offset, impl)
     if include_positive:
-        return reduce_rows(torch.logaddexp(z_negatives, z_positive) - z_positive, weight=weight, reduction=reduction)
+        # = logaddexp(z_negatives, z_positive) - z_positive, whose second derivative overflows beyond a difference of 88
+        return reduce_rows(-F.logsigmoid(z_positive - z_negatives), weight=weight, reduction=reduction)
     return reduce_rows(z_negatives - z_positive, counted=z_negatives != -torch.inf, weight=weight, reduction=reduction)
 
 
