@@ -25,6 +25,10 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def(
       "similarity_distillation_grad_keys(Tensor g, Tensor log_sums, Tensor student, Tensor keys, Tensor teacher, Tensor teacher_keys, "
       "Tensor scale, Tensor teacher_scale, Tensor? bias, Tensor? key_index, Tensor? valid, int precision) -> Tensor");
+  m.def("symmetric_lse(Tensor x, Tensor y, Tensor scale, Tensor? x_labels, Tensor? y_labels, int precision) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "symmetric_gradients(Tensor row_g, Tensor column_g, Tensor row_lse, Tensor column_lse, Tensor row_low, Tensor column_low, Tensor x, "
+      "Tensor y, Tensor scale, Tensor? x_labels, Tensor? y_labels, bool want_x, bool want_y, int precision) -> (Tensor, Tensor)");
   m.def("gather_similarity(Tensor query, Tensor bank, Tensor index) -> Tensor");
   m.def("gather_weighted_sum(Tensor weight, Tensor bank, Tensor index) -> Tensor");
   m.def("gather_statistic(Tensor query, Tensor bank, Tensor index, Tensor? offset, Tensor? shift, bool pooled) -> (Tensor, Tensor)");

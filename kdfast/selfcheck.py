@@ -125,6 +125,24 @@ def _similarity_distillation(impl: str) -> Iterator[Pair]:
     return _agree(ours, plain, impl, _rows(N, 1), _rows(M, 2))
 
 
+def _symmetric_lse(impl: str) -> Iterator[Pair]:
+    from ._ops.similarity import symmetric
+
+    labels = torch.arange(N), torch.arange(M)
+
+    def loss(op, x, y, **options):
+        rows, columns = op(x, y, 14.0, labels=tuple(side.to(x.device) for side in labels), **options)
+        return rows.mean() + columns.mean()
+
+    return _agree(
+        lambda x, y: loss(symmetric.symmetric_lse, x, y, impl=impl),
+        lambda x, y: loss(symmetric.reference, x, y),
+        impl,
+        _rows(N, 1),
+        _rows(M, 2),
+    )
+
+
 def _gather_similarity(impl: str) -> Iterator[Pair]:
     from ._ops.gather import reference
 
@@ -227,6 +245,7 @@ def _mine_triplets(impl: str) -> Iterator[Pair]:
 
 CHECKS: dict[str, Callable[[str], Iterator[Pair]]] = {
     "similarity_softmax": _similarity_softmax,
+    "symmetric_lse": _symmetric_lse,
     "info_nce": _info_nce,
     "similarity_distillation": _similarity_distillation,
     "gather_similarity": _gather_similarity,

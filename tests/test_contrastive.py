@@ -4,6 +4,7 @@ import plain
 import pytest
 import torch
 import torch.nn.functional as F
+from similarity_cases import IMPLS, assert_as_good_as
 from test_info_nce import same
 
 from kdfast.functional import clip_loss, nt_xent, siglip_loss, sup_con
@@ -59,6 +60,29 @@ def test_clip(views, smoothing):
     same(clip_loss(*views, scale, label_smoothing=smoothing), (entropy(scores) + entropy(scores.T)) / 2, [*views, scale])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_clip_is_as_good_as_the_plain_formula(impl, dtype):
+    image, text = (F.normalize(torch.randn(150, 40), dim=-1).to(dtype) for _ in range(2))
+    text = F.normalize(image + 0.3 * text, dim=-1)  # pairs that match, as in training
+    weight = torch.rand(150)
+
+    def entropy(image, text, scale, *, weight, label_smoothing, reduction):
+        scores, target = scale * image @ text.T, torch.arange(150)
+        rows = [F.cross_entropy(s, target, reduction="none", label_smoothing=label_smoothing) for s in (scores, scores.T)]
+        return sum(rows) / 2 * weight.to(image.dtype)
+
+    def results(loss, dtype, **options):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (image, text)]
+        scale = torch.tensor(40.0, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+        rows = loss(*leaves, scale, weight=weight, label_smoothing=0.1, reduction="none", **options)
+        return rows, *torch.autograd.grad(rows.sum(), [*leaves, scale])
+
+    ours, naive, truth = results(clip_loss, dtype, impl=impl), results(entropy, dtype), results(entropy, torch.float64)
+    for got, rough, true in zip(ours, naive, truth, strict=True):
+        assert_as_good_as(got, rough, true)
+
+
 def test_siglip(views):
     scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
     shift = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
@@ -96,6 +120,8 @@ def test_empty_batches():
         (lambda: sup_con(torch.zeros(3, 4), torch.zeros(3, dtype=torch.long), bank_valid=2), ValueError, "bank_valid"),
         (lambda: clip_loss(torch.zeros(3, 4), torch.zeros(3, 5), 1.0), ValueError, "text"),
         (lambda: clip_loss(torch.zeros(3, 4), torch.zeros(3, 4), -1.0), ValueError, "logit_scale"),
+        (lambda: clip_loss(torch.zeros(3, 4), torch.zeros(3, 4), torch.ones(1)), ValueError, "logit_scale"),
+        (lambda: clip_loss(torch.zeros(3, 4), torch.zeros(3, 4), 1.0, label_smoothing=1.0), ValueError, "label_smoothing"),
         (lambda: siglip_loss(torch.zeros(3, 4), torch.zeros(3, 4).double(), 1.0, 0.0), TypeError, "text"),
         (lambda: siglip_loss(torch.zeros(3, 4), torch.zeros(3, 4), 1.0, "zero"), TypeError, "logit_bias"),
     ],

@@ -5,6 +5,7 @@
 #include "gather.h"
 #include "info_nce.h"
 #include "knn.h"
+#include "pairs.h"
 #include "similarity.h"
 #include "sinkhorn.h"
 
@@ -32,6 +33,10 @@ struct CpuKernels {
   void (*distillation_merge)(const DistillationParams&, const DistillationMerge&);
   int64_t (*distillation_grad_workspace)(const DistillationParams&, int64_t keys);  // floats, for tasks up to this size
   void (*distillation_grad)(const DistillationParams&, const DistillationGradTask&, float* workspace);
+  int64_t (*symmetric_workspace)(const PairParams&, int64_t rows, int64_t columns);  // floats, for tasks up to this size
+  void (*symmetric)(const PairParams&, const PairTask&, const SymmetricStatistics&, float* workspace);
+  int64_t (*symmetric_grad_workspace)(const PairParams&, const PairSums&, int64_t rows, int64_t columns);
+  void (*symmetric_grad)(const PairParams&, const PairTask&, const SymmetricUpstream&, const PairSums&, float* workspace);
   // Items begin .. end: of the N K scores, of the N rows. False: an index was outside the bank.
   bool (*gather_similarity)(const GatherParams&, int64_t begin, int64_t end);
   bool (*gather_weighted_sum)(const GatherParams&, int64_t begin, int64_t end);

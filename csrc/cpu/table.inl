@@ -13,6 +13,7 @@
 #include "similarity_grad.inl"
 #include "sinkhorn.inl"
 #include "sinkhorn_plan.inl"
+#include "symmetric.inl"
 
 #define KDFAST_PASTE_(a, b) a##b
 #define KDFAST_PASTE(a, b) KDFAST_PASTE_(a, b)
@@ -25,6 +26,7 @@ const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA) = {
     KDFAST_QUOTE(KDFAST_ISA), similarity_workspace, similarity, similarity_merge, similarity_grad_workspace, similarity_grad,
     info_nce_rows, info_nce_grad_rows, info_nce_grad_candidates,
     distillation_workspace, distillation, distillation_merge, distillation_grad_workspace, distillation_grad,
+    symmetric_workspace, symmetric, symmetric_grad_workspace, symmetric_grad,
     gather_similarity, gather_weighted_sum, gather_row_statistic, gather_statistic, gather_block, gather_blocks_workspace,
     gather_blocks_scores, gather_blocks_sums,
     gather_scatter_workspace, gather_scatter,

@@ -1,13 +1,15 @@
 """Contrastive losses between views, classes and modalities: compositions of InfoNCE, and the sigmoid loss."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import checks, collectives, dtypes
 from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
-from .._ops.similarity import sigmoid_pair_loss
-from ._candidates import normalized
+from .._ops.similarity import sigmoid_pair_loss, symmetric_lse
+from .._ops.similarity.positives import dot
+from ._candidates import normalized, score_sums
 from .info_nce import Prepared, info_nce, prepared_loss
 
 
@@ -139,18 +141,33 @@ def clip_loss(
     """
     _pair("image", image, "text", text)
     checks.positive_number("logit_scale", logit_scale)
+    if isinstance(logit_scale, Tensor) and logit_scale.dim():
+        raise ValueError(f"logit_scale must be a float or a 0-d tensor, got shape {tuple(logit_scale.shape)}")
     if normalize:
         image, text = normalized(image), normalized(text)
-    options = dict(
-        temperature=1.0 / logit_scale,
-        label_smoothing=label_smoothing,
-        weight=weight,
-        reduction=reduction,
-        group=group,
-        precision=precision,
-        impl=impl,
-    )
-    return (info_nce(image, text, **options) + info_nce(text, image, **options)) / 2
+    if group is not None:  # local images against all texts, local texts against all images: different pairs, so a pass for each
+        options = dict(
+            temperature=1.0 / logit_scale,
+            label_smoothing=label_smoothing,
+            weight=weight,
+            reduction=reduction,
+            group=group,
+            precision=precision,
+            impl=impl,
+        )
+        return (info_nce(image, text, **options) + info_nce(text, image, **options)) / 2
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if len(image) == 0:
+        return reduce_rows((image + text).sum(-1), weight=weight, reduction=reduction)
+    own = torch.arange(len(image), device=image.device)
+    image_lse, text_lse = symmetric_lse(image, text, logit_scale, labels=(own, own), precision=precision, impl=impl)  # over the other pairs
+    match = logit_scale * dot(*dtypes.autocast(image, text))
+    losses = F.softplus(torch.stack([image_lse, text_lse]) - match, threshold=40).mean(0)
+    if label_smoothing:
+        spread = [score_sums(x, y, logit_scale) for x, y in ((image, text), (text, image))]
+        losses = losses + label_smoothing * (match - sum(s.other / s.other_count for s in spread) / 2)
+    return reduce_rows(losses, weight=weight, reduction=reduction)
 
 
 def siglip_loss(

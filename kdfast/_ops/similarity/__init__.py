@@ -10,8 +10,9 @@ from .arguments import Spec, problem
 from .exclusions import Harder, KeyIndex, SameLabel
 from .portable import start_weight
 from .sigmoid import sigmoid_pair_loss
+from .symmetric import symmetric_lse
 
-__all__ = ["Harder", "KeyIndex", "SameLabel", "sigmoid_pair_loss", "similarity_lse", "similarity_softmax"]
+__all__ = ["Harder", "KeyIndex", "SameLabel", "sigmoid_pair_loss", "similarity_lse", "similarity_softmax", "symmetric_lse"]
 
 
 impls.register("similarity_softmax", impls.Implementation("cpu", cpu.missing, cpu.refuses))
