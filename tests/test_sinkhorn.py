@@ -182,6 +182,28 @@ def test_thousand_nats_in_float32(geometry, method):
     assert abs(float(r.plan().sum()) - 1) < 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("source", ["cost", "sqeuclidean", "cosine"])
+@pytest.mark.parametrize("method", ["log", "kernel"])
+def test_thousand_nats_of_half_precision_inputs(source, method, dtype):
+    """Inputs are rounded, the iterations are not: as near to float64 on the same rounded numbers as float32 inputs are."""
+    x, y = ((t / 4).to(dtype) for t in GEOMETRIES["shifted"](80))
+    metric = "sqeuclidean" if source == "cost" else source
+    cost = reference.cost_matrix(x.double(), y.double(), metric)
+    given = {"x": x, "y": y, "metric": metric}
+    if source == "cost":
+        given = {"cost": cost.to(dtype)}
+        cost = given["cost"].double()
+    eps, uniform = float(cost.max() - cost.min()) / 1000, torch.full((80,), 1 / 80, dtype=F64)
+    q = reference.sinkhorn(cost, uniform, uniform, eps, 50)
+    r = sinkhorn(**given, epsilon=eps, max_iters=50, method=method)
+    assert r.f.dtype == r.value.dtype == torch.float32
+    for ours, theirs in ((r.f, q.f), (r.g, q.g)):
+        assert (ours.double() - theirs).abs().max() / eps < 5e-3
+    assert abs(float(r.plan().sum()) - 1) < 1e-3
+    torch.testing.assert_close(r.value.double(), q.value, rtol=1e-5, atol=eps / 1000)
+
+
 @pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
 def test_moving_both_clouds_changes_nothing(metric):
     x, y = torch.randn(50, 8), torch.randn(40, 8) + 1

@@ -70,6 +70,14 @@ def test_implicit(source, rho):
     assert gradcheck(run, tensors, fast_mode=True)
 
 
+def test_implicit_proximal():
+    """A large beta, so that the plan at beta/T is not yet a permutation; convergence is slow, whence the tolerances."""
+    given = problem(n=3, m=4)
+    given["epsilon"] = torch.tensor([30.0, 50.0], dtype=F64, requires_grad=True)
+    run, tensors = solver(given, observe, "cost", max_iters=150, method="proximal", grad="implicit")
+    assert gradcheck(run, tensors, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_unrolled_truncated(source):
     run, tensors = solver(problem(source, n=3, m=4), observe, source, max_iters=3, grad="unrolled", fixed_mass=False)
@@ -297,6 +305,30 @@ def test_apply_follows_the_mode(grad):
             *(torch.autograd.grad((o * weight).sum(), (given["cost"], v), retain_graph=True) for o in (ours, theirs)), strict=True
         ):
             torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("grad", ["envelope", "implicit", "unrolled", "detached"])
+@pytest.mark.parametrize("source", ["cost", "sqeuclidean"])
+def test_ragged_apply(source, grad):
+    """Padding of v is NaN, and so is the upstream gradient at padding of the product: neither is read, nor given gradient."""
+    given, lengths = problem(source, n=5, m=6), (torch.tensor([3, 5]), torch.tensor([6, 4]))
+    if grad == "envelope":  # products follow nothing but v there
+        given = {name: t.detach() for name, t in given.items()}
+    r = sinkhorn(**given, max_iters=5, lengths=lengths, grad=grad)
+    for product, size, columns, rows in ((r.apply, 6, lengths[1], lengths[0]), (r.apply_t, 5, lengths[0], lengths[1])):
+        v, padding = torch.randn(2, size, 3, dtype=F64), torch.arange(size) >= columns[:, None]
+        clean, poisoned = (v.masked_fill(padding[..., None], fill).requires_grad_() for fill in (0.0, torch.nan))
+        expected, out = product(clean), product(poisoned)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+        torch.testing.assert_close(product(poisoned[..., 0]), out[..., 0])
+        outside = (torch.arange(out.shape[1]) >= rows[:, None])[..., None]
+        assert not out.masked_select(outside).any()
+        leaves = [t for t in given.values() if t.requires_grad and grad != "detached"]
+        truth = torch.autograd.grad(expected.square().sum(), [clean, *leaves], retain_graph=True)
+        ours = torch.autograd.grad(out, [poisoned, *leaves], (2 * out).detach().masked_fill(outside, torch.nan), retain_graph=True)
+        for u, t in zip(ours, truth, strict=True):
+            torch.testing.assert_close(u, t)
+        assert not ours[0].masked_select(padding[..., None]).any()
 
 
 def test_apply_is_differentiable_in_its_argument():

@@ -9,7 +9,7 @@ from kdfast._core import precision as precisions
 from . import arguments, cpu
 from .autograd import DualValue, Potentials, TransportCost, followed, refuse
 from .geometry import Problem
-from .result import PlanState, SinkhornResult, refusal
+from .result import PlanState, SinkhornResult, refusal, zero_outside
 
 __all__ = ["SinkhornResult", "sinkhorn"]
 
@@ -64,10 +64,11 @@ def sinkhorn(
         method: "log" (no n x m buffer for a given cost); "kernel" (one n x m scratch, quicker); "auto" ("kernel" where
             the scratch fits in cache); "proximal" (IPOT, Xie et al. 2020: one Sinkhorn iteration a step at
             epsilon/step, which tends to unregularised transport; value is the transport cost).
-        grad: "envelope": `value` only, exact at convergence, twice differentiable there; the other outputs raise
-            RuntimeError in backward. "implicit": every output, by the fixed point's linear system, exact at
-            convergence. "unrolled": every output, exact for any number of iterations. "detached": `transport_cost`
-            with P taken as constant.
+        grad: "envelope": `value` only, exact at convergence; the other outputs raise RuntimeError in backward.
+            "implicit": every output, by the fixed point's linear system, exact at convergence. "unrolled": every
+            output, exact for any number of iterations. "detached": `transport_cost` with P taken as constant.
+            Second derivatives: those of `value` under "envelope", exact at convergence alone; all others raise
+            RuntimeError.
         precision: "bf16" rounds the centred points. Otherwise their products are made as PyTorch's matmuls are set to
             on a GPU (TF32 there costs about 1e-3 of the cost's range), in float32 on the CPU.
         impl: None, "cpu" or "torch".
@@ -129,8 +130,7 @@ def _solve(p: Problem, g0: Tensor, schedule, grad: str, batch: tuple[int, ...], 
         out_f, out_g = f, g
         cost = TransportCost.apply(f, g, transport, *p.split, False)
         value = cost if proximal else DualValue.apply(f, g, row, col, transport, *p.split, True, False)
-    if inside[0] is not None:
-        out_f, out_g = (torch.where(kept, t, torch.zeros_like(t)) for kept, t in zip(inside, (out_f, out_g), strict=True))
+    out_f, out_g = map(zero_outside, inside, (out_f, out_g))
     converged = None if schedule.tol is None else (error <= schedule.tol) | (done < schedule.iterations)
     return SinkhornResult(
         out_f.reshape(*batch, f.shape[1]),
@@ -141,5 +141,5 @@ def _solve(p: Problem, g0: Tensor, schedule, grad: str, batch: tuple[int, ...], 
         done.reshape(batch),
         error.reshape(batch),
         None if converged is None else converged.reshape(batch),
-        PlanState(p, f, g, batch, grad, schedule.tol),
+        PlanState(p, f, g, batch, grad, schedule.tol, inside),
     )

@@ -4,10 +4,11 @@ Potentials differentiates the iterations, the others what is computed from poten
 Each Function takes a Problem as its eight tensors and `static`, the rest. (Signatures are explicit: Dynamo counts them.)
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from kdfast._core import checks
 
@@ -15,6 +16,8 @@ from . import library
 from .geometry import MAX_EXPONENT, Problem, conjugate, conjugate_slope, cost_tile, pull
 
 _TENSORS = 8
+
+_ONCE = "of this family only `value` with grad='envelope' can be differentiated twice"
 
 
 def dense_exponential(p: Problem, f: Tensor, g: Tensor, c: Tensor) -> Tensor:
@@ -40,6 +43,25 @@ def _none(gradient: Tensor, source: Tensor | None) -> Tensor | None:
     return None if source is None else gradient
 
 
+def _once(backward):
+    """A `backward` whose gradients cannot be differentiated: with create_graph, doing so raises RuntimeError.
+
+    Not autograd's once_differentiable, which raises on the way to the upstream gradients alone: the way to the saved
+    tensors would be missing from second derivatives without a word.
+    """
+
+    @functools.wraps(backward)
+    def first_order(ctx, *upstream):
+        if not torch.is_grad_enabled():
+            return backward(ctx, *upstream)
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        sources = (*upstream, *ctx.saved_tensors)
+        return tuple(None if t is None else refuse(t, _ONCE, sources) for t in gradients)
+
+    return first_order
+
+
 class Potentials(Function):
     """A Problem, g0 [B, m], a Schedule as a tuple, `unrolled` -> the fields of a Solution, of which f and g are differentiable."""
 
@@ -57,7 +79,7 @@ class Potentials(Function):
         ctx.save_for_backward(*tensors, g0, output[6], *(output[-2:] if ctx.unrolled else output[:2]))
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, to_f, to_g, *_):
         if to_f is None and to_g is None:
             return (None,) * 12
@@ -145,7 +167,7 @@ class TransportCost(Function):
         ctx.save_for_backward(f, g, *tensors)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, w):
         if w is None:
             return (None,) * 13

@@ -26,6 +26,7 @@ class PlanState(NamedTuple):
     batch: tuple[int, ...]
     grad: str
     tol: float | None
+    inside: tuple[Tensor | None, Tensor | None]  # rows [B, n] and columns [B, m] that are not padding; None: all
 
 
 class SinkhornResult(NamedTuple):
@@ -46,7 +47,7 @@ class SinkhornResult(NamedTuple):
 
     def plan(self) -> Tensor:
         """P [*B, n, m]; this is where a tensor of that size is made."""
-        p, f, g, batch, grad, _ = self.state
+        p, f, g, batch, grad, *_ = self.state
         if grad in ("implicit", "unrolled"):
             plan = autograd.dense_plan(p, f, g)
         else:
@@ -57,7 +58,7 @@ class SinkhornResult(NamedTuple):
         return plan.reshape(*batch, *plan.shape[1:])
 
     def apply(self, v: Tensor) -> Tensor:
-        """P v [*B, n] or [*B, n, d] for v [*B, m] or [*B, m, d], in tiles; differentiable in v.
+        """P v [*B, n] or [*B, n, d] for v [*B, m] or [*B, m, d], in tiles; differentiable in v. Padding of v is not read.
 
         With grad="implicit" or "unrolled" also in what the plan depends on, for which the plan is formed; with
         "envelope" that raises in backward, with "detached" the plan is a constant.
@@ -83,13 +84,15 @@ class SinkhornResult(NamedTuple):
         return self
 
     def _product(self, v: Tensor, *, transpose: bool) -> Tensor:
-        p, f, g, batch, grad, _ = self.state
+        p, f, g, batch, grad, _, inside = self.state
         checks.alike("v", checks.floating("v", v), "the plan", p.a, dtype=False)
         size = (p.a if transpose else p.b).shape[1]
         vector = v.dim() == len(batch) + 1
         if v.shape[: len(batch) + 1] != (*batch, size) or v.dim() > len(batch) + 2:
             raise ValueError(f"v must have shape {(*batch, size)} or {(*batch, size, 'd')}, got {tuple(v.shape)}")
         columns = v.reshape(p.a.shape[0], size, 1 if vector else v.shape[-1]).to(p.a.dtype)
+        kept_rows, kept_cols = reversed(inside) if transpose else inside
+        columns = zero_outside(kept_cols, columns)
         follows = autograd.followed(f, g, *p[:6])
         if follows and grad in ("implicit", "unrolled"):
             plan = autograd.dense_plan(p, f, g)
@@ -99,8 +102,16 @@ class SinkhornResult(NamedTuple):
             product = autograd.PlanProduct.apply(columns, *fixed, p[8:], transpose)
             if follows and grad == "envelope":
                 product = autograd.refuse(product, _REFUSALS[grad].format("apply()"), p[:6])
+        product = zero_outside(kept_rows, product)  # zero as it is, but upstream gradients there may be NaN
         return product.reshape(*batch, product.shape[1], *v.shape[len(batch) + 1 :])
 
 
 def refusal(grad: str, name: str) -> str:
     return _REFUSALS[grad].format(name)
+
+
+def zero_outside(kept: Tensor | None, t: Tensor) -> Tensor:
+    """t [B, n] or [B, n, d], 0 where `kept` [B, n] is False, whatever stands there."""
+    if kept is None:
+        return t
+    return torch.where(kept if t.dim() == 2 else kept[..., None], t, torch.zeros_like(t))
