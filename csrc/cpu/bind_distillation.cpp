@@ -45,11 +45,20 @@ DistillationParams parameters(const Tensor& student, const Tensor& keys, const T
   return p;
 }
 
+// Columns are cut first, as far as the partial results, `partial` floats a row, stay small: two banks are packed, so that another thread's
+// rows would cost more than a merge. A number of parts that divides the threads keeps all of them busy.
+Division divide_columns(double work, int64_t rows, int64_t columns, int64_t partial) {
+  const int64_t workers = workers_for(work), room = kPartialFloats / std::max<int64_t>(1, rows * partial);
+  int64_t column_parts = std::clamp<int64_t>(std::min(columns / kMinColumns, room), 1, workers);
+  while (workers % column_parts != 0) --column_parts;
+  return {workers, std::clamp<int64_t>(rows / kMinRows, 1, workers / column_parts), column_parts};
+}
+
 void run(const DistillationParams& p) {
   const int64_t rows = p.student.rows, columns = valid_columns(p.student, 0);
   const int64_t stride = (p.student.width + 15) / 16 * 16, partial = 2 * stride + kDistillationStatistics;
   const double work = double(rows) * double(columns) * double(3 * p.student.width + p.teacher.width);
-  const Division cut = divide(work, 1, rows, columns, partial);
+  const Division cut = divide_columns(work, rows, columns, partial);
   const int64_t row_step = (rows + cut.row_parts - 1) / cut.row_parts, column_step = (columns + cut.column_parts - 1) / cut.column_parts;
   const bool merge = cut.column_parts > 1;
 

@@ -162,16 +162,22 @@ struct DistillationPass {
     return sound;
   }
 
-  void begin_block(const Block& block) const { w.terms.pack(p.student, 0, block); }
+  // All rows for the teacher, then (chunk by chunk) all for the student: each time only one side's rows and panels need room in L2.
+  void begin_block(const Block& block) const {
+    w.terms.pack(p.student, 0, block);
+    const int64_t padded_rows = round_up(count, Product::kRowMultiple);
+    const Panels& keys = w.one_bank ? w.keys.panels : w.teacher_keys.panels;
+    const Prefetch next = after_block(w.teacher_keys, block, w.block, task.column_end, padded_rows);
+    for (int64_t row = 0; row < padded_rows; row += Product::kRowChunk) {
+      const int64_t left = padded_rows - row, rows = smaller(left, Product::kRowChunk);
+      score(w.teacher, keys, block, row, rows);
+      weigh_rows(w.teacher.softmax, w.terms, w.tile, p.teacher, first, count, block, row, rows, next,
+                 [&](int64_t i, const float* scores, float factor, float shift) { return weigh_teacher(i, row, block, scores, factor, shift); });
+      sum(w.teacher, block, row, rows);
+    }
+  }
 
-  // One side after the other, so that a chunk's scores stay in L1 until they are summed.
   void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
-    score(w.teacher, w.one_bank ? w.keys.panels : w.teacher_keys.panels, block, row, rows);
-    const Prefetch teacher_next = after_block(w.teacher_keys, block, w.block, task.column_end, round_up(count, Product::kRowMultiple));
-    weigh_rows(w.teacher.softmax, w.terms, w.tile, p.teacher, first, count, block, row, rows, teacher_next,
-               [&](int64_t i, const float* scores, float factor, float shift) { return weigh_teacher(i, row, block, scores, factor, shift); });
-    sum(w.teacher, block, row, rows);
-
     score(w.student, w.keys.panels, block, row, rows);
     weigh_rows(w.student.softmax, w.terms, w.tile, p.student, first, count, block, row, rows, next,
                [&](int64_t i, const float* scores, float factor, float shift) {
