@@ -8,8 +8,13 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, bool pooled, int precision) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "similarity_grad_keys(Tensor g, Tensor lse, Tensor? lse_low, Tensor query, Tensor keys, Tensor scale, Tensor? bias, Tensor? query_labels, "
-      "Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, bool want_keys, bool want_bias, int precision) -> (Tensor, Tensor)");
+      "similarity_grad_rows(Tensor slope, Tensor? h, Tensor lse, Tensor? lse_low, Tensor query, Tensor keys, Tensor scale, Tensor? bias, "
+      "Tensor? values, Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, int precision) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "similarity_grad_keys(Tensor slope, Tensor? h, Tensor lse, Tensor? lse_low, Tensor query, Tensor keys, Tensor scale, Tensor? bias, "
+      "Tensor? values, Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, bool want_keys, "
+      "bool want_bias, bool want_values, int precision) -> (Tensor, Tensor, Tensor)");
   m.def(
       "info_nce(Tensor query, Tensor keys, Tensor scale, Tensor? bias, Tensor? query_labels, Tensor? key_labels, Tensor? key_index, "
       "Tensor? limit, Tensor? valid, Tensor? positive, Tensor? columns, Tensor? weights, bool include_positive, bool mean, bool pull, "

@@ -165,9 +165,10 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& lse, const Tens
 
   if (dlse.has_value()) {
     const Tensor k = batch.in(keys);
-    const auto [all_keys, all_bias] =
-        call<2>("kdfast::similarity_grad_keys", *dlse, lse, OptionalTensor(lse_low), q, k, s, batch.in(bias), batch.in(query_labels),
-                batch.in(key_labels), batch.in(key_index), batch.in(limit), batch.in(valid), want_keys, want_bias, precision);
+    const OptionalTensor none;
+    const auto [all_keys, all_bias, no_values] =
+        call<3>("kdfast::similarity_grad_keys", *dlse, none, lse, OptionalTensor(lse_low), q, k, s, batch.in(bias), none, batch.in(query_labels),
+                batch.in(key_labels), batch.in(key_index), batch.in(limit), batch.in(valid), want_keys, want_bias, false, precision);
     if (want_keys) dkeys = all_keys;
     if (want_bias) dbias = all_bias;
     if (columns.has_value()) {

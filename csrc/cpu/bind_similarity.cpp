@@ -1,4 +1,4 @@
-// kdfast::similarity_softmax and kdfast::similarity_grad_keys on the CPU: checks, division among threads, registration.
+// kdfast::similarity_softmax on the CPU: checks, division among threads, registration.
 
 #include <torch/csrc/stable/library.h>
 
@@ -67,11 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_softmax(const Tensor& query, const
                                               const OptionalTensor& limit, const OptionalTensor& valid, bool pooled, int64_t precision) {
   STD_TORCH_CHECK(start_logit.has_value() || !start_value.has_value(), "start_value needs start_logit");
   SimilarityParams p = parameters(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, pooled, precision);
-  if (values.has_value()) {
-    STD_TORCH_CHECK(values->dim() == 3, "values must have 3 dimensions, got ", values->dim());
-    p.pooled_width = values->size(2);
-    p.values = column_matrix("values", *values, {p.batch, p.columns, p.pooled_width}, &p.values_batch_stride);
-  }
+  add_values(p, values);
   p.start_logit = row_data<float>("start_logit", start_logit, ScalarType::Float, {p.batch, p.rows});
   if (start_value.has_value()) p.start_value = row_matrix("start_value", *start_value, {p.batch, p.rows, p.pooled_width});
 
@@ -79,49 +75,14 @@ std::tuple<Tensor, Tensor, Tensor> similarity_softmax(const Tensor& query, const
   Tensor out = pooled ? output(query, {p.batch, p.rows, p.pooled_width}) : output(query, {0});
   if (p.batch * p.rows == 0) return {lse, out, lse_low};
 
-  // One bank for the whole batch: its rows are just more rows.
-  if (p.keys_batch_stride == 0 && p.values_batch_stride == 0 && p.bias_batch_stride == 0 && p.key_labels_batch_stride == 0 && p.valid_stride == 0)
-    p.rows *= p.batch, p.batch = 1;
+  fold_batch(p);
   const auto floats_of = [](const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); };
   run(p, floats_of(lse), floats_of(lse_low), floats_of(out));
   return {lse, out, lse_low};
-}
-
-// Keys are cut among threads, each of whose sums belong to one thread: no merge, and the same bits for any number of threads.
-std::tuple<Tensor, Tensor> similarity_grad_keys(const Tensor& g, const Tensor& lse, const OptionalTensor& lse_low, const Tensor& query, const Tensor& keys,
-                                                const Tensor& scale, const OptionalTensor& bias, const OptionalTensor& query_labels,
-                                                const OptionalTensor& key_labels, const OptionalTensor& key_index,
-                                                const OptionalTensor& limit, const OptionalTensor& valid, bool want_keys, bool want_bias,
-                                                int64_t precision) {
-  const SimilarityParams p = parameters(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, want_keys, precision);
-  const float* const upstream = row_data<float>("g", g, ScalarType::Float, {p.batch, p.rows});
-  const float* const level = row_data<float>("lse", lse, ScalarType::Float, {p.batch, p.rows});
-  const float* const low = row_data<float>("lse_low", lse_low, ScalarType::Float, {p.batch, p.rows});
-  Tensor dkeys = want_keys ? output(query, {p.batch, p.columns, p.width}) : output(query, {0});
-  Tensor dbias = want_bias ? output(query, {p.batch, p.columns}) : output(query, {0});
-  float* const keys_out = static_cast<float*>(dkeys.mutable_data_ptr());
-  float* const bias_out = want_bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
-  if (p.batch * p.columns == 0 || !(want_keys || want_bias)) return {dkeys, dbias};
-
-  const int64_t workers = workers_for(work_of(p)), parts = parts_of_keys(workers, p.batch, p.columns);
-  const int64_t step = (p.columns + parts - 1) / parts;
-  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
-  const int64_t words = kernels.similarity_grad_workspace(p, step, want_bias);
-  const Tensor workspace = floats(words * workers);
-  float* const work = static_cast<float*>(workspace.mutable_data_ptr());
-  for_each_task(workers, p.batch * parts, [&](int64_t worker, int64_t t) {
-    const int64_t batch = t / parts, begin = std::min(p.columns, t % parts * step), end = std::min(p.columns, begin + step);
-    const int64_t valid_end = std::clamp(valid_columns(p, batch), begin, end), at = batch * p.columns;
-    if (begin < valid_end) kernels.similarity_grad(p, {batch, begin, valid_end, upstream, level, low, keys_out, bias_out}, work + worker * words);
-    if (want_keys) std::fill(keys_out + (at + valid_end) * p.width, keys_out + (at + end) * p.width, 0.0f);
-    if (want_bias) std::fill(bias_out + at + valid_end, bias_out + at + end, 0.0f);
-  });
-  return {dkeys, dbias};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("similarity_softmax", TORCH_BOX(&similarity_softmax));
-  m.impl("similarity_grad_keys", TORCH_BOX(&similarity_grad_keys));
 }

@@ -94,6 +94,20 @@ inline SimilarityParams parameters(const Tensor& query, const Tensor& keys, cons
   return p;
 }
 
+// Values other than the keys, if any.
+inline void add_values(SimilarityParams& p, const OptionalTensor& values) {
+  if (!values.has_value()) return;
+  STD_TORCH_CHECK(values->dim() == 3, "values must have 3 dimensions, got ", values->dim());
+  p.pooled_width = values->size(2);
+  p.values = column_matrix("values", *values, {p.batch, p.columns, p.pooled_width}, &p.values_batch_stride);
+}
+
+// One bank for the whole batch: its rows are just more rows.
+inline void fold_batch(SimilarityParams& p) {
+  if (p.keys_batch_stride == 0 && p.values_batch_stride == 0 && p.bias_batch_stride == 0 && p.key_labels_batch_stride == 0 && p.valid_stride == 0)
+    p.rows *= p.batch, p.batch = 1;
+}
+
 inline Tensor output(const Tensor& like, std::initializer_list<int64_t> shape) {
   const std::vector<int64_t> sizes(shape);
   return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, ScalarType::Float);

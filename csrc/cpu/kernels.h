@@ -23,8 +23,10 @@ struct CpuKernels {
   int64_t (*similarity_workspace)(const SimilarityParams&, int64_t rows, int64_t columns);  // floats, for tasks up to this size
   void (*similarity)(const SimilarityParams&, const SimilarityTask&, float* workspace);
   void (*similarity_merge)(const SimilarityMerge&);
-  int64_t (*similarity_grad_workspace)(const SimilarityParams&, int64_t keys, bool bias);  // floats, for tasks up to this size
+  int64_t (*similarity_grad_workspace)(const SimilarityParams&, const SimilarityGradTask& like, int64_t keys);
   void (*similarity_grad)(const SimilarityParams&, const SimilarityGradTask&, float* workspace);
+  int64_t (*similarity_grad_rows_workspace)(const SimilarityParams&, const SimilarityGradRowsTask& like, int64_t rows, int64_t columns);
+  void (*similarity_grad_rows)(const SimilarityParams&, const SimilarityGradRowsTask&, float* workspace);
   void (*info_nce_rows)(const InfoNceParams&, const InfoNceRows&);
   void (*info_nce_grad_rows)(const InfoNceParams&, const InfoNceGradients&, int64_t begin, int64_t end);
   void (*info_nce_grad_candidates)(const InfoNceParams&, const InfoNceGradients&);

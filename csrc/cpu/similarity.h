@@ -33,7 +33,7 @@ struct SimilarityParams {
   const int64_t* valid;      // [batch]: only the first so many columns exist
   int64_t valid_stride;
 
-  bool pooled;  // also accumulate sum_j p_ij v_j; for the gradient in the bank, sum_i g_i s_i p_ij q_i
+  bool pooled;  // also accumulate sum_j p_ij v_j
 };
 
 // A rectangle of one batch entry, computed by one thread.
@@ -53,15 +53,33 @@ struct SimilarityTask {
   float* pooled;   // [row_end - row_begin, pooled_width]; unused when !params.pooled
 };
 
-// The gradient in keys [key_begin, key_end) of one batch entry, computed by one thread. p_ij = exp(z_ij - lse_i - lse_low_i); a row with lse -inf
-// has p = 0. Arrays as in the call, whole.
+// What the gradient passes are given beside a call. With p_ij = exp(z_ij - lse_i - lse_low_i) and v the values, or the keys where none are
+// given, a logit's gradient is dz_ij = p_ij (slope_i + h_i.v_j). A row with lse -inf has p = 0.
+struct SimilarityUpstream {
+  const float* slope;           // [batch, rows]
+  Matrix h;                     // [batch, rows, pooled_width]; not given: 0
+  const float *lse, *lse_low;   // [batch, rows]; lse_low null: 0
+};
+
+// The gradient in keys [key_begin, key_end) of one batch entry, computed by one thread. Outputs are the call's, whole; null: not wanted.
 struct SimilarityGradTask {
+  SimilarityUpstream upstream;
   int64_t batch;
   int64_t key_begin, key_end;
-  const float* g;    // [batch, rows], upstream of lse
-  const float *lse, *lse_low;  // [batch, rows], their sum; lse_low null: 0
-  float* dkeys;      // [batch, columns, width], sum_i g_i s_i p_ij q_i; unused when !params.pooled
-  float* dbias;      // [batch, columns], sum_i g_i p_ij; null when not wanted
+  float* dkeys;    // [batch, columns, width]: sum_i dz_ij s_i q_i, and, where the keys are the values, sum_i p_ij h_i
+  float* dbias;    // [batch, columns]: sum_i dz_ij
+  float* dvalues;  // [batch, columns, pooled_width]: sum_i p_ij h_i
+};
+
+// The gradient in the rows of a rectangle of one batch entry, computed by one thread.
+struct SimilarityGradRowsTask {
+  SimilarityUpstream upstream;
+  int64_t batch;
+  int64_t row_begin, row_end;
+  int64_t column_begin, column_end;
+  float* rows;   // [row_end - row_begin, width]: sum_j dz_ij k_j
+  float* mass;   // [row_end - row_begin]: sum_j p_ij
+  float* total;  // [row_end - row_begin]: sum_j dz_ij
 };
 
 // parts of one row range, in order: maximum and sum are [parts][stride rows], pooled is [parts][stride rows, width].

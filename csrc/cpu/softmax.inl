@@ -10,6 +10,10 @@ namespace {
 
 // ---- rows are queries -------------------------------------------------------------------------------------------------
 
+inline bool has_terms(const SimilarityParams& p) {
+  return p.bias != nullptr || p.key_labels != nullptr || p.key_index != nullptr || p.limit != nullptr;
+}
+
 // What the columns of a block bring to the logits of every row.
 struct ColumnTerms {
   BlockLabels labels;
@@ -21,9 +25,7 @@ struct ColumnTerms {
   }
 
   // Whether scores need anything done to them beside the factor.
-  static bool mask(const SimilarityParams& p, const Block& block) {
-    return p.bias != nullptr || p.key_labels != nullptr || p.key_index != nullptr || p.limit != nullptr || block.columns != block.padded;
-  }
+  static bool mask(const SimilarityParams& p, const Block& block) { return has_terms(p) || block.columns != block.padded; }
 
   void pack(const SimilarityParams& p, int64_t batch, const Block& block) const {
     if (!mask(p, block)) return;
@@ -33,7 +35,19 @@ struct ColumnTerms {
     if (p.key_labels != nullptr) labels.pack(p.key_labels + batch * p.key_labels_batch_stride + block.first, block);
   }
 
-  // Replace the scores q.k (the sign of its scale already in q) of row `at` by its logits, -inf at the excluded columns.
+  // Excludes columns from the scores q.k (the sign of its scale already in q) of row `at`, whose logits are `multiplier` score. Returns the
+  // multiplier from then on: 1 where bias, labels, indices or a limit have made them logits. Columns that do not exist need no such
+  // rounding, lest their block differs from the gradient's; but -inf times a scale of 0 is not -inf.
+  float exclude(const SimilarityParams& p, int64_t at, const Block& block, float* scores, float multiplier) const {
+    if (has_terms(p) || (block.columns != block.padded && multiplier == 0)) {
+      mask_row(p, at, block, scores);
+      return 1;
+    }
+    for (int64_t j = block.columns; j < block.padded; ++j) scores[j] = -kInfinity;
+    return multiplier;
+  }
+
+  // Replace scores by logits, -inf at the excluded columns.
   void mask_row(const SimilarityParams& p, int64_t at, const Block& block, float* scores) const {
     const bool limited = p.limit != nullptr;
     const SameTerm magnitude{splat(__builtin_fabsf(p.scale[at]))}, limit{splat(limited ? p.limit[at] : kInfinity)};
@@ -102,15 +116,12 @@ inline Vec weigh_row(const float* scores, float* weights, int64_t padded, float 
 template <class Weigh>
 inline void weigh_rows(const RunningSoftmax& s, const ColumnTerms& terms, const Tile& tile, const SimilarityParams& p, int64_t first,
                        int64_t count, const Block& block, int64_t row, int64_t rows, const Prefetch& next, const Weigh& weigh) {
-  const bool mask_rows = ColumnTerms::mask(p, block);
   for (int64_t begin = row; begin < row + rows; begin += kLanes) {
     const int64_t end = smaller(begin + kLanes, row + rows);
     float best[kLanes] = {}, factor[kLanes] = {}, shift[kLanes];
     for (int64_t i = begin; i < end; ++i) {
       float* const scores = tile.scores(i - row);
-      const bool mask = mask_rows && i < count;
-      if (mask) terms.mask_row(p, first + i, block, scores);
-      factor[i - begin] = mask ? 1 : s.multiplier[i];
+      factor[i - begin] = i < count ? terms.exclude(p, first + i, block, scores, s.multiplier[i]) : 0;
       best[i - begin] = largest_score(scores, block.padded);
       next.fetch(i);
     }
@@ -137,36 +148,40 @@ inline void store_log_sum(double x, float* high, float* low) {
   *low = rest == rest ? float(rest) : 0;
 }
 
+// What takes a base-2 logit to its probability, correction 2^(logit - shift): shift = log2e (lse + low), its last digits in the correction.
+struct Level {
+  float shift, correction;
+};
+inline Level level_of(float lse, float low) {
+  const double exact = 0x1.71547652b82fep0 * (double(lse) + double(low));
+  const float shift = float(exact), rest = float(exact - double(shift));
+  return {shift == -kInfinity ? kInfinity : shift, rest == rest ? 1 - 0x1.62e43p-1f * rest : 1};
+}
+
 // ---- rows are keys ----------------------------------------------------------------------------------------------------
 
-// What each query of a block brings: p = 2^(multiplier score - shift) with shift = log2e lse, g p and g s p. A query that admits nothing, or
-// does not exist, has shift inf, so that p is 0.
+// What each query of a block brings: correction p with p = 2^(multiplier score - shift) and shift = log2e lse, g p (upstream) and g s p (factor),
+// both corrected. A query that admits nothing, or does not exist, has shift inf, so that p is 0.
 struct KnownSoftmax {
   BlockLabels labels;
-  float *scale, *multiplier, *shift, *limit, *upstream, *factor;
+  float *scale, *multiplier, *shift, *limit, *correction, *upstream, *factor;
 
   void plan(int64_t block, Arena& arena) {
     labels.plan(block, arena);
     scale = arena.take(block), multiplier = arena.take(block), shift = arena.take(block);
-    limit = arena.take(block), upstream = arena.take(block), factor = arena.take(block);
+    limit = arena.take(block), correction = arena.take(block), upstream = arena.take(block), factor = arena.take(block);
   }
 
-  // Whether scores need anything done to them beside the multiplier.
-  static bool mask(const SimilarityParams& p) {
-    return p.bias != nullptr || p.key_labels != nullptr || p.key_index != nullptr || p.limit != nullptr;
-  }
-
-  // Upstream gradients g and the log-sum lse + low (null: 0) are the call's. The digits of it that shift has not go into g.
+  // Upstream gradients g and the log-sum lse + low (null: 0) are the call's.
   void pack(const SimilarityParams& p, const float* g, const float* lse, const float* low, int64_t batch, const Block& block) const {
     for (int64_t i = 0; i < block.padded; ++i) {
       const int64_t at = batch * p.rows + block.first + i;
       const bool exists = i < block.columns;
-      const double exact = 0x1.71547652b82fep0 * (exists ? double(lse[at]) + (low != nullptr ? double(low[at]) : 0) : -double(kInfinity));
-      const float level = float(exact), rest = float(exact - double(level));
+      const Level level = exists ? level_of(lse[at], low != nullptr ? low[at] : 0) : Level{kInfinity, 1};
       scale[i] = exists ? p.scale[at] : 0;
       multiplier[i] = kLog2e * scale[i];
-      shift[i] = level == -kInfinity ? kInfinity : level;
-      upstream[i] = exists ? (rest == rest ? g[at] * (1 - 0x1.62e43p-1f * rest) : g[at]) : 0;
+      shift[i] = level.shift, correction[i] = level.correction;
+      upstream[i] = exists ? g[at] * level.correction : 0;
       factor[i] = upstream[i] * scale[i];
       limit[i] = exists && p.limit != nullptr ? p.limit[at] : kInfinity;
     }

@@ -11,6 +11,7 @@
 #include "probe.inl"
 #include "similarity.inl"
 #include "similarity_grad.inl"
+#include "similarity_grad_rows.inl"
 #include "sinkhorn.inl"
 #include "sinkhorn_plan.inl"
 #include "symmetric.inl"
@@ -24,6 +25,7 @@ namespace kdfast {
 extern const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA);
 const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA) = {
     KDFAST_QUOTE(KDFAST_ISA), similarity_workspace, similarity, similarity_merge, similarity_grad_workspace, similarity_grad,
+    similarity_grad_rows_workspace, similarity_grad_rows,
     info_nce_rows, info_nce_grad_rows, info_nce_grad_candidates,
     distillation_workspace, distillation, distillation_merge, distillation_grad_workspace, distillation_grad,
     symmetric_workspace, symmetric, symmetric_grad_workspace, symmetric_grad,

@@ -8,7 +8,7 @@ from . import cpu
 from .apply import streaming_softmax
 from .arguments import Spec, problem
 from .exclusions import Harder, KeyIndex, SameLabel
-from .portable import start_weight
+from .first_order import start_weight
 from .sigmoid import sigmoid_pair_loss
 from .symmetric import symmetric_lse
 

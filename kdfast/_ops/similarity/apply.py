@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from .arguments import Spec, Tensors
-from .autograd import Similarity, run_forward
+from .autograd import Similarity
+from .passes import run_forward
 
 
 def transformed() -> bool:

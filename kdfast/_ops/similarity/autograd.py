@@ -8,74 +8,11 @@ Every tensor argument has a leading batch dimension B, into which vmap folds. RE
 import torch
 from torch.autograd import Function
 
-from . import cpu, portable
-from .second_order import Tangent, second_order
-
-
-def run_forward(impl, compute, need_pooled, query, keys, scale, bias, start_logit, values, start_value, *rules):
-    """The named implementation's forward; `rules` = (query_labels, key_labels, key_index, limit, valid)."""
-    if impl == "cpu":
-        query, keys, scale, bias, *rules = _for_kernel(query, keys, scale, bias, *rules)
-        start_logit, start_value = (None if x is None else x.contiguous() for x in (start_logit, start_value))
-        values = None if values is None else _dense(values)
-        return cpu.forward(
-            query, keys, scale, bias, start_logit, start_value, *rules, need_pooled, values=values, products=compute.products
-        )
-    run = torch.ops.kdfast_torch.similarity_forward if torch.compiler.is_compiling() else portable.forward
-    return run(query, keys, scale, bias, start_logit, start_value, *rules, need_pooled, values, compute.dtype)
-
-
-def _for_kernel(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid):
-    """As the compiled kernels want it: contiguous tensors (the bank's side may have batch stride 0)."""
-    query_labels, key_index, limit = (None if x is None else x.contiguous() for x in (query_labels, key_index, limit))
-    bias, key_labels, valid = (None if x is None else _dense(x) for x in (bias, key_labels, valid))
-    return query.contiguous(), _dense(keys), scale.contiguous(), bias, query_labels, key_labels, key_index, limit, valid
-
-
-def _dense(x):
-    """`x`, contiguous but for a batch dimension of stride 0, which stays."""
-    one = x[:1] if x.shape[0] > 1 and x.stride(0) == 0 else x
-    return one.contiguous().expand(x.shape)
-
-
-def first_order(impl, compute, want, g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules):
-    """(dquery, dkeys, dscale, dbias, dstart_logit, dvalues, dstart_value); `want` = (query, scale, keys, bias, values), None if not."""
-    want_query, want_scale, want_keys, want_bias, want_values = want
-    rows = dkeys = dbias = dvalues = None
-    closed = portable.pooled_is_over_keys(h, values, start_value)
-    wanted = [(want_query or want_scale) and not closed, want_keys, want_bias, want_values]
-    if impl == "cpu" and closed:
-        if want_keys or want_bias:
-            problem = _for_kernel(query, keys, scale, bias, *rules)
-            g, lse, lse_low = (x.contiguous() for x in (g, lse, lse_low))
-            dkeys, dbias = cpu.grad_keys(g, lse, lse_low, *problem, want_keys, want_bias, products=compute.products)
-            dkeys = dkeys.to(keys.dtype)
-    elif any(wanted):
-        run = torch.ops.kdfast_torch.similarity_gradients if torch.compiler.is_compiling() else portable.gradients
-        problem = (query, keys, scale, bias, start_logit, values, start_value)
-        rows, dkeys, dbias, dvalues = run(g, h, *problem, lse, lse_low, pooled, *rules, wanted, compute.dtype)
-    dquery = dscale = None
-    if want_query:
-        factor = scale * g if closed else scale
-        dquery = (factor[..., None] * (pooled if closed else rows)).to(query.dtype)
-    if want_scale:
-        dscale = (query.to(compute.dtype).to(scale.dtype) * (pooled if closed else rows)).sum(-1)
-        dscale = g * dscale if closed else dscale
-    dstart_logit = dstart_value = None
-    if start_logit is not None:
-        p_start, slope = portable.start_terms(g, h, start_logit, start_value, lse, lse_low, pooled)
-        dstart_logit = p_start * slope
-        if h is not None and start_value is not None:
-            dstart_value = (p_start[..., None] * h).to(start_value.dtype)
-    return (
-        dquery,
-        dkeys if want_keys else None,
-        dscale,
-        dbias if want_bias else None,
-        dstart_logit,
-        dvalues if want_values else None,
-        dstart_value,
-    )
+from .first_order import first_order
+from .passes import run_forward
+from .portable import make_logits
+from .second_order import Tangent, second_order_of_lse
+from .second_order_pooled import second_order_of_pooled
 
 
 def _keep(ctx, rows: tuple, bank: tuple, hold: bool) -> None:
@@ -126,8 +63,10 @@ class Similarity(Function):
         g = torch.zeros_like(lse) if g is None else g.contiguous()
         h = h.contiguous() if ctx.pool and h is not None else None
         *want, want_values = ctx.want
-        record = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        dquery, dkeys, dscale, dbias, dstart_logit, dvalues, dstart_value = (Gradients.apply if record else Gradients.forward)(
+        # as a Function where it may be differentiated again, or is itself under vmap (is_grads_batched)
+        record = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        run = Gradients.apply if record and not torch.compiler.is_compiling() else Gradients.forward
+        dquery, dkeys, dscale, dbias, dstart_logit, dvalues, dstart_value = run(
             ctx.impl, ctx.compute, (*want, want_values and h is not None), ctx.versions,
             g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules,
         )  # fmt: skip
@@ -153,9 +92,9 @@ class Gradients(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, compute, _, versions, g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules = inputs
+        impl, compute, _, versions, g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules = inputs
         ctx.set_materialize_grads(False)
-        ctx.compute, ctx.versions = compute, versions
+        ctx.impl, ctx.compute, ctx.versions = impl, compute, versions
         rows, bank = (g, h, query, scale, start_logit, start_value, lse, lse_low, pooled), (keys, bias, values, *rules)
         _keep(ctx, rows, bank, versions is not None)
 
@@ -170,7 +109,7 @@ class Gradients(Function):
         keys, bias, values, *rules = bank
         needs = ctx.needs_input_grad
         grads = SecondOrder.apply(
-            ctx.compute, (needs[7], needs[9], needs[11]), *cotangents,
+            ctx.impl, ctx.compute, (needs[7], needs[9], needs[11]), *cotangents,
             g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules,
         )  # fmt: skip
         return (*(None,) * 4, *grads, *(None,) * 8)
@@ -185,15 +124,20 @@ class SecondOrder(Function):
 
     @staticmethod
     def forward(
-        compute, want, u, kappa, sigma, beta, omega, nu, nu_start,
+        impl, compute, want, u, kappa, sigma, beta, omega, nu, nu_start,
         g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules,
     ):  # fmt: skip
-        logits = portable.make_logits(query, keys, scale, bias, *rules, compute.dtype)
+        tangent = Tangent(u, kappa, sigma, beta, omega, nu, nu_start)
         want_keys, want_bias, want_values = want
-        out = second_order(
-            logits, Tangent(u, kappa, sigma, beta, omega, nu, nu_start), g, h, start_logit, start_value, values, lse, lse_low, pooled,
-            want_keys=want_keys, want_bias=want_bias, want_values=want_values and h is not None,
-        )  # fmt: skip
+        if h is None:  # by the implementation's own passes
+            problem = (query, keys, scale, bias, start_logit, values, start_value)
+            out = second_order_of_lse(impl, compute, want_keys, want_bias, tangent, g, *problem, lse, lse_low, pooled, *rules)
+        else:  # in tiles of PyTorch's operations, whatever the implementation
+            logits = make_logits(query, keys, scale, bias, *rules, compute.dtype)
+            out = second_order_of_pooled(
+                logits, tangent, g, h, start_logit, start_value, values, lse, lse_low, pooled,
+                want_keys=want_keys, want_bias=want_bias, want_values=want_values,
+            )  # fmt: skip
         originals = (g, h, query, keys, scale, bias, start_logit, values, start_value)
         return tuple(None if x is None else x.to(original.dtype) for x, original in zip(out, originals, strict=True))
 

@@ -1,4 +1,7 @@
-"""impl="cpu": the fused C++ kernels, torch.ops.kdfast.similarity_softmax and .similarity_grad_keys (docs/cpu-kernels.md)."""
+"""impl="cpu": the fused C++ kernels, torch.ops.kdfast.similarity_softmax, .similarity_grad_rows and .similarity_grad_keys.
+
+docs/cpu-kernels.md describes them.
+"""
 
 import torch
 from torch import Tensor
@@ -61,8 +64,37 @@ def forward(
     )  # fmt: skip
 
 
+def grad_rows(
+    slope: Tensor,
+    lse: Tensor,
+    lse_low: Tensor | None,
+    query: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    query_labels: Tensor | None,
+    key_labels: Tensor | None,
+    key_index: Tensor | None,
+    limit: Tensor | None,
+    valid: Tensor | None,
+    *,
+    h: Tensor | None = None,
+    values: Tensor | None = None,
+    products: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum_j dz_ij k_j [B, N, D], sum_j p_ij [B, N], sum_j dz_ij [B, N]) in float32, with dz_ij = p_ij (slope_i + h_i.v_j).
+
+    p_ij = exp(z_ij - lse_i - lse_low_i), 0 where excluded and in rows with lse -inf. slope [B, N], h [B, N, Dv] (None: 0), and lse
+    and lse_low (None: 0) [B, N], as `forward` left them, are float32; the rest as there.
+    """
+    return torch.ops.kdfast.similarity_grad_rows(
+        slope, h, lse, lse_low, query, keys, scale, bias, values, query_labels, key_labels, key_index, limit, valid,
+        product_number(products, query),
+    )  # fmt: skip
+
+
 def grad_keys(
-    g: Tensor,
+    slope: Tensor,
     lse: Tensor,
     lse_low: Tensor | None,
     query: Tensor,
@@ -76,18 +108,20 @@ def grad_keys(
     valid: Tensor | None,
     want_keys: bool,
     want_bias: bool,
+    want_values: bool = False,
     *,
+    h: Tensor | None = None,
+    values: Tensor | None = None,
     products: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(sum_i g_i s_i p_ij q_i [B, M, D], sum_i g_i p_ij [B, M]) in float32; what is not wanted is empty, [0].
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum_i dz_ij s_i q_i [B, M, D], sum_i dz_ij [B, M], sum_i p_ij h_i [B, M, Dv]) in float32; what is not wanted is empty, [0].
 
-    The gradient of lse in keys and bias: p_ij = exp(z_ij - lse_i - lse_low_i), 0 where excluded and in rows with lse -inf. `g` is
-    the upstream [B, N]; lse and lse_low (None: 0) [B, N] are `forward`'s, all float32; the rest as there. Keys that the batch
-    shares get a gradient for each entry.
+    dz and the arguments as in `grad_rows`. Where the keys are the values, the last sum is part of the first. Keys that the batch shares
+    get a gradient for each entry.
     """
     return torch.ops.kdfast.similarity_grad_keys(
-        g, lse, lse_low, query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, want_keys, want_bias,
-        product_number(products, query),
+        slope, h, lse, lse_low, query, keys, scale, bias, values, query_labels, key_labels, key_index, limit, valid,
+        want_keys, want_bias, want_values, product_number(products, query),
     )  # fmt: skip
 
 
@@ -98,11 +132,20 @@ def _fake(query: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
     return lse, query.new_empty((*lse.shape, width) if pooled else (0,), dtype=torch.float32), torch.empty_like(lse)
 
 
-def _grad_keys_fake(g: Tensor, lse: Tensor, lse_low: Tensor | None, query: Tensor, keys: Tensor, *args) -> tuple[Tensor, Tensor]:
-    want_keys, want_bias = args[-3:-1]
-    return g.new_empty(keys.shape if want_keys else (0,)), g.new_empty(keys.shape[:2] if want_bias else (0,))
+def _grad_rows_fake(slope, h, lse, lse_low, query, *args) -> tuple[Tensor, Tensor, Tensor]:
+    return slope.new_empty(query.shape), torch.empty_like(slope), torch.empty_like(slope)
+
+
+def _grad_keys_fake(slope, h, lse, lse_low, query, keys, scale, bias, values, *args) -> tuple[Tensor, Tensor, Tensor]:
+    want_keys, want_bias, want_values = args[-4:-1]
+    return (
+        slope.new_empty(keys.shape if want_keys else (0,)),
+        slope.new_empty(keys.shape[:2] if want_bias else (0,)),
+        slope.new_empty(values.shape if want_values else (0,)),
+    )
 
 
 if missing() is None:
     torch.library.register_fake("kdfast::similarity_softmax", _fake)
+    torch.library.register_fake("kdfast::similarity_grad_rows", _grad_rows_fake)
     torch.library.register_fake("kdfast::similarity_grad_keys", _grad_keys_fake)

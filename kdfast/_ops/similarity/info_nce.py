@@ -16,7 +16,8 @@ from ..._core import impls
 from . import cpu
 from .apply import streaming_softmax, transformed
 from .arguments import Problem, Spec, Tensors
-from .autograd import _for_kernel, _keep, _kept, _versions
+from .autograd import _keep, _kept, _versions
+from .passes import for_kernel
 from .positives import positive_logits
 
 impls.register("info_nce", impls.Implementation("cpu", cpu.missing, cpu.refuses))
@@ -174,7 +175,7 @@ def _folded(spec: Spec, query, keys, scale, bias, query_labels, key_labels, key_
         return query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, *rows
     t = Tensors(query, keys, scale, bias, None, None, None, query_labels, key_labels, key_index, limit, valid).folded(spec)
     rows = (None if x is None else spec.per_row(x).contiguous() for x in rows)
-    return *_for_kernel(t.query, t.keys, t.scale, t.bias, *t[7:]), *rows
+    return *for_kernel(t.query, t.keys, t.scale, t.bias, *t[7:]), *rows
 
 
 def _like(grad: Tensor, x: Tensor) -> Tensor:

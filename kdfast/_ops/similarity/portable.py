@@ -49,16 +49,6 @@ def above_nothing(lse: Tensor) -> Tensor:
     return torch.where(lse == -torch.inf, torch.inf, lse)
 
 
-def pooled_is_over_keys(h: Tensor | None, values: Tensor | None, start_value: Tensor | None) -> bool:
-    """Whether a gradient of lse alone can be read off the pooled output: sum_j dlse_i/dz_ij k_j = pooled_i."""
-    return h is None and values is None and start_value is None
-
-
-def start_weight(start_logit: Tensor, lse: Tensor, lse_low: Tensor) -> Tensor:
-    """p_i of the start candidate, [B, N]."""
-    return torch.exp(start_logit - above_nothing(lse) - lse_low)
-
-
 @no_autocast
 def forward(
     query: Tensor,  # [B, N, D]
@@ -124,29 +114,16 @@ def _finite(top: Tensor) -> Tensor:
     return torch.where(torch.isfinite(top), top, 0.0)
 
 
-def start_terms(g, h, start_logit, start_value, lse, lse_low, pooled) -> tuple[Tensor, Tensor]:
-    """The start candidate's weight p and slope g + h.(v - pooled), each [B, N]."""
-    slope = g
-    if h is not None:
-        slope = slope - (h * pooled).sum(-1)
-        if start_value is not None:
-            slope = slope + (h * start_value.to(h.dtype)).sum(-1)
-    return start_weight(start_logit, lse, lse_low), slope
-
-
 def gradients(
-    g: Tensor,  # [B, N], upstream of lse
-    h: Tensor | None,  # [B, N, Dv], upstream of pooled
+    slope: Tensor,  # [B, N]
+    h: Tensor | None,  # [B, N, Dv]; None: 0
     query: Tensor,
     keys: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    start_logit: Tensor | None,
     values: Tensor | None,  # None: keys
-    start_value: Tensor | None,
     lse: Tensor,
     lse_low: Tensor,
-    pooled: Tensor,
     query_labels: Tensor | None,
     key_labels: Tensor | None,
     key_index: Tensor | None,
@@ -154,35 +131,32 @@ def gradients(
     valid: Tensor | None,
     want: list[bool],  # rows, keys, bias, values
     compute: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One pass, keys outermost: sum_j dz_ij k_j [B, N, D], dkeys, dbias, dvalues; empty where not wanted.
-
-    dz_ij = p_ij c_ij, c_ij = g_i + h_i.(v_j - pooled_i). lse and pooled are rounded, and may come from an implementation that rounds
-    scores otherwise, so the p of a row add up to m = 1 + O(eps), and the p c to t = g m + O(eps): errors common to a row, which
-    its sum would add up. The row's sum is therefore divided by m, and (t / m - g) sum_j p_ij k_j taken off it.
-    """
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """passes.Sums in one pass, keys outermost."""
     logits = make_logits(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, compute)
     want_rows, want_keys, want_bias, want_values = want
     over_keys = values is None
     if over_keys:
         values, want_values = keys, want_keys and h is not None
-    dbias = scale.new_zeros(keys.shape[:2]) if want_bias else None
-    dvalues = scale.new_zeros(values.shape) if want_values else None
-    constant = g if h is None else g - (h * pooled).sum(-1)
-    mass, total = torch.zeros_like(lse), torch.zeros_like(lse)
-    level = above_nothing(lse)
+    empty = scale.new_empty(0)
+    dbias = scale.new_zeros(keys.shape[:2]) if want_bias else empty.clone()
+    dvalues = scale.new_zeros(values.shape) if want_values else empty.clone()
+    mass, total = (torch.zeros_like(lse) if want_rows else empty.clone() for _ in range(2))
+    level, correction = above_nothing(lse), 1 - lse_low  # exp(z - lse - lse_low), but for the square of lse_low
+    slope = slope * correction
+    h = None if h is None else h * correction[..., None]
 
     def weigh(b, r, c, score):
         p = logits.from_scores(b, r, c, score).sub_(level[b, r, None]).exp_()
-        slope = constant[b, r, None]
+        inner = slope[b, r, None]
         if h is not None:
             v = logits.scores.column_tile(values, b, c)
-            slope = slope + torch.bmm(h[b, r], v.mT)
+            inner = inner + torch.bmm(h[b, r], v.mT)
             if want_values:
                 dvalues[b, c].baddbmm_(p.mT, h[b, r])
         if want_rows:
-            mass[b, r] += p.sum(-1)
-        weight = p.mul_(slope)
+            mass[b, r] += p.sum(-1) * correction[b, r]
+        weight = p.mul_(inner)
         if want_rows:
             total[b, r] += weight.sum(-1)
         if want_bias:
@@ -190,26 +164,9 @@ def gradients(
         return weight
 
     rows, _, dkeys = contract(logits.scores, weigh, want_rows=want_rows, want_columns=want_keys)
-    if want_rows:
-        key_mean = pooled
-        if start_logit is not None:
-            p_start, slope = start_terms(g, h, start_logit, start_value, lse, lse_low, pooled)
-            mass, total = mass + p_start, total + p_start * slope
-            if start_value is not None:
-                key_mean = pooled - p_start[..., None] * start_value.to(p_start.dtype)
-        mass = torch.where(mass == 0, 1.0, mass)
-        rows = rows / mass[..., None]
-        if over_keys and h is not None:
-            rows = rows - (total / mass - g)[..., None] * key_mean
     if over_keys and want_values:
-        dkeys, dvalues = (dkeys.to(dvalues.dtype) + dvalues).to(keys.dtype), None
-    empty = scale.new_empty(0)
-    return (
-        rows if want_rows else empty,
-        dkeys if want_keys else empty,
-        dbias if want_bias else empty.clone(),
-        empty.clone() if dvalues is None else dvalues.to(values.dtype),
-    )
+        dkeys, dvalues = (dkeys.to(dvalues.dtype) + dvalues).to(keys.dtype), empty.clone()
+    return rows if want_rows else empty, mass, total, dkeys if want_keys else empty.clone(), dbias, dvalues
 
 
 def _forward_fake(query, keys, scale, bias, start_logit, start_value, ql, kl, index, limit, valid, pooled, values, compute):
@@ -217,15 +174,14 @@ def _forward_fake(query, keys, scale, bias, start_logit, start_value, ql, kl, in
     return torch.empty_like(scale), scale.new_empty((*scale.shape, width) if pooled else (0,)), torch.empty_like(scale)
 
 
-def _gradients_fake(
-    g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, ql, kl, index, limit, valid, want, compute
-):
-    shapes = (query.shape, keys.shape, keys.shape[:2], None if values is None else values.shape)
-    dtypes = (scale.dtype, keys.dtype, scale.dtype, scale.dtype if values is None else values.dtype)
-    return tuple(
-        scale.new_empty(shape if wanted else (0,), dtype=dtype if wanted else scale.dtype)
-        for wanted, shape, dtype in zip(want, shapes, dtypes, strict=True)
-    )
+def _gradients_fake(slope, h, query, keys, scale, bias, values, lse, lse_low, ql, kl, index, limit, valid, want, compute):
+    want_rows, want_keys, want_bias, want_values = want
+    shapes = (
+        (query.shape, want_rows), (lse.shape, want_rows), (lse.shape, want_rows), (keys.shape, want_keys), (keys.shape[:2], want_bias),
+        (keys.shape if values is None else values.shape, want_values),
+    )  # fmt: skip
+    dtypes = (scale.dtype, scale.dtype, scale.dtype, keys.dtype if want_keys else scale.dtype, scale.dtype, scale.dtype)
+    return tuple(scale.new_empty(shape if wanted else (0,), dtype=dtype) for (shape, wanted), dtype in zip(shapes, dtypes, strict=True))
 
 
 # Opaque to the compiler, which would otherwise unroll the loops over tiles; eager code calls the functions themselves.
