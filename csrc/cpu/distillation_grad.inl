@@ -86,7 +86,7 @@ struct DistillationKeyPass {
   }
 
   void weigh(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
-    const bool masked = KnownSoftmax::mask(p.student);
+    const bool masked = has_terms(p.student);
     const int64_t end = smaller(row + rows, count);
     if (masked) {
       w.softmax.mask_rows(p.student, 0, first, block, row, end, w.tile);
