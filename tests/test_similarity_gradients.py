@@ -175,6 +175,81 @@ def test_learnable_temperature_and_low_cosines_at_scale_150(impl):
         assert_as_good_as(x, y, z)
 
 
+@pytest.mark.skipif("cpu" not in IMPLS, reason="needs the compiled kernels")
+@pytest.mark.parametrize("case", ["pooled", "values", "lse beside values", "lse with a start value"])
+def test_first_order_is_the_kernels(monkeypatch, case):
+    """Every first-order case, whatever is differentiated; the portable pass is never run for impl="cpu"."""
+    monkeypatch.setattr(portable, "gradients", lambda *args: pytest.fail("ran the portable pass"))
+    query, keys, values = (x.requires_grad_() for x in (normal(9, 8), normal(65, 8), normal(65, 5)))
+    start = normal(9).requires_grad_(), normal(9, 5 if "values" in case else 8).requires_grad_()
+    options = {"start": start} if case != "pooled" else {}
+    if "values" in case:
+        options["values"] = values
+    upstream = normal(9), normal(9, 5 if "values" in case else 8)
+
+    def gradients(op, **more):
+        lse, pooled = op(query, keys, **options, **more)
+        loss = (lse * upstream[0]).sum() + (0 if case.startswith("lse") else (pooled * upstream[1]).sum())
+        return torch.autograd.grad(loss, [query, keys, *([start[0]] if "start" in options else [])])
+
+    torch.testing.assert_close(gradients(similarity_softmax, impl="cpu"), gradients(reference.similarity_softmax), rtol=1e-4, atol=1e-5)
+
+
+def second_order_of_lse(op, tensors, weights, **options):
+    """The gradient of a function of every first-order gradient of lse."""
+    leaves = [x for x in tensors.values() if x.requires_grad]
+    named = dict(tensors)
+    if "start_logit" in named:
+        named["start"] = (named.pop("start_logit"), options.pop("start_value", None))
+    lse, _ = op(named.pop("query"), named.pop("keys"), **named, **options)
+    first = torch.autograd.grad((lse * weights).sum(), leaves, create_graph=True)
+    return torch.autograd.grad(sum((x.double().square() * (i + 1)).sum() for i, x in enumerate(first)), leaves)
+
+
+@every_impl
+@pytest.mark.parametrize("tangents", ["query", "query and start", "keys", "everything"])
+def test_second_order_of_lse_is_as_accurate_as_the_formula(impl, tangents):
+    rules = {"exclude": (KeyIndex(torch.arange(33)), SameLabel(torch.arange(33) % 5, torch.arange(130) % 7)), "valid": 120}
+    tensors = {"query": normal(33, 16, requires_grad=True), "keys": normal(130, 16, requires_grad=tangents in ("keys", "everything"))}
+    if tangents != "query":
+        tensors["start_logit"] = normal(33, requires_grad=True)
+    if tangents == "everything":
+        tensors |= {"bias": normal(130, requires_grad=True), "scale": (0.5 + torch.rand(33)).requires_grad_()}
+    weights = normal(33)
+    start = {"start_value": normal(33, 16)} if "start_logit" in tensors else {}
+    ours = second_order_of_lse(similarity_lse, tensors, weights, impl=impl, **rules, **start)
+    wide = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in tensors.items()}
+    truth = second_order_of_lse(reference.similarity_softmax, wide, weights.double(), **rules, **cast(start, torch.float64))
+    naive = second_order_of_lse(reference.similarity_softmax, tensors, weights, **rules, **start)
+    for x, y, z in zip(ours, naive, truth, strict=True):
+        assert_as_good_as(x, y, z)
+
+
+@pytest.mark.skipif("cpu" not in IMPLS, reason="needs the compiled kernels")
+@pytest.mark.parametrize("keys_grad", [True, False], ids=["bank with gradient", "bank without"])
+def test_second_order_of_lse_is_the_kernels(monkeypatch, keys_grad):
+    monkeypatch.setattr(portable, "gradients", lambda *args: pytest.fail("ran the portable pass"))
+    tensors = {"query": normal(9, 8, requires_grad=True), "keys": normal(65, 8, requires_grad=keys_grad)}
+    ours = second_order_of_lse(similarity_lse, tensors, torch.ones(9), impl="cpu")
+    truth = second_order_of_lse(reference.similarity_softmax, tensors, torch.ones(9))
+    torch.testing.assert_close(ours, truth, rtol=1e-3, atol=1e-3)
+
+
+@every_impl
+def test_one_candidate_dominates_at_a_large_lse(impl):
+    """lse near 100 has a unit in the last place of 8e-6; with its low digits p = 1 errs by less."""
+    keys = torch.nn.functional.normalize(normal(40, 16), dim=-1)
+    query = (keys[:20] + 0.01 * normal(20, 16)).requires_grad_()
+    keys.requires_grad_()
+
+    def gradients(op, query, keys, **options):
+        return torch.autograd.grad(op(query, keys, scale=torch.tensor(100.0, dtype=query.dtype), **options)[0].sum(), (query, keys))
+
+    ours, naive = gradients(similarity_lse, query, keys, impl=impl), gradients(reference.similarity_softmax, query, keys)
+    for x, y, z in zip(ours, naive, gradients(reference.similarity_softmax, query.double(), keys.double()), strict=True):
+        assert_as_good_as(x, y, z)
+
+
 # use
 
 
@@ -324,6 +399,40 @@ def test_func_grad_hessian_and_vmap(op):
     for i in range(3):
         torch.testing.assert_close(tuple(x[i] for x in shared), expected(queries[i], keys, scale), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(tuple(x[i] for x in own), expected(queries[i], banks[i], scale), rtol=1e-4, atol=1e-6)
+
+
+@every_impl
+@pytest.mark.parametrize("form", ["lse", "softmax", "values"])
+def test_batched_upstream_gradients(form, impl):
+    """is_grads_batched: vmap over the backward, of a bank with gradient too."""
+    query, keys, values = normal(5, 8, requires_grad=True), normal(65, 8, requires_grad=True), normal(65, 3, requires_grad=True)
+    op = similarity_lse if form == "lse" else similarity_softmax
+    outputs = op(query, keys, impl=impl, **({"values": values} if form == "values" else {}))
+    outputs = [x for x in outputs if x is not None and x.requires_grad]
+    inputs = [query, keys, *([values] if form == "values" else [])]
+    upstream = [normal(4, *x.shape) for x in outputs]
+    together = torch.autograd.grad(outputs, inputs, upstream, is_grads_batched=True, retain_graph=True)
+    for i in range(4):
+        alone = torch.autograd.grad(outputs, inputs, [g[i] for g in upstream], retain_graph=True)
+        torch.testing.assert_close(tuple(x[i] for x in together), alone, rtol=1e-4, atol=1e-5)
+
+
+@every_impl
+@both
+def test_hessian_vector_product(op, impl):
+    query, keys, direction = normal(5, 8), normal(65, 8), normal(5, 8)
+
+    def loss(op, query, **options):
+        lse, pooled = op(query, keys, **options)
+        return lse.square().sum() + (pooled.square().sum() if pooled is not None else 0)
+
+    def plain(query, keys):
+        lse, pooled = reference.similarity_softmax(query, keys)
+        return lse, pooled if op is similarity_softmax else None
+
+    ours = torch.func.vjp(torch.func.grad(lambda q: loss(op, q, impl=impl)), query)[1](direction)
+    truth = torch.func.vjp(torch.func.grad(lambda q: loss(plain, q)), query)[1](direction)
+    torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
 
 
 def test_vmap_over_rows_of_a_shared_bank():

@@ -63,7 +63,7 @@ class Similarity(Function):
         g = torch.zeros_like(lse) if g is None else g.contiguous()
         h = h.contiguous() if ctx.pool and h is not None else None
         *want, want_values = ctx.want
-        # as a Function where it may be differentiated again, or is itself under vmap (is_grads_batched)
+        # as a Function where it may be differentiated again, or is under torch.func.vmap
         record = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
         run = Gradients.apply if record and not torch.compiler.is_compiling() else Gradients.forward
         dquery, dkeys, dscale, dbias, dstart_logit, dvalues, dstart_value = run(

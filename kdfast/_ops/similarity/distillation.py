@@ -23,7 +23,7 @@ from .apply import needs_grad, streaming_softmax
 from .arguments import how_to_compute, problem, row_parameter
 from .autograd import _keep, _kept, _versions
 from .exclusions import Rules
-from .portable import start_weight
+from .first_order import start_weight
 from .positives import dot
 
 

@@ -51,7 +51,9 @@ def run_gradients(impl, compute, want: Want, slope, h, query, keys, scale, bias,
         rows = cpu.grad_rows(*problem, **options) if want.rows else (none,) * 3
         columns = cpu.grad_keys(*problem, want.keys, want.bias, want.values, **options) if any(want[1:]) else (none,) * 3
         return Sums(*rows, *columns)
-    run = torch.ops.kdfast_torch.similarity_gradients if torch.compiler.is_compiling() else portable.gradients
+    # is_grads_batched knows no in-place operations, but runs an opaque op once for each upstream gradient
+    opaque = torch.compiler.is_compiling() or any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in (slope, h))
+    run = torch.ops.kdfast_torch.similarity_gradients if opaque else portable.gradients
     return Sums(*run(slope, h, query, keys, scale, bias, values, lse, lse_low, *rules, list(want), compute.dtype))
 
 
