@@ -37,9 +37,9 @@ class Derivatives(NamedTuple):
 
 def second_order_of_lse(
     impl: str, compute, want_keys: bool, want_bias: bool, tangent: Tangent, g: Tensor,
-    query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules,
+    query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled: Tensor | None, *rules,
 ) -> Derivatives:  # fmt: skip
-    """Where only lse has an upstream gradient.
+    """Where only lse has an upstream gradient. pooled: the forward's, if at hand.
 
     Along the tangent the logits move at the rates zdot_ij = e_i.k_j + s_i q_i.kappa_j + beta_j, and lse at their mean: the pooled output
     for the values v_j = (k_j, kappa_j, beta_j), in the direction (e_i, s_i q_i, 1). So the sums are those of that output's gradient.
@@ -61,10 +61,12 @@ def second_order_of_lse(
     def mean(of: Tensor | None) -> Tensor:
         return run_forward(impl, compute, True, query, keys, scale, bias, start_logit, of, None, *rules)[1]
 
-    means = [pooled if pooled_is_over_keys(values, start_value) else mean(None)]
-    if parts:
-        means.append(mean(torch.cat(parts, -1)))
-    direction, means = torch.cat(direction, -1), torch.cat(means, -1)
+    of_rates = torch.cat([keys, *parts], -1) if parts else None
+    direction = torch.cat(direction, -1)
+    if pooled is None or not pooled_is_over_keys(values, start_value):
+        means = mean(of_rates)
+    else:
+        means = torch.cat([pooled, mean(torch.cat(parts, -1))], -1) if parts else pooled
     rate = (direction * means).sum(-1)  # the mean of zdot
     start = None
     if start_logit is not None:
@@ -74,7 +76,6 @@ def second_order_of_lse(
         start = Start(weight, g * (own - rate))
 
     want = Want(True, want_keys, want_bias, want_keys and bool(parts))
-    of_rates = torch.cat([keys, *parts], -1) if parts else None
     sums = run_gradients(impl, compute, want, -g * rate, g[..., None] * direction, query, keys, scale, bias, of_rates, lse, lse_low, *rules)
     key_mean = means[..., :width]
     rows_a = corrected(sums, start, torch.zeros_like(g), key_mean)

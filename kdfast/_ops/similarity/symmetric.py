@@ -224,26 +224,26 @@ class SymmetricGradients(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        _, ctx.compute, _, *tensors = inputs
+        ctx.impl, ctx.compute, _, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, u, kappa, sigma):
         """Of the rows' softmax over the columns, and of the columns' over the rows."""
-        row_g, column_g, row_lse, column_lse, _, _, x, y, scale, x_labels, y_labels = ctx.saved_tensors
+        row_g, column_g, row_lse, column_lse, row_low, column_low, x, y, scale, x_labels, y_labels = ctx.saved_tensors
         u, kappa, sigma = (torch.zeros_like(x) if u is None else u for u, x in ((u, x), (kappa, y), (sigma, scale)))
         want_x, want_y = ctx.needs_input_grad[9:11]
 
-        def one_side(want_keys, u, kappa, g, query, keys, lse, query_labels, key_labels):
+        def one_side(want_keys, u, kappa, g, query, keys, lse, lse_low, query_labels, key_labels):
             sigma_rows, scale_rows = (per_entry[:, None].expand(query.shape[:2]).contiguous() for per_entry in (sigma, scale))
             grads = SecondOrder.apply(
-                ctx.compute, (want_keys, False, False), u, kappa, sigma_rows, *(None,) * 4,
-                g, None, query, keys, scale_rows, *(None,) * 4, lse, None, None, query_labels, key_labels, *(None,) * 3,
+                ctx.impl, ctx.compute, (want_keys, False, False), u, kappa, sigma_rows, *(None,) * 4,
+                g, None, query, keys, scale_rows, *(None,) * 4, lse, lse_low, None, query_labels, key_labels, *(None,) * 3,
             )  # fmt: skip
             return grads[0], grads[2], grads[3], grads[4].sum(-1)
 
-        drow_g, dx, dy, dscale = one_side(want_y, u, kappa, row_g, x, y, row_lse, x_labels, y_labels)
-        dcolumn_g, more_dy, more_dx, more_dscale = one_side(want_x, kappa, u, column_g, y, x, column_lse, y_labels, x_labels)
+        drow_g, dx, dy, dscale = one_side(want_y, u, kappa, row_g, x, y, row_lse, row_low, x_labels, y_labels)
+        dcolumn_g, more_dy, more_dx, more_dscale = one_side(want_x, kappa, u, column_g, y, x, column_lse, column_low, y_labels, x_labels)
         dx, dy = dx + more_dx if want_x else None, dy + more_dy if want_y else None
         return None, None, None, drow_g, dcolumn_g, *(None,) * 4, dx, dy, dscale + more_dscale, None, None
 
