@@ -45,6 +45,8 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def(
       "sinkhorn_plan(Tensor? cost, Tensor? x, Tensor? y, Tensor a, Tensor b, Tensor epsilon, Tensor? rows, Tensor? cols, str metric, "
       "float? rho_a, float? rho_b, Tensor? f, Tensor? g, Tensor? weight, bool over_cost, bool sum, int begin, int end) -> Tensor");
+  m.def("sinkhorn_assign(Tensor scores, Tensor? v, Tensor inverse_epsilon, bool codes) -> Tensor");
+  m.def("sinkhorn_normalize(Tensor logits, Tensor? gradient, int iterations, float eps) -> Tensor");
   m.def(
       "knn_scan(Tensor query, Tensor keys, Tensor factor, Tensor offset, Tensor? query_labels, Tensor? key_labels, bool only_same, Tensor? own, "
       "int first, int kept, Tensor(a!) rank, Tensor(b!) index, Tensor(c!) count, Tensor(d!) threshold, int precision) -> ()");

@@ -168,6 +168,27 @@ def _sinkhorn(impl: str) -> Iterator[Pair]:
     )
 
 
+def _sinkhorn_assign(impl: str) -> Iterator[Pair]:
+    scores = _rows(N, 1) @ _rows(D, 2).T
+    q = (scores.double() / 0.05).exp()
+    for _ in range(3):
+        q = q / q.sum(-2, keepdim=True)
+        q = q / q.sum(-1, keepdim=True)
+    yield functional.sinkhorn_assign(scores.to(_device(impl)), impl=impl), q
+
+
+def _sinkhorn_normalize(impl: str) -> Iterator[Pair]:
+    from ._ops.sinkhorn import normalize
+
+    weight = _rows(19 * 4, 3, 4).reshape(19, 4, 4)
+    return _agree(
+        lambda x: (functional.sinkhorn_normalize(x, impl=impl) * weight.to(x)).mean(),
+        lambda x: (normalize.plain(x, 20, 1e-6) * weight.to(x)).mean(),
+        impl,
+        _rows(19 * 4, 1, 4).reshape(19, 4, 4),
+    )
+
+
 def _knn(impl: str) -> Iterator[Pair]:
     from ._ops.knn import reference
 
@@ -250,6 +271,8 @@ CHECKS: dict[str, Callable[[str], Iterator[Pair]]] = {
     "similarity_distillation": _similarity_distillation,
     "gather_similarity": _gather_similarity,
     "sinkhorn": _sinkhorn,
+    "sinkhorn_assign": _sinkhorn_assign,
+    "sinkhorn_normalize": _sinkhorn_normalize,
     "knn": _knn,
     "row_extrema": _row_extrema,
     "mine_triplets": _mine_triplets,

@@ -61,6 +61,14 @@ struct CpuKernels {
   int64_t (*sinkhorn_plan_workspace_double)(const SinkhornProblem<double>&);
   void (*sinkhorn_plan)(const SinkhornProblem<float>&, const SinkhornPlan<float>&, float* workspace);
   void (*sinkhorn_plan_double)(const SinkhornProblem<double>&, const SinkhornPlan<double>&, double* workspace);
+  int64_t (*sinkhorn_assign_workspace)(const SinkhornAssign<float>&);
+  int64_t (*sinkhorn_assign_workspace_double)(const SinkhornAssign<double>&);
+  void (*sinkhorn_assign)(const SinkhornAssign<float>&, float* workspace);
+  void (*sinkhorn_assign_double)(const SinkhornAssign<double>&, double* workspace);
+  int64_t (*sinkhorn_normalize_workspace)(const SinkhornNormalize<float>&);
+  int64_t (*sinkhorn_normalize_workspace_double)(const SinkhornNormalize<double>&);
+  void (*sinkhorn_normalize)(const SinkhornNormalize<float>&, int64_t begin, int64_t end, float* workspace);  // matrices
+  void (*sinkhorn_normalize_double)(const SinkhornNormalize<double>&, int64_t begin, int64_t end, double* workspace);
   int64_t (*knn_workspace)(const KnnScanParams&, int64_t rows);  // floats, for tasks up to this size
   void (*knn_scan)(const KnnScanParams&, int64_t begin, int64_t end, float* workspace);
   void (*knn_refine)(const KnnRefineParams&, int64_t begin, int64_t end);

@@ -53,6 +53,27 @@ struct SinkhornPlan {
   int64_t out_stride;
 };
 
+// One pass over rows begin ... end of scores [rows, columns]; factor = log2(e)/epsilon. Without v: the largest factor s of each column
+// and its sum of 2^(factor s - largest). With v [columns]: the column sums of softmax(s/epsilon + v) (padded by a vector), or that itself.
+template <class Real>
+struct SinkhornAssign {
+  ElementType type;  // of the scores where Real is float
+  const void* scores;
+  int64_t stride, columns, begin, end;
+  double factor;
+  const Real* v;
+  Real *largest, *sums, *codes;
+};
+
+// Matrices [n, n] one after another, or the gradient in logits where one is given.
+template <class Real>
+struct SinkhornNormalize {
+  int64_t n, iterations;
+  double eps;
+  const Real *logits, *gradient;
+  Real* out;
+};
+
 // Those who share the work on one problem: run(size, body, self) calls body(self, worker) for each worker < size.
 struct SinkhornTeam {
   int64_t size;

@@ -13,6 +13,7 @@
 #include "similarity_grad.inl"
 #include "similarity_grad_rows.inl"
 #include "sinkhorn.inl"
+#include "sinkhorn_layers.inl"
 #include "sinkhorn_plan.inl"
 #include "symmetric.inl"
 
@@ -34,6 +35,8 @@ const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA) = {
     gather_scatter_workspace, gather_scatter,
     sinkhorn_workspace<float>, sinkhorn_workspace<double>, sinkhorn_solve<float>, sinkhorn_solve<double>,
     sinkhorn_plan_workspace<float>, sinkhorn_plan_workspace<double>, sinkhorn_plan<float>, sinkhorn_plan<double>,
+    sinkhorn_assign_workspace<float>, sinkhorn_assign_workspace<double>, sinkhorn_assign<float>, sinkhorn_assign<double>,
+    sinkhorn_normalize_workspace<float>, sinkhorn_normalize_workspace<double>, sinkhorn_normalize<float>, sinkhorn_normalize<double>,
     knn_workspace, knn_scan, knn_refine,
     fma_probe,
 };

@@ -10,7 +10,7 @@ from kdfast._core import checks, dtypes
 from kdfast._core import reduction as reductions
 from kdfast._ops.sinkhorn import SinkhornResult, arguments, sinkhorn
 from kdfast._ops.sinkhorn.assign import assign
-from kdfast._ops.sinkhorn.normalize import Normalize
+from kdfast._ops.sinkhorn.normalize import normalize
 
 
 def sinkhorn_loss(
@@ -117,7 +117,7 @@ def _cost(result: SinkhornResult, grad: str) -> Tensor:
     return result.transport_cost if grad == "detached" else result.value
 
 
-def sinkhorn_assign(scores: Tensor, *, epsilon: float | Tensor = 0.05, iters: int = 3, group=None) -> Tensor:
+def sinkhorn_assign(scores: Tensor, *, epsilon: float | Tensor = 0.05, iters: int = 3, group=None, impl: str | None = None) -> Tensor:
     """Codes that spread samples evenly over prototypes, from scores [*B, N, K] of N samples against K prototypes.
 
     exp(scores/epsilon) is normalised over samples per prototype, then over prototypes per sample, `iters` times, so that
@@ -137,9 +137,10 @@ def sinkhorn_assign(scores: Tensor, *, epsilon: float | Tensor = 0.05, iters: in
     checks.count("iters", iters)
     if isinstance(epsilon, Tensor):
         checks.exact_shape("epsilon", epsilon, ())
-        epsilon = epsilon.detach().to(dtypes.accumulator(scores.dtype))
+        epsilon = epsilon.detach()
+    epsilon = arguments.scalar(epsilon, dtypes.accumulator(scores.dtype), scores.device)
     flat = scores.detach().reshape(math.prod(scores.shape[:-2]), *scores.shape[-2:])
-    return assign(flat, epsilon, iters, group).reshape(scores.shape)
+    return assign(flat, epsilon, iters, group, impl).reshape(scores.shape)
 
 
 def log_optimal_transport(
@@ -194,12 +195,12 @@ def _counts(lengths, batch, sizes: tuple[int, int], device) -> tuple[Tensor, Ten
     return tuple(count[..., None] for count in counts)
 
 
-def sinkhorn_normalize(logits: Tensor, *, iters: int = 20, eps: float = 1e-6) -> Tensor:
+def sinkhorn_normalize(logits: Tensor, *, iters: int = 20, eps: float = 1e-6, impl: str | None = None) -> Tensor:
     """Nearly doubly stochastic matrices from logits [*B, n, n]: softmax of the rows plus eps, then columns, then rows and columns.
 
     Every normalisation is x / (sum x + eps); columns are normalised `iters` times and last, rows iters - 1 times after
-    the softmax. The gradient is that of these iterations; (2 iters - 1) n numbers a matrix are stored for it, not the
-    matrices. Twice differentiable.
+    the softmax. The gradient is that of these iterations; nothing is stored for it on the CPU, elsewhere (2 iters - 1) n
+    numbers a matrix, not the matrices. Twice differentiable.
 
     Returns: [*B, n, n] float32 (float64 for float64).
 
@@ -213,4 +214,4 @@ def sinkhorn_normalize(logits: Tensor, *, iters: int = 20, eps: float = 1e-6) ->
         raise TypeError("eps must be a float, got a Tensor")
     checks.nonnegative_number("eps", eps)
     flat = logits.to(dtypes.accumulator(logits.dtype)).reshape(math.prod(logits.shape[:-2]), *logits.shape[-2:])
-    return Normalize.apply(flat, iters, eps)[0].reshape(logits.shape)
+    return normalize(flat, iters, eps, impl).reshape(logits.shape)

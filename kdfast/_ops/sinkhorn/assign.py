@@ -4,34 +4,49 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kdfast._core import impls
+
+from . import cpu
 from .geometry import TILE, TILE_ELSEWHERE
 
+impls.register("sinkhorn_assign", impls.Implementation("cpu", cpu.missing, cpu.refuses))
 
-def assign(scores: Tensor, epsilon, iters: int, group) -> Tensor:
-    """Codes [B, N, K] of scores [B, N, K] (working dtype of the result decided by the caller): `iters` reads more than one, one write.
+
+def assign(scores: Tensor, epsilon: Tensor, iters: int, group, impl: str | None) -> Tensor:
+    """Codes [B, N, K] of scores [B, N, K], epsilon [], in the accumulator's dtype: `iters` reads more than one, one write.
 
     With column potentials v (nats), rows are softmax(s/epsilon + v), so only v is kept: first v = -LSE over all samples,
     then each pass adds -log of the rows' column sums (which cannot underflow: at least 1/K of their target).
     """
+    impl = impls.choose("sinkhorn_assign", impl, device_type=scores.device.type)
+    one_pass = cpu.assign_pass if impl == "cpu" else _pass
     inverse = 1 / epsilon
-    v = -_column_lse(scores, inverse, group)
+    v = -_total_lse(one_pass(scores, None, inverse, codes=False), group)
     for _ in range(iters - 1):
-        sums = torch.zeros_like(v)
-        for rows in _tiles(scores):
-            sums += (scores[:, rows].to(v.dtype) * inverse + v[:, None]).softmax(-1).sum(-2)
-        v = v - _total(sums, group).log()
-    codes = torch.empty(scores.shape, dtype=v.dtype, device=scores.device)
-    for rows in _tiles(scores):
-        codes[:, rows] = (scores[:, rows].to(v.dtype) * inverse + v[:, None]).softmax(-1)
-    return codes
+        v = v - _total(one_pass(scores, v, inverse, codes=False), group).log()
+    return one_pass(scores, v, inverse, codes=True)
 
 
-def _column_lse(scores: Tensor, inverse, group) -> Tensor:
-    """log sum_n exp(s_nk / epsilon) [B, K] over every process."""
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    lse = torch.full((scores.shape[0], scores.shape[2]), -torch.inf, dtype=dtype, device=scores.device)
+def _pass(scores: Tensor, v: Tensor | None, inverse: Tensor, *, codes: bool) -> Tensor:
+    """softmax(s/epsilon + v) over the columns [B, N, K], or its column sums [B, K]; without v log sum_n exp(s_nk/epsilon) [B, K]."""
+    batch, _, k = scores.shape
+    if codes:
+        out = torch.empty(scores.shape, dtype=inverse.dtype, device=scores.device)
+    else:
+        out = torch.full((batch, k), -torch.inf if v is None else 0.0, dtype=inverse.dtype, device=scores.device)
     for rows in _tiles(scores):
-        lse = torch.logaddexp(lse, (scores[:, rows].to(dtype) * inverse).logsumexp(-2))
+        z = scores[:, rows].to(inverse.dtype) * inverse
+        if v is None:
+            out = torch.logaddexp(out, z.logsumexp(-2))
+        elif codes:
+            out[:, rows] = (z + v[:, None]).softmax(-1)
+        else:
+            out += (z + v[:, None]).softmax(-1).sum(-2)
+    return out
+
+
+def _total_lse(lse: Tensor, group) -> Tensor:
+    """log of the sum of exp(lse) over every process."""
     if group is None:
         return lse
     largest = lse.clone()

@@ -10,6 +10,9 @@ from .adjoint import Moments
 from .geometry import Problem, blocks, pull_slopes, row_tiles
 from .portable import Schedule, Solution
 
+#: What normalize takes: sixteen such matrices and their gradients stay in L2.
+NORMALIZED_ENTRIES = 4096
+
 
 def missing() -> str | None:
     """Why the kernels are not on this machine (None: they are)."""
@@ -59,6 +62,17 @@ def apply_plan(p: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> 
     return out
 
 
+def assign_pass(scores: Tensor, v: Tensor | None, inverse: Tensor, *, codes: bool) -> Tensor:
+    """One pass of assign.py over scores [B, N, K], v [B, K], inverse []."""
+    scores = scores if scores.stride(-1) == 1 else scores.contiguous()
+    return torch.ops.kdfast.sinkhorn_assign(scores, v, inverse, codes)
+
+
+def normalize(logits: Tensor, gradient: Tensor | None, iters: int, eps: float) -> Tensor:
+    """normalize.py's iterations on logits [B, n, n], or their gradient in the logits from `gradient` [B, n, n]."""
+    return torch.ops.kdfast.sinkhorn_normalize(logits.contiguous(), None if gradient is None else gradient.contiguous(), iters, eps)
+
+
 def _plan_tiles(p: Problem, f: Tensor, g: Tensor, weight: Tensor, *, over_cost: bool = False):
     """(problems, rows, these problems, weight P [b, r, m] there, over C where asked) in pieces that stay in cache."""
     for lo, hi in blocks(p):
@@ -92,6 +106,29 @@ def _plan_shapes(cost, x, y, a, b, *rest) -> Tensor:
     return b.new_empty(*(() if total else b.shape[:1]), end - begin, b.shape[1])
 
 
+def _assign_shapes(scores: Tensor, v, inverse: Tensor, codes: bool) -> Tensor:
+    batch, n, k = scores.shape
+    return inverse.new_empty((batch, n, k) if codes else (batch, k))
+
+
+def _normalize_shapes(logits: Tensor, gradient, iterations: int, eps: float) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _fold_normalize(info, in_dims, logits: Tensor, gradient: Tensor | None, iterations: int, eps: float):
+    """The vmap rule: V batches of B matrices are V B matrices."""
+    sources = [
+        t if t is None else (t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0))
+        for t, dim in zip((logits, gradient), in_dims, strict=False)
+    ]
+    shape = sources[0].shape
+    folded = (None if t is None else t.reshape(shape[0] * shape[1], *shape[2:]) for t in sources)
+    return normalize(*folded, iterations, eps).reshape(shape), 0
+
+
 if missing() is None:
     torch.library.register_fake("kdfast::sinkhorn_solve", _solve_shapes)
     torch.library.register_fake("kdfast::sinkhorn_plan", _plan_shapes)
+    torch.library.register_fake("kdfast::sinkhorn_assign", _assign_shapes)
+    torch.library.register_fake("kdfast::sinkhorn_normalize", _normalize_shapes)
+    torch.library.register_vmap("kdfast::sinkhorn_normalize", _fold_normalize)

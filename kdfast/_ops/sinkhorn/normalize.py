@@ -1,12 +1,31 @@
 """Doubly stochastic normalisation of many small matrices, with the gradient of its truncated iterations.
 
 x = softmax(logits) + eps; columns; then (rows, columns) iters - 1 times, each x <- x / (sum x + eps). With y = x/d, d = sum x + eps:
-dx = (dy - sum dy y)/d along the normalised dimension, and x = y d, so only the divisors are stored: (2 iters - 1) n a matrix.
+dx = (dy - sum dy y)/d along the normalised dimension, and x = y d, so only the divisors are stored: (2 iters - 1) n a matrix; the
+fused form stores nothing and forms them again.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+from kdfast._core import impls
+
+from . import cpu
+
+
+def _too_large(*, device_type: str, entries: int) -> str | None:
+    too_many = entries > cpu.NORMALIZED_ENTRIES
+    return cpu.refuses(device_type=device_type) or (f"it takes matrices of at most {cpu.NORMALIZED_ENTRIES} entries" if too_many else None)
+
+
+impls.register("sinkhorn_normalize", impls.Implementation("cpu", cpu.missing, _too_large))
+
+
+def normalize(logits: Tensor, iters: int, eps: float, impl: str | None) -> Tensor:
+    """logits [B, n, n] in the working dtype -> [B, n, n]."""
+    impl = impls.choose("sinkhorn_normalize", impl, device_type=logits.device.type, entries=logits.shape[1] * logits.shape[2])
+    return FusedNormalize.apply(logits, iters, eps) if impl == "cpu" else Normalize.apply(logits, iters, eps)[0]
 
 
 def plain(logits: Tensor, iters: int, eps: float) -> Tensor:
@@ -15,6 +34,10 @@ def plain(logits: Tensor, iters: int, eps: float) -> Tensor:
     for dim in _order(iters):
         x = x / (x.sum(dim, keepdim=True) + eps)
     return x
+
+
+def _plain_gradient(logits: Tensor, dy: Tensor, iters: int, eps: float) -> Tensor:
+    return torch.func.vjp(lambda x: plain(x, iters, eps), logits)[1](dy)[0]
 
 
 def _order(iters: int) -> list[int]:
@@ -47,9 +70,31 @@ class Normalize(Function):
             return None, None, None
         logits, y, *divisors = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph
-            return torch.func.vjp(lambda x: plain(x, ctx.iters, ctx.eps), logits)[1](dy)[0], None, None
+            return _plain_gradient(logits, dy, ctx.iters, ctx.eps), None, None
         for dim, d in zip(reversed(_order(ctx.iters)), reversed(divisors), strict=True):
             dy = (dy - (dy * y).sum(dim, keepdim=True)) / d
             y = y * d
         p = y - ctx.eps
         return p * (dy - (dy * p).sum(-1, keepdim=True)), None, None
+
+
+class FusedNormalize(Function):
+    """(logits [B, n, n], iters, eps) -> the matrices, by the C++ kernel, which takes a matrix to a lane."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits, iters, eps):
+        return cpu.normalize(logits, None, iters, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, ctx.iters, ctx.eps = inputs
+        ctx.save_for_backward(logits)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (logits,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph
+            return _plain_gradient(logits, dy, ctx.iters, ctx.eps), None, None
+        return cpu.normalize(logits, dy, ctx.iters, ctx.eps), None, None
