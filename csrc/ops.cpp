@@ -45,6 +45,10 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def(
       "sinkhorn_plan(Tensor? cost, Tensor? x, Tensor? y, Tensor a, Tensor b, Tensor epsilon, Tensor? rows, Tensor? cols, str metric, "
       "float? rho_a, float? rho_b, Tensor? f, Tensor? g, Tensor? weight, bool over_cost, bool sum, int begin, int end) -> Tensor");
+  m.def(
+      "sinkhorn_replay(Tensor? cost, Tensor? x, Tensor? y, Tensor a, Tensor b, Tensor epsilon, Tensor? rows, Tensor? cols, str metric, "
+      "float? rho_a, float? rho_b, Tensor g, Tensor history_f, Tensor history_g, Tensor done, Tensor to_f, Tensor to_g, bool to_epsilon, "
+      "int iterations, float? tol, str method, float? anneal_start, float? anneal_factor) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("sinkhorn_assign(Tensor scores, Tensor? v, Tensor inverse_epsilon, bool codes) -> Tensor");
   m.def("sinkhorn_normalize(Tensor logits, Tensor? gradient, int iterations, float eps) -> Tensor");
   m.def(

@@ -1,128 +1,18 @@
-// kdfast::sinkhorn_solve and sinkhorn_plan on the CPU: checks, division among threads, registration.
+// kdfast::sinkhorn_solve, sinkhorn_replay and sinkhorn_plan on the CPU: checks, division among threads, registration.
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-#include <optional>
-#include <string>
 #include <tuple>
 
-#include "bind.h"
-#include "dispatch.h"
+#include "bind_sinkhorn.h"
 
 namespace {
 
-using kdfast::SinkhornMethod;
-using kdfast::SinkhornMetric;
 using kdfast::SinkhornPlan;
-using kdfast::SinkhornProblem;
-using kdfast::SinkhornSchedule;
+using kdfast::SinkhornReplay;
 using kdfast::SinkhornSolution;
-using kdfast::SinkhornTeam;
-using OptionalTensor = std::optional<Tensor>;
 
-constexpr double kEntriesAThread = 2e5;   // exponentials of 20 us
 constexpr int64_t kCachedBytes = 1 << 20;  // a stored kernel of this size stays in L2: half of one
-
-void run_team(int64_t size, void (*body)(void* self, int64_t worker), void* self) {
-  for_each_task(size, size, [&](int64_t, int64_t worker) { body(self, worker); });
-}
-
-SinkhornMetric metric_of(const std::string& name) {
-  if (name == "given") return SinkhornMetric::kGiven;
-  if (name == "sqeuclidean") return SinkhornMetric::kSquared;
-  if (name == "euclidean") return SinkhornMetric::kEuclidean;
-  STD_TORCH_CHECK(name == "dot", "unknown metric ", name);
-  return SinkhornMetric::kDot;
-}
-
-template <class Real>
-constexpr ScalarType kReal = sizeof(Real) == 4 ? ScalarType::Float : ScalarType::Double;
-
-template <class Real>
-const Real* packed(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) {
-  check(name, x, kReal<Real>, shape);
-  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
-  return data<Real>(x);
-}
-
-// The batch of problems of one call.
-template <class Real>
-struct Problems {
-  int64_t batch, n, m;
-  SinkhornProblem<Real> first;
-  int64_t cost_batch_stride = 0;  // in bytes
-  const Real* epsilon;
-  const int64_t *rows = nullptr, *cols = nullptr;
-
-  Problems(const OptionalTensor& cost, const OptionalTensor& x, const OptionalTensor& y, const Tensor& a, const Tensor& b, const Tensor& eps,
-           const OptionalTensor& row_counts, const OptionalTensor& col_counts, const std::string& metric, std::optional<double> rho_a,
-           std::optional<double> rho_b) {
-    STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "a and b must have 2 dimensions, got ", a.dim(), " and ", b.dim());
-    batch = a.size(0), n = a.size(1), m = b.size(1);
-    first.metric = metric_of(metric);
-    first.a = packed<Real>("a", a, {batch, n});
-    first.b = packed<Real>("b", b, {batch, m});
-    epsilon = packed<Real>("epsilon", eps, {batch});
-    first.rho_a = rho_a.value_or(0), first.rho_b = rho_b.value_or(0);
-    first.x = first.y = nullptr, first.cost = nullptr, first.cost_stride = first.width = 0;
-    first.type = kdfast::ElementType::kFloat32;
-    STD_TORCH_CHECK(cost.has_value() == (first.metric == SinkhornMetric::kGiven), "a cost must be given, or points");
-    if (cost.has_value()) {
-      take_cost(*cost);
-    } else {
-      STD_TORCH_CHECK(x.has_value() && y.has_value(), "x and y must be given together");
-      first.width = x->size(2);
-      first.x = packed<Real>("x", *x, {batch, n, first.width});
-      first.y = packed<Real>("y", *y, {batch, m, first.width});
-    }
-    if (!row_counts.has_value()) return;
-    STD_TORCH_CHECK(col_counts.has_value(), "rows and cols must be given together");
-    for (const Tensor* counts : {&*row_counts, &*col_counts}) {
-      check("rows and cols", *counts, ScalarType::Long, {batch});
-      STD_TORCH_CHECK(counts->is_contiguous(), "rows and cols must be contiguous");
-    }
-    rows = data<int64_t>(*row_counts), cols = data<int64_t>(*col_counts);
-  }
-
-  SinkhornProblem<Real> at(int64_t i) const {
-    SinkhornProblem<Real> p = first;
-    p.n = rows == nullptr ? n : std::clamp<int64_t>(rows[i], 0, n);
-    p.m = cols == nullptr ? m : std::clamp<int64_t>(cols[i], 0, m);
-    p.a += i * n, p.b += i * m;
-    p.epsilon = double(epsilon[i]);
-    if (p.cost != nullptr) p.cost = static_cast<const char*>(p.cost) + i * cost_batch_stride;
-    if (p.x != nullptr) p.x += i * n * p.width, p.y += i * m * p.width;
-    return p;
-  }
-
-  // As large as any of them.
-  SinkhornProblem<Real> first_padded() const {
-    SinkhornProblem<Real> p = first;
-    p.n = n, p.m = m;
-    return p;
-  }
-
- private:
-  void take_cost(const Tensor& cost) {
-    const bool shared = cost.dim() == 2;
-    if (shared) {
-      check("cost", cost, cost.scalar_type(), {n, m});
-    } else {
-      check("cost", cost, cost.scalar_type(), {batch, n, m});
-    }
-    const int64_t d = cost.dim() - 2;
-    STD_TORCH_CHECK(m <= 1 || cost.stride(d + 1) == 1, "rows of the cost must be contiguous");
-    if (sizeof(Real) == 8) {
-      STD_TORCH_CHECK(cost.scalar_type() == ScalarType::Double, "the cost of float64 problems must be float64");
-    } else {
-      first.type = element_type("sinkhorn_solve", cost.scalar_type());
-    }
-    first.cost = cost.const_data_ptr();
-    first.cost_stride = cost.stride(d);
-    cost_batch_stride = shared ? 0 : cost.stride(0) * int64_t(cost.element_size());
-  }
-};
 
 int64_t solve_workspace(const SinkhornProblem<float>& p, const SinkhornSchedule& s, int64_t workers) {
   return kdfast::cpu_kernels().sinkhorn_workspace(p, s, workers);
@@ -136,18 +26,6 @@ void solve_one(const SinkhornProblem<float>& p, const SinkhornSchedule& s, const
 void solve_one(const SinkhornProblem<double>& p, const SinkhornSchedule& s, const SinkhornTeam& t, const SinkhornSolution<double>& out, double* work) {
   kdfast::cpu_kernels().sinkhorn_solve_double(p, s, t, out, work);
 }
-
-// Many problems: one to a thread at a time. Few: one after another, each over all threads.
-struct Division {
-  int64_t workers, team;
-
-  Division(int64_t batch, int64_t n, int64_t m, int64_t sweeps) {
-    const int64_t threads = torch::stable::get_num_threads();
-    const double entries = double(n) * double(m);
-    team = batch >= threads ? 1 : std::clamp<int64_t>(int64_t(entries / kEntriesAThread), 1, std::min(threads, n));
-    workers = team > 1 ? 1 : std::clamp<int64_t>(int64_t(entries * double(batch) * double(sweeps) / kEntriesAThread), 1, std::min(threads, batch));
-  }
-};
 
 using Solution = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -167,15 +45,14 @@ Solution solve(const Problems<Real>& problems, const Tensor& a, const Tensor& b,
   const Solution out{f, g, row, col, transport, error, done, steps_f, steps_g};
   if (batch == 0) return out;
 
-  const auto pointer = [](Tensor& x) { return static_cast<Real*>(x.mutable_data_ptr()); };
   const Division division(batch, n, m, schedule.iterations);
   const SinkhornTeam team{division.team, run_team};
   const int64_t space = solve_workspace(problems.first_padded(), schedule, team.size);
   Tensor work = torch::stable::new_empty(a, {division.workers * space + 16});
-  Real* const aligned = reinterpret_cast<Real*>((reinterpret_cast<uintptr_t>(pointer(work)) + 63) / 64 * 64);
-  Real *const to_f = pointer(f), *const to_g = pointer(g), *const to_row = pointer(row), *const to_col = pointer(col);
-  Real *const to_transport = pointer(transport), *const to_error = pointer(error);
-  Real *const to_steps_f = pointer(steps_f), *const to_steps_g = pointer(steps_g);
+  Real* const aligned = reinterpret_cast<Real*>((reinterpret_cast<uintptr_t>(values<Real>(work)) + 63) / 64 * 64);
+  Real *const to_f = values<Real>(f), *const to_g = values<Real>(g), *const to_row = values<Real>(row), *const to_col = values<Real>(col);
+  Real *const to_transport = values<Real>(transport), *const to_error = values<Real>(error);
+  Real *const to_steps_f = values<Real>(steps_f), *const to_steps_g = values<Real>(steps_g);
   int64_t* const to_done = static_cast<int64_t*>(done.mutable_data_ptr());
   for_each_task(division.workers, batch, [&](int64_t worker, int64_t i) {
     const SinkhornProblem<Real> p = problems.at(i);
@@ -191,18 +68,79 @@ Solution sinkhorn_solve(const OptionalTensor& cost, const OptionalTensor& x, con
                         const OptionalTensor& rows, const OptionalTensor& cols, std::string metric, std::optional<double> rho_a, std::optional<double> rho_b,
                         const Tensor& g, int64_t iterations, std::optional<double> tol, std::string method, std::optional<double> anneal_start,
                         std::optional<double> anneal_factor, bool history) {
-  SinkhornSchedule schedule{SinkhornMethod::kLog, iterations, tol.value_or(-1), anneal_start.value_or(0), anneal_factor.value_or(1)};
-  if (method == "kernel") schedule.method = SinkhornMethod::kKernel;
-  if (method == "proximal") schedule.method = SinkhornMethod::kProximal;
+  const SinkhornSchedule schedule = schedule_of(iterations, tol, method, anneal_start, anneal_factor);
   const bool choose = method == "auto";
-  STD_TORCH_CHECK(choose || method == "log" || schedule.method != SinkhornMethod::kLog, "unknown method ", method);
-  STD_TORCH_CHECK(iterations >= 1, "iterations must be >= 1, got ", iterations);
   if (a.scalar_type() == ScalarType::Double) {
     const Problems<double> problems(cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b);
     return solve<double>(problems, a, b, g, schedule, choose, history);
   }
   const Problems<float> problems(cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b);
   return solve<float>(problems, a, b, g, schedule, choose, history);
+}
+
+// ---- reverse through the iterations -----------------------------------------------------------------------------------
+
+int64_t replay_workspace(const SinkhornProblem<float>& p, int64_t workers) { return kdfast::cpu_kernels().sinkhorn_replay_workspace(p, workers); }
+int64_t replay_workspace(const SinkhornProblem<double>& p, int64_t workers) { return kdfast::cpu_kernels().sinkhorn_replay_workspace_double(p, workers); }
+void replay_one(const SinkhornProblem<float>& p, const SinkhornReplay<float>& r, const SinkhornTeam& t, float* work) {
+  kdfast::cpu_kernels().sinkhorn_replay(p, r, t, work);
+}
+void replay_one(const SinkhornProblem<double>& p, const SinkhornReplay<double>& r, const SinkhornTeam& t, double* work) {
+  kdfast::cpu_kernels().sinkhorn_replay_double(p, r, t, work);
+}
+
+using Replayed = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <class Real>
+Replayed replay(const Problems<Real>& problems, const Tensor& a, const Tensor& g0, const Tensor& history_f, const Tensor& history_g, const Tensor& done,
+                const Tensor& to_f, const Tensor& to_g, bool to_epsilon, const SinkhornSchedule& schedule) {
+  const auto [batch, n, m] = std::tuple(problems.batch, problems.n, problems.m);
+  const int64_t steps = schedule.iterations;
+  STD_TORCH_CHECK(problems.first.metric == SinkhornMetric::kGiven, "the replay needs a given cost");
+  check("done", done, ScalarType::Long, {batch});
+  const int64_t* const counts = data<int64_t>(done);
+  SinkhornReplay<Real> first{};
+  first.schedule = schedule, first.to_epsilon = to_epsilon;
+  first.start_g = packed<Real>("g", g0, {batch, m});
+  first.history_f = packed<Real>("history_f", history_f, {batch, steps, n}), first.history_f_stride = n;
+  first.history_g = packed<Real>("history_g", history_g, {batch, steps, m}), first.history_g_stride = m;
+  first.to_f = packed<Real>("to_f", to_f, {batch, n}), first.to_g = packed<Real>("to_g", to_g, {batch, m});
+  const auto reals = [&](std::initializer_list<int64_t> shape) {
+    Tensor out = torch::stable::new_empty(a, shape);
+    return problems.rows == nullptr ? out : torch::stable::zero_(out);  // padding
+  };
+  Tensor cost = reals({batch, n, m}), da = reals({batch, n}), db = reals({batch, m}), depsilon = reals({batch});
+  const Replayed out{cost, da, db, depsilon};
+  if (batch == 0) return out;
+  const Division division(batch, n, m, 2 * steps);
+  const SinkhornTeam team{division.team, run_team};
+  const int64_t space = replay_workspace(problems.first_padded(), team.size);
+  Tensor work = torch::stable::new_empty(a, {division.workers * space});
+  Real *const scratch = values<Real>(work), *const to_cost = values<Real>(cost), *const to_a = values<Real>(da), *const to_b = values<Real>(db);
+  Real* const to_eps = values<Real>(depsilon);
+  for_each_task(division.workers, batch, [&](int64_t worker, int64_t i) {
+    SinkhornReplay<Real> r = first;
+    r.done = counts[i];
+    r.start_g += i * m, r.history_f += i * steps * n, r.history_g += i * steps * m, r.to_f += i * n, r.to_g += i * m;
+    r.cost = to_cost + i * n * m, r.cost_stride = m, r.a = to_a + i * n, r.b = to_b + i * m, r.epsilon = to_eps + i;
+    if (r.done == 0) std::fill_n(r.cost, n * m, Real(0));
+    replay_one(problems.at(i), r, team, scratch + worker * space);
+  });
+  return out;
+}
+
+Replayed sinkhorn_replay(const OptionalTensor& cost, const OptionalTensor& x, const OptionalTensor& y, const Tensor& a, const Tensor& b, const Tensor& epsilon,
+                         const OptionalTensor& rows, const OptionalTensor& cols, std::string metric, std::optional<double> rho_a, std::optional<double> rho_b,
+                         const Tensor& g, const Tensor& history_f, const Tensor& history_g, const Tensor& done, const Tensor& to_f, const Tensor& to_g,
+                         bool to_epsilon, int64_t iterations, std::optional<double> tol, std::string method, std::optional<double> anneal_start,
+                         std::optional<double> anneal_factor) {
+  const SinkhornSchedule schedule = schedule_of(iterations, tol, method, anneal_start, anneal_factor);
+  if (a.scalar_type() == ScalarType::Double) {
+    const Problems<double> problems(cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b);
+    return replay<double>(problems, a, g, history_f, history_g, done, to_f, to_g, to_epsilon, schedule);
+  }
+  const Problems<float> problems(cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b);
+  return replay<float>(problems, a, g, history_f, history_g, done, to_f, to_g, to_epsilon, schedule);
 }
 
 // ---- rows of the plan, or of the cost ---------------------------------------------------------------------------------
@@ -224,7 +162,7 @@ Tensor plan(const Problems<Real>& problems, const Tensor& a, const OptionalTenso
   Tensor out = sum ? torch::stable::new_empty(a, {rows, m}) : torch::stable::new_empty(a, {batch, rows, m});
   if (problems.rows != nullptr || batch == 0) torch::stable::zero_(out);  // padding
   if (batch * rows == 0) return out;
-  Real* const to = static_cast<Real*>(out.mutable_data_ptr());
+  Real* const to = values<Real>(out);
 
   // Row ranges of problems are tasks of their own, but problems that are summed.
   const int64_t threads = torch::stable::get_num_threads();
@@ -233,7 +171,7 @@ Tensor plan(const Problems<Real>& problems, const Tensor& a, const OptionalTenso
   const int64_t parts = sum || batch < workers ? std::min(rows, workers) : 1, tasks = sum ? parts : batch * parts;
   const int64_t space = plan_workspace(problems.first_padded());
   Tensor work = torch::stable::new_empty(a, {workers * space});
-  Real* const scratch = static_cast<Real*>(work.mutable_data_ptr());
+  Real* const scratch = values<Real>(work);
   for_each_task(workers, tasks, [&](int64_t worker, int64_t task) {
     const int64_t part = task % parts;
     for (int64_t i = sum ? 0 : task / parts; i < (sum ? batch : task / parts + 1); ++i) {
@@ -261,5 +199,6 @@ Tensor sinkhorn_plan(const OptionalTensor& cost, const OptionalTensor& x, const 
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("sinkhorn_solve", TORCH_BOX(&sinkhorn_solve));
+  m.impl("sinkhorn_replay", TORCH_BOX(&sinkhorn_replay));
   m.impl("sinkhorn_plan", TORCH_BOX(&sinkhorn_plan));
 }

@@ -2,31 +2,17 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <cmath>
-#include <optional>
 
-#include "bind.h"
-#include "dispatch.h"
+#include "bind_sinkhorn.h"
 
 namespace {
 
 using kdfast::SinkhornAssign;
 using kdfast::SinkhornNormalize;
-using OptionalTensor = std::optional<Tensor>;
-
-constexpr double kEntriesAThread = 2e5;  // exponentials of 20 us
 
 int64_t workers_for(double entries, int64_t most) {
   return std::clamp<int64_t>(int64_t(entries / kEntriesAThread), 1, std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(most, 1)));
-}
-
-template <class Real>
-constexpr ScalarType kReal = sizeof(Real) == 4 ? ScalarType::Float : ScalarType::Double;
-
-template <class Real>
-Real* values(Tensor& x) {
-  return static_cast<Real*>(x.mutable_data_ptr());
 }
 
 int64_t assign_workspace(const SinkhornAssign<float>& p) { return kdfast::cpu_kernels().sinkhorn_assign_workspace(p); }

@@ -61,6 +61,10 @@ struct CpuKernels {
   int64_t (*sinkhorn_plan_workspace_double)(const SinkhornProblem<double>&);
   void (*sinkhorn_plan)(const SinkhornProblem<float>&, const SinkhornPlan<float>&, float* workspace);
   void (*sinkhorn_plan_double)(const SinkhornProblem<double>&, const SinkhornPlan<double>&, double* workspace);
+  int64_t (*sinkhorn_replay_workspace)(const SinkhornProblem<float>&, int64_t workers);
+  int64_t (*sinkhorn_replay_workspace_double)(const SinkhornProblem<double>&, int64_t workers);
+  void (*sinkhorn_replay)(const SinkhornProblem<float>&, const SinkhornReplay<float>&, const SinkhornTeam&, float* workspace);
+  void (*sinkhorn_replay_double)(const SinkhornProblem<double>&, const SinkhornReplay<double>&, const SinkhornTeam&, double* workspace);
   int64_t (*sinkhorn_assign_workspace)(const SinkhornAssign<float>&);
   int64_t (*sinkhorn_assign_workspace_double)(const SinkhornAssign<double>&);
   void (*sinkhorn_assign)(const SinkhornAssign<float>&, float* workspace);

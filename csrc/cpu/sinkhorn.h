@@ -41,6 +41,19 @@ struct SinkhornSolution {
   int64_t history_f_stride, history_g_stride;
 };
 
+// The gradient through the first `done` iterations of a schedule, the cost given, from upstream [n], [m] of the last potentials.
+template <class Real>
+struct SinkhornReplay {
+  SinkhornSchedule schedule;
+  int64_t done;
+  const Real *start_g, *history_f, *history_g;  // [m], [iterations][n], [iterations][m]
+  int64_t history_f_stride, history_g_stride;
+  const Real *to_f, *to_g;
+  bool to_epsilon;
+  Real *cost, *a, *b, *epsilon;  // gradients; of the cost untouched where nothing was done
+  int64_t cost_stride;
+};
+
 // Rows of weight a_i b_j E_ij at some potentials; f null: of the cost.
 template <class Real>
 struct SinkhornPlan {

@@ -31,6 +31,24 @@ constexpr int64_t kKeptWidth = 92;      // or where forming it anew takes longer
 constexpr int64_t kShare = 64;          // elements between what workers report: no cache line in common
 constexpr int64_t kChunk = 128;         // rows whose columns are summed apart, for the sake of rounding
 
+// Epsilon of iteration t >= 1.
+inline double epsilon_at(double epsilon, const SinkhornSchedule& schedule, int64_t t) {
+  if (schedule.method == SinkhornMethod::kProximal) return epsilon / double(t);
+  if (schedule.anneal_start == 0 || t == schedule.iterations) return epsilon;
+  double now = schedule.anneal_start;
+  for (int64_t i = 1; i < t && now > epsilon; ++i) now *= schedule.anneal_factor;
+  return now > epsilon ? now : epsilon;
+}
+
+// Iteration t starts from now g_{t-1} + older g_{t-2}: a proximal step extrapolates.
+struct StartWeights {
+  double now, older;
+};
+inline StartWeights start_weights(const SinkhornSchedule& schedule, int64_t t) {
+  if (schedule.method != SinkhornMethod::kProximal) return {1, 0};
+  return {2 * (double(t) - 1) / double(t), t > 2 ? -(double(t) - 2) / double(t) : 0};
+}
+
 inline double damping(double rho, double epsilon) { return rho > 0 ? rho / (rho + epsilon) : 1.0; }  // lambda
 
 // The arrays of one solve. Those over rows are padded by a group, those over columns to whole panels.
@@ -86,8 +104,8 @@ class SinkhornSolver {
     for (int64_t t = 1; t <= schedule_.iterations; ++t) {
       const double before = epsilon_;
       if (proximal && schedule_.tol >= 0 && t > 1 && marginals(out) <= schedule_.tol) break;
-      set_epsilon(epsilon_at(t));
-      start_from(proximal ? double(t) : 0);
+      set_epsilon(epsilon_at(p_.epsilon, schedule_, t));
+      if (proximal) extrapolate(start_weights(schedule_, t));
       iterate(t == 1 || epsilon_ != before, t < schedule_.iterations);
       if (!proximal && schedule_.tol >= 0 && t > 1 && before == p_.epsilon && error_ <= schedule_.tol) break;
       advance();
@@ -123,14 +141,6 @@ class SinkhornSolver {
 
   // ---- the schedule ---------------------------------------------------------------------------------------------------
 
-  double epsilon_at(int64_t t) const {
-    if (schedule_.method == SinkhornMethod::kProximal) return p_.epsilon / double(t);
-    if (schedule_.anneal_start == 0 || t == schedule_.iterations) return p_.epsilon;
-    double now = schedule_.anneal_start;
-    for (int64_t i = 1; i < t && now > p_.epsilon; ++i) now *= schedule_.anneal_factor;
-    return now > p_.epsilon ? now : p_.epsilon;
-  }
-
   void begin(const Real* start) {
     copy_padded(w_.a, p_.a, p_.n, w_.n);
     copy_padded(w_.b, p_.b, p_.m, w_.m);
@@ -152,11 +162,8 @@ class SinkhornSolver {
     damp_a_ = Real(damping(p_.rho_a, epsilon)), damp_b_ = Real(damping(p_.rho_b, epsilon));
   }
 
-  // What the iteration starts from, in start_g unless a kernel is stored for those there. Proximal step t > 0 extrapolates g.
-  void start_from(double t) {
-    if (t == 0) return;
-    const Real now = Real(2 * (t - 1) / t), older = Real(-(t - 2) / t);
-    for (int64_t j = 0; j < w_.m; ++j) w_.start_g[j] = now * w_.g[j] + (t > 2 ? older * w_.older_g[j] : Real(0));
+  void extrapolate(const StartWeights& start) {
+    for (int64_t j = 0; j < w_.m; ++j) w_.start_g[j] = Real(start.now) * w_.g[j] + (start.older != 0 ? Real(start.older) * w_.older_g[j] : Real(0));
   }
 
   void advance() {

@@ -8,7 +8,8 @@ namespace {
 using kdfast::SinkhornAssign;
 using kdfast::SinkhornNormalize;
 
-constexpr int64_t kAssignRows = 4;  // taken together
+constexpr int64_t kAssignRows = 4;      // taken together
+constexpr int64_t kFarBytes = 4 << 20;  // codes beyond this are written past the caches
 
 // ---- assignments: rows are softmax(s / epsilon + v) ----------------------------------------------------------------------
 
@@ -30,6 +31,7 @@ void assign_columns(const SinkhornAssign<Real>& p, const T* scores, Real* larges
       VecOf<Real> x[kAssignRows], most = load(largest + j);
       const VecOf<Real> before = most;
       for (int64_t r = 0; r < rows; ++r) {
+        __builtin_prefetch(from + (r + kAssignRows) * p.stride + j);
         x[r] = load_count<Real>(from + r * p.stride + j, count) * k;
         most = larger(most, x[r]);
       }
@@ -39,6 +41,22 @@ void assign_columns(const SinkhornAssign<Real>& p, const T* scores, Real* larges
       store(sums + j, sum);
     });
   }
+}
+
+// to_j = weight e_j; `far`: past the caches, which would first read the lines to be written.
+template <class Real>
+inline void scale_row(const Real* e, Real weight, int64_t m, bool far, Real* to) {
+  const VecOf<Real> scale = splat(weight);
+  const int64_t head = far ? smaller(m, -reinterpret_cast<intptr_t>(to) / int64_t(sizeof(Real)) & (kWidth<Real> - 1)) : 0;
+  if (head > 0) store_count(to, load(e) * scale, head);
+  each_vector<Real>(m - head, [&](int64_t j, int, int64_t count) {
+    const VecOf<Real> x = load(e + head + j) * scale;
+    if (far && count == kWidth<Real>) {
+      store_far(to + head + j, x);
+    } else {
+      store_count(to + head + j, x, count);
+    }
+  });
 }
 
 // Rows begin ... end: added to the column sums, or written as codes.
@@ -51,6 +69,7 @@ void assign_rows(const SinkhornAssign<Real>& p, const T* scores, Real* work) {
     ones[j] = 1;
     if (p.sums != nullptr) p.sums[j] = 0;
   }
+  const bool far = p.codes != nullptr && (p.end - p.begin) * p.columns * int64_t(sizeof(Real)) > kFarBytes;
   for (int64_t i = p.begin, rows = 0; i < p.end; i += rows) {
     rows = smaller(kAssignRows, p.end - i);
     VecOf<Real> lanes[kAssignRows];
@@ -62,12 +81,9 @@ void assign_rows(const SinkhornAssign<Real>& p, const T* scores, Real* work) {
       add_all(entries, padded, rows, weights, p.columns, p.sums);
       continue;
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      Real* const to = p.codes + (i + r) * p.columns;
-      const VecOf<Real> weight = splat(weights[r]);
-      each_vector<Real>(p.columns, [&](int64_t j, int, int64_t count) { store_count(to + j, load(entries + r * padded + j) * weight, count); });
-    }
+    for (int64_t r = 0; r < rows; ++r) scale_row(entries + r * padded, weights[r], p.columns, far, p.codes + (i + r) * p.columns);
   }
+  if (far) store_fence();
 }
 
 template <class Real, class T>

@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int64_t kCostAhead = 4096;   // bytes of the cost requested before they are read: the processor's own stops at pages
+constexpr int64_t kCostAhead = 4096;  // bytes of the cost requested before they are read, at least: the processor's own prefetching stops at pages
 constexpr double kBitsPerNat = 0x1.71547652b82fep+0;
 constexpr double kTrusted = 0x1p100;  // sums outside [1/this, this] are redone
 
@@ -25,8 +25,9 @@ template <class Real, class T>
 inline VecOf<Real> weigh_row(const T* c, const Real* exponent, const Real* b, Real k, Real u, int64_t m, Real* e) {
   VecOf<Real> sum[4] = {};
   const VecOf<Real> shift = splat(u);
+  const int64_t ahead = m * int64_t(sizeof(T)) > kCostAhead ? m * int64_t(sizeof(T)) : kCostAhead;  // a row: it may be read for its maximum first
   each_vector<Real>(m, [&](int64_t j, int lane, int64_t count) {
-    __builtin_prefetch(reinterpret_cast<const char*>(c + j) + kCostAhead);
+    __builtin_prefetch(reinterpret_cast<const char*>(c + j) + ahead);
     const VecOf<Real> x = exp2(exponent_at(c, exponent, k, j, count) + shift);
     store(e + j, x);
     sum[lane] = multiply_add(x, load(b + j), sum[lane]);

@@ -88,6 +88,10 @@ template <class V>
 inline V bounded(V t) {
   return t;
 }
+// To an aligned address, without reading the line into the caches; store_fence() before others look there.
+inline void store_far(float* p, Vec x) { _mm512_stream_ps(p, (__m512)x); }
+inline void store_far(double* p, DoubleVec x) { _mm512_stream_pd(p, (__m512d)x); }
+inline void store_fence() { _mm_sfence(); }
 inline Vec root(Vec x) { return (Vec)_mm512_sqrt_ps((__m512)x); }
 inline DoubleVec root(DoubleVec x) { return (DoubleVec)_mm512_sqrt_pd((__m512d)x); }
 inline float sum_lanes(Vec x) { return _mm512_reduce_add_ps((__m512)x); }
@@ -123,6 +127,11 @@ inline V times_power(V p, V t) {
   using W = Wide<RealOf<V>>;
   return p * (V)((typename W::Integers)shifted(t) << W::kMantissa);
 }
+template <class Real, class V>
+inline void store_far(Real* p, V x) {
+  store(p, x);
+}
+inline void store_fence() {}
 template <class V>
 inline V root(V x) {
   for (size_t i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = sizeof(x[0]) == 4 ? __builtin_sqrtf(float(x[i])) : __builtin_sqrt(x[i]);

@@ -15,6 +15,7 @@
 #include "sinkhorn.inl"
 #include "sinkhorn_layers.inl"
 #include "sinkhorn_plan.inl"
+#include "sinkhorn_replay.inl"
 #include "symmetric.inl"
 
 #define KDFAST_PASTE_(a, b) a##b
@@ -35,6 +36,7 @@ const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA) = {
     gather_scatter_workspace, gather_scatter,
     sinkhorn_workspace<float>, sinkhorn_workspace<double>, sinkhorn_solve<float>, sinkhorn_solve<double>,
     sinkhorn_plan_workspace<float>, sinkhorn_plan_workspace<double>, sinkhorn_plan<float>, sinkhorn_plan<double>,
+    sinkhorn_replay_workspace<float>, sinkhorn_replay_workspace<double>, sinkhorn_replay<float>, sinkhorn_replay<double>,
     sinkhorn_assign_workspace<float>, sinkhorn_assign_workspace<double>, sinkhorn_assign<float>, sinkhorn_assign<double>,
     sinkhorn_normalize_workspace<float>, sinkhorn_normalize_workspace<double>, sinkhorn_normalize<float>, sinkhorn_normalize<double>,
     knn_workspace, knn_scan, knn_refine,

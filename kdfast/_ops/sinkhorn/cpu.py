@@ -6,8 +6,8 @@ from torch import Tensor
 from kdfast._core import extension
 
 from . import adjoint
-from .adjoint import Moments
-from .geometry import Problem, blocks, pull_slopes, row_tiles
+from .adjoint import Moments, Pulled
+from .geometry import Gradients, Problem, blocks, pull_slopes, row_tiles
 from .portable import Schedule, Solution
 
 #: What normalize takes: sixteen such matrices and their gradients stay in L2.
@@ -62,6 +62,42 @@ def apply_plan(p: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> 
     return out
 
 
+def replay(
+    p: Problem,
+    g0: Tensor,
+    history_f: Tensor,
+    history_g: Tensor,
+    done: Tensor,
+    to_f: Tensor,
+    to_g: Tensor,
+    to_epsilon: bool,
+    schedule: Schedule,
+) -> Pulled:
+    """adjoint.replay, with a cost; and of points where theirs is one tile."""
+    per_problem = (g0, history_f, history_g, done, to_f, to_g)
+    if p.cost is not None and p.cost.dim() == 3:
+        cost, a, b, epsilon = _replayed(p, *per_problem, to_epsilon, schedule)
+        return Pulled(cost.to(p.cost.dtype), *(a.new_empty(0) for _ in "xy"), a, b, epsilon)
+    parts, pieces = Gradients(p), []
+    for lo, hi in blocks(p):
+        block, q = slice(lo, hi), p.part(lo, hi)
+        rows = next(iter(row_tiles(q)))
+        if q.cost is None and rows.stop < q.a.shape[1]:
+            return adjoint.replay(p, *per_problem, to_epsilon, schedule)
+        c = q.cost if q.cost is not None else costs(q, 0, rows.stop)
+        given = q._replace(cost=c.expand(len(q.a), *c.shape[-2:]), x=None, y=None, metric="given")
+        w, *rest = _replayed(given, *(t[block] for t in per_problem), to_epsilon, schedule)
+        with torch.autocast("cpu", enabled=False):
+            parts.add(q, block, slice(0, q.a.shape[1]), w, c)
+        pieces.append(rest)
+    return Pulled(*parts.outputs(p), *(torch.cat(part) for part in zip(*pieces, strict=True)))
+
+
+def _replayed(p: Problem, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *tensors, to_epsilon, schedule = arguments
+    return torch.ops.kdfast.sinkhorn_replay(*_fields(p), *(t.contiguous() for t in tensors), to_epsilon, *schedule)
+
+
 def assign_pass(scores: Tensor, v: Tensor | None, inverse: Tensor, *, codes: bool) -> Tensor:
     """One pass of assign.py over scores [B, N, K], v [B, K], inverse []."""
     scores = scores if scores.stride(-1) == 1 else scores.contiguous()
@@ -106,6 +142,10 @@ def _plan_shapes(cost, x, y, a, b, *rest) -> Tensor:
     return b.new_empty(*(() if total else b.shape[:1]), end - begin, b.shape[1])
 
 
+def _replay_shapes(cost, x, y, a, b, epsilon, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return a.new_empty(*a.shape, b.shape[1]), torch.empty_like(a), torch.empty_like(b), torch.empty_like(epsilon)
+
+
 def _assign_shapes(scores: Tensor, v, inverse: Tensor, codes: bool) -> Tensor:
     batch, n, k = scores.shape
     return inverse.new_empty((batch, n, k) if codes else (batch, k))
@@ -129,6 +169,7 @@ def _fold_normalize(info, in_dims, logits: Tensor, gradient: Tensor | None, iter
 if missing() is None:
     torch.library.register_fake("kdfast::sinkhorn_solve", _solve_shapes)
     torch.library.register_fake("kdfast::sinkhorn_plan", _plan_shapes)
+    torch.library.register_fake("kdfast::sinkhorn_replay", _replay_shapes)
     torch.library.register_fake("kdfast::sinkhorn_assign", _assign_shapes)
     torch.library.register_fake("kdfast::sinkhorn_normalize", _normalize_shapes)
     torch.library.register_vmap("kdfast::sinkhorn_normalize", _fold_normalize)

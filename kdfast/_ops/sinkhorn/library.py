@@ -103,7 +103,8 @@ def _apply_plan_shapes(*args):
 
 
 def _replay(*args):
-    return tuple(adjoint.replay(Problem(*args[:_FIELDS]), *args[_FIELDS:-5], Schedule(*args[-5:])))
+    p = Problem(*args[:_FIELDS])
+    return tuple((cpu if p.impl == "cpu" else adjoint).replay(p, *args[_FIELDS:-5], Schedule(*args[-5:])))
 
 
 def _implicit(*args):
