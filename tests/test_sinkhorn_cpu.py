@@ -153,6 +153,29 @@ def test_gradient_in_the_cost(isa, dtype, shape):
     torch.testing.assert_close(gradient.double(), wanted.sum(0) if len(shape) == 2 else wanted, rtol=unit, atol=unit * 1e-2)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"epsilon": 0.01}, {"rho": (0.5, None)}, {"anneal": (1.0, 0.5)}, {"tol": 1e-3}, {"method": "proximal", "epsilon": 1.0}],
+    ids=lambda o: "-".join(o) or "plain",
+)
+@pytest.mark.parametrize("n, m", [(5, 17), (18, 65)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_unrolled_gradient(isa, options, n, m, dtype):
+    """Of everything, against the portable form in float64; epsilon 0.01 moves columns far in the first iterations."""
+    leaves = [torch.rand(2, n, m, dtype=torch.float64), weights(2, n), weights(2, m)]
+    leaves[1][0, 2] = 0
+    leaves[1] /= leaves[1].sum(-1, keepdim=True)
+    outputs = []
+    for kind, impl in ((dtype, "cpu"), (torch.float64, "torch")):
+        cost, a, b = (t.to(kind).requires_grad_() for t in leaves)
+        epsilon = torch.full((2,), options.get("epsilon", 0.1), dtype=kind, requires_grad=True)
+        r = sinkhorn(cost, a=a, b=b, max_iters=40, grad="unrolled", impl=impl, **(options | {"epsilon": epsilon}))
+        outputs.append(torch.autograd.grad((r.value + r.transport_cost).sum(), (cost, a, b, epsilon)))
+    slack = 1e-10 if dtype == torch.float64 else 2e-3
+    for ours, theirs in zip(*outputs, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=slack, atol=slack * float(theirs.abs().max()))
+
+
 def test_denormals_are_flushed_on_the_way_only():
     """The kernels let denormals be zero while they run; the caller's arithmetic is as it was."""
     sinkhorn(torch.rand(8, 8), impl="cpu")
