@@ -34,6 +34,10 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def(
       "symmetric_gradients(Tensor row_g, Tensor column_g, Tensor row_lse, Tensor column_lse, Tensor row_low, Tensor column_low, Tensor x, "
       "Tensor y, Tensor scale, Tensor? x_labels, Tensor? y_labels, bool want_x, bool want_y, int precision) -> (Tensor, Tensor)");
+  m.def("sigmoid_pairs(Tensor x, Tensor y, Tensor scale, Tensor shift, Tensor positive, int precision) -> Tensor");
+  m.def(
+      "sigmoid_gradients(Tensor g, Tensor x, Tensor y, Tensor scale, Tensor shift, Tensor positive, bool want_x, bool want_y, int precision) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def("gather_similarity(Tensor query, Tensor bank, Tensor index) -> Tensor");
   m.def("gather_weighted_sum(Tensor weight, Tensor bank, Tensor index) -> Tensor");
   m.def("gather_statistic(Tensor query, Tensor bank, Tensor index, Tensor? offset, Tensor? shift, bool pooled) -> (Tensor, Tensor)");

@@ -143,6 +143,19 @@ def _symmetric_lse(impl: str) -> Iterator[Pair]:
     )
 
 
+def _sigmoid_pair_loss(impl: str) -> Iterator[Pair]:
+    from ._ops.similarity import sigmoid
+
+    index = torch.arange(N)
+    return _agree(
+        lambda x, y: sigmoid.sigmoid_pair_loss(x, y, 10.0, -5.0, index.to(x.device), impl=impl).mean(),
+        lambda x, y: sigmoid.reference(x, y, 10.0, -5.0, index).mean(),
+        impl,
+        _rows(N, 1),
+        _rows(M, 2),
+    )
+
+
 def _gather_similarity(impl: str) -> Iterator[Pair]:
     from ._ops.gather import reference
 
@@ -267,6 +280,7 @@ def _mine_triplets(impl: str) -> Iterator[Pair]:
 CHECKS: dict[str, Callable[[str], Iterator[Pair]]] = {
     "similarity_softmax": _similarity_softmax,
     "symmetric_lse": _symmetric_lse,
+    "sigmoid_pair_loss": _sigmoid_pair_loss,
     "info_nce": _info_nce,
     "similarity_distillation": _similarity_distillation,
     "gather_similarity": _gather_similarity,

@@ -169,7 +169,7 @@ def test_cases_are_chosen_by_name(monkeypatch, tmp_path, families, names, measur
     assert asked == measured
 
 
-SMALL = {"N": 13, "M": 100, "D": 24, "K": 30, "Ds": 24, "Dt": 40, "B": 3, "T": 20, "n": 5}  # ragged
+SMALL = {"N": 13, "M": 100, "D": 24, "K": 30, "Ds": 24, "Dt": 40, "B": 3, "T": 20, "n": 5, "k": 4}  # ragged
 CASES = [(family, name) for family in registry.families() for name in registry.cases_of(family)]
 every_case = pytest.mark.parametrize(("family", "name"), CASES, ids=[" ".join(case) for case in CASES])
 

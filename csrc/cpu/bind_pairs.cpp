@@ -1,4 +1,4 @@
-// kdfast::symmetric_lse and kdfast::symmetric_gradients on the CPU: checks, division among threads, registration.
+// kdfast::symmetric_lse, kdfast::sigmoid_pairs and their gradients on the CPU: checks, division among threads, registration.
 
 #include <torch/csrc/stable/library.h>
 
@@ -42,6 +42,25 @@ struct Range {
 Range part_of(int64_t size, int64_t part, int64_t parts) { return {part * size / parts, (part + 1) * size / parts}; }
 int64_t longest(int64_t size, int64_t parts) { return (size + parts - 1) / parts; }
 
+// A forward pass is cut into rows first, then into columns.
+struct Grid {
+  const PairParams& p;
+  int64_t workers, row_parts, column_parts;
+
+  explicit Grid(const PairParams& p) : p(p), workers(workers_for(work_of(p, 1))) {
+    const int64_t parts = workers / std::gcd(workers, p.batch);
+    row_parts = std::clamp<int64_t>(p.rows / kMinSide, 1, parts);
+    column_parts = std::clamp<int64_t>(p.columns / kMinSide, 1, std::max<int64_t>(1, parts / row_parts));
+  }
+  int64_t tasks() const { return p.batch * row_parts * column_parts; }
+  int64_t row_part(int64_t t) const { return t / column_parts % row_parts; }
+  int64_t column_part(int64_t t) const { return t % column_parts; }
+  PairTask task(int64_t t) const {
+    const Range rows = part_of(p.rows, row_part(t), row_parts), columns = part_of(p.columns, column_part(t), column_parts);
+    return {t / (column_parts * row_parts), rows.begin, rows.end, columns.begin, columns.end};
+  }
+};
+
 // [parts][size] maxima, then as many sums.
 struct Partial {
   int64_t parts, size;
@@ -56,26 +75,23 @@ struct Partial {
   }
 };
 
-// Rows are cut first, then columns; the parts of each are merged in a fixed order.
+// The parts of rows, and those of columns, are merged in a fixed order.
 std::tuple<Tensor, Tensor, Tensor, Tensor> symmetric_lse(const Tensor& x, const Tensor& y, const Tensor& scale,
                                                          const OptionalTensor& x_labels, const OptionalTensor& y_labels, int64_t precision) {
   const PairParams p = pair_parameters(x, y, scale, x_labels, y_labels, precision);
   Tensor row_lse = output(x, {p.batch, p.rows}), row_low = output(x, {p.batch, p.rows});
   Tensor column_lse = output(x, {p.batch, p.columns}), column_low = output(x, {p.batch, p.columns});
-  const int64_t workers = workers_for(work_of(p, 1)), parts = workers / std::gcd(workers, p.batch);
-  const int64_t row_parts = std::clamp<int64_t>(p.rows / kMinSide, 1, parts);
-  const int64_t column_parts = std::clamp<int64_t>(p.columns / kMinSide, 1, std::max<int64_t>(1, parts / row_parts));
-
+  const Grid grid(p);
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
-  const Partial of_rows(column_parts, p.batch * p.rows), of_columns(row_parts, p.batch * p.columns);
-  const int64_t words = kernels.symmetric_workspace(p, longest(p.rows, row_parts), longest(p.columns, column_parts));
-  const Tensor workspace = floats(words * workers);
+  const Partial of_rows(grid.column_parts, p.batch * p.rows), of_columns(grid.row_parts, p.batch * p.columns);
+  const int64_t words = kernels.symmetric_workspace(p, longest(p.rows, grid.row_parts), longest(p.columns, grid.column_parts));
+  const Tensor workspace = floats(words * grid.workers);
   float* const work = static_cast<float*>(workspace.mutable_data_ptr());
-  for_each_task(workers, p.batch * row_parts * column_parts, [&](int64_t worker, int64_t t) {
-    const int64_t column_part = t % column_parts, row_part = t / column_parts % row_parts, batch = t / (column_parts * row_parts);
-    const Range rows = part_of(p.rows, row_part, row_parts), columns = part_of(p.columns, column_part, column_parts);
-    const int64_t row = batch * p.rows + rows.begin, column = batch * p.columns + columns.begin;
-    kernels.symmetric(p, {batch, rows.begin, rows.end, columns.begin, columns.end},
+  for_each_task(grid.workers, grid.tasks(), [&](int64_t worker, int64_t t) {
+    const PairTask task = grid.task(t);
+    const int64_t row_part = grid.row_part(t), column_part = grid.column_part(t);
+    const int64_t row = task.batch * p.rows + task.row_begin, column = task.batch * p.columns + task.column_begin;
+    kernels.symmetric(p, task,
                       {of_rows.maximum(column_part, row), of_rows.sum(column_part, row), of_columns.maximum(row_part, column),
                        of_columns.sum(row_part, column)},
                       work + worker * words);
@@ -128,9 +144,57 @@ std::tuple<Tensor, Tensor> symmetric_gradients(const Tensor& row_g, const Tensor
   return {x_sums, y_sums};
 }
 
+PairParams sigmoid_parameters(const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& shift, const Tensor& positive, int64_t precision) {
+  PairParams p = pair_parameters(x, y, scale, std::nullopt, std::nullopt, precision);
+  p.shift = row_data<float>("shift", shift, ScalarType::Float, {p.batch, p.rows});
+  p.positive = row_data<int64_t>("positive", positive, ScalarType::Long, {p.batch, p.rows});
+  return p;
+}
+
+// Cut as for symmetric_lse; a row's parts are added up in order.
+Tensor sigmoid_pairs(const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& shift, const Tensor& positive, int64_t precision) {
+  const PairParams p = sigmoid_parameters(x, y, scale, shift, positive, precision);
+  Tensor loss = output(x, {p.batch, p.rows});
+  const Grid grid(p);
+  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
+  const int64_t words = kernels.sigmoid_workspace(p, longest(p.rows, grid.row_parts), longest(p.columns, grid.column_parts));
+  const int64_t size = p.batch * p.rows;
+  const Tensor workspace = floats(words * grid.workers), partial = floats(grid.column_parts * size);
+  float* const work = static_cast<float*>(workspace.mutable_data_ptr());
+  float* const parts = static_cast<float*>(partial.mutable_data_ptr());
+  for_each_task(grid.workers, grid.tasks(), [&](int64_t worker, int64_t t) {
+    const PairTask task = grid.task(t);
+    kernels.sigmoid(p, task, parts + grid.column_part(t) * size + task.batch * p.rows + task.row_begin, work + worker * words);
+  });
+  float* const out = static_cast<float*>(loss.mutable_data_ptr());
+  for (int64_t i = 0; i < size; ++i) {
+    out[i] = 0;
+    for (int64_t part = 0; part < grid.column_parts; ++part) out[i] += parts[part * size + i];
+  }
+  return loss;
+}
+
+std::tuple<Tensor, Tensor, Tensor> sigmoid_gradients(const Tensor& g, const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& shift,
+                                                     const Tensor& positive, bool want_x, bool want_y, int64_t precision) {
+  const PairParams p = sigmoid_parameters(x, y, scale, shift, positive, precision);
+  const float* const upstream = row_data<float>("g", g, ScalarType::Float, {p.batch, p.rows});
+  Tensor x_sums = zeros(x, want_x, {p.batch, p.rows, p.width}), y_sums = zeros(x, want_y, {p.batch, p.columns, p.width});
+  Tensor weights = zeros(x, true, {p.batch, p.rows});
+  if (p.batch * p.rows * p.columns == 0) return {x_sums, y_sums, weights};
+  const PairSums sums{want_x ? static_cast<float*>(x_sums.mutable_data_ptr()) : nullptr,
+                      want_y ? static_cast<float*>(y_sums.mutable_data_ptr()) : nullptr, static_cast<float*>(weights.mutable_data_ptr())};
+  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
+  for_each_rectangle(
+      p, 1 + want_x + want_y, [&](int64_t rows, int64_t columns) { return kernels.sigmoid_grad_workspace(p, sums, rows, columns); },
+      [&](const PairTask& task, float* work) { kernels.sigmoid_grad(p, task, upstream, sums, work); });
+  return {x_sums, y_sums, weights};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("symmetric_lse", TORCH_BOX(&symmetric_lse));
   m.impl("symmetric_gradients", TORCH_BOX(&symmetric_gradients));
+  m.impl("sigmoid_pairs", TORCH_BOX(&sigmoid_pairs));
+  m.impl("sigmoid_gradients", TORCH_BOX(&sigmoid_gradients));
 }

@@ -39,6 +39,10 @@ struct CpuKernels {
   void (*symmetric)(const PairParams&, const PairTask&, const SymmetricStatistics&, float* workspace);
   int64_t (*symmetric_grad_workspace)(const PairParams&, const PairSums&, int64_t rows, int64_t columns);
   void (*symmetric_grad)(const PairParams&, const PairTask&, const SymmetricUpstream&, const PairSums&, float* workspace);
+  int64_t (*sigmoid_workspace)(const PairParams&, int64_t rows, int64_t columns);
+  void (*sigmoid)(const PairParams&, const PairTask&, float* loss, float* workspace);  // loss [task rows]
+  int64_t (*sigmoid_grad_workspace)(const PairParams&, const PairSums&, int64_t rows, int64_t columns);
+  void (*sigmoid_grad)(const PairParams&, const PairTask&, const float* g, const PairSums&, float* workspace);  // g [batch, rows]
   // Items begin .. end: of the N K scores, of the N rows. False: an index was outside the bank.
   bool (*gather_similarity)(const GatherParams&, int64_t begin, int64_t end);
   bool (*gather_weighted_sum)(const GatherParams&, int64_t begin, int64_t end);

@@ -29,13 +29,20 @@ inline void fold(float* maximum, float* sum, Vec reference, Vec part) {
   store(sum, multiply_add(load(sum), exp2_nonpositive(before - shift), part * exp2_nonpositive(reference - shift)));
 }
 
+struct Larger {
+  static inline Vec of(Vec a, Vec b) { return larger(a, b); }
+};
+struct Sum {
+  static inline Vec of(Vec a, Vec b) { return a + b; }
+};
+
 // kLanes vectors, one for each row, reduced to the vector of the rows' results.
-template <class F>
-inline Vec across(const float* rows, const F& combine) {
+template <class Combine>
+inline Vec across(const float* rows) {
   alignas(64) float turned[kLanes * kLanes];
   transpose(rows, kLanes, turned, kLanes);
   Vec result = load(turned);
-  for (int i = 1; i < kLanes; ++i) result = combine(load(turned + i * kLanes), result);
+  for (int i = 1; i < kLanes; ++i) result = Combine::of(load(turned + i * kLanes), result);
   return result;
 }
 
@@ -109,7 +116,7 @@ struct SymmetricStatistic {
       store(lanes + i * kLanes, larger(best0, best1));
     }
     for (int64_t i = rows; i < round_up(rows, kLanes); ++i) store(lanes + i * kLanes, nothing);
-    for (int64_t i = 0; i < rows; i += kLanes) store(row_top + i, across(lanes + i * kLanes, [](Vec a, Vec b) { return larger(a, b); }));
+    for (int64_t i = 0; i < rows; i += kLanes) store(row_top + i, across<Larger>(lanes + i * kLanes));
     for (int64_t j = 0; j < block.padded; j += kLanes) store(column_shift + j, finite_shift(load(column_top + j)));
 
     float most = -kInfinity, least = kInfinity;
@@ -144,7 +151,7 @@ struct SymmetricStatistic {
     const int64_t row_at = first + row - task.row_begin, column_at = block.first - task.column_begin;
     for (int64_t i = 0; i < rows; i += kLanes)
       fold(row_maximum + row_at + i, row_sum + row_at + i, kNear ? splat(most) : load(row_top + i),
-           across(lanes + i * kLanes, [](Vec a, Vec b) { return a + b; }));
+           across<Sum>(lanes + i * kLanes));
     for (int64_t j = 0; j < block.padded; j += kLanes)
       fold(column_maximum + column_at + j, column_sum + column_at + j, kNear ? splat(most) : load(column_top + j), load(column_part + j));
   }

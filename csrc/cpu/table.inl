@@ -9,6 +9,7 @@
 #include "info_nce.inl"
 #include "knn.inl"
 #include "probe.inl"
+#include "sigmoid.inl"
 #include "similarity.inl"
 #include "similarity_grad.inl"
 #include "similarity_grad_rows.inl"
@@ -31,6 +32,7 @@ const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA) = {
     info_nce_rows, info_nce_grad_rows, info_nce_grad_candidates,
     distillation_workspace, distillation, distillation_merge, distillation_grad_workspace, distillation_grad,
     symmetric_workspace, symmetric, symmetric_grad_workspace, symmetric_grad,
+    sigmoid_workspace, sigmoid, sigmoid_grad_workspace, sigmoid_grad,
     gather_similarity, gather_weighted_sum, gather_row_statistic, gather_statistic, gather_block, gather_blocks_workspace,
     gather_blocks_scores, gather_blocks_sums,
     gather_scatter_workspace, gather_scatter,

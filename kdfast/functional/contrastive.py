@@ -180,6 +180,8 @@ def siglip_loss(
     weight: Tensor | None = None,
     reduction: str = "mean",
     group=None,
+    precision: str | None = None,
+    impl: str | None = None,
 ) -> Tensor:
     """Sigmoid loss: every image x text pair is its own binary problem; sum over pairs / N, scores streamed in tiles.
 
@@ -191,6 +193,7 @@ def siglip_loss(
         normalize: scale rows to unit length first. Default False.
         weight [N], reduction ("mean": sum over pairs / N; "none": [N] sums over texts): as in `info_nce`.
         group: torch.distributed group over which the batch is spread: each rank scores its images against all texts.
+        precision, impl: as in `info_nce`.
 
     Raises: ValueError, TypeError naming the argument. Source: Zhai et al. 2023 (SigLIP), section 3.2.
     """
@@ -204,7 +207,7 @@ def siglip_loss(
         texts, offset = collectives.all_gather_rows(text, group)
     image, texts = dtypes.autocast(image, texts)
     index = torch.arange(offset, offset + image.shape[0], device=image.device)
-    losses = sigmoid_pair_loss(image, texts, logit_scale, logit_bias, index)
+    losses = sigmoid_pair_loss(image, texts, logit_scale, logit_bias, index, precision=precision, impl=impl)
     return reduce_rows(losses, weight=weight, reduction=reduction)
 
 

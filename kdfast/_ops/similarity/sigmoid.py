@@ -1,23 +1,36 @@
-"""The sigmoid pair loss (SigLIP's): every query x key pair is its own binary problem, summed over the keys, scores in tiles."""
+"""The sigmoid pair loss (SigLIP's): every query x key pair is its own binary problem, summed over the keys, in C++ or in tiles."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from ..._core import checks
+from ..._core import checks, impls
+from . import cpu
 from .arguments import how_to_compute, row_parameter
 from .autograd import fold_batch
 from .tiles import Scores, contract, contract_tangent
 
+impls.register("sigmoid_pair_loss", impls.Implementation("cpu", cpu.missing, cpu.refuses))
 
-def sigmoid_pair_loss(query: Tensor, keys: Tensor, scale: float | Tensor, shift: float | Tensor, positive_index: Tensor) -> Tensor:
+
+def sigmoid_pair_loss(
+    query: Tensor,
+    keys: Tensor,
+    scale: float | Tensor,
+    shift: float | Tensor,
+    positive_index: Tensor,
+    *,
+    precision: str | None = None,
+    impl: str | None = None,
+) -> Tensor:
     """l_i = sum_j softplus(-y_ij (scale_i q_i.k_j + shift_i)), y_ij = 1 for j = positive_index_i and -1 otherwise: [*B, N].
 
     Args:
         query: [*B, N, D]. keys: [*B, M, D] or [M, D], of the same dtype (any under autocast: both are rounded to its dtype).
         scale, shift: floats, or tensors [], [N] or [*B, N].
         positive_index: integers [*B, N] in [-1, M); -1: no positive.
+        precision, impl: as in `similarity_softmax`.
 
     Returns fp32 (fp64 for fp64 inputs). Gradients: query, keys, scale, shift, twice. Memory O((N + M) D).
 
@@ -34,8 +47,10 @@ def sigmoid_pair_loss(query: Tensor, keys: Tensor, scale: float | Tensor, shift:
     checks.index_range("positive_index", index, keys.shape[-2], lowest=-1)
     lead = (1, rows.numel()) if keys.dim() == 2 else (batch.numel(), rows[-1])
     scale, shift = (row_parameter(name, x, query).reshape(lead) for name, x in (("scale", scale), ("shift", shift)))
+    compute = how_to_compute(query, precision)
     loss = SigmoidPairs.apply(
-        how_to_compute(query, None).dtype,
+        impls.choose("sigmoid_pair_loss", impl, device_type=query.device.type, dtype=compute.dtype),
+        compute,
         query.reshape(*lead, query.shape[-1]),
         keys.reshape(lead[0], *keys.shape[-2:]),
         scale,
@@ -128,24 +143,38 @@ def second_order(compute, want_keys, u, kappa, sigma, varsigma, g, query, keys, 
     return dg, dquery.to(query.dtype), sums.columns, (q * sums.rows_a + u * sums.rows_b).sum(-1), dshift
 
 
+def _run_forward(impl, compute, *tensors) -> Tensor:
+    if impl == "cpu":
+        return torch.ops.kdfast.sigmoid_pairs(*(x.contiguous() for x in tensors), cpu.product_number(compute.products, tensors[0]))
+    run = torch.ops.kdfast_torch.sigmoid_forward if torch.compiler.is_compiling() else forward
+    return run(*tensors, compute.dtype)
+
+
+def _run_gradients(impl, compute, want_rows, want_keys, *tensors) -> tuple[Tensor, Tensor, Tensor]:
+    if impl == "cpu":
+        products = cpu.product_number(compute.products, tensors[1])
+        return torch.ops.kdfast.sigmoid_gradients(*(x.contiguous() for x in tensors), want_rows, want_keys, products)
+    run = torch.ops.kdfast_torch.sigmoid_gradients if torch.compiler.is_compiling() else gradients
+    return run(*tensors, want_rows, want_keys, compute.dtype)
+
+
 class SigmoidPairs(Function):
     """The losses [B, N]; the first backward is a pass over the tiles."""
 
     @staticmethod
-    def forward(compute, query, keys, scale, shift, index):
-        run = torch.ops.kdfast_torch.sigmoid_forward if torch.compiler.is_compiling() else forward
-        return run(query, keys, scale, shift, index, compute)
+    def forward(impl, compute, *tensors):
+        return _run_forward(impl, compute, *tensors)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.compute, *tensors = inputs
+        ctx.impl, ctx.compute, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, g):
         record = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         run = SigmoidGradients.apply if record else SigmoidGradients.forward
-        return (None, *run(ctx.compute, ctx.needs_input_grad[1:4], g.contiguous(), *ctx.saved_tensors), None)
+        return None, None, *run(ctx.impl, ctx.compute, ctx.needs_input_grad[2:5], g.contiguous(), *ctx.saved_tensors), None
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -156,25 +185,24 @@ class SigmoidGradients(Function):
     """(dquery, dkeys, dscale, dshift); dquery and dscale come together, `want` = (query, keys, scale)."""
 
     @staticmethod
-    def forward(compute, want, g, query, keys, scale, shift, index):
+    def forward(impl, compute, want, g, query, keys, scale, shift, index):
         want_query, want_keys, want_scale = want
         want_rows = want_query or want_scale
-        run = torch.ops.kdfast_torch.sigmoid_gradients if torch.compiler.is_compiling() else gradients
-        rows, dkeys, dshift = run(g, query, keys, scale, shift, index, want_rows, want_keys, compute)
-        dquery = (scale[..., None] * rows).to(query.dtype) if want_rows else None
-        dscale = (query.to(compute).to(scale.dtype) * rows).sum(-1) if want_rows else None
-        return dquery, dkeys if want_keys else None, dscale, dshift
+        rows, dkeys, dshift = _run_gradients(impl, compute, want_rows, want_keys, g, query, keys, scale, shift, index)
+        dscale = (query.to(compute.dtype).to(scale.dtype) * rows).sum(-1) if want_rows else None
+        dquery = rows.mul_(scale[..., None]).to(query.dtype) if want_rows else None
+        return dquery, dkeys.to(keys.dtype) if want_keys else None, dscale, dshift
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        ctx.compute, _, *tensors = inputs
+        _, ctx.compute, _, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        grads = SigmoidSecondOrder.apply(ctx.compute, ctx.needs_input_grad[4], *cotangents, *ctx.saved_tensors)
-        return (None, None, *grads, None)
+        grads = SigmoidSecondOrder.apply(ctx.compute.dtype, ctx.needs_input_grad[5], *cotangents, *ctx.saved_tensors)
+        return (None, None, None, *grads, None)
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -204,6 +232,13 @@ def _gradients_fake(g, query, keys, scale, shift, index, want_rows, want_keys, c
     return rows, torch.empty_like(keys) if want_keys else scale.new_empty(0), torch.empty_like(scale)
 
 
+def _kernel_gradients_fake(g, query, keys, scale, shift, index, want_rows, want_keys, products):
+    return *(scale.new_empty(x.shape if want else (0,)) for x, want in ((query, want_rows), (keys, want_keys))), torch.empty_like(scale)
+
+
 # Opaque to the compiler, as in portable.py.
 torch.library.custom_op("kdfast_torch::sigmoid_forward", forward, mutates_args=()).register_fake(lambda *args: torch.empty_like(args[2]))
 torch.library.custom_op("kdfast_torch::sigmoid_gradients", gradients, mutates_args=()).register_fake(_gradients_fake)
+if cpu.missing() is None:
+    torch.library.register_fake("kdfast::sigmoid_pairs", lambda *args: torch.empty_like(args[2]))
+    torch.library.register_fake("kdfast::sigmoid_gradients", _kernel_gradients_fake)

@@ -74,7 +74,7 @@ SEARCH = Case(
         Peer("chunks, topk", lambda x: partial(plain, *x)),
         Peer("kdfast, bf16x3", kdfast("bf16x3")),
         Peer("kdfast, bf16", kdfast("bf16")),
-        Peer("faiss-cpu", faiss, missing=peers.installed("faiss", "faiss-cpu")),
+        Peer("faiss-cpu", faiss, missing=peers.installed("faiss", "faiss-cpu"), dtypes=(torch.float32,)),
     ),
 )
 GROWTH = SEARCH._replace(
