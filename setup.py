@@ -58,9 +58,9 @@ def extension() -> dict:
     flags = [*FLAGS, *DEFINES]
     module = CppExtension(
         "kdfast._C",
-        [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))],
-        include_dirs=[pybind11.get_include()],
-        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cpu/*.h")) + sorted(ROOT.glob("csrc/cpu/*.inl"))],
+        [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/**/*.cpp"))],
+        include_dirs=[pybind11.get_include(), str(ROOT / "csrc/cpu")],
+        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cpu/**/*.h")) + sorted(ROOT.glob("csrc/cpu/**/*.inl"))],
         extra_compile_args=[*flags, f'-DKDFAST_FLAGS="{" ".join(flags)}"'],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}

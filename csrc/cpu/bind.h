@@ -7,7 +7,7 @@
 
 #include <initializer_list>
 
-#include "element.h"
+#include "engine/element.h"
 
 namespace {
 

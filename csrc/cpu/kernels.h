@@ -1,13 +1,13 @@
 // The CPU kernels of one instruction set, as function pointers. No C++ library: isa_*.cpp include this.
 #pragma once
 
-#include "distillation.h"
-#include "gather.h"
-#include "info_nce.h"
-#include "knn.h"
-#include "pairs.h"
-#include "similarity.h"
-#include "sinkhorn.h"
+#include "similarity/distillation.h"
+#include "gather/gather.h"
+#include "similarity/info_nce.h"
+#include "knn/knn.h"
+#include "similarity/pairs.h"
+#include "similarity/similarity.h"
+#include "sinkhorn/sinkhorn.h"
 
 // Compilers that know AMX, and the system that lends its registers.
 #if defined(__x86_64__) && defined(__linux__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))

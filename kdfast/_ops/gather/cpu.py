@@ -1,4 +1,4 @@
-"""impl="cpu": the contractions of portable.py by fused C++ kernels (csrc/cpu/gather*.inl), each sampled row read once."""
+"""impl="cpu": the contractions of portable.py by fused C++ kernels (csrc/cpu/gather), each sampled row read once."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""impl="cpu": candidates by rank from streamed products and their distances, in C++ (csrc/cpu/knn.inl).
+"""impl="cpu": candidates by rank from streamed products and their distances, in C++ (csrc/cpu/knn/knn.inl).
 
 A row that was not kept ranked no better than the list's threshold. Where the k-th distance does not beat that by more than rounding can
 account for, the query is searched again, with better products and at last in float64: every neighbour is found, whatever the precision.

@@ -2,7 +2,7 @@
 
 With z+_ij the logit of positive j, x_ij = lse_i - z+_ij and weights w_ij: loss_i = sum_j w_ij log(1 + e^x_ij). Its slopes
 w_ij e^x_ij / (1 + e^x_ij), and what they pull the query by, come from the forward pass, so the backward is a product with the
-upstream gradient. csrc/cpu/info_nce.inl states the formulas.
+upstream gradient. csrc/cpu/similarity/info_nce.inl states the formulas.
 """
 
 from typing import NamedTuple

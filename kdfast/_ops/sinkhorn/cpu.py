@@ -1,4 +1,4 @@
-"""impl="cpu": the fused C++ kernels (csrc/cpu/sinkhorn.inl), with the signatures of portable.py and adjoint.py."""
+"""impl="cpu": the fused C++ kernels (csrc/cpu/sinkhorn/sinkhorn.inl), with the signatures of portable.py and adjoint.py."""
 
 import torch
 from torch import Tensor

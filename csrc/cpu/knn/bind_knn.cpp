@@ -1,0 +1,103 @@
+// kdfast::knn_scan and kdfast::knn_refine on the CPU: checks, division among threads, registration.
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "similarity/bind_similarity.h"
+
+namespace {
+
+constexpr int64_t kRowsApart = 32;  // rows a task begins at a multiple of: a chunk of every product
+
+// f(worker, begin, end) for ranges of rows, one a worker.
+template <class F>
+void for_each_rows(int64_t workers, int64_t rows, const F& f) {
+  const int64_t step = ((rows + workers - 1) / workers + kRowsApart - 1) / kRowsApart * kRowsApart;
+  for_each_task(workers, workers, [&](int64_t worker, int64_t t) {
+    const int64_t begin = std::min(rows, t * step), end = std::min(rows, begin + step);
+    if (begin < end) f(worker, begin, end);
+  });
+}
+
+
+template <class T>
+T* state(const char* name, const Tensor& x, ScalarType type, std::initializer_list<int64_t> shape) {
+  check(name, x, type, shape);
+  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+kdfast::Matrix rows_of(const char* name, const Tensor& x, int64_t width) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), name, " must have 2 dimensions and be contiguous");
+  check(name, x, x.scalar_type(), {x.size(0), width});
+  return matrix(name, x);
+}
+
+void knn_scan(const Tensor& query, const Tensor& keys, const Tensor& factor, const Tensor& offset, const OptionalTensor& query_labels,
+              const OptionalTensor& key_labels, bool only_same, const OptionalTensor& own, int64_t first, int64_t kept, const Tensor& rank,
+              const Tensor& index, const Tensor& count, const Tensor& threshold, int64_t precision) {
+  STD_TORCH_CHECK(query.dim() == 2 && keys.dim() == 2 && rank.dim() == 2, "query, keys and rank must have 2 dimensions");
+  STD_TORCH_CHECK(query_labels.has_value() == key_labels.has_value(), "query_labels and key_labels come together");
+  kdfast::KnnScanParams p{};
+  p.precision = precision_of(precision);
+  p.rows = query.size(0), p.columns = keys.size(0), p.width = query.size(1), p.first = first;
+  p.query = rows_of("query", query, p.width), p.keys = rows_of("keys", keys, p.width);
+  p.factor = row_data<float>("factor", factor, ScalarType::Float, {p.columns});
+  p.offset = row_data<float>("offset", offset, ScalarType::Float, {p.columns});
+  p.query_labels = row_data<int64_t>("query_labels", query_labels, ScalarType::Long, {p.rows});
+  p.key_labels = row_data<int64_t>("key_labels", key_labels, ScalarType::Long, {p.columns});
+  p.only_same = only_same;
+  p.own = row_data<int64_t>("own", own, ScalarType::Long, {p.rows});
+  p.kept = kept, p.capacity = rank.size(1);
+  STD_TORCH_CHECK(kept >= 1 && p.capacity >= kept + 32, "rank must have at least kept + 32 = ", kept + 32, " columns, got ", p.capacity);
+  p.rank = state<float>("rank", rank, ScalarType::Float, {p.rows, p.capacity});
+  p.index = state<int64_t>("index", index, ScalarType::Long, {p.rows, p.capacity});
+  p.count = state<int64_t>("count", count, ScalarType::Long, {p.rows});
+  p.threshold = state<float>("threshold", threshold, ScalarType::Float, {p.rows});
+  if (p.rows == 0 || p.columns == 0) return;
+
+  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
+  const int64_t workers = workers_for(double(p.rows) * double(p.columns) * double(p.width));
+  const int64_t words = kernels.knn_workspace(p, (p.rows + workers - 1) / workers + kRowsApart);
+  const Tensor workspace = floats(words * workers);
+  float* const work = static_cast<float*>(workspace.mutable_data_ptr());
+  for_each_rows(workers, p.rows, [&](int64_t worker, int64_t begin, int64_t end) { kernels.knn_scan(p, begin, end, work + worker * words); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> knn_refine(const Tensor& query, const Tensor& bank, int64_t k, int64_t metric, int64_t kept,
+                                              const Tensor& rank, const Tensor& index, const Tensor& count, const Tensor& threshold,
+                                              const Tensor& base, double product_error, double float_error) {
+  STD_TORCH_CHECK(query.dim() == 2 && rank.dim() == 2, "query and rank must have 2 dimensions");
+  STD_TORCH_CHECK(k >= 1 && k <= kept && kept <= rank.size(1), "1 <= k <= kept <= the columns of rank must hold");
+  STD_TORCH_CHECK(metric >= 0 && metric <= 2, "metric must be 0, 1 or 2, got ", metric);
+  kdfast::KnnRefineParams p{};
+  p.metric = kdfast::KnnMetric(metric);
+  p.rows = query.size(0), p.width = query.size(1), p.k = k;
+  p.query = rows_of("query", query, p.width), p.bank = rows_of("bank", bank, p.width);
+  p.kept = kept, p.capacity = rank.size(1);
+  p.rank = state<float>("rank", rank, ScalarType::Float, {p.rows, p.capacity});
+  p.index = state<int64_t>("index", index, ScalarType::Long, {p.rows, p.capacity});
+  p.count = state<int64_t>("count", count, ScalarType::Long, {p.rows});
+  p.threshold = state<float>("threshold", threshold, ScalarType::Float, {p.rows});
+  p.base = row_data<float>("base", base, ScalarType::Float, {p.rows});
+  p.product_error = float(product_error), p.float_error = float(float_error);
+  Tensor distance = output(base, {p.rows, k});
+  const std::vector<int64_t> sizes{p.rows, k}, flags{p.rows};
+  Tensor neighbour = torch::stable::new_empty(base, {sizes.data(), sizes.size()}, ScalarType::Long);
+  Tensor doubtful = torch::stable::new_empty(base, {flags.data(), flags.size()}, ScalarType::Bool);
+  p.distance = static_cast<float*>(distance.mutable_data_ptr());
+  p.neighbour = static_cast<int64_t*>(neighbour.mutable_data_ptr());
+  p.doubtful = static_cast<bool*>(doubtful.mutable_data_ptr());
+  const int64_t workers = workers_for(double(p.rows) * double(kept) * double(p.width) * 4);
+  for_each_rows(workers, p.rows, [&](int64_t, int64_t begin, int64_t end) { kdfast::cpu_kernels().knn_refine(p, begin, end); });
+  return {distance, neighbour, doubtful};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("knn_scan", TORCH_BOX(&knn_scan));
+  m.impl("knn_refine", TORCH_BOX(&knn_refine));
+}

@@ -1,0 +1,142 @@
+// kdfast::similarity_distillation and kdfast::similarity_distillation_grad_keys on the CPU: checks, division among threads, registration.
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "similarity/bind_similarity.h"
+
+namespace {
+
+using kdfast::DistillationParams;
+using kdfast::DistillationTask;
+using kdfast::kDistillationStatistics;
+
+// One side, student or teacher; all of [rows, ...] and [columns, ...], without a batch.
+SimilarityParams side(const char* query_name, const Tensor& query, const char* keys_name, const Tensor& keys, const char* scale_name,
+                      const Tensor& scale, const OptionalTensor& bias, const OptionalTensor& key_index, const OptionalTensor& valid,
+                      int64_t precision) {
+  STD_TORCH_CHECK(query.dim() == 2, query_name, " must have 2 dimensions, got ", query.dim());
+  STD_TORCH_CHECK(keys.dim() == 2, keys_name, " must have 2 dimensions, got ", keys.dim());
+  STD_TORCH_CHECK(!key_index.has_value() || key_index->dim() == 2, "key_index must have 2 dimensions");
+  SimilarityParams p{};
+  p.precision = precision_of(precision);
+  p.batch = 1, p.rows = query.size(0), p.columns = keys.size(0), p.width = p.pooled_width = query.size(1);
+  p.pooled = true;
+  p.query = row_matrix(query_name, query, {p.rows, p.width});
+  p.keys = row_matrix(keys_name, keys, {p.columns, p.width});
+  p.scale = row_data<float>(scale_name, scale, ScalarType::Float, {p.rows});
+  p.bias = row_data<float>("bias", bias, ScalarType::Float, {p.columns});
+  p.key_indices = key_index.has_value() ? key_index->size(1) : 0;
+  p.key_index = row_data<int64_t>("key_index", key_index, ScalarType::Long, {p.rows, p.key_indices});
+  p.valid = row_data<int64_t>("valid", valid, ScalarType::Long, {1});
+  return p;
+}
+
+DistillationParams parameters(const Tensor& student, const Tensor& keys, const Tensor& teacher, const Tensor& teacher_keys,
+                              const Tensor& scale, const Tensor& teacher_scale, const OptionalTensor& bias,
+                              const OptionalTensor& key_index, const OptionalTensor& valid, int64_t precision) {
+  DistillationParams p{};
+  p.student = side("student", student, "keys", keys, "scale", scale, bias, key_index, valid, precision);
+  p.teacher = side("teacher", teacher, "teacher_keys", teacher_keys, "teacher_scale", teacher_scale, bias, key_index, valid, precision);
+  STD_TORCH_CHECK(p.teacher.rows == p.student.rows, "teacher must have ", p.student.rows, " rows, got ", p.teacher.rows);
+  STD_TORCH_CHECK(p.teacher.columns == p.student.columns, "teacher_keys must have ", p.student.columns, " rows, got ", p.teacher.columns);
+  return p;
+}
+
+// Columns are cut first, as far as the partial results, `partial` floats a row, stay small: two banks are packed, so that another thread's
+// rows would cost more than a merge. A number of parts that divides the threads keeps all of them busy.
+Division divide_columns(double work, int64_t rows, int64_t columns, int64_t partial) {
+  const int64_t workers = workers_for(work), room = kPartialFloats / std::max<int64_t>(1, rows * partial);
+  int64_t column_parts = std::clamp<int64_t>(std::min(columns / kMinColumns, room), 1, workers);
+  while (workers % column_parts != 0) --column_parts;
+  return {workers, std::clamp<int64_t>(rows / kMinRows, 1, workers / column_parts), column_parts};
+}
+
+void run(const DistillationParams& p) {
+  const int64_t rows = p.student.rows, columns = valid_columns(p.student, 0);
+  const int64_t stride = (p.student.width + 15) / 16 * 16, partial = 2 * stride + kDistillationStatistics;
+  const double work = double(rows) * double(columns) * double(3 * p.student.width + p.teacher.width);
+  const Division cut = divide_columns(work, rows, columns, partial);
+  const int64_t row_step = (rows + cut.row_parts - 1) / cut.row_parts, column_step = (columns + cut.column_parts - 1) / cut.column_parts;
+  const bool merge = cut.column_parts > 1;
+
+  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
+  const int64_t words = kernels.distillation_workspace(p, row_step, column_step);
+  const Tensor workspace = floats(words * cut.workers), parts = floats(merge ? cut.column_parts * rows * partial : 0);
+  float* const work_begin = static_cast<float*>(workspace.mutable_data_ptr());
+  float* const statistics = static_cast<float*>(parts.mutable_data_ptr());
+  float* const pooled = statistics + cut.column_parts * rows * kDistillationStatistics;
+
+  for_each_task(cut.workers, cut.row_parts * cut.column_parts, [&](int64_t worker, int64_t t) {
+    const int64_t part = t % cut.column_parts;
+    DistillationTask task{};
+    task.row_begin = t / cut.column_parts * row_step;
+    task.row_end = std::min(rows, task.row_begin + row_step);
+    task.column_begin = std::min(columns, part * column_step);
+    task.column_end = std::min(columns, task.column_begin + column_step);
+    task.start = part == 0;
+    task.finish = !merge;
+    task.pooled_stride = stride;
+    const int64_t at = part * rows + task.row_begin;
+    if (merge) task.statistics = statistics + at * kDistillationStatistics, task.pooled = pooled + 2 * at * stride;
+    if (task.row_begin < task.row_end) kernels.distillation(p, task, work_begin + worker * words);
+  });
+  if (!merge) return;
+  for_each_task(cut.workers, cut.workers, [&](int64_t, int64_t t) {
+    kernels.distillation_merge(
+        p, {cut.column_parts, rows, t * rows / cut.workers, (t + 1) * rows / cut.workers, statistics, pooled, stride});
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distillation(
+    const Tensor& student, const Tensor& keys, const Tensor& teacher, const Tensor& teacher_keys, const Tensor& scale,
+    const Tensor& teacher_scale, const OptionalTensor& bias, const OptionalTensor& start_logit, const OptionalTensor& teacher_start_logit,
+    const OptionalTensor& key_index, const OptionalTensor& valid, int64_t precision) {
+  DistillationParams p = parameters(student, keys, teacher, teacher_keys, scale, teacher_scale, bias, key_index, valid, precision);
+  STD_TORCH_CHECK(start_logit.has_value() == teacher_start_logit.has_value(), "start_logit and teacher_start_logit come together");
+  const int64_t rows = p.student.rows;
+  p.student.start_logit = row_data<float>("start_logit", start_logit, ScalarType::Float, {rows});
+  p.teacher.start_logit = row_data<float>("teacher_start_logit", teacher_start_logit, ScalarType::Float, {rows});
+
+  const auto made = [&](const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); };
+  const Tensor loss = output(student, {rows}), entropy = output(student, {rows});
+  const Tensor difference = output(student, {rows, p.student.width}), log_sums = output(student, {4, rows});
+  p.loss = made(loss), p.entropy = made(entropy), p.difference = made(difference), p.log_sums = made(log_sums);
+  if (rows > 0) run(p);
+  return {loss, entropy, difference, log_sums};
+}
+
+// Keys are cut among threads, each of whose sums belong to one thread: no merge, and the same bits for any number of threads.
+Tensor similarity_distillation_grad_keys(const Tensor& g, const Tensor& log_sums, const Tensor& student, const Tensor& keys,
+                                         const Tensor& teacher, const Tensor& teacher_keys, const Tensor& scale,
+                                         const Tensor& teacher_scale, const OptionalTensor& bias, const OptionalTensor& key_index,
+                                         const OptionalTensor& valid, int64_t precision) {
+  const DistillationParams p = parameters(student, keys, teacher, teacher_keys, scale, teacher_scale, bias, key_index, valid, precision);
+  const int64_t rows = p.student.rows, count = p.student.columns, width = p.student.width, columns = valid_columns(p.student, 0);
+  const float* const upstream = row_data<float>("g", g, ScalarType::Float, {rows});
+  const float* const levels = row_data<float>("log_sums", log_sums, ScalarType::Float, {4, rows});
+  const Tensor dkeys = output(keys, {count, width});
+  float* const out = static_cast<float*>(dkeys.mutable_data_ptr());
+  std::fill(out + columns * width, out + count * width, 0.0f);
+
+  const int64_t workers = workers_for(double(rows) * double(columns) * double(2 * width + p.teacher.width));
+  const int64_t parts = parts_of_keys(workers, 1, columns), step = (columns + parts - 1) / parts;
+  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
+  const int64_t words = kernels.distillation_grad_workspace(p, step);
+  const Tensor workspace = floats(words * workers);
+  float* const work_begin = static_cast<float*>(workspace.mutable_data_ptr());
+  for_each_task(workers, parts, [&](int64_t worker, int64_t t) {
+    const int64_t begin = std::min(columns, t * step), end = std::min(columns, begin + step);
+    if (begin < end) kernels.distillation_grad(p, {begin, end, upstream, levels, out}, work_begin + worker * words);
+  });
+  return dkeys;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("similarity_distillation", TORCH_BOX(&similarity_distillation));
+  m.impl("similarity_distillation_grad_keys", TORCH_BOX(&similarity_distillation_grad_keys));
+}

@@ -1,0 +1,49 @@
+// What the distillation kernels are given: plain pointers, 64-bit sizes, no torch.
+#pragma once
+
+#include "similarity/similarity.h"
+
+namespace kdfast {
+
+// One call, a batch of one: N rows of a student and of a teacher, each over its own bank of M keys. Both sides admit the same columns and
+// may have a start candidate, of which only the logit counts. `student` and `teacher` hold the same exclusions; teacher.keys may be
+// student.keys.
+struct DistillationParams {
+  SimilarityParams student, teacher;
+  float* loss;        // [rows]: cross-entropy of the student's softmax under the teacher's
+  float* entropy;     // [rows], of the teacher's softmax
+  float* difference;  // [rows, width]: sum_j (p^S_ij - p^T_ij) k^S_j
+  float* log_sums;    // [4, rows]: lse of the student, the digits it has no room for, and the same of the teacher
+};
+
+// A rectangle, computed by one thread. finish: it spans every column, and the call's outputs are written. Otherwise `statistics` and
+// `pooled` are, for distillation_merge.
+struct DistillationTask {
+  int64_t row_begin, row_end;
+  int64_t column_begin, column_end;
+  bool start;         // this column range also takes the start candidates
+  bool finish;
+  float* statistics;  // [row_end - row_begin][kDistillationStatistics]
+  float* pooled;      // [row_end - row_begin][2][pooled_stride]: unnormalised, student's and teacher's
+  int64_t pooled_stride;
+};
+
+constexpr int64_t kDistillationStatistics = 6;  // student's maximum and sum, teacher's maximum and sum, fall, bias (distillation.inl)
+
+// Rows `begin` to `end` of the call from their parts, [parts][part_stride rows] of what a task writes. Part 0 is overwritten.
+struct DistillationMerge {
+  int64_t parts, part_stride, begin, end;
+  float* statistics;
+  float* pooled;
+  int64_t pooled_stride;
+};
+
+// The gradient in keys [key_begin, key_end), computed by one thread.
+struct DistillationGradTask {
+  int64_t key_begin, key_end;
+  const float* g;         // [rows], upstream of loss
+  const float* log_sums;  // [4, rows], as the forward pass left them
+  float* dkeys;           // [columns, width]: sum_i g_i s_i (p^S_ij - p^T_ij) q_i
+};
+
+}  // namespace kdfast

@@ -1,0 +1,48 @@
+// What the InfoNCE kernels are given: plain pointers, 64-bit sizes, no torch.
+#pragma once
+
+#include "engine/element.h"
+
+namespace kdfast {
+
+// One call: N rows with J positives each, beside the log-sum-exp of the row's negatives. Row-major and contiguous, except that
+// batch strides may be 0. Null: not given.
+struct InfoNceParams {
+  int64_t batch, rows, positives, count, width;
+
+  Matrix query;                     // [batch, rows, width]
+  Matrix candidates;                // [batch, count, width], which the positives are among
+  int64_t candidates_batch_stride;  // in elements
+  const int64_t* columns;           // [batch, rows, positives]: which they are, -1 for none; null: i positives + j
+  const float* bias;                // [batch, count], of their logits
+  int64_t bias_batch_stride;
+  const float* scale;    // [batch, rows]
+  const float* weights;  // [batch, rows, positives]; null: 1 / positives each
+};
+
+// What the forward pass reads and writes of rows begin .. end of batch x rows.
+struct InfoNceRows {
+  int64_t begin, end;
+  bool include_positive;
+  const float* lse;  // [batch, rows]
+  float* losses;     // [batch, rows]
+  float* slopes;     // [batch, rows, positives]: -dloss / dlogit of a positive; their sum is dloss / dlse
+  float* pull;       // [batch, rows, width]: sum_j p_ij k_j in, dloss / d(scale query) out; null: not wanted
+};
+
+// The backward pass: upstream times the rows' derivatives. Null outputs are not wanted.
+struct InfoNceGradients {
+  const float* g;       // upstream of row i: factor g[i g_stride]
+  int64_t g_stride;     // 1, or 0 where all rows have the same
+  float factor;
+  const float* slopes;  // as the forward pass left them
+  const float* pull;    // needed for dquery and dscale
+  float* dquery;        // [batch, rows, width]
+  float* dscale;        // [batch, rows]
+  float* dlse;          // [batch, rows]
+  float* dpositive;     // [batch, rows, positives, width]
+  float* dcandidates;   // [batch, count, width]: added to, at the columns
+  float* dbias;         // [batch, count]: added to
+};
+
+}  // namespace kdfast

@@ -1,0 +1,124 @@
+// Rows of InfoNCE, once the log-sum-exp over the negatives is known: losses, and everything their gradients need.
+//
+// With z+_ij = s_i q_i.k+_ij + b_ij and x_ij = lse_i - z+_ij,
+//   loss_i = sum_j w_ij log(1 + e^x_ij),   slope_ij = w_ij e^x_ij / (1 + e^x_ij)
+// (without the positive in the denominator sum_j w_ij x_ij and w_ij), so that with t_i = sum_j slope_ij and O_i = sum_j p_ij k_j
+//   dloss_i / d(s_i q_i) = t_i O_i - sum_j slope_ij k+_ij,   dloss_i / dk+_ij = -slope_ij s_i q_i,   dloss_i / dlse_i = t_i.
+//
+// Included by isa_*.cpp after the target pragma.
+#pragma once
+
+#include "similarity/info_nce.h"
+#include "engine/packing.inl"
+
+namespace {
+
+using kdfast::InfoNceGradients;
+using kdfast::InfoNceParams;
+using kdfast::InfoNceRows;
+
+inline void store_some(float* p, Vec x, int64_t count) {
+  if (count >= kLanes) return store(p, x);
+  __builtin_memcpy(p, &x, size_t(count) * sizeof(float));
+}
+
+template <class A, class B>
+inline float inner_product(const A* a, const B* b, int64_t width) {
+  Vec sum = {};
+  for (int64_t d = 0; d < width; d += kLanes) sum = multiply_add(load_row(a, d, width), load_row(b, d, width), sum);
+  return total(sum);
+}
+
+// to += factor x, or to = factor x
+template <bool kAdd, class T>
+inline void scaled(float* to, float factor, const T* x, int64_t width) {
+  for (int64_t d = 0; d < width; d += kLanes) {
+    const Vec product = splat(factor) * load_row(x, d, width);
+    store_some(to + d, kAdd ? load_row(to, d, width) + product : product, width - d);
+  }
+}
+
+// Where the positive is among the candidates of the batch; -1: there is none.
+inline int64_t column_of(const InfoNceParams& p, int64_t row, int64_t j) {
+  const int64_t at = row * p.positives + j;
+  return p.columns != nullptr ? p.columns[at] : at - row / p.rows * p.count;
+}
+
+// Where its elements begin.
+inline int64_t candidate(const InfoNceParams& p, int64_t row, int64_t column) {
+  return row / p.rows * p.candidates_batch_stride + column * p.width;
+}
+
+inline float upstream(const InfoNceGradients& d, int64_t row) { return d.factor * d.g[row * d.g_stride]; }
+
+// ---- the entries of the dispatch table ------------------------------------------------------------------------------
+
+template <class Q, class C>
+void info_nce_rows_of(const InfoNceParams& p, const InfoNceRows& r, const Q* queries, const C* candidates) {
+  for (int64_t i = r.begin; i < r.end; ++i) {
+    float* const slopes = r.slopes + i * p.positives;
+    float loss = 0, sum = 0;
+    for (int64_t j = 0; j < p.positives; ++j) {
+      const int64_t column = column_of(p, i, j);
+      slopes[j] = 0;
+      if (column < 0) continue;
+      const float bias = p.bias != nullptr ? p.bias[i / p.rows * p.bias_batch_stride + column] : 0;
+      const float x = r.lse[i] - (p.scale[i] * inner_product(queries + i * p.width, candidates + candidate(p, i, column), p.width) + bias);
+      const float weight = p.weights != nullptr ? p.weights[i * p.positives + j] : 1 / float(p.positives);
+      const bool linear = !r.include_positive || x > 40;  // beyond 40, log(1 + e^x) is x and its slope 1
+      const float e = linear ? 0 : __builtin_expf(x);
+      loss += weight * (linear ? x : __builtin_log1pf(e));
+      slopes[j] = weight * (linear ? 1 : e / (1 + e));
+      sum += slopes[j];
+    }
+    r.losses[i] = loss;
+    if (r.pull == nullptr) continue;
+    float* const pull = r.pull + i * p.width;
+    scaled<false>(pull, sum, pull, p.width);
+    for (int64_t j = 0; j < p.positives; ++j)
+      if (const int64_t column = column_of(p, i, j); column >= 0)
+        scaled<true>(pull, -slopes[j], candidates + candidate(p, i, column), p.width);
+  }
+}
+
+void info_nce_rows(const InfoNceParams& p, const InfoNceRows& r) {
+  with_elements(p.query, [&](const auto* queries) {
+    with_elements(p.candidates, [&](const auto* candidates) { info_nce_rows_of(p, r, queries, candidates); });
+  });
+}
+
+// Rows begin .. end; what belongs to the candidates is not touched.
+void info_nce_grad_rows(const InfoNceParams& p, const InfoNceGradients& d, int64_t begin, int64_t end) {
+  with_elements(p.query, [&](const auto* queries) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float* const pull = d.pull + i * p.width;
+      const float g = upstream(d, i);
+      if (d.dquery != nullptr) scaled<false>(d.dquery + i * p.width, g * p.scale[i], pull, p.width);
+      if (d.dscale != nullptr) d.dscale[i] = g * inner_product(queries + i * p.width, pull, p.width);
+      float sum = 0;
+      for (int64_t j = i * p.positives; j < (i + 1) * p.positives; ++j) {
+        sum += d.slopes[j];
+        if (d.dpositive != nullptr)
+          scaled<false>(d.dpositive + j * p.width, -g * p.scale[i] * d.slopes[j], queries + i * p.width, p.width);
+      }
+      if (d.dlse != nullptr) d.dlse[i] = g * sum;
+    }
+  });
+}
+
+// Added to the gradients of the candidates, row after row: several may name one candidate.
+void info_nce_grad_candidates(const InfoNceParams& p, const InfoNceGradients& d) {
+  with_elements(p.query, [&](const auto* queries) {
+    for (int64_t i = 0; i < p.batch * p.rows; ++i) {
+      for (int64_t j = 0; j < p.positives; ++j) {
+        const int64_t column = column_of(p, i, j), at = i / p.rows * p.count + column;
+        if (column < 0) continue;
+        const float slope = upstream(d, i) * d.slopes[i * p.positives + j];
+        if (d.dcandidates != nullptr) scaled<true>(d.dcandidates + at * p.width, -slope * p.scale[i], queries + i * p.width, p.width);
+        if (d.dbias != nullptr) d.dbias[at] -= slope;
+      }
+    }
+  });
+}
+
+}  // namespace

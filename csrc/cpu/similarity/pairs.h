@@ -1,0 +1,49 @@
+// What the kernels of pairs are given: every score x_i.y_j serves its row and its column. Plain pointers, 64-bit sizes, no torch.
+#pragma once
+
+#include "engine/element.h"
+
+namespace kdfast {
+
+// One call over the logits z_ij = scale_i x_i.y_j + shift_i. Everything is row-major and contiguous. Null: not given.
+struct PairParams {
+  Precision precision;
+  int64_t batch, rows, columns, width;
+  Matrix x;                  // [batch, rows, width]
+  Matrix y;                  // [batch, columns, width]
+  const float* scale;        // [batch, rows]
+  const float* shift;        // [batch, rows]
+  const int64_t* x_labels;   // [batch, rows]: pairs of equal labels are left out
+  const int64_t* y_labels;   // [batch, columns]
+  const int64_t* positive;   // [batch, rows]: the row's positive column, -1 for none
+};
+
+// A rectangle of one batch entry, computed by one thread.
+struct PairTask {
+  int64_t batch;
+  int64_t row_begin, row_end;
+  int64_t column_begin, column_end;
+};
+
+// Base-2 maxima and sums of 2^(z log2e - maximum) over the rectangle, to be merged by similarity_merge. Each from the task's own first
+// row or column on.
+struct SymmetricStatistics {
+  float *row_maximum, *row_sum;        // [task rows]
+  float *column_maximum, *column_sum;  // [task columns]
+};
+
+// Upstream gradients g of the log-sum-exps L of rows and columns: W_ij = g^r_i exp(z_ij - L^r_i) + g^c_j exp(z_ij - L^c_j). L is lse + low.
+// Whole arrays.
+struct SymmetricUpstream {
+  const float *row_g, *row_lse, *row_low;           // [batch, rows]
+  const float *column_g, *column_lse, *column_low;  // [batch, columns]
+};
+
+// What weights W_ij of the pairs are summed into: a rectangle's sums are added to these. Whole arrays; null: not wanted.
+struct PairSums {
+  float* x_sums;   // [batch, rows, width], sum_j W_ij y_j
+  float* y_sums;   // [batch, columns, width], sum_i W_ij scale_i x_i
+  float* weights;  // [batch, rows], sum_j W_ij; for the sigmoid pair loss alone
+};
+
+}  // namespace kdfast

@@ -1,0 +1,308 @@
+// Passes in which one tile of scores serves rows and columns: log-sum-exps both ways, pair losses, and their gradients.
+//
+// Rows X and columns Y of stream.inl. A gradient makes weights W of a tile of scores and adds W Y to dX and W^T X to dY: 6 N M D. For the
+// second product the weights of kTransposedRows rows are collected transposed; docs/cpu-kernels.md derives the sizes.
+//
+// Included by isa_*.cpp after the target pragma.
+#pragma once
+
+#include "similarity/pairs.h"
+#include "engine/stream.inl"
+
+namespace {
+
+using kdfast::PairParams;
+using kdfast::PairSums;
+using kdfast::PairTask;
+
+// Columns packed at a time, and rows that one product W^T X adds up, a multiple of kRowChunk. Beside the block's two panels, those of
+// a group of rows and its transposed weights should stay in L2; and the longer a product's inner dimension, the fewer times its sums are
+// loaded and stored.
+template <class Product>
+constexpr int64_t kPairBlock = Product::kRowChunk > 128 ? Product::kBlock : Product::kParts > 1 ? 128 : 256;
+template <class Product>
+constexpr int64_t kTransposedRows = Product::kRowChunk > 128 ? Product::kRowChunk : 256;
+
+// log2e scale, and for a scale of 0 the smallest float: an infinite score, which stands for a pair left out, must not become NaN.
+inline float base2_multiplier(float scale) { return scale == 0 ? 0x1p-126f : kLog2e * scale; }
+
+// The score whose logit is -inf.
+inline float score_left_out(float multiplier) { return multiplier > 0 ? -kInfinity : kInfinity; }
+
+// Whether rows `begin` .. `end` hold finite numbers only.
+inline bool all_finite(const Matrix& matrix, int64_t begin, int64_t end, int64_t width) {
+  Vec rest = {};  // 0, or NaN after an infinity or a NaN
+  with_elements(matrix, [&](const auto* elements) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t d = 0; d < width; d += kLanes) {
+        const Vec x = load_row(elements + i * width, d, width);
+        rest += x - x;
+      }
+    }
+  });
+  return total(rest) == 0;
+}
+
+// ---- pairs left out ---------------------------------------------------------------------------------------------------
+
+// The labels of a block's columns, and their range: most rows of a batch in order have a label outside it.
+struct PairLabels {
+  BlockLabels halves;
+  int64_t least, greatest;
+
+  void begin_block(const PairParams& p, int64_t batch, const Block& block) {
+    const int64_t* const labels = p.y_labels + batch * p.columns + block.first;
+    halves.pack(labels, block);
+    least = greatest = labels[0];
+    for (int64_t j = 1; j < block.columns; ++j) {
+      least = labels[j] < least ? labels[j] : least;
+      greatest = labels[j] > greatest ? labels[j] : greatest;
+    }
+  }
+  // Scores of columns with label `own` become `replacement`.
+  void leave_out(float* scores, int64_t padded, int64_t own, float replacement) const {
+    if (own < least || own > greatest) return;
+    const IntVec low = IntVec{} + int32_t(uint32_t(own)), high = IntVec{} + int32_t(own >> 32);
+    const Vec other = splat(replacement);
+    for (int64_t j = 0; j < padded; j += kLanes) {
+      const IntVec equal = (load_int(halves.low + j) == low) & (load_int(halves.high + j) == high);
+      store(scores + j, equal ? other : load(scores + j));
+    }
+  }
+};
+
+// ---- statistics of the scores -------------------------------------------------------------------------------------------
+
+struct PairWorkspace {
+  int64_t rows, block;
+  Rows x;
+  Streamed y;
+  Tile tile;
+
+  template <class Product>
+  PairWorkspace(Product product, const PairParams& p, int64_t row_count, int64_t columns, Arena& arena) {
+    rows = rows_at_once<Product>(p.width, row_count);
+    block = block_columns<Product>(columns);
+    x.plan(product, rows, p.width, arena);
+    y.panels.plan(product, p.width, block, true, false, arena);
+    tile.plan(product, rows, block, arena);
+  }
+};
+
+// Up to rows_at_once rows, `first` .. `first + count` of the batch entry, through the task's columns. A Statistic has
+//   begin_rows(first)
+//   begin_block(block)
+//   chunk(block, row, rows, tile)   scores of rows `row` .. `row + rows`, counted from `first`, all of which exist
+template <class Product, class Statistic>
+struct PairPass {
+  const PairParams& p;
+  const PairTask& task;
+  PairWorkspace& w;
+  const int64_t first, count;
+  Statistic& statistic;
+
+  bool run() const {
+    const int64_t padded_rows = round_up(count, Product::kRowMultiple);
+    const Matrix x = p.x.from(task.batch * p.rows * p.width);
+    bool sound = true;
+    for (int64_t i = 0; i < count; ++i) sound &= Packing<Product>::pack_row(x, first + i, p.width, false, w.x.at(i));
+    __builtin_memset(w.x.at(count), 0, size_t(4 * (padded_rows - count) * w.x.stride));
+    return sound & stream_blocks(Product{}, w.block, padded_rows, task.column_begin, task.column_end, *this, w.y);
+  }
+
+  void begin_block(const Block& block) const { statistic.begin_block(block); }
+
+  void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
+    score_rows(Product{}, w.x.at(row), w.x.stride, rows, w.y.panels, block.padded, w.tile.scores(0), w.tile.stride);
+    for (int64_t i = row; i < row + rows; ++i) next.fetch(i);
+    statistic.chunk(block, row, smaller(rows, count - row), w.tile);
+  }
+};
+
+// ---- sums weighted by a function of the scores --------------------------------------------------------------------------
+
+struct PairGradientWorkspace {
+  int64_t rows, block, group;  // group: rows whose weights are collected transposed
+  Rows x;
+  Panels x_panels;             // of the first group
+  float* more_groups;          // of the others, `rows` alone
+  int64_t group_words;
+  Streamed y;
+  Sums x_sums, y_sums;
+  Tile tile;
+  float* transposed;           // [block][transposed_stride], weights of a group
+  int64_t transposed_stride, transposed_words;
+  float* scale;                // per row
+
+  template <class Product>
+  PairGradientWorkspace(Product product, const PairParams& p, bool want_x, bool want_y, int64_t row_count, int64_t columns, Arena& arena) {
+    rows = rows_at_once<Product>(p.width, row_count);
+    block = smaller(kPairBlock<Product>, round_up(columns, kPanel));
+    group = smaller(kTransposedRows<Product>, round_up(rows, kPanel));
+    const int64_t sums = round_up(block, Product::kRowMultiple), groups = (rows + group - 1) / group;
+    x.plan(product, rows, p.width, arena);
+    y.panels.plan(product, p.width, block, true, want_x, arena);
+    x_sums.plan(want_x ? rows : 0, p.width, arena);
+    tile.plan(product, Product::kRowChunk, block, arena);
+    scale = arena.take(round_up(rows, Product::kRowChunk));
+    if (!want_y) return;
+    x_panels.plan(product, p.width, group, false, true, arena);
+    group_words = x_panels.block_words * x_panels.padded_width;
+    more_groups = arena.take((groups - 1) * group_words);
+    y_sums.plan(sums, p.width, arena);
+    transposed_stride = Product::words(group) + kLanes;
+    transposed = arena.take(sums * transposed_stride);
+    transposed_words = sums * transposed_stride;
+  }
+
+  // Rows that only fill the last tile are never written.
+  void clear_transposed() const { __builtin_memset(transposed, 0, size_t(4 * transposed_words)); }
+};
+
+// Up to rows_at_once rows, `first` .. `first + count` of the batch entry, through the task's columns. Weights has
+//   begin_rows(first, count)
+//   begin_block(block)
+//   weigh(block, i, scores)         replaces row i's scores by its weights; what becomes of the columns that do not exist is no matter
+template <class Product, class Weights>
+struct PairGradientPass {
+  const PairParams& p;
+  const PairTask& task;
+  const PairSums& out;
+  PairGradientWorkspace& w;
+  const int64_t first, count;
+  Weights& weights;
+
+  int64_t padded_rows() const { return round_up(count, Product::kRowMultiple); }
+
+  void run() const {
+    const Matrix x = p.x.from(task.batch * p.rows * p.width);
+    for (int64_t i = 0; i < count; ++i) {
+      Packing<Product>::pack_row(x, first + i, p.width, false, w.x.at(i));
+      w.scale[i] = p.scale[task.batch * p.rows + first + i];
+    }
+    __builtin_memset(w.x.at(count), 0, size_t(4 * (padded_rows() - count) * w.x.stride));
+    for (int64_t i = count; i < round_up(count, Product::kRowChunk); ++i) w.scale[i] = 0;
+    if (out.y_sums != nullptr) {
+      for (int64_t row = 0; row < count; row += w.group) {
+        const int64_t rows = smaller(w.group, count - row);
+        Packing<Product>::pack_block(group_panels(row), x, first + row, rows, round_up(rows, kPanel));
+      }
+    }
+    if (out.x_sums != nullptr) __builtin_memset(w.x_sums.at(0), 0, size_t(4 * padded_rows() * w.x_sums.stride));
+    stream_blocks(Product{}, w.block, padded_rows(), task.column_begin, task.column_end, *this, w.y);
+    if (out.x_sums != nullptr) add_to(out.x_sums + (task.batch * p.rows + first) * p.width, w.x_sums, count);
+  }
+
+  Panels group_panels(int64_t row) const {
+    Panels panels = w.x_panels;
+    if (row >= w.group) panels.rows = w.more_groups + (row / w.group - 1) * w.group_words;
+    return panels;
+  }
+
+  void add_to(float* to, const Sums& sums, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t d = 0; d < p.width; ++d) to[i * p.width + d] += sums.at(i)[d];
+  }
+
+  void begin_block(const Block& block) const {
+    weights.begin_block(block);
+    if (out.y_sums != nullptr) __builtin_memset(w.y_sums.at(0), 0, size_t(4 * round_up(block.columns, Product::kRowMultiple) * w.y_sums.stride));
+  }
+
+  void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
+    score_rows(Product{}, w.x.at(row), w.x.stride, rows, w.y.panels, block.padded, w.tile.scores(0), w.tile.stride);
+    const int64_t exist = smaller(rows, count - row);
+    for (int64_t i = 0; i < round_up(rows, 2 * kLanes); ++i) {
+      float* const scores = w.tile.scores(i);
+      if (i < exist) weights.weigh(block, row + i, scores);
+      const int64_t kept = i < exist ? block.columns : 0;
+      __builtin_memset(scores + kept, 0, size_t(4 * (block.padded - kept)));
+    }
+    for (int64_t i = row; i < row + rows; ++i) next.fetch(i);
+    if (out.y_sums != nullptr) collect(block, row, rows);
+    if (out.x_sums != nullptr) sum_for_rows(block, row, rows);
+    if (out.y_sums == nullptr) return;
+    const int64_t in_group = row % w.group + rows;
+    const bool last = row + rows == padded_rows();
+    if (in_group == w.group || last) sum_for_columns(block, row + rows - in_group, smaller(in_group, count - (row + rows - in_group)));
+    if (last) add_to(out.y_sums + (task.batch * p.columns + block.first) * p.width, w.y_sums, block.columns);
+  }
+
+  // The chunk's weights, times each row's scale, as columns of W^T.
+  void collect(const Block& block, int64_t row, int64_t rows) const {
+    constexpr int64_t kRun = 2 * kLanes;
+    alignas(64) float square[kLanes * kRun];
+    for (int64_t i = 0; i < rows; i += kRun) {
+      const Vec scale0 = load(w.scale + row + i), scale1 = load(w.scale + row + i + kLanes);
+      for (int64_t j = 0; j < block.padded; j += kLanes) {
+        transpose(w.tile.scores(i) + j, w.tile.stride, square, kRun);
+        transpose(w.tile.scores(i + kLanes) + j, w.tile.stride, square + kLanes, kRun);
+        float* to = w.transposed + j * w.transposed_stride;
+        for (int64_t k = 0; k < kLanes; ++k, to += w.transposed_stride)
+          Packing<Product>::store_weights(to, row % w.group + i, load(square + k * kRun) * scale0, load(square + k * kRun + kLanes) * scale1);
+      }
+    }
+  }
+
+  // dX += W Y
+  void sum_for_rows(const Block& block, int64_t row, int64_t rows) const {
+    if constexpr (!__is_same(Product, Float32Product)) {
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < block.padded; j += 2 * kLanes)
+          Packing<Product>::store_weights(w.tile.weights(i), j, load(w.tile.scores(i) + j), load(w.tile.scores(i) + j + kLanes));
+    }
+    sum_rows(Product{}, w.tile.weights(0), w.tile.stride, rows, block.columns, w.y.panels, AddTile{w.x_sums.at(row), w.x_sums.stride});
+  }
+
+  // dY += W^T X for a group of rows
+  void sum_for_columns(const Block& block, int64_t row, int64_t rows) const {
+    const Panels panels = group_panels(row);
+    const int64_t columns = round_up(block.columns, Product::kRowMultiple);
+    for (int64_t j = 0; j < columns; j += Product::kRowChunk)
+      sum_rows(Product{}, w.transposed + j * w.transposed_stride, w.transposed_stride, smaller(Product::kRowChunk, columns - j), rows, panels,
+               AddTile{w.y_sums.at(j), w.y_sums.stride});
+  }
+};
+
+// ---- what the entries of the dispatch table share ------------------------------------------------------------------------
+
+// statistic(first) for each group of rows, through the task's columns. Returns whether the product could hold the operands.
+template <class Product, class Statistic>
+inline bool take_statistics(Product, const PairParams& p, const PairTask& task, PairWorkspace& w, Statistic& statistic) {
+  [[maybe_unused]] typename Product::Session session;
+  w.y.matrix = p.y.from(task.batch * p.columns * p.width);
+  bool sound = true;
+  for (int64_t row = task.row_begin; row < task.row_end; row += w.rows) {
+    statistic.begin_rows(row);
+    sound &= PairPass<Product, Statistic>{p, task, w, row, smaller(w.rows, task.row_end - row), statistic}.run();
+  }
+  return sound;
+}
+
+template <class Product, class Weights>
+inline void take_gradients(Product, const PairParams& p, const PairTask& task, const PairSums& out, PairGradientWorkspace& w,
+                           Weights& weights) {
+  [[maybe_unused]] typename Product::Session session;
+  w.y.matrix = p.y.from(task.batch * p.columns * p.width);
+  if (out.y_sums != nullptr) w.clear_transposed();
+  for (int64_t row = task.row_begin; row < task.row_end; row += w.rows) {
+    const int64_t count = smaller(w.rows, task.row_end - row);
+    weights.begin_rows(row, count);
+    PairGradientPass<Product, Weights>{p, task, out, w, row, count, weights}.run();
+  }
+}
+
+// f(product) with a product that holds the task's operands: sums grow as blocks pass by, so that it must be known beforehand.
+template <class F>
+inline void with_holding_product(const PairParams& p, const PairTask& task, const F& f) {
+  const bool whole = p.precision == Precision::kBFloat16 ||
+                     (all_finite(p.x.from(task.batch * p.rows * p.width), task.row_begin, task.row_end, p.width) &&
+                      all_finite(p.y.from(task.batch * p.columns * p.width), task.column_begin, task.column_end, p.width));
+  if (whole) {
+    with_product(p.precision, f);
+  } else {
+    f(Float32Product{});
+  }
+}
+
+}  // namespace

@@ -1,0 +1,309 @@
+// Log-sum-exps of the rows and of the columns of one score matrix, and their gradient.
+//
+// One exponential a pair serves both sides. In a tile e_ij = 2^(z_ij - a), with one reference a for all of it, is added to its row and to
+// its column; in the gradient W_ij = g^r_i 2^(z_ij - L^r_i) + g^c_j 2^(z_ij - L^c_j) = e_ij (u_i + v_j), u_i = g^r_i 2^(a - L^r_i) and v_j
+// likewise. Where rows or columns lie further from a than 2^kReach, each side has its own exponential. Logits are in base 2 here.
+//
+// Included by isa_*.cpp after the target pragma.
+#pragma once
+
+#include "similarity/pairs.inl"
+
+namespace {
+
+using kdfast::SymmetricStatistics;
+using kdfast::SymmetricUpstream;
+
+// In bits. The exponent z - a is rounded to 2^-19 there, which is what a logit of that size is rounded to.
+constexpr float kReach = 32;
+
+// ---- statistics -------------------------------------------------------------------------------------------------------
+
+// 0 for the maximum of nothing: so that nothing becomes inf - inf.
+inline Vec finite_shift(Vec maximum) { return maximum == splat(-kInfinity) ? Vec{} : maximum; }
+
+// kLanes running sums relative to running maxima, sum 2^maximum, grow by part 2^reference.
+inline void fold(float* maximum, float* sum, Vec reference, Vec part) {
+  const Vec before = load(maximum), after = larger(reference, before), shift = finite_shift(after);
+  store(maximum, after);
+  store(sum, multiply_add(load(sum), exp2_nonpositive(before - shift), part * exp2_nonpositive(reference - shift)));
+}
+
+struct Larger {
+  static inline Vec of(Vec a, Vec b) { return larger(a, b); }
+};
+struct Sum {
+  static inline Vec of(Vec a, Vec b) { return a + b; }
+};
+
+// kLanes vectors, one for each row, reduced to the vector of the rows' results.
+template <class Combine>
+inline Vec across(const float* rows) {
+  alignas(64) float turned[kLanes * kLanes];
+  transpose(rows, kLanes, turned, kLanes);
+  Vec result = load(turned);
+  for (int i = 1; i < kLanes; ++i) result = Combine::of(load(turned + i * kLanes), result);
+  return result;
+}
+
+struct SymmetricStatistic {
+  const PairParams& p;
+  const PairTask& task;
+  int64_t first;  // row, of the batch entry
+  PairLabels labels;
+  float *row_maximum, *row_sum;        // [rows of the task]
+  float *column_maximum, *column_sum;  // [columns of the task]
+  float *lanes, *row_top;              // of a chunk's rows: maxima or sums by lanes, maxima
+  float *column_top, *column_shift, *column_part;  // of a block's columns in a chunk: maxima, these where finite, sums
+
+  template <class Product>
+  void plan(Product, int64_t rows, int64_t columns, int64_t block, Arena& arena) {
+    row_maximum = arena.take(rows + Product::kRowChunk), row_sum = arena.take(rows + Product::kRowChunk);
+    column_maximum = arena.take(columns + kPanel), column_sum = arena.take(columns + kPanel);
+    lanes = arena.take((Product::kRowChunk + kLanes) * kLanes), row_top = arena.take(Product::kRowChunk + kLanes);
+    column_top = arena.take(block), column_shift = arena.take(block), column_part = arena.take(block);
+    labels.halves.plan(block, arena);
+  }
+
+  void begin(int64_t row_words, int64_t column_words) const {
+    for (int64_t i = 0; i < row_words; ++i) row_maximum[i] = -kInfinity, row_sum[i] = 0;
+    for (int64_t j = 0; j < column_words; ++j) column_maximum[j] = -kInfinity, column_sum[j] = 0;
+  }
+
+  void begin_rows(int64_t row) { first = row; }
+
+  void begin_block(const Block& block) {
+    if (p.y_labels != nullptr) labels.begin_block(p, task.batch, block);
+  }
+
+  float multiplier(int64_t row) const { return base2_multiplier(p.scale[task.batch * p.rows + first + row]); }
+
+  void chunk(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
+    leave_out(block, row, rows, tile);
+    const bool near = maxima(block, row, rows, tile);
+    if (near) {
+      add<true>(block, row, rows, tile);
+    } else {
+      add<false>(block, row, rows, tile);
+    }
+  }
+
+  // Columns that do not exist, and pairs of equal labels.
+  void leave_out(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
+    if (p.x_labels == nullptr && block.columns == block.padded) return;
+    for (int64_t i = 0; i < rows; ++i) {
+      const float replacement = score_left_out(multiplier(row + i));
+      for (int64_t j = block.columns; j < block.padded; ++j) tile.scores(i)[j] = replacement;
+      if (p.x_labels != nullptr) labels.leave_out(tile.scores(i), block.padded, p.x_labels[task.batch * p.rows + first + row + i], replacement);
+    }
+  }
+
+  // Maxima of the tile's rows and columns; whether all of them are within reach of the largest.
+  bool maxima(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
+    const Vec nothing = splat(-kInfinity);
+    for (int64_t j = 0; j < block.padded; j += kLanes) store(column_top + j, nothing);
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* const scores = tile.scores(i);
+      const Vec m = splat(multiplier(row + i));
+      Vec best0 = nothing, best1 = nothing;
+      for (int64_t j = 0; j < block.padded; j += 2 * kLanes) {
+        const Vec z0 = m * load(scores + j), z1 = m * load(scores + j + kLanes);
+        best0 = larger(z0, best0);
+        best1 = larger(z1, best1);
+        store(column_top + j, larger(z0, load(column_top + j)));
+        store(column_top + j + kLanes, larger(z1, load(column_top + j + kLanes)));
+      }
+      store(lanes + i * kLanes, larger(best0, best1));
+    }
+    for (int64_t i = rows; i < round_up(rows, kLanes); ++i) store(lanes + i * kLanes, nothing);
+    for (int64_t i = 0; i < rows; i += kLanes) store(row_top + i, across<Larger>(lanes + i * kLanes));
+    for (int64_t j = 0; j < block.padded; j += kLanes) store(column_shift + j, finite_shift(load(column_top + j)));
+
+    float most = -kInfinity, least = kInfinity;
+    for (int64_t i = 0; i < rows; ++i) most = row_top[i] > most ? row_top[i] : most, least = row_top[i] < least ? row_top[i] : least;
+    for (int64_t j = 0; j < block.columns; ++j) least = column_top[j] < least ? column_top[j] : least;
+    return most - least <= kReach;  // not for NaN, nor where nothing is left in
+  }
+
+  // kNear: relative to the largest maximum of all. Else to each row's and each column's own.
+  template <bool kNear>
+  void add(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
+    float most = row_top[0];
+    for (int64_t i = 1; i < rows; ++i) most = row_top[i] > most ? row_top[i] : most;
+    for (int64_t j = 0; j < block.padded; j += kLanes) store(column_part + j, Vec{});
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* const scores = tile.scores(i);
+      const Vec m = splat(multiplier(row + i)), shift = kNear ? splat(-most) : -finite_shift(splat(row_top[i]));
+      Vec sum0 = {}, sum1 = {};
+      const auto term = [&](int64_t j) {
+        const Vec score = load(scores + j), e = exp2_nonpositive(multiply_add(score, m, shift));
+        const Vec of_column = kNear ? e : exp2_nonpositive(multiply_add(score, m, -load(column_shift + j)));
+        store(column_part + j, load(column_part + j) + of_column);
+        return e;
+      };
+      for (int64_t j = 0; j < block.padded; j += 2 * kLanes) {
+        sum0 += term(j);
+        sum1 += term(j + kLanes);
+      }
+      store(lanes + i * kLanes, sum0 + sum1);
+    }
+    for (int64_t i = rows; i < round_up(rows, kLanes); ++i) store(lanes + i * kLanes, Vec{});
+    const int64_t row_at = first + row - task.row_begin, column_at = block.first - task.column_begin;
+    for (int64_t i = 0; i < rows; i += kLanes)
+      fold(row_maximum + row_at + i, row_sum + row_at + i, kNear ? splat(most) : load(row_top + i),
+           across<Sum>(lanes + i * kLanes));
+    for (int64_t j = 0; j < block.padded; j += kLanes)
+      fold(column_maximum + column_at + j, column_sum + column_at + j, kNear ? splat(most) : load(column_top + j), load(column_part + j));
+  }
+};
+
+struct SymmetricWorkspace : PairWorkspace {
+  template <class Product>
+  SymmetricWorkspace(Product product, const PairParams& p, int64_t rows, int64_t columns, SymmetricStatistic& statistic, Arena& arena)
+      : PairWorkspace(product, p, rows, columns, arena) {
+    statistic.plan(product, rows, columns, block, arena);
+  }
+};
+
+// ---- gradient -----------------------------------------------------------------------------------------------------------
+
+// One side's L and g. Digits that the float L in base 2 has not go into g. Nothing left in (L = -inf): +inf, so that the weight is 0.
+struct SymmetricSide {
+  float *level, *g, *near_g;
+
+  void plan(int64_t count, Arena& arena) { level = arena.take(count), g = arena.take(count), near_g = arena.take(count); }
+
+  // Returns whether it is within reach of the centre.
+  bool set(int64_t i, float lse, float low, float upstream, double centre) const {
+    const double exact = 0x1.71547652b82fep0 * (double(lse) + double(low)), distance = exact - centre;
+    const float rounded = float(exact), rest = float(exact - double(rounded));
+    level[i] = rounded == -kInfinity ? kInfinity : rounded;
+    g[i] = rest == rest ? upstream * (1 - 0x1.62e43p-1f * rest) : upstream;
+    const bool near = distance <= kReach && distance >= -kReach;
+    near_g[i] = near ? float(double(upstream) * __builtin_exp2(-distance)) : 0;
+    return near;
+  }
+};
+
+struct SymmetricWeights {
+  const PairParams& p;
+  const PairTask& task;
+  const SymmetricUpstream& upstream;
+  int64_t first;  // row, of the batch entry
+  double centre;  // the reference a, a float: the mean of the rows' L
+  bool block_near;
+  PairLabels labels;
+  SymmetricSide row, column;
+  float* multiplier;  // per row
+  int32_t* near;      // per row
+
+  void plan(int64_t rows, int64_t block, Arena& arena) {
+    row.plan(rows, arena), column.plan(block, arena);
+    multiplier = arena.take(rows);
+    near = reinterpret_cast<int32_t*>(arena.take(rows));
+    labels.halves.plan(block, arena);
+  }
+
+  void begin() {
+    double sum = 0, count = 0;
+    for (int64_t i = task.row_begin; i < task.row_end; ++i) {
+      const double lse = upstream.row_lse[task.batch * p.rows + i];
+      if (lse - lse == 0) sum += lse, count += 1;
+    }
+    centre = double(float(count == 0 ? 0 : 0x1.71547652b82fep0 * sum / count));
+  }
+
+  void begin_rows(int64_t begin, int64_t count) {
+    first = begin;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = task.batch * p.rows + first + i;
+      near[i] = row.set(i, upstream.row_lse[at], upstream.row_low[at], upstream.row_g[at], centre);
+      multiplier[i] = base2_multiplier(p.scale[at]);
+    }
+  }
+
+  void begin_block(const Block& block) {
+    block_near = true;
+    for (int64_t j = 0; j < block.columns; ++j) {
+      const int64_t at = task.batch * p.columns + block.first + j;
+      block_near &= column.set(j, upstream.column_lse[at], upstream.column_low[at], upstream.column_g[at], centre);
+    }
+    for (int64_t j = block.columns; j < block.padded; ++j) column.set(j, 0, 0, 0, centre);
+    if (p.y_labels != nullptr) labels.begin_block(p, task.batch, block);
+  }
+
+  void weigh(const Block& block, int64_t i, float* scores) const {
+    if (p.x_labels != nullptr)
+      labels.leave_out(scores, block.padded, p.x_labels[task.batch * p.rows + first + i], score_left_out(multiplier[i]));
+    const Vec m = splat(multiplier[i]);
+    if (block_near && near[i]) {
+      const Vec shift = splat(-float(centre)), u = splat(row.near_g[i]);
+      for (int64_t j = 0; j < block.padded; j += kLanes)
+        store(scores + j, exp2_nonpositive(multiply_add(load(scores + j), m, shift)) * (u + load(column.near_g + j)));
+    } else {
+      const Vec shift = splat(-row.level[i]), g = splat(row.g[i]);
+      for (int64_t j = 0; j < block.padded; j += kLanes) {
+        const Vec of_row = exp2_nonpositive(multiply_add(load(scores + j), m, shift));
+        const Vec of_column = exp2_nonpositive(multiply_add(load(scores + j), m, -load(column.level + j)));
+        store(scores + j, multiply_add(g, of_row, load(column.g + j) * of_column));
+      }
+    }
+  }
+};
+
+// ---- the entries of the dispatch table --------------------------------------------------------------------------------
+
+// Words of workspace for tasks of at most `rows` rows and `columns` columns.
+int64_t symmetric_workspace(const PairParams& p, int64_t rows, int64_t columns) {
+  return scratch_words(p.precision, [&](auto product) {
+    Arena arena{nullptr};
+    SymmetricStatistic statistic{p, PairTask{}};
+    SymmetricWorkspace(product, p, rows, columns, statistic, arena);
+    return arena.words;
+  });
+}
+
+void symmetric(const PairParams& p, const PairTask& task, const SymmetricStatistics& out, float* workspace) {
+  const int64_t rows = task.row_end - task.row_begin, columns = task.column_end - task.column_begin;
+  SymmetricStatistic statistic{p, task};
+  with_sound_product(p.precision, [&](auto product) {
+    Arena arena{workspace};
+    SymmetricWorkspace w(product, p, rows, columns, statistic, arena);
+    statistic.begin(rows + decltype(product)::kRowChunk, columns + kPanel);
+    return take_statistics(product, p, task, w, statistic);
+  });
+  __builtin_memcpy(out.row_maximum, statistic.row_maximum, size_t(4 * rows));
+  __builtin_memcpy(out.row_sum, statistic.row_sum, size_t(4 * rows));
+  __builtin_memcpy(out.column_maximum, statistic.column_maximum, size_t(4 * columns));
+  __builtin_memcpy(out.column_sum, statistic.column_sum, size_t(4 * columns));
+}
+
+struct SymmetricGradientWorkspace : PairGradientWorkspace {
+  template <class Product>
+  SymmetricGradientWorkspace(Product product, const PairParams& p, const PairSums& out, int64_t rows, int64_t columns, SymmetricWeights& weights,
+                             Arena& arena)
+      : PairGradientWorkspace(product, p, out.x_sums != nullptr, out.y_sums != nullptr, rows, columns, arena) {
+    weights.plan(PairGradientWorkspace::rows, block, arena);
+  }
+};
+
+int64_t symmetric_grad_workspace(const PairParams& p, const PairSums& out, int64_t rows, int64_t columns) {
+  return scratch_words(p.precision, [&](auto product) {
+    Arena arena{nullptr};
+    SymmetricWeights weights{p, PairTask{}, SymmetricUpstream{}};
+    SymmetricGradientWorkspace(product, p, out, rows, columns, weights, arena);
+    return arena.words;
+  });
+}
+
+void symmetric_grad(const PairParams& p, const PairTask& task, const SymmetricUpstream& upstream, const PairSums& out, float* workspace) {
+  with_holding_product(p, task, [&](auto product) {
+    Arena arena{workspace};
+    SymmetricWeights weights{p, task, upstream};
+    SymmetricGradientWorkspace w(product, p, out, task.row_end - task.row_begin, task.column_end - task.column_begin, weights, arena);
+    weights.begin();
+    take_gradients(product, p, task, out, w, weights);
+  });
+}
+
+}  // namespace

@@ -1,0 +1,204 @@
+// kdfast::sinkhorn_solve, sinkhorn_replay and sinkhorn_plan on the CPU: checks, division among threads, registration.
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "sinkhorn/bind_sinkhorn.h"
+
+namespace {
+
+using kdfast::SinkhornPlan;
+using kdfast::SinkhornReplay;
+using kdfast::SinkhornSolution;
+
+constexpr int64_t kCachedBytes = 1 << 20;  // a stored kernel of this size stays in L2: half of one
+
+int64_t solve_workspace(const SinkhornProblem<float>& p, const SinkhornSchedule& s, int64_t workers) {
+  return kdfast::cpu_kernels().sinkhorn_workspace(p, s, workers);
+}
+int64_t solve_workspace(const SinkhornProblem<double>& p, const SinkhornSchedule& s, int64_t workers) {
+  return kdfast::cpu_kernels().sinkhorn_workspace_double(p, s, workers);
+}
+void solve_one(const SinkhornProblem<float>& p, const SinkhornSchedule& s, const SinkhornTeam& t, const SinkhornSolution<float>& out, float* work) {
+  kdfast::cpu_kernels().sinkhorn_solve(p, s, t, out, work);
+}
+void solve_one(const SinkhornProblem<double>& p, const SinkhornSchedule& s, const SinkhornTeam& t, const SinkhornSolution<double>& out, double* work) {
+  kdfast::cpu_kernels().sinkhorn_solve_double(p, s, t, out, work);
+}
+
+using Solution = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class Real>
+Solution solve(const Problems<Real>& problems, const Tensor& a, const Tensor& b, const Tensor& g0, SinkhornSchedule schedule, bool choose, bool history) {
+  const auto [batch, n, m] = std::tuple(problems.batch, problems.n, problems.m);
+  const Real* const start = packed<Real>("g", g0, {batch, m});
+  if (choose) schedule.method = n * m * int64_t(sizeof(Real)) <= kCachedBytes ? SinkhornMethod::kKernel : SinkhornMethod::kLog;
+  const int64_t steps = history ? schedule.iterations : 0;
+  const auto reals = [&](std::initializer_list<int64_t> shape) {
+    Tensor out = torch::stable::new_empty(a, shape);
+    return problems.rows == nullptr ? out : torch::stable::zero_(out);  // padding
+  };
+  Tensor f = reals({batch, n}), g = reals({batch, m}), row = reals({batch, n}), col = reals({batch, m});
+  Tensor transport = reals({batch}), error = reals({batch}), done = torch::stable::new_empty(a, {batch}, ScalarType::Long);
+  Tensor steps_f = reals({batch, steps, n}), steps_g = reals({batch, steps, m});
+  const Solution out{f, g, row, col, transport, error, done, steps_f, steps_g};
+  if (batch == 0) return out;
+
+  const Division division(batch, n, m, schedule.iterations);
+  const SinkhornTeam team{division.team, run_team};
+  const int64_t space = solve_workspace(problems.first_padded(), schedule, team.size);
+  Tensor work = torch::stable::new_empty(a, {division.workers * space + 16});
+  Real* const aligned = reinterpret_cast<Real*>((reinterpret_cast<uintptr_t>(values<Real>(work)) + 63) / 64 * 64);
+  Real *const to_f = values<Real>(f), *const to_g = values<Real>(g), *const to_row = values<Real>(row), *const to_col = values<Real>(col);
+  Real *const to_transport = values<Real>(transport), *const to_error = values<Real>(error);
+  Real *const to_steps_f = values<Real>(steps_f), *const to_steps_g = values<Real>(steps_g);
+  int64_t* const to_done = static_cast<int64_t*>(done.mutable_data_ptr());
+  for_each_task(division.workers, batch, [&](int64_t worker, int64_t i) {
+    const SinkhornProblem<Real> p = problems.at(i);
+    SinkhornSolution<Real> s{to_f + i * n, to_row + i * n, to_g + i * m, to_col + i * m, to_transport + i, to_error + i, to_done + i, nullptr, nullptr, n, m};
+    if (history) s.history_f = to_steps_f + i * steps * n, s.history_g = to_steps_g + i * steps * m;
+    std::copy_n(start + i * m, p.m, s.g);
+    solve_one(p, schedule, team, s, aligned + worker * space);
+  });
+  return out;
+}
+
+Solution sinkhorn_solve(const OptionalTensor& cost, const OptionalTensor& x, const OptionalTensor& y, const Tensor& a, const Tensor& b, const Tensor& epsilon,
+                        const OptionalTensor& rows, const OptionalTensor& cols, std::string metric, std::optional<double> rho_a, std::optional<double> rho_b,
+                        const Tensor& g, int64_t iterations, std::optional<double> tol, std::string method, std::optional<double> anneal_start,
+                        std::optional<double> anneal_factor, bool history) {
+  const SinkhornSchedule schedule = schedule_of(iterations, tol, method, anneal_start, anneal_factor);
+  const bool choose = method == "auto";
+  if (a.scalar_type() == ScalarType::Double) {
+    const Problems<double> problems(cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b);
+    return solve<double>(problems, a, b, g, schedule, choose, history);
+  }
+  const Problems<float> problems(cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b);
+  return solve<float>(problems, a, b, g, schedule, choose, history);
+}
+
+// ---- reverse through the iterations -----------------------------------------------------------------------------------
+
+int64_t replay_workspace(const SinkhornProblem<float>& p, int64_t workers) { return kdfast::cpu_kernels().sinkhorn_replay_workspace(p, workers); }
+int64_t replay_workspace(const SinkhornProblem<double>& p, int64_t workers) { return kdfast::cpu_kernels().sinkhorn_replay_workspace_double(p, workers); }
+void replay_one(const SinkhornProblem<float>& p, const SinkhornReplay<float>& r, const SinkhornTeam& t, float* work) {
+  kdfast::cpu_kernels().sinkhorn_replay(p, r, t, work);
+}
+void replay_one(const SinkhornProblem<double>& p, const SinkhornReplay<double>& r, const SinkhornTeam& t, double* work) {
+  kdfast::cpu_kernels().sinkhorn_replay_double(p, r, t, work);
+}
+
+using Replayed = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <class Real>
+Replayed replay(const Problems<Real>& problems, const Tensor& a, const Tensor& g0, const Tensor& history_f, const Tensor& history_g, const Tensor& done,
+                const Tensor& to_f, const Tensor& to_g, bool to_epsilon, const SinkhornSchedule& schedule) {
+  const auto [batch, n, m] = std::tuple(problems.batch, problems.n, problems.m);
+  const int64_t steps = schedule.iterations;
+  STD_TORCH_CHECK(problems.first.metric == SinkhornMetric::kGiven, "the replay needs a given cost");
+  check("done", done, ScalarType::Long, {batch});
+  const int64_t* const counts = data<int64_t>(done);
+  SinkhornReplay<Real> first{};
+  first.schedule = schedule, first.to_epsilon = to_epsilon;
+  first.start_g = packed<Real>("g", g0, {batch, m});
+  first.history_f = packed<Real>("history_f", history_f, {batch, steps, n}), first.history_f_stride = n;
+  first.history_g = packed<Real>("history_g", history_g, {batch, steps, m}), first.history_g_stride = m;
+  first.to_f = packed<Real>("to_f", to_f, {batch, n}), first.to_g = packed<Real>("to_g", to_g, {batch, m});
+  const auto reals = [&](std::initializer_list<int64_t> shape) {
+    Tensor out = torch::stable::new_empty(a, shape);
+    return problems.rows == nullptr ? out : torch::stable::zero_(out);  // padding
+  };
+  Tensor cost = reals({batch, n, m}), da = reals({batch, n}), db = reals({batch, m}), depsilon = reals({batch});
+  const Replayed out{cost, da, db, depsilon};
+  if (batch == 0) return out;
+  const Division division(batch, n, m, 2 * steps);
+  const SinkhornTeam team{division.team, run_team};
+  const int64_t space = replay_workspace(problems.first_padded(), team.size);
+  Tensor work = torch::stable::new_empty(a, {division.workers * space});
+  Real *const scratch = values<Real>(work), *const to_cost = values<Real>(cost), *const to_a = values<Real>(da), *const to_b = values<Real>(db);
+  Real* const to_eps = values<Real>(depsilon);
+  for_each_task(division.workers, batch, [&](int64_t worker, int64_t i) {
+    SinkhornReplay<Real> r = first;
+    r.done = counts[i];
+    r.start_g += i * m, r.history_f += i * steps * n, r.history_g += i * steps * m, r.to_f += i * n, r.to_g += i * m;
+    r.cost = to_cost + i * n * m, r.cost_stride = m, r.a = to_a + i * n, r.b = to_b + i * m, r.epsilon = to_eps + i;
+    if (r.done == 0) std::fill_n(r.cost, n * m, Real(0));
+    replay_one(problems.at(i), r, team, scratch + worker * space);
+  });
+  return out;
+}
+
+Replayed sinkhorn_replay(const OptionalTensor& cost, const OptionalTensor& x, const OptionalTensor& y, const Tensor& a, const Tensor& b, const Tensor& epsilon,
+                         const OptionalTensor& rows, const OptionalTensor& cols, std::string metric, std::optional<double> rho_a, std::optional<double> rho_b,
+                         const Tensor& g, const Tensor& history_f, const Tensor& history_g, const Tensor& done, const Tensor& to_f, const Tensor& to_g,
+                         bool to_epsilon, int64_t iterations, std::optional<double> tol, std::string method, std::optional<double> anneal_start,
+                         std::optional<double> anneal_factor) {
+  const SinkhornSchedule schedule = schedule_of(iterations, tol, method, anneal_start, anneal_factor);
+  if (a.scalar_type() == ScalarType::Double) {
+    const Problems<double> problems(cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b);
+    return replay<double>(problems, a, g, history_f, history_g, done, to_f, to_g, to_epsilon, schedule);
+  }
+  const Problems<float> problems(cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b);
+  return replay<float>(problems, a, g, history_f, history_g, done, to_f, to_g, to_epsilon, schedule);
+}
+
+// ---- rows of the plan, or of the cost ---------------------------------------------------------------------------------
+
+int64_t plan_workspace(const SinkhornProblem<float>& p) { return kdfast::cpu_kernels().sinkhorn_plan_workspace(p); }
+int64_t plan_workspace(const SinkhornProblem<double>& p) { return kdfast::cpu_kernels().sinkhorn_plan_workspace_double(p); }
+void plan_one(const SinkhornProblem<float>& p, const SinkhornPlan<float>& plan, float* work) { kdfast::cpu_kernels().sinkhorn_plan(p, plan, work); }
+void plan_one(const SinkhornProblem<double>& p, const SinkhornPlan<double>& plan, double* work) { kdfast::cpu_kernels().sinkhorn_plan_double(p, plan, work); }
+
+template <class Real>
+Tensor plan(const Problems<Real>& problems, const Tensor& a, const OptionalTensor& f, const OptionalTensor& g, const OptionalTensor& weight, bool over_cost,
+            bool sum, int64_t begin, int64_t end) {
+  const auto [batch, n, m] = std::tuple(problems.batch, problems.n, problems.m);
+  STD_TORCH_CHECK(0 <= begin && begin <= end && end <= n, "begin and end must be in order within ", n, " rows, got ", begin, " and ", end);
+  STD_TORCH_CHECK(f.has_value() == g.has_value() && f.has_value() == weight.has_value(), "f, g and weight must be given together");
+  const Real *const from_f = f ? packed<Real>("f", *f, {batch, n}) : nullptr, *const from_g = f ? packed<Real>("g", *g, {batch, m}) : nullptr;
+  const Real* const weights = f ? packed<Real>("weight", *weight, {batch}) : nullptr;
+  const int64_t rows = end - begin;
+  Tensor out = sum ? torch::stable::new_empty(a, {rows, m}) : torch::stable::new_empty(a, {batch, rows, m});
+  if (problems.rows != nullptr || batch == 0) torch::stable::zero_(out);  // padding
+  if (batch * rows == 0) return out;
+  Real* const to = values<Real>(out);
+
+  // Row ranges of problems are tasks of their own, but problems that are summed.
+  const int64_t threads = torch::stable::get_num_threads();
+  const double entries = double(rows) * double(m) * double(batch);
+  const int64_t workers = std::clamp<int64_t>(int64_t(entries / kEntriesAThread), 1, std::min(threads, batch * rows));
+  const int64_t parts = sum || batch < workers ? std::min(rows, workers) : 1, tasks = sum ? parts : batch * parts;
+  const int64_t space = plan_workspace(problems.first_padded());
+  Tensor work = torch::stable::new_empty(a, {workers * space});
+  Real* const scratch = values<Real>(work);
+  for_each_task(workers, tasks, [&](int64_t worker, int64_t task) {
+    const int64_t part = task % parts;
+    for (int64_t i = sum ? 0 : task / parts; i < (sum ? batch : task / parts + 1); ++i) {
+      const SinkhornProblem<Real> p = problems.at(i);
+      SinkhornPlan<Real> s{};
+      s.begin = std::min(p.n, begin + part * rows / parts), s.end = std::min(p.n, begin + (part + 1) * rows / parts);
+      if (f) s.f = from_f + i * n, s.g = from_g + i * m, s.weight = double(weights[i]);
+      s.over_cost = over_cost, s.add = sum && (i > 0 || problems.rows != nullptr);
+      s.out = to + ((sum ? 0 : i) * rows + s.begin - begin) * m, s.out_stride = m;
+      plan_one(p, s, scratch + worker * space);
+    }
+  });
+  return out;
+}
+
+Tensor sinkhorn_plan(const OptionalTensor& cost, const OptionalTensor& x, const OptionalTensor& y, const Tensor& a, const Tensor& b, const Tensor& epsilon,
+                     const OptionalTensor& rows, const OptionalTensor& cols, std::string metric, std::optional<double> rho_a, std::optional<double> rho_b,
+                     const OptionalTensor& f, const OptionalTensor& g, const OptionalTensor& weight, bool over_cost, bool sum, int64_t begin, int64_t end) {
+  if (a.scalar_type() == ScalarType::Double)
+    return plan<double>({cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b}, a, f, g, weight, over_cost, sum, begin, end);
+  return plan<float>({cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b}, a, f, g, weight, over_cost, sum, begin, end);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("sinkhorn_solve", TORCH_BOX(&sinkhorn_solve));
+  m.impl("sinkhorn_replay", TORCH_BOX(&sinkhorn_replay));
+  m.impl("sinkhorn_plan", TORCH_BOX(&sinkhorn_plan));
+}

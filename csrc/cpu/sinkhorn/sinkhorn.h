@@ -1,0 +1,96 @@
+// What the Sinkhorn kernels are given: plain pointers, 64-bit sizes, no torch. Real is float or double.
+#pragma once
+
+#include "engine/element.h"
+
+namespace kdfast {
+
+enum class SinkhornMetric : int32_t { kGiven, kSquared, kEuclidean, kDot };  // kDot: 1 - x.y
+enum class SinkhornMethod : int32_t { kLog, kKernel, kProximal };
+
+// One problem: P_ij = a_i b_j exp((f_i + g_j - C_ij)/epsilon). Everything is contiguous but the cost's rows.
+template <class Real>
+struct SinkhornProblem {
+  SinkhornMetric metric;
+  ElementType type;     // of a given cost where Real is float; a double problem has a double cost
+  const void* cost;     // [n, m], each row contiguous
+  int64_t cost_stride;  // elements from one row of the cost to the next
+  const Real *x, *y;    // [n, width], [m, width] where the cost is not given
+  int64_t n, m, width;
+  const Real *a, *b;  // [n], [m]
+  double epsilon;
+  double rho_a, rho_b;  // 0: fixed marginal
+};
+
+struct SinkhornSchedule {
+  SinkhornMethod method;
+  int64_t iterations;
+  double tol;           // negative: none
+  double anneal_start;  // 0: none
+  double anneal_factor;
+};
+
+// Outputs. History may be null: [iterations][n] and [iterations][m], `history_*_stride` from one iteration to the next.
+template <class Real>
+struct SinkhornSolution {
+  Real *f, *row;  // [n]; row: sum_j b_j E_ij, E = exp((f + g - C)/epsilon)
+  Real *g, *col;  // [m]; col: sum_i a_i E_ij; before: what to start from
+  Real *transport, *error;
+  int64_t* done;
+  Real *history_f, *history_g;
+  int64_t history_f_stride, history_g_stride;
+};
+
+// The gradient through the first `done` iterations of a schedule, the cost given, from upstream [n], [m] of the last potentials.
+template <class Real>
+struct SinkhornReplay {
+  SinkhornSchedule schedule;
+  int64_t done;
+  const Real *start_g, *history_f, *history_g;  // [m], [iterations][n], [iterations][m]
+  int64_t history_f_stride, history_g_stride;
+  const Real *to_f, *to_g;
+  bool to_epsilon;
+  Real *cost, *a, *b, *epsilon;  // gradients; of the cost untouched where nothing was done
+  int64_t cost_stride;
+};
+
+// Rows of weight a_i b_j E_ij at some potentials; f null: of the cost.
+template <class Real>
+struct SinkhornPlan {
+  const Real *f, *g;  // [n], [m]
+  double weight;
+  bool over_cost;      // divided by C_ij, 0 where that is 0
+  bool add;            // to what is in out
+  int64_t begin, end;  // rows
+  Real* out;           // [end - begin, m]
+  int64_t out_stride;
+};
+
+// One pass over rows begin ... end of scores [rows, columns]; factor = log2(e)/epsilon. Without v: the largest factor s of each column
+// and its sum of 2^(factor s - largest). With v [columns]: the column sums of softmax(s/epsilon + v) (padded by a vector), or that itself.
+template <class Real>
+struct SinkhornAssign {
+  ElementType type;  // of the scores where Real is float
+  const void* scores;
+  int64_t stride, columns, begin, end;
+  double factor;
+  const Real* v;
+  Real *largest, *sums, *codes;
+};
+
+// Matrices [n, n] one after another, or the gradient in logits where one is given.
+template <class Real>
+struct SinkhornNormalize {
+  int64_t n, iterations;
+  double eps;
+  const Real *logits, *gradient;
+  Real* out;
+};
+
+// Those who share the work on one problem: run(size, body, self) calls body(self, worker) for each worker < size.
+struct SinkhornTeam {
+  int64_t size;
+  void (*run)(int64_t size, void (*body)(void* self, int64_t worker), void* self);
+};
+
+}  // namespace kdfast

@@ -1,0 +1,442 @@
+// Sinkhorn's iterations on one problem. With k = log2(e)/epsilon,
+//
+//   E_ij = 2^(U_i + X_j - k C_ij),  X_j = k g_j,    s_i = sum_j b_j E_ij,    f_i = lambda_a (U_i - log2 s_i)/k,
+//   w_i = a_i 2^(k f_i - U_i),                      t_j = sum_i w_i E_ij,    g_j = lambda_b (X_j - log2 t_j)/k
+//
+// U_i is any exponent that keeps row i in range: minus the row's largest (the first iteration, where epsilon has changed, and rows
+// whose sum went out of range), else k f_i; or E is a stored kernel times 2^(k (g_j - g0_j)), and U_i what its row was stored with.
+// A group of rows is weighed, then added to the column sums while it is in cache: one exponential an entry. Columns whose sum
+// went out of range are redone from their own maxima. Columns without weight, which any row without weight may be infinitely near,
+// are left out by X_j = -infinity and get their g at the end.
+//
+// Potentials are kept in units of the cost, as they are reported, and weights w are formed from the rounded f: then the rounding of
+// f, 1e-7 range(C)/epsilon in the exponent, is made up for by g. Updates are corrections, so that g is rounded once.
+#pragma once
+
+#include "sinkhorn/sinkhorn_rows.inl"
+
+namespace {
+
+using kdfast::SinkhornMethod;
+using kdfast::SinkhornSchedule;
+using kdfast::SinkhornSolution;
+using kdfast::SinkhornTeam;
+
+constexpr double kDrift = 28.85;        // 20 nats: past 2^this, what underflowed in a stored kernel may count
+constexpr double kMaxEntry = 0x1p115;   // rows without weight may be near any column: their sums are reported as at most this
+constexpr int64_t kGroup = 16;          // rows weighed together, at most
+constexpr int64_t kGroupBytes = 16384;  // of their entries: two groups are most of L1
+constexpr int64_t kKeptBytes = 1 << 20; // points: the cost is kept where it fits in half of L2,
+constexpr int64_t kKeptWidth = 92;      // or where forming it anew takes longer than reading it from memory
+constexpr int64_t kShare = 64;          // elements between what workers report: no cache line in common
+constexpr int64_t kChunk = 128;         // rows whose columns are summed apart, for the sake of rounding
+
+// Epsilon of iteration t >= 1.
+inline double epsilon_at(double epsilon, const SinkhornSchedule& schedule, int64_t t) {
+  if (schedule.method == SinkhornMethod::kProximal) return epsilon / double(t);
+  if (schedule.anneal_start == 0 || t == schedule.iterations) return epsilon;
+  double now = schedule.anneal_start;
+  for (int64_t i = 1; i < t && now > epsilon; ++i) now *= schedule.anneal_factor;
+  return now > epsilon ? now : epsilon;
+}
+
+// Iteration t starts from now g_{t-1} + older g_{t-2}: a proximal step extrapolates.
+struct StartWeights {
+  double now, older;
+};
+inline StartWeights start_weights(const SinkhornSchedule& schedule, int64_t t) {
+  if (schedule.method != SinkhornMethod::kProximal) return {1, 0};
+  return {2 * (double(t) - 1) / double(t), t > 2 ? -(double(t) - 2) / double(t) : 0};
+}
+
+inline double damping(double rho, double epsilon) { return rho > 0 ? rho / (rho + epsilon) : 1.0; }  // lambda
+
+// The arrays of one solve. Those over rows are padded by a group, those over columns to whole panels.
+template <class Real>
+struct SinkhornArrays {
+  int64_t n, m;  // padded
+  Real *a, *log_a, *f, *new_f, *stored_u;
+  Real *b, *g, *new_g, *older_g, *start_g, *exponent, *scale;
+  Real* kernel;                                // [rows, m] or null
+  Real *columns, *entries, *costs, *shares;    // of every worker
+  Real *points, *kept;
+  int64_t worker_columns, worker_entries;
+
+  static bool keeps_cost(const SinkhornProblem<Real>& p) {
+    return p.metric != SinkhornMetric::kGiven && (p.width >= kKeptWidth || p.n * p.m * int64_t(sizeof(Real)) <= kKeptBytes);
+  }
+
+  // Places the arrays from `work` on and returns their size in elements.
+  int64_t place(const SinkhornProblem<Real>& p, bool stores, int64_t workers, Real* work) {
+    n = round_up(p.n, kGroup) + kGroup, m = round_up(p.m, kPanelWidth<Real>);
+    worker_columns = 2 * m, worker_entries = 2 * kGroup * m;
+    int64_t used = 0;
+    const auto take = [&](int64_t count) {
+      Real* const at = work + used;
+      used += round_up(count, 16);
+      return at;
+    };
+    a = take(n), log_a = take(n), f = take(n), new_f = take(n), stored_u = take(n);
+    b = take(m), g = take(m), new_g = take(m), older_g = take(m), start_g = take(m), exponent = take(m), scale = take(m);
+    columns = take(workers * worker_columns);
+    entries = take(workers * worker_entries);
+    costs = take(p.metric == SinkhornMetric::kGiven ? 0 : workers * worker_entries / 2);
+    shares = take(workers * kShare);
+    points = take(PointSums<Real>::space(p));
+    kernel = take(stores ? p.n * m : 0);
+    kept = take(keeps_cost(p) ? p.n * m : 0);
+    return used;
+  }
+};
+
+// T is what costs are stored as.
+template <class Real, class T>
+class SinkhornSolver {
+ public:
+  SinkhornSolver(const SinkhornProblem<Real>& problem, const SinkhornSchedule& schedule, const SinkhornTeam& team, const SinkhornArrays<Real>& arrays)
+      : p_(problem), schedule_(schedule), team_(team), w_(arrays), points_(problem, arrays.points) {}
+
+  void solve(const SinkhornSolution<Real>& out) {
+    const FlushDenormals flush;
+    begin(out.g);
+    const bool proximal = schedule_.method == SinkhornMethod::kProximal;
+    int64_t done = 0;
+    for (int64_t t = 1; t <= schedule_.iterations; ++t) {
+      const double before = epsilon_;
+      if (proximal && schedule_.tol >= 0 && t > 1 && marginals(out) <= schedule_.tol) break;
+      set_epsilon(epsilon_at(p_.epsilon, schedule_, t));
+      if (proximal) extrapolate(start_weights(schedule_, t));
+      iterate(t == 1 || epsilon_ != before, t < schedule_.iterations);
+      if (!proximal && schedule_.tol >= 0 && t > 1 && before == p_.epsilon && error_ <= schedule_.tol) break;
+      advance();
+      ++done;
+      if (out.history_f != nullptr) record(out, t - 1);
+    }
+    finish_columns();
+    for (int64_t t = done; out.history_f != nullptr && t < schedule_.iterations; ++t) record(out, t);
+    *out.done = done;
+    *out.error = Real(marginals(out));
+    copy(out.f, w_.f, p_.n);
+    copy(out.g, w_.g, p_.m);
+  }
+
+ private:
+  enum class Form { kLargest, kAbsorbed, kStored };
+  using V = VecOf<Real>;
+  static constexpr int64_t kW = kWidth<Real>;
+
+  const SinkhornProblem<Real>& p_;
+  const SinkhornSchedule& schedule_;
+  const SinkhornTeam& team_;
+  SinkhornArrays<Real> w_;
+  const PointSums<Real> points_;
+
+  double epsilon_ = 0;
+  Real k_ = 0, damp_a_ = 1, damp_b_ = 1;
+  Form form_ = Form::kLargest;
+  bool keep_ = false;        // this sweep stores its exponentials
+  bool kernel_ok_ = false;   // the stored kernel serves the current potentials
+  bool doubtful_ = false;    // a sum of stored entries went out of range
+  double error_ = 0, transport_ = 0;
+
+  // ---- the schedule ---------------------------------------------------------------------------------------------------
+
+  void begin(const Real* start) {
+    copy_padded(w_.a, p_.a, p_.n, w_.n);
+    copy_padded(w_.b, p_.b, p_.m, w_.m);
+    for (int64_t i = 0; i < w_.n; i += kW) store(w_.log_a + i, log2<Real>(load(w_.a + i)));
+    copy_padded(w_.g, start, p_.m, w_.m);
+    for (int64_t i = 0; i < w_.n; ++i) w_.f[i] = w_.new_f[i] = w_.stored_u[i] = 0;
+    for (int64_t j = 0; j < w_.m; ++j) w_.new_g[j] = w_.older_g[j] = w_.start_g[j] = 0;
+  }
+
+  static void copy_padded(Real* to, const Real* from, int64_t count, int64_t padded) {
+    for (int64_t i = 0; i < padded; ++i) to[i] = i < count ? from[i] : Real(0);
+  }
+
+  static void copy(Real* to, const Real* from, int64_t count) { __builtin_memcpy(to, from, size_t(count) * sizeof(Real)); }
+
+  void set_epsilon(double epsilon) {
+    epsilon_ = epsilon;
+    k_ = Real(kBitsPerNat / epsilon);
+    damp_a_ = Real(damping(p_.rho_a, epsilon)), damp_b_ = Real(damping(p_.rho_b, epsilon));
+  }
+
+  void extrapolate(const StartWeights& start) {
+    for (int64_t j = 0; j < w_.m; ++j) w_.start_g[j] = Real(start.now) * w_.g[j] + (start.older != 0 ? Real(start.older) * w_.older_g[j] : Real(0));
+  }
+
+  void advance() {
+    Real* const f = w_.f;
+    w_.f = w_.new_f, w_.new_f = f;
+    Real* const g = w_.older_g;
+    w_.older_g = w_.g, w_.g = w_.new_g, w_.new_g = g;
+  }
+
+  void record(const SinkhornSolution<Real>& out, int64_t t) {
+    finish_columns();
+    copy(out.history_f + t * out.history_f_stride, w_.f, p_.n);
+    copy(out.history_g + t * out.history_g_stride, w_.g, p_.m);
+  }
+
+  // ---- one iteration --------------------------------------------------------------------------------------------------
+
+  // new_f and new_g from g. `fresh`: f and g are not the result of an iteration at this epsilon. `more`: others follow.
+  void iterate(bool fresh, bool more) {
+    const bool stores = schedule_.method == SinkhornMethod::kKernel;
+    if (stores && !fresh && kernel_ok_) {
+      form_ = Form::kStored, keep_ = false;
+      sweep();
+      if (!doubtful_ && drift() < kDrift) return;
+    }
+    form_ = fresh ? Form::kLargest : Form::kAbsorbed;
+    keep_ = stores && more;
+    if (schedule_.method != SinkhornMethod::kProximal)
+      for (int64_t j = 0; j < w_.m; ++j) w_.start_g[j] = w_.g[j];
+    sweep();
+    kernel_ok_ = keep_ && drift() < kDrift;
+  }
+
+  V exponent(V g, int64_t j) const { return load(w_.b + j) > V{} ? k_ * g : splat(Real(-__builtin_inf())); }
+
+  // How far scalings have moved since the kernel was stored.
+  double drift() const {
+    V most = {};
+    for (int64_t i = 0; i < p_.n; i += kW) most = larger(most, magnitude(multiply_add(splat(k_), load(w_.new_f + i), -load(w_.stored_u + i))));
+    for (int64_t j = 0; j < p_.m; j += kW) most = larger(most, magnitude(k_ * (load(w_.new_g + j) - load(w_.start_g + j))));
+    double out = 0;
+    for (int64_t lane = 0; lane < kW; ++lane) out = double(most[lane]) > out ? double(most[lane]) : out;
+    return out;
+  }
+
+  static V magnitude(V x) { return larger(x, -x); }
+
+  void sweep() {
+    for (int64_t j = 0; j < w_.m; j += kW) {
+      const V start = load(w_.start_g + j);
+      if (form_ == Form::kStored) {
+        store(w_.scale + j, load(w_.b + j) * exp2(k_ * (load(w_.g + j) - start)));
+      } else {
+        store(w_.exponent + j, exponent(start, j));
+      }
+    }
+    doubtful_ = false;
+    team_.run(team_.size, [](void* self, int64_t worker) { static_cast<SinkhornSolver*>(self)->weigh(worker); }, this);
+    error_ = 0;
+    for (int64_t worker = 0; worker < team_.size; ++worker) {
+      const Real* const share = w_.shares + worker * kShare;
+      error_ += double(share[0]);
+      doubtful_ |= share[1] != 0;
+    }
+    if (!doubtful_) update_columns();
+  }
+
+  int64_t group() const {
+    const int64_t rows = kGroupBytes / (w_.m * int64_t(sizeof(Real)) + 1) / 4 * 4;
+    return rows < 4 ? 4 : smaller(rows, kGroup);
+  }
+
+  int64_t first_row(int64_t worker) const { return worker * p_.n / team_.size; }
+
+  // f(i, rows, e, costs, weights) for the groups of a worker's rows, to fill e and weights; e's rows times their weights are added to
+  // its column sums one group later, while the next is weighed: between the sums of a row and its weight lies a long chain.
+  template <class F>
+  void each_group(int64_t worker, Real* stored, const F& f) {
+    const int64_t begin = first_row(worker), end = first_row(worker + 1), step = group();
+    Real *const columns = w_.columns + worker * w_.worker_columns, *const chunk = columns + w_.m;
+    Real *const entries = w_.entries + worker * w_.worker_entries, *const costs = w_.costs + worker * w_.worker_entries / 2;
+    Real weights[2][kGroup] = {};
+    const auto place = [&](int64_t i) { return stored != nullptr ? stored + i * w_.m : entries + (i - begin) / step % 2 * kGroup * w_.m; };
+    const auto add = [&](int64_t i, int64_t rows) {
+      add_all(place(i), w_.m, rows, weights[(i - begin) / step % 2], p_.m, chunk);
+      if ((i + rows) / kChunk == i / kChunk && i + rows < end) return;
+      for (int64_t j = 0; j < w_.m; j += kW) {
+        store(columns + j, load(columns + j) + load(chunk + j));
+        store(chunk + j, V{});
+      }
+    };
+    for (int64_t j = 0; j < w_.m; ++j) columns[j] = chunk[j] = 0;
+    for (int64_t i = begin; i < end; i += step) {
+      f(i, smaller(step, end - i), place(i), costs, weights[(i - begin) / step % 2]);
+      if (i > begin) add(i - step, step);
+    }
+    if (begin < end) {
+      const int64_t last = begin + (end - begin - 1) / step * step;
+      add(last, end - last);
+    }
+  }
+
+  void weigh(int64_t worker) {
+    const FlushDenormals flush;
+    Real error = 0;
+    bool doubtful = false;
+    each_group(worker, form_ == Form::kStored || keep_ ? w_.kernel : nullptr, [&](int64_t i, int64_t rows, Real* e, Real* buffer, Real* weights) {
+      V lanes[kGroup];
+      Real sums[kGroup] = {}, used[kGroup] = {};
+      if (form_ == Form::kStored) {
+        weigh_all(e, w_.m, rows, w_.scale, p_.m, lanes);
+        for (int64_t r = 0; r < rows; ++r) used[r] = w_.stored_u[i + r], sums[r] = sum_lanes(lanes[r]), doubtful |= !trusted(sums[r]);
+      } else {
+        int64_t stride = 0;
+        const T* const c = cost_rows<Real, T>(p_, points_, i, rows, 0, p_.m, buffer, &stride);
+        const bool fresh = form_ == Form::kLargest;
+        for (int64_t r = 0; r < rows && !fresh; ++r) {
+          used[r] = k_ * w_.f[i + r];
+          lanes[r] = weigh_row(c + r * stride, w_.exponent, w_.b, k_, used[r], p_.m, e + r * w_.m);
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+          if (!fresh) sums[r] = sum_lanes(lanes[r]);
+          if (!trusted(sums[r]))
+            sums[r] = sum_lanes(weigh_row_from_largest(c + r * stride, w_.exponent, w_.b, k_, p_.m, e + r * w_.m, &used[r]));
+        }
+        if (keep_) __builtin_memcpy(w_.stored_u + i, used, size_t(rows) * sizeof(Real));
+      }
+      error += update_rows(i, rows, sums, used, weights);
+    });
+    Real* const share = w_.shares + worker * kShare;
+    share[0] = error, share[1] = doubtful ? Real(1) : Real(0);
+  }
+
+  // new_f and the weights of a group of rows; returns the error of their marginals before.
+  Real update_rows(int64_t i, int64_t rows, const Real* sums, const Real* used, Real* weights) {
+    const V zero = {}, k = splat(k_);
+    const Real relaxation = p_.rho_a > 0 ? Real(kBitsPerNat / p_.rho_a) : Real(0);
+    Real error = 0;
+    for (int64_t r = 0; r < rows; r += kW) {
+      const V s = load(sums + r), u = load(used + r), a = load(w_.a + i + r), l = log2<Real>(s), old = load(w_.f + i + r);
+      const V f = s == zero ? zero : damp_a_ * (old + (multiply_add(-k, old, u) - l) / k);
+      store(weights + r, s == zero ? zero : a * exp2(multiply_add(k, f, -u)));
+      Real kept[kW], gaps[kW];
+      store(kept, f);
+      __builtin_memcpy(w_.new_f + i + r, kept, size_t(smaller(kW, rows - r)) * sizeof(Real));
+      if (schedule_.tol < 0) continue;
+      store(gaps, a > zero ? a * magnitude(exp2(multiply_add(k, old, -u) + l) - exp2(-relaxation * old)) : zero);
+      for (int64_t lane = 0; lane < smaller(kW, rows - r); ++lane) error += gaps[lane];
+    }
+    return error;
+  }
+
+  void update_columns() {
+    const V zero = {}, k = splat(k_);
+    for (int64_t j = 0; j < p_.m; j += kW) {
+      V sum = {};
+      for (int64_t worker = 0; worker < team_.size; ++worker) sum += load(w_.columns + worker * w_.worker_columns + j);
+      const V start = load(w_.start_g + j), exponent = load(w_.exponent + j);
+      const auto weighty = load(w_.b + j) > zero;
+      store(w_.new_g + j, weighty ? damp_b_ * (start + (multiply_add(-k, start, exponent) - log2<Real>(sum)) / k) : start);
+      const V doubt = weighty ? (sum >= splat(Real(1 / kTrusted)) && sum <= splat(Real(kTrusted)) ? zero : zero + 1) : zero;
+      if (sum_lanes(doubt) > 0) redo_columns(w_.new_f, w_.new_g, j);
+    }
+  }
+
+  // A vector of columns' potentials from their own maxima: -lambda_b/k log2 sum_i a_i 2^(k (f_i - C_ij)), 0 where nothing is summed.
+  void redo_columns(const Real* f, Real* g, int64_t j) {
+    const int64_t columns = smaller(kW, p_.m - j);
+    V most = splat(Real(-1e30)), sum = {};
+    int64_t stride = 0;
+    for (int64_t i = 0; i < p_.n; ++i) {
+      const int64_t panel = j / kPanelWidth<Real> * kPanelWidth<Real>;
+      const T* const c = cost_rows<Real, T>(p_, points_, i, 1, panel, kPanelWidth<Real>, w_.costs, &stride) + (j - panel);
+      const V x = multiply_add(splat(-k_), load_count<Real>(c, columns), splat(k_ * f[i] + w_.log_a[i]));
+      const V larger_one = larger(most, x);
+      sum = sum * exp2(most - larger_one) + exp2(x - larger_one);
+      most = larger_one;
+    }
+    Real out[kW];
+    store(out, sum == V{} ? V{} : -damp_b_ * ((most + log2<Real>(sum)) / k_));
+    __builtin_memcpy(g + j, out, size_t(columns) * sizeof(Real));
+  }
+
+  // Columns without weight get the potential that belongs to f.
+  void finish_columns() {
+    for (int64_t j = 0; j < p_.m; j += kW) {
+      bool weightless = false;
+      for (int64_t lane = j; lane < smaller(j + kW, p_.m); ++lane) weightless |= !(w_.b[lane] > 0);
+      if (weightless) redo_columns(w_.f, w_.g, j);
+    }
+  }
+
+  // ---- what the potentials make ---------------------------------------------------------------------------------------
+
+  // row, col and transport of `out`; returns the L1 error of the row marginal.
+  double marginals(const SinkhornSolution<Real>& out) {
+    for (int64_t j = 0; j < w_.m; j += kW) store(w_.scale + j, exponent(load(w_.g + j), j));
+    out_ = &out;
+    team_.run(team_.size, [](void* self, int64_t worker) { static_cast<SinkhornSolver*>(self)->measure(worker); }, this);
+    double error = 0, transport = 0;
+    for (int64_t worker = 0; worker < team_.size; ++worker) error += double(w_.shares[worker * kShare]), transport += double(w_.shares[worker * kShare + 1]);
+    *out.transport = Real(transport);
+    // of a column without weight: lambda_b log2 sum_i a_i 2^(k (f_i - C_ij)) = -k g
+    for (int64_t j = 0; j < w_.m; j += kW) store(w_.scale + j, exp2((1 - 1 / damp_b_) * k_ * load(w_.g + j)));
+    for (int64_t j = 0; j < p_.m; ++j) {
+      Real sum = 0;
+      for (int64_t worker = 0; worker < team_.size; ++worker) sum += w_.columns[worker * w_.worker_columns + j];
+      out.col[j] = w_.b[j] > 0 ? sum : w_.scale[j];
+    }
+    return error;
+  }
+
+  void measure(int64_t worker) {
+    const FlushDenormals flush;
+    double error = 0, transport = 0;
+    each_group(worker, nullptr, [&](int64_t i, int64_t rows, Real* e, Real* buffer, Real* weights) {
+      int64_t stride = 0;
+      const T* const c = cost_rows<Real, T>(p_, points_, i, rows, 0, p_.m, buffer, &stride);
+      for (int64_t r = 0; r < rows; ++r) {
+        const Real a = w_.a[i + r], f = w_.f[i + r];
+        Real* const entries = e + r * w_.m;
+        const Real sum = sum_lanes(weigh_row(c + r * stride, w_.scale, w_.b, k_, k_ * f, p_.m, entries));
+        weights[r] = a;
+        out_->row[i + r] = sum > Real(kMaxEntry) ? Real(kMaxEntry) : sum;
+        if (a == 0) {  // entries may be infinite
+          for (int64_t j = 0; j < w_.m; ++j) entries[j] = 0;
+          continue;
+        }
+        transport += double(a) * double(weigh_cost(c + r * stride, w_.b, entries, p_.m));
+        const double wanted = p_.rho_a > 0 ? __builtin_exp(-double(f) / p_.rho_a) : 1.0;
+        error += __builtin_fabs(double(a) * (double(sum) - wanted));
+      }
+    });
+    Real* const share = w_.shares + worker * kShare;
+    share[0] = Real(error), share[1] = Real(transport);
+  }
+
+  const SinkhornSolution<Real>* out_ = nullptr;
+};
+
+// The problem, with a given cost where that of its points is kept.
+template <class Real>
+SinkhornProblem<Real> keep_cost(const SinkhornProblem<Real>& p, const SinkhornTeam& team, const SinkhornArrays<Real>& arrays) {
+  if (!SinkhornArrays<Real>::keeps_cost(p)) return p;
+  struct Rows {
+    const SinkhornProblem<Real>& p;
+    const PointSums<Real> points;
+    const SinkhornArrays<Real>& arrays;
+    int64_t workers;
+  } rows{p, PointSums<Real>(p, arrays.points), arrays, team.size};
+  team.run(team.size, [](void* self, int64_t worker) {
+    const Rows& r = *static_cast<Rows*>(self);
+    const int64_t begin = worker * r.p.n / r.workers, end = (worker + 1) * r.p.n / r.workers;
+    int64_t stride = 0;
+    cost_rows<Real, Real>(r.p, r.points, begin, end - begin, 0, r.p.m, r.arrays.kept + begin * r.arrays.m, &stride);
+  }, &rows);
+  SinkhornProblem<Real> q = p;
+  q.metric = SinkhornMetric::kGiven, q.type = ElementType::kFloat32, q.cost = arrays.kept, q.cost_stride = arrays.m;
+  return q;
+}
+
+template <class Real>
+int64_t sinkhorn_workspace(const SinkhornProblem<Real>& p, const SinkhornSchedule& schedule, int64_t workers) {
+  SinkhornArrays<Real> arrays;
+  return arrays.place(p, schedule.method == SinkhornMethod::kKernel, workers, nullptr);
+}
+
+template <class Real>
+void sinkhorn_solve(const SinkhornProblem<Real>& p, const SinkhornSchedule& schedule, const SinkhornTeam& team, const SinkhornSolution<Real>& out, Real* work) {
+  SinkhornArrays<Real> arrays;
+  arrays.place(p, schedule.method == SinkhornMethod::kKernel, team.size, work);
+  const SinkhornProblem<Real> q = keep_cost(p, team, arrays);
+  with_cost_type<Real>(q, [&](auto element) { SinkhornSolver<Real, decltype(element)>(q, schedule, team, arrays).solve(out); });
+}
+
+}  // namespace
