@@ -5,7 +5,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <initializer_list>
+#include <optional>
+#include <type_traits>
+#include <vector>
 
 #include "engine/element.h"
 
@@ -13,8 +18,11 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 constexpr double kMinWork = 4e6;  // multiply-adds worth a thread: about 20 us
+
+// ---- tensors, checked -----------------------------------------------------------------------------------------------------
 
 inline void check(const char* name, const Tensor& x, ScalarType type, std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU");
@@ -40,6 +48,93 @@ inline kdfast::ElementType element_type(const char* op, ScalarType type) {
 }
 
 inline kdfast::Matrix matrix(const char* op, const Tensor& x) { return {x.const_data_ptr(), element_type(op, x.scalar_type())}; }
+
+template <class T>
+constexpr ScalarType scalar_type() {
+  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, int64_t>);
+  if (std::is_same_v<T, int64_t>) return ScalarType::Long;
+  return std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
+}
+
+// A contiguous tensor of T.
+template <class T>
+const T* packed(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) {
+  check(name, x, scalar_type<T>(), shape);
+  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
+  return data<T>(x);
+}
+
+// One that is written.
+template <class T>
+T* packed_output(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) {
+  packed<T>(name, x, shape);
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+// Contiguous, or a contiguous [...] expanded over the batch dimension; returns the batch stride in elements.
+inline int64_t batch_stride(const char* name, const Tensor& x, bool may_be_shared) {
+  int64_t expected = 1;
+  bool inner = true;
+  for (int64_t d = x.dim() - 1; d > 0; --d) {
+    inner = inner && (x.size(d) == 1 || x.stride(d) == expected);
+    expected *= x.size(d);
+  }
+  const bool shared = x.stride(0) == 0 && may_be_shared;
+  STD_TORCH_CHECK(x.numel() == 0 || (inner && (x.size(0) == 1 || x.stride(0) == expected || shared)), name,
+                  " must be contiguous", may_be_shared ? " (its batch stride may be 0)" : "");
+  return shared || x.size(0) == 1 ? 0 : expected;
+}
+
+template <class T>
+const T* row_data(const char* name, const OptionalTensor& x, std::initializer_list<int64_t> shape) {
+  if (!x.has_value()) return nullptr;
+  check(name, *x, scalar_type<T>(), shape);
+  batch_stride(name, *x, false);
+  return data<T>(*x);
+}
+
+template <class T>
+const T* column_data(const char* name, const OptionalTensor& x, std::initializer_list<int64_t> shape, int64_t* stride) {
+  if (!x.has_value()) return nullptr;
+  check(name, *x, scalar_type<T>(), shape);
+  *stride = batch_stride(name, *x, true);
+  return data<T>(*x);
+}
+
+// Query-side and bank-side matrices, of any element type.
+inline kdfast::Matrix row_matrix(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) {
+  check(name, x, x.scalar_type(), shape);
+  batch_stride(name, x, false);
+  return matrix(name, x);
+}
+
+inline kdfast::Matrix column_matrix(const char* name, const Tensor& x, std::initializer_list<int64_t> shape, int64_t* stride) {
+  check(name, x, x.scalar_type(), shape);
+  *stride = batch_stride(name, x, true);
+  return matrix(name, x);
+}
+
+inline kdfast::Precision precision_of(int64_t precision) {
+  STD_TORCH_CHECK(precision >= 0 && precision <= 2, "precision must be 0 (float), 1 (bf16x3) or 2 (bf16), got ", precision);
+  return kdfast::Precision(precision);
+}
+
+// ---- results and scratch ----------------------------------------------------------------------------------------------------
+
+inline Tensor output(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type = ScalarType::Float) {
+  return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
+}
+
+inline Tensor scratch(int64_t count, ScalarType type = ScalarType::Float) {
+  return torch::stable::empty({count}, type, std::nullopt, std::nullopt, std::nullopt, std::nullopt);
+}
+
+// ---- threads -----------------------------------------------------------------------------------------------------------------
+
+// Threads that so many multiply-adds are worth.
+inline int64_t workers_for(double work, int64_t most = INT64_MAX) {
+  return std::clamp<int64_t>(int64_t(work / kMinWork), 1, std::min<int64_t>(torch::stable::get_num_threads(), most));
+}
 
 // f(worker, task) for every task, contiguous ranges of tasks to each worker.
 template <class F>

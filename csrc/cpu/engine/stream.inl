@@ -6,11 +6,8 @@
 #pragma once
 
 #include "engine/packing.inl"
-#include "similarity/similarity.h"
 
 namespace {
-
-using kdfast::SimilarityParams;
 
 constexpr float kLog2e = 0x1.715476p0f;
 constexpr float kInfinity = __builtin_inff();

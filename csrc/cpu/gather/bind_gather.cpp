@@ -58,8 +58,8 @@ class OrderedRows {
     partial = workers > 1 ? chunk * p.width : 0;
     columns = scratch(chunk * p.samples, ScalarType::Short);
     places = scratch(chunk * (b.blocks + 1) + workers * b.blocks, ScalarType::Long);
-    values = scratch(chunk * p.samples, ScalarType::Float);
-    floats = scratch(workers * (space + partial), ScalarType::Float);
+    values = scratch(chunk * p.samples);
+    floats = scratch(workers * (space + partial));
     b.column = static_cast<uint16_t*>(columns.mutable_data_ptr());
     b.value = static_cast<float*>(values.mutable_data_ptr());
     begin = static_cast<int64_t*>(places.mutable_data_ptr());
@@ -159,7 +159,7 @@ class OrderedRows {
 
 Tensor gather_similarity(const Tensor& query, const Tensor& bank, const Tensor& index) {
   GatherParams p = gather_params("gather_similarity", bank, index);
-  p.query = float_rows("query", query, p.rows, p.width);
+  p.query = packed<float>("query", query, {p.rows, p.width});
   Tensor out = torch::stable::new_empty(query, {p.rows, p.samples});
   p.out = static_cast<float*>(out.mutable_data_ptr());
   if (p.rows * p.samples == 0) return out;
@@ -180,7 +180,7 @@ Tensor gather_similarity(const Tensor& query, const Tensor& bank, const Tensor& 
 
 Tensor gather_weighted_sum(const Tensor& weight, const Tensor& bank, const Tensor& index) {
   GatherParams p = gather_params("gather_weighted_sum", bank, index);
-  p.weight = float_rows("weight", weight, p.rows, p.samples);
+  p.weight = packed<float>("weight", weight, {p.rows, p.samples});
   Tensor out = torch::stable::new_empty(weight, {p.rows, p.width});
   p.out = static_cast<float*>(out.mutable_data_ptr());
   if (p.rows * p.width == 0) return out;
@@ -200,10 +200,10 @@ Tensor gather_weighted_sum(const Tensor& weight, const Tensor& bank, const Tenso
 std::tuple<Tensor, Tensor> gather_statistic(const Tensor& query, const Tensor& bank, const Tensor& index, const std::optional<Tensor>& offset,
                                             const std::optional<Tensor>& shift, bool pooled) {
   GatherParams p = gather_params("gather_statistic", bank, index);
-  p.query = float_rows("query", query, p.rows, p.width);
+  p.query = packed<float>("query", query, {p.rows, p.width});
   STD_TORCH_CHECK(p.samples > 0 && p.width > 0, "index and bank must have at least 1 column");
   RowStatistic s{};
-  if (offset.has_value()) s.offset = float_rows("offset", *offset, p.rows, p.samples);
+  if (offset.has_value()) s.offset = packed<float>("offset", *offset, {p.rows, p.samples});
   if (shift.has_value()) {
     s.shift_stride = shift->dim() == 1 && shift->size(0) == p.rows && p.rows > 1 ? 1 : 0;
     check("shift", *shift, ScalarType::Float, {s.shift_stride == 1 ? p.rows : 1});
@@ -217,7 +217,7 @@ std::tuple<Tensor, Tensor> gather_statistic(const Tensor& query, const Tensor& b
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const int64_t block = kernels.gather_block(p);
   if (block == 0) {
-    const Tensor scores = scratch(workers_of_rows(p, p.rows) * p.samples, ScalarType::Float);
+    const Tensor scores = scratch(workers_of_rows(p, p.rows) * p.samples);
     float* const base = static_cast<float*>(scores.mutable_data_ptr());
     run_rows(p, p.rows, [&](int64_t worker, int64_t begin, int64_t end) {
       return kernels.gather_statistic(p, s, begin, end, base + worker * p.samples);

@@ -65,11 +65,11 @@ Tensor gather_scatter(const Tensor& weight, const Tensor& query, const Tensor& i
   GatherParams p{};
   p.rows = index.size(0), p.samples = index.size(1), p.columns = size, p.width = query.size(1);
   p.index = index_data(p, index);
-  p.weight = float_rows("weight", weight, p.rows, p.samples);
+  p.weight = packed<float>("weight", weight, {p.rows, p.samples});
   ScatterParams s{};
   s.type = element_type("gather_scatter", dtype);
   s.rows = p.rows, s.columns = p.columns, s.width = p.width;
-  s.query = float_rows("query", query, p.rows, p.width);
+  s.query = packed<float>("query", query, {p.rows, p.width});
   Tensor out = torch::stable::new_empty(query, {size, p.width}, dtype);
   if (p.rows * p.samples == 0) return torch::stable::zero_(out);
   STD_TORCH_CHECK(p.rows < int64_t(1) << 31, "query must have fewer than 2^31 rows, got ", p.rows);
@@ -84,7 +84,7 @@ Tensor gather_scatter(const Tensor& weight, const Tensor& query, const Tensor& i
   s.out = out.mutable_data_ptr();
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const int64_t space = kernels.gather_scatter_workspace(s);
-  const Tensor floats = scratch(workers * space, ScalarType::Float);
+  const Tensor floats = scratch(workers * space);
   float* const work = static_cast<float*>(floats.mutable_data_ptr());
   for_each_task(workers, workers, [&](int64_t, int64_t t) {
     kernels.gather_scatter(s, t * s.blocks / workers, (t + 1) * s.blocks / workers, work + t * space);

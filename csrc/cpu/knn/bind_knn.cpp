@@ -5,7 +5,8 @@
 #include <algorithm>
 #include <tuple>
 
-#include "similarity/bind_similarity.h"
+#include "bind.h"
+#include "dispatch.h"
 
 namespace {
 
@@ -19,14 +20,6 @@ void for_each_rows(int64_t workers, int64_t rows, const F& f) {
     const int64_t begin = std::min(rows, t * step), end = std::min(rows, begin + step);
     if (begin < end) f(worker, begin, end);
   });
-}
-
-
-template <class T>
-T* state(const char* name, const Tensor& x, ScalarType type, std::initializer_list<int64_t> shape) {
-  check(name, x, type, shape);
-  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
-  return static_cast<T*>(x.mutable_data_ptr());
 }
 
 kdfast::Matrix rows_of(const char* name, const Tensor& x, int64_t width) {
@@ -44,24 +37,24 @@ void knn_scan(const Tensor& query, const Tensor& keys, const Tensor& factor, con
   p.precision = precision_of(precision);
   p.rows = query.size(0), p.columns = keys.size(0), p.width = query.size(1), p.first = first;
   p.query = rows_of("query", query, p.width), p.keys = rows_of("keys", keys, p.width);
-  p.factor = row_data<float>("factor", factor, ScalarType::Float, {p.columns});
-  p.offset = row_data<float>("offset", offset, ScalarType::Float, {p.columns});
-  p.query_labels = row_data<int64_t>("query_labels", query_labels, ScalarType::Long, {p.rows});
-  p.key_labels = row_data<int64_t>("key_labels", key_labels, ScalarType::Long, {p.columns});
+  p.factor = row_data<float>("factor", factor, {p.columns});
+  p.offset = row_data<float>("offset", offset, {p.columns});
+  p.query_labels = row_data<int64_t>("query_labels", query_labels, {p.rows});
+  p.key_labels = row_data<int64_t>("key_labels", key_labels, {p.columns});
   p.only_same = only_same;
-  p.own = row_data<int64_t>("own", own, ScalarType::Long, {p.rows});
+  p.own = row_data<int64_t>("own", own, {p.rows});
   p.kept = kept, p.capacity = rank.size(1);
   STD_TORCH_CHECK(kept >= 1 && p.capacity >= kept + 32, "rank must have at least kept + 32 = ", kept + 32, " columns, got ", p.capacity);
-  p.rank = state<float>("rank", rank, ScalarType::Float, {p.rows, p.capacity});
-  p.index = state<int64_t>("index", index, ScalarType::Long, {p.rows, p.capacity});
-  p.count = state<int64_t>("count", count, ScalarType::Long, {p.rows});
-  p.threshold = state<float>("threshold", threshold, ScalarType::Float, {p.rows});
+  p.rank = packed_output<float>("rank", rank, {p.rows, p.capacity});
+  p.index = packed_output<int64_t>("index", index, {p.rows, p.capacity});
+  p.count = packed_output<int64_t>("count", count, {p.rows});
+  p.threshold = packed_output<float>("threshold", threshold, {p.rows});
   if (p.rows == 0 || p.columns == 0) return;
 
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const int64_t workers = workers_for(double(p.rows) * double(p.columns) * double(p.width));
   const int64_t words = kernels.knn_workspace(p, (p.rows + workers - 1) / workers + kRowsApart);
-  const Tensor workspace = floats(words * workers);
+  const Tensor workspace = scratch(words * workers);
   float* const work = static_cast<float*>(workspace.mutable_data_ptr());
   for_each_rows(workers, p.rows, [&](int64_t worker, int64_t begin, int64_t end) { kernels.knn_scan(p, begin, end, work + worker * words); });
 }
@@ -77,16 +70,14 @@ std::tuple<Tensor, Tensor, Tensor> knn_refine(const Tensor& query, const Tensor&
   p.rows = query.size(0), p.width = query.size(1), p.k = k;
   p.query = rows_of("query", query, p.width), p.bank = rows_of("bank", bank, p.width);
   p.kept = kept, p.capacity = rank.size(1);
-  p.rank = state<float>("rank", rank, ScalarType::Float, {p.rows, p.capacity});
-  p.index = state<int64_t>("index", index, ScalarType::Long, {p.rows, p.capacity});
-  p.count = state<int64_t>("count", count, ScalarType::Long, {p.rows});
-  p.threshold = state<float>("threshold", threshold, ScalarType::Float, {p.rows});
-  p.base = row_data<float>("base", base, ScalarType::Float, {p.rows});
+  p.rank = packed_output<float>("rank", rank, {p.rows, p.capacity});
+  p.index = packed_output<int64_t>("index", index, {p.rows, p.capacity});
+  p.count = packed_output<int64_t>("count", count, {p.rows});
+  p.threshold = packed_output<float>("threshold", threshold, {p.rows});
+  p.base = row_data<float>("base", base, {p.rows});
   p.product_error = float(product_error), p.float_error = float(float_error);
   Tensor distance = output(base, {p.rows, k});
-  const std::vector<int64_t> sizes{p.rows, k}, flags{p.rows};
-  Tensor neighbour = torch::stable::new_empty(base, {sizes.data(), sizes.size()}, ScalarType::Long);
-  Tensor doubtful = torch::stable::new_empty(base, {flags.data(), flags.size()}, ScalarType::Bool);
+  Tensor neighbour = output(base, {p.rows, k}, ScalarType::Long), doubtful = output(base, {p.rows}, ScalarType::Bool);
   p.distance = static_cast<float*>(distance.mutable_data_ptr());
   p.neighbour = static_cast<int64_t*>(neighbour.mutable_data_ptr());
   p.doubtful = static_cast<bool*>(doubtful.mutable_data_ptr());

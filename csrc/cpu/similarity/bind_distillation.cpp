@@ -26,11 +26,11 @@ SimilarityParams side(const char* query_name, const Tensor& query, const char* k
   p.pooled = true;
   p.query = row_matrix(query_name, query, {p.rows, p.width});
   p.keys = row_matrix(keys_name, keys, {p.columns, p.width});
-  p.scale = row_data<float>(scale_name, scale, ScalarType::Float, {p.rows});
-  p.bias = row_data<float>("bias", bias, ScalarType::Float, {p.columns});
+  p.scale = row_data<float>(scale_name, scale, {p.rows});
+  p.bias = row_data<float>("bias", bias, {p.columns});
   p.key_indices = key_index.has_value() ? key_index->size(1) : 0;
-  p.key_index = row_data<int64_t>("key_index", key_index, ScalarType::Long, {p.rows, p.key_indices});
-  p.valid = row_data<int64_t>("valid", valid, ScalarType::Long, {1});
+  p.key_index = row_data<int64_t>("key_index", key_index, {p.rows, p.key_indices});
+  p.valid = row_data<int64_t>("valid", valid, {1});
   return p;
 }
 
@@ -64,7 +64,7 @@ void run(const DistillationParams& p) {
 
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const int64_t words = kernels.distillation_workspace(p, row_step, column_step);
-  const Tensor workspace = floats(words * cut.workers), parts = floats(merge ? cut.column_parts * rows * partial : 0);
+  const Tensor workspace = scratch(words * cut.workers), parts = scratch(merge ? cut.column_parts * rows * partial : 0);
   float* const work_begin = static_cast<float*>(workspace.mutable_data_ptr());
   float* const statistics = static_cast<float*>(parts.mutable_data_ptr());
   float* const pooled = statistics + cut.column_parts * rows * kDistillationStatistics;
@@ -97,8 +97,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distillation(
   DistillationParams p = parameters(student, keys, teacher, teacher_keys, scale, teacher_scale, bias, key_index, valid, precision);
   STD_TORCH_CHECK(start_logit.has_value() == teacher_start_logit.has_value(), "start_logit and teacher_start_logit come together");
   const int64_t rows = p.student.rows;
-  p.student.start_logit = row_data<float>("start_logit", start_logit, ScalarType::Float, {rows});
-  p.teacher.start_logit = row_data<float>("teacher_start_logit", teacher_start_logit, ScalarType::Float, {rows});
+  p.student.start_logit = row_data<float>("start_logit", start_logit, {rows});
+  p.teacher.start_logit = row_data<float>("teacher_start_logit", teacher_start_logit, {rows});
 
   const auto made = [&](const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); };
   const Tensor loss = output(student, {rows}), entropy = output(student, {rows});
@@ -115,8 +115,8 @@ Tensor similarity_distillation_grad_keys(const Tensor& g, const Tensor& log_sums
                                          const OptionalTensor& valid, int64_t precision) {
   const DistillationParams p = parameters(student, keys, teacher, teacher_keys, scale, teacher_scale, bias, key_index, valid, precision);
   const int64_t rows = p.student.rows, count = p.student.columns, width = p.student.width, columns = valid_columns(p.student, 0);
-  const float* const upstream = row_data<float>("g", g, ScalarType::Float, {rows});
-  const float* const levels = row_data<float>("log_sums", log_sums, ScalarType::Float, {4, rows});
+  const float* const upstream = row_data<float>("g", g, {rows});
+  const float* const levels = row_data<float>("log_sums", log_sums, {4, rows});
   const Tensor dkeys = output(keys, {count, width});
   float* const out = static_cast<float*>(dkeys.mutable_data_ptr());
   std::fill(out + columns * width, out + count * width, 0.0f);
@@ -125,7 +125,7 @@ Tensor similarity_distillation_grad_keys(const Tensor& g, const Tensor& log_sums
   const int64_t parts = parts_of_keys(workers, 1, columns), step = (columns + parts - 1) / parts;
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const int64_t words = kernels.distillation_grad_workspace(p, step);
-  const Tensor workspace = floats(words * workers);
+  const Tensor workspace = scratch(words * workers);
   float* const work_begin = static_cast<float*>(workspace.mutable_data_ptr());
   for_each_task(workers, parts, [&](int64_t worker, int64_t t) {
     const int64_t begin = std::min(columns, t * step), end = std::min(columns, begin + step);

@@ -28,17 +28,6 @@ struct Batch {
 
 float* writable(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
-template <class T>
-const T* readable(const char* name, const Tensor& x, ScalarType type, std::initializer_list<int64_t> shape) {
-  check(name, x, type, shape);
-  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
-  return data<T>(x);
-}
-
-Tensor floats(const Tensor& like, const std::vector<int64_t>& shape) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, ScalarType::Float);
-}
-
 // An op that gives kResults tensors.
 template <size_t kResults, class... Arguments>
 std::array<Tensor, kResults> call(const char* op, const Arguments&... arguments) {
@@ -57,7 +46,7 @@ InfoNceParams rows_of(const Tensor& query, const Tensor& scale) {
   InfoNceParams p{};
   p.batch = query.size(0), p.rows = query.size(1), p.width = query.size(2);
   p.query = row_matrix("query", query, {p.batch, p.rows, p.width});
-  p.scale = row_data<float>("scale", scale, ScalarType::Float, {p.batch, p.rows});
+  p.scale = row_data<float>("scale", scale, {p.batch, p.rows});
   return p;
 }
 
@@ -65,7 +54,7 @@ InfoNceParams rows_of(const Tensor& query, const Tensor& scale) {
 void take_columns(InfoNceParams& p, const Tensor& columns, const Tensor& keys) {
   STD_TORCH_CHECK(columns.dim() == 3, "columns must have ", 3, " dimensions, got ", columns.dim());
   p.positives = columns.size(2), p.count = keys.size(1);
-  p.columns = readable<int64_t>("columns", columns, ScalarType::Long, {p.batch, p.rows, p.positives});
+  p.columns = packed<int64_t>("columns", columns, {p.batch, p.rows, p.positives});
   const bool inside = std::all_of(p.columns, p.columns + columns.numel(), [&](int64_t c) { return c >= -1 && c < p.count; });
   STD_TORCH_CHECK(inside, "columns must be in [-1, ", p.count, ")");
 }
@@ -101,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query,
   if (chosen.has_value()) {
     take_columns(p, *chosen, k);
     p.candidates = column_matrix("keys", k, {p.batch, p.count, p.width}, &p.candidates_batch_stride);
-    p.bias = column_data<float>("bias", b, ScalarType::Float, {p.batch, p.count}, &p.bias_batch_stride);
+    p.bias = column_data<float>("bias", b, {p.batch, p.count}, &p.bias_batch_stride);
   } else {
     STD_TORCH_CHECK(given->dim() == 3 || given->dim() == 4, "positive must have ", query.dim(), " or ", query.dim() + 1, " dimensions");
     p.positives = given->dim() == 3 ? 1 : given->size(2);
@@ -110,20 +99,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query,
     p.candidates = given->dim() == 3 ? row_matrix("positive", *given, {p.batch, p.rows, p.width})
                                      : row_matrix("positive", *given, {p.batch, p.rows, p.positives, p.width});
   }
-  p.weights = row_data<float>("weights", w, ScalarType::Float, {p.batch, p.rows, p.positives});
+  p.weights = row_data<float>("weights", w, {p.batch, p.rows, p.positives});
 
   const auto [lse, pull, lse_low] =
       call<3>("kdfast::similarity_softmax", q, k, s, b, none, none, none, batch.in(query_labels), batch.in(key_labels),
               batch.in(key_index), batch.in(limit), batch.in(valid), want_pull, precision);
-  Tensor losses = batch.given ? floats(query, {p.batch, p.rows}) : floats(query, {p.rows});
-  const Tensor slopes = floats(query, {p.batch, p.rows, p.positives});
+  Tensor losses = batch.given ? output(query, {p.batch, p.rows}) : output(query, {p.rows});
+  const Tensor slopes = output(query, {p.batch, p.rows, p.positives});
   float *const out = writable(losses), *const slope = writable(slopes), *const pulls = want_pull ? writable(pull) : nullptr;
   for_rows(p, [&](int64_t begin, int64_t end) {
     kdfast::cpu_kernels().info_nce_rows(p, {begin, end, include_positive, data<float>(lse), out, slope, pulls});
   });
   if (mean) {
     const float value = mean_of(out, p.batch * p.rows);
-    losses = floats(query, {});
+    losses = output(query, {});
     *writable(losses) = value;
   }
   return {losses, lse, lse_low, slopes, pull};
@@ -144,17 +133,17 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& lse, const Tens
   const Tensor upstream = mean ? g : batch.in(g);
 
   InfoNceGradients d{};
-  d.g = mean ? readable<float>("g", g, ScalarType::Float, {}) : readable<float>("g", upstream, ScalarType::Float, {p.batch, p.rows});
+  d.g = mean ? packed<float>("g", g, {}) : packed<float>("g", upstream, {p.batch, p.rows});
   d.g_stride = mean ? 0 : 1;
   d.factor = mean ? 1 / float(p.batch * p.rows) : 1;
-  readable<float>("lse", lse, ScalarType::Float, {p.batch, p.rows});
-  d.slopes = readable<float>("slopes", slopes, ScalarType::Float, {p.batch, p.rows, p.positives});
-  if (want_query || want_scale) d.pull = readable<float>("pull", pull, ScalarType::Float, {p.batch, p.rows, p.width});
+  packed<float>("lse", lse, {p.batch, p.rows});
+  d.slopes = packed<float>("slopes", slopes, {p.batch, p.rows, p.positives});
+  if (want_query || want_scale) d.pull = packed<float>("pull", pull, {p.batch, p.rows, p.width});
 
   OptionalTensor dquery, dkeys, dscale, dbias, dpositive, dlse;
   const auto wanted = [&](OptionalTensor& x, bool want, const std::vector<int64_t>& shape) -> float* {
     if (!want) return nullptr;
-    x = floats(query, shape);
+    x = output(query, shape);
     return writable(*x);
   };
   d.dquery = wanted(dquery, want_query, {p.batch, p.rows, p.width});

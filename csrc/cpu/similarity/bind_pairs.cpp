@@ -25,9 +25,9 @@ PairParams pair_parameters(const Tensor& x, const Tensor& y, const Tensor& scale
   p.batch = x.size(0), p.rows = x.size(1), p.width = x.size(2), p.columns = y.size(1);
   p.x = row_matrix("x", x, {p.batch, p.rows, p.width});
   p.y = row_matrix("y", y, {p.batch, p.columns, p.width});
-  p.scale = row_data<float>("scale", scale, ScalarType::Float, {p.batch, p.rows});
-  p.x_labels = row_data<int64_t>("x_labels", x_labels, ScalarType::Long, {p.batch, p.rows});
-  p.y_labels = row_data<int64_t>("y_labels", y_labels, ScalarType::Long, {p.batch, p.columns});
+  p.scale = row_data<float>("scale", scale, {p.batch, p.rows});
+  p.x_labels = row_data<int64_t>("x_labels", x_labels, {p.batch, p.rows});
+  p.y_labels = row_data<int64_t>("y_labels", y_labels, {p.batch, p.columns});
   return p;
 }
 
@@ -66,7 +66,7 @@ struct Partial {
   int64_t parts, size;
   Tensor memory;
 
-  Partial(int64_t parts, int64_t size) : parts(parts), size(size), memory(floats(2 * parts * size)) {}
+  Partial(int64_t parts, int64_t size) : parts(parts), size(size), memory(scratch(2 * parts * size)) {}
   float* maximum(int64_t part, int64_t at) const { return static_cast<float*>(memory.mutable_data_ptr()) + part * size + at; }
   float* sum(int64_t part, int64_t at) const { return maximum(parts + part, at); }
   void merge(const Tensor& lse, const Tensor& low) const {
@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> symmetric_lse(const Tensor& x, const 
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const Partial of_rows(grid.column_parts, p.batch * p.rows), of_columns(grid.row_parts, p.batch * p.columns);
   const int64_t words = kernels.symmetric_workspace(p, longest(p.rows, grid.row_parts), longest(p.columns, grid.column_parts));
-  const Tensor workspace = floats(words * grid.workers);
+  const Tensor workspace = scratch(words * grid.workers);
   float* const work = static_cast<float*>(workspace.mutable_data_ptr());
   for_each_task(grid.workers, grid.tasks(), [&](int64_t worker, int64_t t) {
     const PairTask task = grid.task(t);
@@ -114,7 +114,7 @@ void for_each_rectangle(const PairParams& p, int64_t products, const Words& word
   const int64_t workers = workers_for(work_of(p, products));
   const int64_t parts = std::clamp<int64_t>(std::min(p.rows, p.columns) / kMinSide, 1, workers / std::gcd(workers, p.batch));
   const int64_t words = words_for(longest(p.rows, parts), longest(p.columns, parts));
-  const Tensor workspace = floats(words * workers);
+  const Tensor workspace = scratch(words * workers);
   float* const work = static_cast<float*>(workspace.mutable_data_ptr());
   for (int64_t round = 0; round < parts; ++round) {
     for_each_task(workers, p.batch * parts, [&](int64_t worker, int64_t t) {
@@ -129,8 +129,8 @@ std::tuple<Tensor, Tensor> symmetric_gradients(const Tensor& row_g, const Tensor
                                                const Tensor& scale, const OptionalTensor& x_labels, const OptionalTensor& y_labels,
                                                bool want_x, bool want_y, int64_t precision) {
   const PairParams p = pair_parameters(x, y, scale, x_labels, y_labels, precision);
-  const auto per_row = [&](const char* name, const Tensor& t) { return row_data<float>(name, t, ScalarType::Float, {p.batch, p.rows}); };
-  const auto per_column = [&](const char* name, const Tensor& t) { return row_data<float>(name, t, ScalarType::Float, {p.batch, p.columns}); };
+  const auto per_row = [&](const char* name, const Tensor& t) { return row_data<float>(name, t, {p.batch, p.rows}); };
+  const auto per_column = [&](const char* name, const Tensor& t) { return row_data<float>(name, t, {p.batch, p.columns}); };
   const kdfast::SymmetricUpstream upstream{per_row("row_g", row_g),          per_row("row_lse", row_lse),          per_row("row_low", row_low),
                                            per_column("column_g", column_g), per_column("column_lse", column_lse), per_column("column_low", column_low)};
   Tensor x_sums = zeros(x, want_x, {p.batch, p.rows, p.width}), y_sums = zeros(x, want_y, {p.batch, p.columns, p.width});
@@ -146,8 +146,8 @@ std::tuple<Tensor, Tensor> symmetric_gradients(const Tensor& row_g, const Tensor
 
 PairParams sigmoid_parameters(const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& shift, const Tensor& positive, int64_t precision) {
   PairParams p = pair_parameters(x, y, scale, std::nullopt, std::nullopt, precision);
-  p.shift = row_data<float>("shift", shift, ScalarType::Float, {p.batch, p.rows});
-  p.positive = row_data<int64_t>("positive", positive, ScalarType::Long, {p.batch, p.rows});
+  p.shift = row_data<float>("shift", shift, {p.batch, p.rows});
+  p.positive = row_data<int64_t>("positive", positive, {p.batch, p.rows});
   return p;
 }
 
@@ -159,7 +159,7 @@ Tensor sigmoid_pairs(const Tensor& x, const Tensor& y, const Tensor& scale, cons
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const int64_t words = kernels.sigmoid_workspace(p, longest(p.rows, grid.row_parts), longest(p.columns, grid.column_parts));
   const int64_t size = p.batch * p.rows;
-  const Tensor workspace = floats(words * grid.workers), partial = floats(grid.column_parts * size);
+  const Tensor workspace = scratch(words * grid.workers), partial = scratch(grid.column_parts * size);
   float* const work = static_cast<float*>(workspace.mutable_data_ptr());
   float* const parts = static_cast<float*>(partial.mutable_data_ptr());
   for_each_task(grid.workers, grid.tasks(), [&](int64_t worker, int64_t t) {
@@ -177,7 +177,7 @@ Tensor sigmoid_pairs(const Tensor& x, const Tensor& y, const Tensor& scale, cons
 std::tuple<Tensor, Tensor, Tensor> sigmoid_gradients(const Tensor& g, const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& shift,
                                                      const Tensor& positive, bool want_x, bool want_y, int64_t precision) {
   const PairParams p = sigmoid_parameters(x, y, scale, shift, positive, precision);
-  const float* const upstream = row_data<float>("g", g, ScalarType::Float, {p.batch, p.rows});
+  const float* const upstream = row_data<float>("g", g, {p.batch, p.rows});
   Tensor x_sums = zeros(x, want_x, {p.batch, p.rows, p.width}), y_sums = zeros(x, want_y, {p.batch, p.columns, p.width});
   Tensor weights = zeros(x, true, {p.batch, p.rows});
   if (p.batch * p.rows * p.columns == 0) return {x_sums, y_sums, weights};

@@ -26,9 +26,9 @@ void run(const SimilarityParams& p, float* lse, float* lse_low, float* pooled) {
   const bool merge = cut.column_parts > 1;
 
   const int64_t words = kernels.similarity_workspace(p, row_step, column_step);
-  const Tensor workspace = floats(words * cut.workers);
+  const Tensor workspace = scratch(words * cut.workers);
   const int64_t partial_rows = merge ? cut.column_parts * total_rows : 0;
-  const Tensor partial = floats(partial_rows * (2 + (p.pooled ? p.pooled_width : 0)));
+  const Tensor partial = scratch(partial_rows * (2 + (p.pooled ? p.pooled_width : 0)));
   float* const work = static_cast<float*>(workspace.mutable_data_ptr());
   float* const maximum = static_cast<float*>(partial.mutable_data_ptr());
   float* const sum = maximum + partial_rows;
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_softmax(const Tensor& query, const
   STD_TORCH_CHECK(start_logit.has_value() || !start_value.has_value(), "start_value needs start_logit");
   SimilarityParams p = parameters(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, pooled, precision);
   add_values(p, values);
-  p.start_logit = row_data<float>("start_logit", start_logit, ScalarType::Float, {p.batch, p.rows});
+  p.start_logit = row_data<float>("start_logit", start_logit, {p.batch, p.rows});
   if (start_value.has_value()) p.start_value = row_matrix("start_value", *start_value, {p.batch, p.rows, p.pooled_width});
 
   Tensor lse = output(query, {p.batch, p.rows}), lse_low = output(query, {p.batch, p.rows});

@@ -1,13 +1,9 @@
-// What the bindings of the similarity kernels share: matrices and vectors of one batched problem, checked; its division among threads.
+// What the bindings of the similarity kernels share: the parameters of one batched problem, checked; its division among threads.
 #pragma once
-
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <initializer_list>
 #include <numeric>
-#include <optional>
-#include <vector>
 
 #include "bind.h"
 #include "dispatch.h"
@@ -15,59 +11,6 @@
 namespace {
 
 using kdfast::SimilarityParams;
-using OptionalTensor = std::optional<Tensor>;
-
-// Contiguous, or a contiguous [...] expanded over the batch dimension; returns the batch stride in elements.
-inline int64_t batch_stride(const char* name, const Tensor& x, bool may_be_shared) {
-  int64_t expected = 1;
-  bool inner = true;
-  for (int64_t d = x.dim() - 1; d > 0; --d) {
-    inner = inner && (x.size(d) == 1 || x.stride(d) == expected);
-    expected *= x.size(d);
-  }
-  const bool shared = x.stride(0) == 0 && may_be_shared;
-  STD_TORCH_CHECK(x.numel() == 0 || (inner && (x.size(0) == 1 || x.stride(0) == expected || shared)), name,
-                  " must be contiguous", may_be_shared ? " (its batch stride may be 0)" : "");
-  return shared || x.size(0) == 1 ? 0 : expected;
-}
-
-template <class T>
-const T* row_data(const char* name, const OptionalTensor& x, ScalarType type, std::initializer_list<int64_t> shape) {
-  if (!x.has_value()) return nullptr;
-  check(name, *x, type, shape);
-  batch_stride(name, *x, false);
-  return data<T>(*x);
-}
-
-template <class T>
-const T* column_data(const char* name, const OptionalTensor& x, ScalarType type, std::initializer_list<int64_t> shape, int64_t* stride) {
-  if (!x.has_value()) return nullptr;
-  check(name, *x, type, shape);
-  *stride = batch_stride(name, *x, true);
-  return data<T>(*x);
-}
-
-// Query-side and bank-side matrices, of any element type.
-inline kdfast::Matrix row_matrix(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) {
-  check(name, x, x.scalar_type(), shape);
-  batch_stride(name, x, false);
-  return matrix(name, x);
-}
-
-inline kdfast::Matrix column_matrix(const char* name, const Tensor& x, std::initializer_list<int64_t> shape, int64_t* stride) {
-  check(name, x, x.scalar_type(), shape);
-  *stride = batch_stride(name, x, true);
-  return matrix(name, x);
-}
-
-inline kdfast::Precision precision_of(int64_t precision) {
-  STD_TORCH_CHECK(precision >= 0 && precision <= 2, "precision must be 0 (float), 1 (bf16x3) or 2 (bf16), got ", precision);
-  return kdfast::Precision(precision);
-}
-
-inline Tensor floats(int64_t count) {
-  return torch::stable::empty({count}, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt, std::nullopt);
-}
 
 // What every op over one bank takes, checked; without start and values.
 inline SimilarityParams parameters(const Tensor& query, const Tensor& keys, const Tensor& scale, const OptionalTensor& bias,
@@ -83,14 +26,14 @@ inline SimilarityParams parameters(const Tensor& query, const Tensor& keys, cons
   p.pooled = pooled;
   p.query = row_matrix("query", query, {batch, rows, width});
   p.keys = column_matrix("keys", keys, {batch, columns, width}, &p.keys_batch_stride);
-  p.scale = row_data<float>("scale", scale, ScalarType::Float, {batch, rows});
-  p.bias = column_data<float>("bias", bias, ScalarType::Float, {batch, columns}, &p.bias_batch_stride);
-  p.query_labels = row_data<int64_t>("query_labels", query_labels, ScalarType::Long, {batch, rows});
-  p.key_labels = column_data<int64_t>("key_labels", key_labels, ScalarType::Long, {batch, columns}, &p.key_labels_batch_stride);
+  p.scale = row_data<float>("scale", scale, {batch, rows});
+  p.bias = column_data<float>("bias", bias, {batch, columns}, &p.bias_batch_stride);
+  p.query_labels = row_data<int64_t>("query_labels", query_labels, {batch, rows});
+  p.key_labels = column_data<int64_t>("key_labels", key_labels, {batch, columns}, &p.key_labels_batch_stride);
   p.key_indices = key_index.has_value() && key_index->dim() == 3 ? key_index->size(2) : 0;
-  p.key_index = row_data<int64_t>("key_index", key_index, ScalarType::Long, {batch, rows, p.key_indices});
-  p.limit = row_data<float>("limit", limit, ScalarType::Float, {batch, rows});
-  p.valid = column_data<int64_t>("valid", valid, ScalarType::Long, {batch}, &p.valid_stride);
+  p.key_index = row_data<int64_t>("key_index", key_index, {batch, rows, p.key_indices});
+  p.limit = row_data<float>("limit", limit, {batch, rows});
+  p.valid = column_data<int64_t>("valid", valid, {batch}, &p.valid_stride);
   return p;
 }
 
@@ -108,11 +51,6 @@ inline void fold_batch(SimilarityParams& p) {
     p.rows *= p.batch, p.batch = 1;
 }
 
-inline Tensor output(const Tensor& like, std::initializer_list<int64_t> shape) {
-  const std::vector<int64_t> sizes(shape);
-  return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, ScalarType::Float);
-}
-
 inline int64_t valid_columns(const SimilarityParams& p, int64_t batch) {
   if (p.valid == nullptr) return p.columns;
   return std::clamp<int64_t>(p.valid[batch * p.valid_stride], 0, p.columns);
@@ -127,9 +65,6 @@ constexpr int64_t kMinRows = 192;                     // rows a task should have
 constexpr int64_t kMinKeys = 96;                      // keys a task of the gradient should have: packing the queries is then a tenth of it
 constexpr int64_t kMinColumns = 512;                  // columns a task should have
 constexpr int64_t kPartialFloats = int64_t(1) << 21;  // 8 MB of partial results
-
-// Threads that so many multiply-adds are worth.
-inline int64_t workers_for(double work) { return std::clamp<int64_t>(int64_t(work / kMinWork), 1, torch::stable::get_num_threads()); }
 
 // Rows are cut first, for they need no merge; then columns, as far as the partial results, `partial` floats a row, stay small. Depends on the
 // sizes and the number of threads alone, so results do too.

@@ -17,10 +17,10 @@ float* floats_of(const Tensor& x) { return static_cast<float*>(x.mutable_data_pt
 
 SimilarityUpstream upstream(const SimilarityParams& p, const Tensor& slope, const OptionalTensor& h, const Tensor& lse, const OptionalTensor& lse_low) {
   SimilarityUpstream u{};
-  u.slope = row_data<float>("slope", slope, ScalarType::Float, {p.batch, p.rows});
+  u.slope = row_data<float>("slope", slope, {p.batch, p.rows});
   if (h.has_value()) u.h = row_matrix("h", *h, {p.batch, p.rows, p.pooled_width});
-  u.lse = row_data<float>("lse", lse, ScalarType::Float, {p.batch, p.rows});
-  u.lse_low = row_data<float>("lse_low", lse_low, ScalarType::Float, {p.batch, p.rows});
+  u.lse = row_data<float>("lse", lse, {p.batch, p.rows});
+  u.lse_low = row_data<float>("lse_low", lse_low, {p.batch, p.rows});
   return u;
 }
 
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_grad_rows(const Tensor& slope, con
   const bool merge = cut.column_parts > 1;
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const int64_t words = kernels.similarity_grad_rows_workspace(p, call, row_step, column_step);
-  const Tensor workspace = floats(words * cut.workers), partial = floats(merge ? cut.column_parts * total_rows * (p.width + 2) : 0);
+  const Tensor workspace = scratch(words * cut.workers), partial = scratch(merge ? cut.column_parts * total_rows * (p.width + 2) : 0);
   float *const work = floats_of(workspace), *const parts = floats_of(partial);
   float* const outputs[] = {floats_of(rows), floats_of(mass), floats_of(total)};
   const int64_t sizes[] = {total_rows * p.width, total_rows, total_rows};
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_grad_keys(const Tensor& slope, con
   const int64_t parts = parts_of_keys(workers, p.batch, p.columns), step = (p.columns + parts - 1) / parts;
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const int64_t words = kernels.similarity_grad_workspace(p, call, step);
-  const Tensor workspace = floats(words * workers);
+  const Tensor workspace = scratch(words * workers);
   float* const work = floats_of(workspace);
   for_each_task(workers, p.batch * parts, [&](int64_t worker, int64_t t) {
     SimilarityGradTask task = call;

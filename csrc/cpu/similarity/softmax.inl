@@ -5,8 +5,11 @@
 #pragma once
 
 #include "engine/stream.inl"
+#include "similarity/similarity.h"
 
 namespace {
+
+using kdfast::SimilarityParams;
 
 // ---- rows are queries -------------------------------------------------------------------------------------------------
 

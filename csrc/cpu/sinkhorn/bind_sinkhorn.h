@@ -15,7 +15,6 @@ using kdfast::SinkhornMetric;
 using kdfast::SinkhornProblem;
 using kdfast::SinkhornSchedule;
 using kdfast::SinkhornTeam;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr double kEntriesAThread = 2e5;   // exponentials of 20 us
 
@@ -29,16 +28,6 @@ inline SinkhornMetric metric_of(const std::string& name) {
   if (name == "euclidean") return SinkhornMetric::kEuclidean;
   STD_TORCH_CHECK(name == "dot", "unknown metric ", name);
   return SinkhornMetric::kDot;
-}
-
-template <class Real>
-constexpr ScalarType kReal = sizeof(Real) == 4 ? ScalarType::Float : ScalarType::Double;
-
-template <class Real>
-const Real* packed(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) {
-  check(name, x, kReal<Real>, shape);
-  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
-  return data<Real>(x);
 }
 
 // The batch of problems of one call.

@@ -11,9 +11,7 @@ namespace {
 using kdfast::SinkhornAssign;
 using kdfast::SinkhornNormalize;
 
-int64_t workers_for(double entries, int64_t most) {
-  return std::clamp<int64_t>(int64_t(entries / kEntriesAThread), 1, std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(most, 1)));
-}
+int64_t workers_of(double entries, int64_t most) { return workers_for(entries * (kMinWork / kEntriesAThread), std::max<int64_t>(most, 1)); }
 
 int64_t assign_workspace(const SinkhornAssign<float>& p) { return kdfast::cpu_kernels().sinkhorn_assign_workspace(p); }
 int64_t assign_workspace(const SinkhornAssign<double>& p) { return kdfast::cpu_kernels().sinkhorn_assign_workspace_double(p); }
@@ -34,21 +32,21 @@ template <class Real>
 Tensor assign(const Tensor& scores, const OptionalTensor& v, const Tensor& inverse_epsilon, bool codes) {
   const int64_t batch = scores.size(0), n = scores.size(1), columns = scores.size(2);
   STD_TORCH_CHECK(columns <= 1 || scores.stride(2) == 1, "rows of the scores must be contiguous");
-  check("inverse_epsilon", inverse_epsilon, kReal<Real>, {});
+  check("inverse_epsilon", inverse_epsilon, scalar_type<Real>(), {});
   STD_TORCH_CHECK(v.has_value() || !codes, "codes need v");
   SinkhornAssign<Real> p{};
   if constexpr (sizeof(Real) == 4) p.type = element_type("sinkhorn_assign", scores.scalar_type());
   p.stride = scores.stride(1), p.columns = columns;
   p.factor = 1.4426950408889634 * double(*data<Real>(inverse_epsilon));
   if (v.has_value()) {
-    check("v", *v, kReal<Real>, {batch, columns});
+    check("v", *v, scalar_type<Real>(), {batch, columns});
     STD_TORCH_CHECK(v->is_contiguous(), "v must be contiguous");
   }
-  const auto reals = [&](std::initializer_list<int64_t> shape) { return torch::stable::new_empty(scores, shape, kReal<Real>); };
+  const auto reals = [&](std::initializer_list<int64_t> shape) { return torch::stable::new_empty(scores, shape, scalar_type<Real>()); };
   Tensor out = codes ? reals({batch, n, columns}) : reals({batch, columns});
   if (out.numel() == 0) return out;
 
-  const int64_t padded = (columns + 15) / 16 * 16, workers = workers_for(double(n) * double(columns), n);
+  const int64_t padded = (columns + 15) / 16 * 16, workers = workers_of(double(n) * double(columns), n);
   const int64_t space = assign_workspace(p);
   Tensor scratch = reals({workers * (space + 2 * padded)});
   Real *const work = values<Real>(scratch), *const parts = work + workers * space, *const to = values<Real>(out);
@@ -86,11 +84,11 @@ void normalize_part(const SinkhornNormalize<double>& p, int64_t begin, int64_t e
 template <class Real>
 Tensor normalize(const Tensor& logits, const OptionalTensor& gradient, int64_t iterations, double eps) {
   const int64_t batch = logits.size(0), n = logits.size(1);
-  check("logits", logits, kReal<Real>, {batch, n, n});
+  check("logits", logits, scalar_type<Real>(), {batch, n, n});
   STD_TORCH_CHECK(logits.is_contiguous(), "logits must be contiguous");
   SinkhornNormalize<Real> p{n, iterations, eps, data<Real>(logits), nullptr, nullptr};
   if (gradient.has_value()) {
-    check("gradient", *gradient, kReal<Real>, {batch, n, n});
+    check("gradient", *gradient, scalar_type<Real>(), {batch, n, n});
     STD_TORCH_CHECK(gradient->is_contiguous(), "gradient must be contiguous");
     p.gradient = data<Real>(*gradient);
   }
@@ -98,7 +96,7 @@ Tensor normalize(const Tensor& logits, const OptionalTensor& gradient, int64_t i
   if (out.numel() == 0) return out;
   p.out = values<Real>(out);
   constexpr int64_t kMatrices = 64;  // a multiple of every vector
-  const int64_t tasks = (batch + kMatrices - 1) / kMatrices, workers = workers_for(double(batch) * double(n * n) * double(iterations), tasks);
+  const int64_t tasks = (batch + kMatrices - 1) / kMatrices, workers = workers_of(double(batch) * double(n * n) * double(iterations), tasks);
   const int64_t space = normalize_workspace(p) + 16;
   Tensor scratch = torch::stable::new_empty(logits, {workers * space});
   Real* const work = values<Real>(scratch);
