@@ -32,6 +32,28 @@ def options(batch: int, rows: int, columns: int, width: int, dtype) -> dict:
     }
 
 
+CHOSEN = pytest.mark.parametrize("chosen", ["bias", "start", "labels", "index", "limit", "valid", "all"])
+
+
+def chosen_options(chosen: str, shape: tuple[int, ...], dtype=torch.float32) -> dict:
+    """One kind of options, or all of them together."""
+    return {k: v for name, part in options(*shape, dtype).items() if chosen in (name, "all") for k, v in part.items()}
+
+
+#: four ways to exclude every column of case(*NOTHING_SHAPE)
+NOTHING_SHAPE = (2, 7, 70, 5)
+NOTHING = pytest.mark.parametrize(
+    "nothing",
+    [
+        {"query_labels": torch.ones(2, 7, dtype=torch.long), "key_labels": torch.ones(2, 70, dtype=torch.long)},
+        {"valid": torch.zeros(2, dtype=torch.long)},
+        {"bias": torch.full((2, 70), -math.inf)},
+        {"limit": torch.full((2, 7), -1e30)},
+    ],
+    ids=["labels", "valid", "bias", "limit"],
+)
+
+
 def candidates(a: dict, dtype=torch.float64) -> Tensor:  # [B, N, M], or [B, N, 1 + M] with a start
     """The logits of every candidate, -inf where excluded."""
     query, keys, scale = a["query"].to(dtype), a["keys"].to(dtype), a["scale"].to(dtype)

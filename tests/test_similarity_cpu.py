@@ -4,7 +4,19 @@ import math
 
 import pytest
 import torch
-from similarity_kernel_cases import DTYPES, ULP, assert_accurate, candidates, case, options, softmax
+from similarity_kernel_cases import (
+    CHOSEN,
+    DTYPES,
+    NOTHING,
+    NOTHING_SHAPE,
+    ULP,
+    assert_accurate,
+    candidates,
+    case,
+    chosen_options,
+    options,
+    softmax,
+)
 from torch import Tensor
 
 from kdfast._core import extension
@@ -46,12 +58,10 @@ def test_ragged_sizes(isa, dtype, shape):
 
 
 @DTYPES
-@pytest.mark.parametrize("chosen", ["bias", "start", "labels", "index", "limit", "valid", "all"])
+@CHOSEN
 def test_exclusions(isa, dtype, chosen):
     shape = (3, 20, 300, 33)
-    made = options(*shape, dtype)
-    given = {k: v for name, part in made.items() if chosen in (name, "all") for k, v in part.items()}
-    check(case(*shape, dtype, **given), dtype)
+    check(case(*shape, dtype, **chosen_options(chosen, shape, dtype)), dtype)
 
 
 @DTYPES
@@ -137,20 +147,13 @@ def test_negative_and_zero_scales(isa):
     check(a, torch.float32)
 
 
-@pytest.mark.parametrize("how", ["labels", "valid", "bias", "limit"])
-def test_nothing_admitted(isa, how):
-    one = torch.ones(2, 7, dtype=torch.long)
-    given = {
-        "labels": {"query_labels": one, "key_labels": torch.ones(2, 70, dtype=torch.long)},
-        "valid": {"valid": torch.zeros(2, dtype=torch.long)},
-        "bias": {"bias": torch.full((2, 70), -math.inf)},
-        "limit": {"limit": torch.full((2, 7), -1e30)},
-    }[how]
-    lse, pooled, _ = cpu.forward(**case(2, 7, 70, 5, **given), pooled=True)
+@NOTHING
+def test_nothing_admitted(isa, nothing):
+    lse, pooled, _ = cpu.forward(**case(*NOTHING_SHAPE, **nothing), pooled=True)
     assert (lse == -math.inf).all()
     assert (pooled == 0).all()
     start = {"start_logit": torch.randn(2, 7), "start_value": torch.randn(2, 7, 5)}
-    lse, pooled, _ = cpu.forward(**case(2, 7, 70, 5, **given, **start), pooled=True)
+    lse, pooled, _ = cpu.forward(**case(*NOTHING_SHAPE, **nothing, **start), pooled=True)
     torch.testing.assert_close(lse, start["start_logit"], rtol=2e-7, atol=2e-7)
     torch.testing.assert_close(pooled, start["start_value"], rtol=0, atol=0)
 
@@ -282,7 +285,7 @@ def test_empty_batches_and_empty_banks():
 
 def test_opcheck():
     shape = (2, 7, 70, 5)
-    made = {k: v for part in options(*shape, torch.float32).values() for k, v in part.items()}
+    made = chosen_options("all", shape)
     for a in (case(*shape), case(*shape, shared=True), case(*shape, **made)):
         for pooled in (True, False):
             for values in (None, torch.randn(2, 70, 3)):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from similarity_kernel_cases import DTYPES, assert_accurate, candidates, case, options, softmax
+from similarity_kernel_cases import CHOSEN, DTYPES, NOTHING, NOTHING_SHAPE, assert_accurate, candidates, case, chosen_options, softmax
 from torch import Tensor
 
 from kdfast._core import extension
@@ -65,12 +65,10 @@ def test_ragged_sizes(isa, dtype, shape):
 
 
 @DTYPES
-@pytest.mark.parametrize("chosen", ["bias", "start", "labels", "index", "limit", "valid", "all"])
+@CHOSEN
 def test_exclusions(isa, dtype, chosen):
     shape = (3, 140, 230, 33)
-    made = options(*shape, dtype)
-    given = {k: v for name, part in made.items() if chosen in (name, "all") for k, v in part.items()}
-    check(case(*shape, dtype, **given), dtype)
+    check(case(*shape, dtype, **chosen_options(chosen, shape, dtype)), dtype)
 
 
 @DTYPES
@@ -131,16 +129,9 @@ def test_a_large_lse(isa):
     check(a, torch.float32)
 
 
-@pytest.mark.parametrize("how", ["labels", "valid", "bias", "limit"])
-def test_nothing_admitted(isa, how):
-    one = torch.ones(2, 7, dtype=torch.long)
-    given = {
-        "labels": {"query_labels": one, "key_labels": torch.ones(2, 70, dtype=torch.long)},
-        "valid": {"valid": torch.zeros(2, dtype=torch.long)},
-        "bias": {"bias": torch.full((2, 70), -math.inf)},
-        "limit": {"limit": torch.full((2, 7), -1e30)},
-    }[how]
-    for x in run(case(2, 7, 70, 5, **given), torch.randn(2, 7)):
+@NOTHING
+def test_nothing_admitted(isa, nothing):
+    for x in run(case(*NOTHING_SHAPE, **nothing), torch.randn(2, 7)):
         assert (x == 0).all()
 
 
@@ -216,7 +207,7 @@ def test_no_matrix_of_all_pairs():
 
 def test_opcheck():
     shape = (2, 7, 70, 5)
-    made = {k: v for part in options(*shape, torch.float32).values() for k, v in part.items()}
+    made = chosen_options("all", shape)
     for a in (case(*shape), case(*shape, shared=True), case(*shape, **made)):
         level = log_sums(a)
         rest = [v for k, v in a.items() if k not in ("start_logit", "start_value")]

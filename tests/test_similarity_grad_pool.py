@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from similarity_kernel_cases import DTYPES, assert_accurate, candidates, case, options, softmax
+from similarity_kernel_cases import CHOSEN, DTYPES, NOTHING, NOTHING_SHAPE, assert_accurate, candidates, case, chosen_options, softmax
 from torch import Tensor
 
 from kdfast._core import extension
@@ -70,12 +70,10 @@ def test_ragged_sizes(isa, dtype, shape, width):
 
 @over
 @DTYPES
-@pytest.mark.parametrize("chosen", ["bias", "start", "labels", "index", "limit", "valid", "all"])
+@CHOSEN
 def test_exclusions(isa, dtype, chosen, width):
     shape = (3, 70, 150, 33)
-    made = options(*shape, dtype)
-    given = {k: v for name, part in made.items() if chosen in (name, "all") for k, v in part.items()}
-    a = case(*shape, dtype, **given)
+    a = case(*shape, dtype, **chosen_options(chosen, shape, dtype))
     check(a, upstream(a, width, dtype), dtype)
 
 
@@ -120,16 +118,9 @@ def test_a_shared_bank_is_the_expanded_bank(isa, width):
 
 
 @over
-@pytest.mark.parametrize("how", ["labels", "valid", "bias", "limit"])
-def test_nothing_admitted(isa, how, width):
-    one = torch.ones(2, 7, dtype=torch.long)
-    given = {
-        "labels": {"query_labels": one, "key_labels": torch.ones(2, 70, dtype=torch.long)},
-        "valid": {"valid": torch.zeros(2, dtype=torch.long)},
-        "bias": {"bias": torch.full((2, 70), -math.inf)},
-        "limit": {"limit": torch.full((2, 7), -1e30)},
-    }[how]
-    a = case(2, 7, 70, 5, **given)
+@NOTHING
+def test_nothing_admitted(isa, nothing, width):
+    a = case(*NOTHING_SHAPE, **nothing)
     assert all((x == 0).all() for x in run(a, upstream(a, width, torch.float32)).values())
 
 
@@ -214,7 +205,7 @@ def test_no_matrix_of_all_pairs(width):
 
 def test_opcheck():
     shape = (2, 7, 70, 5)
-    made = {k: v for part in options(*shape, torch.float32).values() for k, v in part.items()}
+    made = chosen_options("all", shape)
     for a in (case(*shape, shared=True), case(*shape, **made)):
         level = cpu.forward(**a, pooled=False)[::2]
         rest = [v for k, v in a.items() if k not in ("start_logit", "start_value")]
