@@ -18,6 +18,7 @@
 #include "sinkhorn/sinkhorn_plan.inl"
 #include "sinkhorn/sinkhorn_replay.inl"
 #include "similarity/symmetric.inl"
+#include "triplet/metric.inl"
 
 #define KDFAST_PASTE_(a, b) a##b
 #define KDFAST_PASTE(a, b) KDFAST_PASTE_(a, b)

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "knn/knn.h"
+#include "engine/rows.inl"
 #include "engine/stream.inl"
 
 namespace {
@@ -200,32 +201,6 @@ struct KnnPass {
 };
 
 // ---- distances ------------------------------------------------------------------------------------------------------
-
-template <class T>
-inline float row_square(const T* x, int64_t width) {
-  Vec sum = {};
-  for (int64_t d = 0; d < width; d += kLanes) {
-    const Vec v = load_row(x, d, width);
-    sum = multiply_add(v, v, sum);
-  }
-  return total(sum);
-}
-
-// ||a x - b y||^2, from differences: equal rows are at distance exactly 0.
-template <class T, class U>
-inline float row_distance(const T* x, float a, const U* y, float b, int64_t width) {
-  Vec sum = {};
-  for (int64_t d = 0; d < width; d += kLanes) {
-    const Vec v = load_row(x, d, width) * splat(a) - load_row(y, d, width) * splat(b);
-    sum = multiply_add(v, v, sum);
-  }
-  return total(sum);
-}
-
-inline float inverse_norm(float square) {
-  const float norm = __builtin_sqrtf(square);
-  return 1 / (norm < 1e-12f ? 1e-12f : norm);
-}
 
 // Half the squared distance of unit rows is 1 - cos without the cancellation; the cosine of a zero row is 0.
 template <class T, class U>

@@ -1,0 +1,48 @@
+// Rows as distances see them, and distances from inner products.
+//
+// ||x - y||^2 = |x|^2 + |y|^2 - 2 x.y is formed from rows moved by about the mean of the references, which changes no difference and lets
+// little cancel. Rows are read in any type, scaled and moved as they are needed: no copy of a matrix is made.
+//
+// Included by isa_*.cpp after the target pragma.
+#pragma once
+
+#include "engine/packing.inl"
+#include "engine/rows.inl"
+#include "triplet/metric.h"
+
+namespace {
+
+using kdfast::Classes;
+using kdfast::Metric;
+using kdfast::MetricRows;
+
+// The factor that brings row `row` to the length it counts with.
+inline float row_scale(const MetricRows& m, int64_t row) {
+  float scale = 1;
+  if (m.normalize)
+    with_elements(m.matrix, [&](const auto* elements) { scale = inverse_norm(row_square(elements + row * m.width, m.width)); });
+  return scale;
+}
+
+// Row `row` as distances see it, times `factor`, to `to` [width]; returns the squared length without the factor.
+inline float prepare_row(const MetricRows& m, int64_t row, float factor, float* to) {
+  const Vec scale = splat(row_scale(m, row)), times = splat(factor);
+  Vec square = {};
+  with_elements(m.matrix, [&](const auto* elements) {
+    for (int64_t d = 0; d < m.width; d += kLanes) {
+      Vec x = load_row(elements + row * m.width, d, m.width) * scale;
+      if (m.centre != nullptr) x -= load_row(m.centre, d, m.width);
+      square = multiply_add(x, x, square);
+      store_row(to, d, m.width, x * times);
+    }
+  });
+  return total(square);
+}
+
+// |x|^2 + |y|^2 - 2 x.y; exactly 0 where it is no more than its own rounding error: coinciding rows stay at distance 0.
+inline Vec squared_distance(Vec dot, Vec x_square, Vec y_square) {
+  const Vec scale = x_square + y_square, square = scale - (dot + dot);
+  return square < splat(0x1p-21f) * scale ? Vec{} : square;
+}
+
+}  // namespace
