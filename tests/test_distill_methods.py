@@ -3,23 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from distill_cases import D, rows, same_value_and_gradient
 from torch import nn
 
 from kdfast import IndexedBank, Projector, QueueBank
 from kdfast.distill import BINGO, KD, MSE, BagDataset, Cosine, cutmix, make_bags
-
-D = torch.float64
-
-
-def rows(*shape, grad=False):
-    return torch.randn(*shape, dtype=D, requires_grad=grad)
-
-
-def same_value_and_gradient(loss, expected, *inputs):
-    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-11)
-    got, want = (torch.autograd.grad(value, inputs, retain_graph=True) for value in (loss, expected))
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
 def lowered(loss, call, parameters, steps=15, lr=0.05):

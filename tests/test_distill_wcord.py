@@ -138,10 +138,10 @@ def test_crd_nce_with_the_first_batch_normaliser():
         noise = 9 / SIZE
         expected = -(x / (x + noise + 1e-7)).log() - (noise / (x_k + noise + 1e-7)).log().sum(1)
         check(loss, value, expected.mean(), s)
-    torch.testing.assert_close(loss.normalizer, normalizer)
+    torch.testing.assert_close(loss.noise_contrast.normalizer, normalizer)
     fresh = WCoRD(indexed(), dim=DIM, critic="crd_nce", num_negatives=3).double()
     fresh.load_state_dict(loss.state_dict(), strict=False)
-    assert torch.equal(fresh.normalizer, loss.normalizer)
+    assert torch.equal(fresh.noise_contrast.normalizer, loss.noise_contrast.normalizer) and fresh.noise_contrast.known
 
 
 def test_local_term_is_transport_inside_the_batch():

@@ -36,6 +36,11 @@ def all_reduce_sum(x: Tensor, group) -> Tensor:
     return _AllReduceSum.apply(x, group)
 
 
+def world():
+    """The default group where torch.distributed runs, else None: this process alone."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
 def _row_counts(x: Tensor, group) -> list[int]:
     own = torch.tensor([x.shape[0]], dtype=torch.int64, device=x.device)
     counts = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=x.device)

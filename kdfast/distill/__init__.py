@@ -3,9 +3,51 @@
 from .bags import BagDataset, cutmix, make_bags
 from .base import DistillLoss
 from .bingo import BINGO
+from .ckd import CKD
+from .codir import CoDIR
+from .compress import CompRess
+from .crd import CRD
+from .dist import DIST
 from .distiller import Distiller, Term
 from .feature import MSE, Cosine
+from .hybrid import HybridDistill
+from .ickd import ICKD
 from .kd import KD
+from .mlkd import MLKD
+from .multi_head import MultiHeadKD
+from .pesf import PESFKD
+from .rkd import RKD
+from .seed import SEED
+from .spectral_tail import SpectralTail
+from .srd import SRD
+from .twist import TWIST
 from .wcord import WCoRD
 
-__all__ = ["BINGO", "KD", "MSE", "BagDataset", "Cosine", "DistillLoss", "Distiller", "Term", "WCoRD", "cutmix", "make_bags"]
+__all__ = [
+    "BINGO",
+    "CKD",
+    "CRD",
+    "DIST",
+    "ICKD",
+    "KD",
+    "MLKD",
+    "MSE",
+    "PESFKD",
+    "RKD",
+    "SEED",
+    "SRD",
+    "TWIST",
+    "BagDataset",
+    "CoDIR",
+    "CompRess",
+    "Cosine",
+    "DistillLoss",
+    "Distiller",
+    "HybridDistill",
+    "MultiHeadKD",
+    "SpectralTail",
+    "Term",
+    "WCoRD",
+    "cutmix",
+    "make_bags",
+]

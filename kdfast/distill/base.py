@@ -1,10 +1,10 @@
-"""What every distillation loss shares: the calling convention, pairing of inputs, projectors, banks, `build`.
+"""What every distillation loss shares: the calling convention, banks, `build`. (Pairing of inputs: pairs.py.)
 
 `loss(student, teacher, *, index=None, labels=None, **extra)` -> 0-d loss; `loss.last` = its weighted terms, detached.
 `student` and `teacher` are tensors, lists (layers, several teachers) or dicts (several values, or several views).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .._core import checks
 from .._core.dtypes import accumulator
-from ..projectors import KINDS, Projector
 
 
 class DistillLoss(nn.Module):
@@ -53,32 +52,25 @@ class DistillLoss(nn.Module):
 
     def _bank_rows(self) -> Tensor:
         """The bank's rows [M, D]."""
-        return self.bank if isinstance(self.bank, Tensor) else self.bank.as_rows().rows
+        return bank_rows(self.bank)
 
     def _own_rows(self, index: Tensor | None) -> Tensor | None:
         """`index` where the bank keeps one row a sample, so that the sample's own row is no negative."""
-        if not hasattr(self.bank, "update"):
-            return None
-        if index is None:
-            raise ValueError("index must be given with an IndexedBank: it says which rows belong to the batch")
-        return index.to(self._bank_rows().device)
+        return own_rows(self.bank, index)
 
     def _query_labels(self, labels: Tensor | None) -> Tensor | None:
         """`labels` where the bank keeps labels, so that rows of the same class are no negatives."""
-        if getattr(self.bank, "labels", None) is None:
-            return None
-        if labels is None:
-            raise ValueError("labels must be given with a bank that keeps labels")
-        return labels.to(self._bank_rows().device)
+        return query_labels(self.bank, labels)
 
-    def _update_bank(self, keys: Tensor, index: Tensor | None, labels: Tensor | None) -> None:
-        """Push `keys` once, under the conditions that the class states. Call it after scoring."""
-        if self.push and self.training and torch.is_grad_enabled() and hasattr(self.bank, "as_rows"):
-            labels = self._query_labels(labels)
-            if hasattr(self.bank, "update"):
-                self.bank.update(self._own_rows(index), keys, labels)
+    def _update_bank(self, keys: Tensor, index: Tensor | None = None, labels: Tensor | None = None, bank=None) -> None:
+        """Push `keys` once to `bank` (`self.bank`), under the conditions that the class states. Call it after scoring."""
+        bank = self.bank if bank is None else bank
+        if self.push and self.training and torch.is_grad_enabled() and hasattr(bank, "as_rows"):
+            keys, labels = keys.detach(), query_labels(bank, labels)
+            if hasattr(bank, "update"):
+                bank.update(own_rows(bank, index), keys, labels)
             else:
-                self.bank.push(keys, labels)
+                bank.push(keys, labels)
 
     def _report(self, **terms: Tensor) -> Tensor:
         """The sum of the terms, which become `.last`."""
@@ -86,93 +78,49 @@ class DistillLoss(nn.Module):
         return sum(terms.values())
 
 
-class PairLoss(DistillLoss):
-    """The mean over pairs (views, layers, teachers) of `compare(student, teacher)`, each pair first projected.
-
-    projector: a Projector, one of its kinds, or a list with one a layer (or teacher); None with widths given is a
-    linear Projector, and None alone takes the features as they are.
-    """
-
-    def __init__(self, projector=None, student_dim: int | None = None, teacher_dim: int | None = None) -> None:
-        super().__init__()
-        self.projectors = make_projectors(projector, student_dim, teacher_dim)
-
-    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def materialize(self, student, teacher) -> None:
-        if len(self.projectors):
-            for slot, s, t in pairs(student, teacher):
-                pick_projector(self.projectors, slot).materialize(s, t)
-
-    def forward(self, student, teacher, *, index=None, labels=None) -> Tensor:
-        values = []
-        for slot, s, t in pairs(student, teacher):
-            t = t.detach()
-            if len(self.projectors):
-                s, t = pick_projector(self.projectors, slot)(s, t)
-            values.append(self.compare(s, t))
-        return self._report(**{type(self).__name__.lower(): torch.stack(values).mean()})
+def bank_rows(bank) -> Tensor:
+    return bank if isinstance(bank, Tensor) else bank.as_rows().rows
 
 
-def make_projectors(projector, student_dim: int | None, teacher_dim: int | None) -> nn.ModuleList:
-    """No projector, one for all pairs, or one a layer."""
-    if isinstance(projector, (list, tuple)):
-        made = list(projector)
-    elif projector is None:
-        made = [] if student_dim is None and teacher_dim is None else [Projector(student_dim, teacher_dim)]
-    elif isinstance(projector, str):
-        checks.choice("projector", projector, KINDS)
-        return nn.ModuleList([Projector(student_dim, teacher_dim, projector)])
-    else:
-        made = [projector]
-    for one in made:
-        if not isinstance(one, Projector):
-            raise TypeError(
-                f"projector must be a Projector, one of {', '.join(KINDS)}, a list of Projectors or None, got {type(one).__name__}"
-            )
-    if projector is not None and (student_dim is not None or teacher_dim is not None):
-        raise ValueError("student_dim and teacher_dim must not be given with a Projector, which has its own")
-    return nn.ModuleList(made)
+def own_rows(bank, index: Tensor | None) -> Tensor | None:
+    if not hasattr(bank, "update"):
+        return None
+    if index is None:
+        raise ValueError("index must be given with an IndexedBank: it says which rows belong to the batch")
+    return index.to(bank_rows(bank).device)
 
 
-def pick_projector(projectors: nn.ModuleList, slot: int) -> Projector:
-    if len(projectors) > 1 and slot >= len(projectors):
-        raise ValueError(f"projector must hold one Projector a layer, got {len(projectors)} for layer {slot}")
-    return projectors[slot if len(projectors) > 1 else 0]
+def query_labels(bank, labels: Tensor | None) -> Tensor | None:
+    if getattr(bank, "labels", None) is None:
+        return None
+    if labels is None:
+        raise ValueError("labels must be given with a bank that keeps labels")
+    return labels.to(bank_rows(bank).device)
 
 
-def pairs(student, teacher) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(slot, student tensor, teacher tensor): dicts pair by name, lists of layers by position (the slot), and a student
-    with each of several teachers (the slot, where the student is not a list of layers).
-
-    A student's list needs a teacher's list of the same length: which layer faces which is never guessed.
-    """
-    student, teacher = first(student), first(teacher)
-    if isinstance(teacher, list):
-        layers = isinstance(student, list)
-        if layers and not any(isinstance(t, list) for t in teacher):
-            if len(student) != len(teacher):
-                raise ValueError(f"student and teacher must be lists of one length, got {len(student)} and {len(teacher)}")
-            for slot, (s, t) in enumerate(zip(student, teacher, strict=True)):
-                yield from ((slot, *pair[1:]) for pair in pairs(s, t))
-        else:
-            for slot, t in enumerate(teacher):
-                yield from (pair if layers else (slot, *pair[1:]) for pair in pairs(student, t))
-    elif isinstance(student, Mapping):
-        for name, value in student.items():
-            if isinstance(teacher, Mapping) and name not in teacher:
-                raise ValueError(f"teacher must have {name!r} as student does, it has {', '.join(map(repr, teacher))}")
-            yield from pairs(value, teacher[name] if isinstance(teacher, Mapping) else teacher)
-    else:
-        for name, value in (("student", student), ("teacher", teacher)):
-            checks.floating(name, value)
-        yield 0, student, teacher
+def check_queue(name: str, bank, width: int | None = None) -> None:
+    """`bank` is a QueueBank (of that width)."""
+    if not hasattr(bank, "push"):
+        raise TypeError(f"{name} must be a QueueBank, got {type(bank).__name__}")
+    if width is not None and bank_rows(bank).shape[1] != width:
+        raise ValueError(f"{name} must have width {width}, got rows {tuple(bank_rows(bank).shape)}")
 
 
 def first(value):
     """Element 0 of a tuple, anything else unchanged."""
     return value[0] if isinstance(value, tuple) else value
+
+
+def views(name: str, given, wanted: tuple[str, ...]) -> list:
+    """The wanted values of a dict, by name or by number; a single one may stand alone."""
+    if not isinstance(given, Mapping):
+        if len(wanted) == 1 and given is not None:
+            return [given]
+        raise ValueError(f"{name} must be a dict of the views {', '.join(wanted)}, got {type(given).__name__}")
+    for keys in (wanted, range(len(wanted))):
+        if all(key in given for key in keys):
+            return [given[key] for key in keys]
+    raise ValueError(f"{name} must have the views {', '.join(wanted)} (or 0, 1, ... in that order), it has {', '.join(map(str, given))}")
 
 
 def vectors(x, name: str) -> Tensor:
@@ -187,6 +135,11 @@ def vectors(x, name: str) -> Tensor:
 def unit(x: Tensor) -> Tensor:
     """l2-normalised along the last dimension, in float32 (float64 for float64)."""
     return F.normalize(x.to(accumulator(x.dtype)), dim=-1)
+
+
+def without_autocast(x: Tensor) -> torch.autocast:
+    """For products that are to keep the precision of their inputs."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def like_bank(x: Tensor, rows: Tensor) -> Tensor:

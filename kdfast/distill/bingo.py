@@ -1,13 +1,12 @@
 """BINGO: a sample and the members of its bag are drawn to one teacher embedding (Xu et al. 2022, 2107.01691)."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from .._core import checks
 from ..functional import info_nce
-from .base import DistillLoss, like_bank, make_projectors, unit, vectors
+from .base import DistillLoss, like_bank, unit, vectors, views
+from .pairs import make_projectors
 
 
 class BINGO(DistillLoss):
@@ -63,7 +62,7 @@ class BINGO(DistillLoss):
 
     def materialize(self, student, teacher) -> None:
         if len(self.projectors):
-            query = _views("student", student, ("a",))[0]
+            query = views("student", student, ("a",))[0]
             self.projectors[0].materialize(query, self._some_key(teacher))
 
     def forward(self, student, teacher=None, *, index=None, labels=None, positive_index=None, lam=None, epoch: int | None = None) -> Tensor:
@@ -77,13 +76,13 @@ class BINGO(DistillLoss):
         return loss
 
     def _paper(self, student, teacher, index, labels, positive_index) -> tuple[Tensor, Tensor | None]:
-        queries = self._queries(_views("student", student, ("a", "p")), teacher)
+        queries = self._queries(views("student", student, ("a", "p")), teacher)
         if isinstance(self.bank, Tensor) and index is not None:
             index = checks.integral("index", index, shape=(len(queries[0]),)).to(self.bank.device)
             none = torch.full_like(index, -1)
             own = none if positive_index is None else checks.integral("positive_index", positive_index, shape=tuple(index.shape))
             return self._scored(queries, None, targets=index.repeat(2), own_index=torch.cat([none, own.to(index.device)])), None
-        (key,) = _views("teacher", teacher, ("a",))
+        (key,) = views("teacher", teacher, ("a",))
         key = unit(vectors(key, "teacher").detach())
         if self.bank is None:
             return torch.stack([info_nce(query, key.to(query.dtype), temperature=self.temperature) for query in queries]), key
@@ -92,8 +91,8 @@ class BINGO(DistillLoss):
     def _released(self, student, teacher, index, labels, lam, epoch) -> tuple[Tensor, Tensor]:
         if lam is None or epoch is None:
             raise ValueError('lam and epoch must be given for variant="released" (extra={"bingo": {"lam": lam, "epoch": epoch}})')
-        queries = self._queries(_views("student", student, ("a", "p", "mix")), teacher)
-        anchor, member = (unit(vectors(key, "teacher").detach()) for key in _views("teacher", teacher, ("a", "p")))
+        queries = self._queries(views("student", student, ("a", "p", "mix")), teacher)
+        anchor, member = (unit(vectors(key, "teacher").detach()) for key in views("teacher", teacher, ("a", "p")))
         n, warm = len(anchor), epoch < self.warmup_epochs
         weights = anchor.new_tensor([[1.0, 0.0], [0.0, 1.0]] if warm else [[0.5, 0.5], [0.5, 0.5]])
         lam = torch.as_tensor(lam, dtype=anchor.dtype, device=anchor.device)
@@ -101,15 +100,15 @@ class BINGO(DistillLoss):
         keys = torch.stack([anchor, member], 1).repeat(3, 1, 1)  # [3 N, 2, D]
         return self._scored(queries, keys, positive_weights=rows, **self._left_out(index, labels, 3)), anchor
 
-    def _queries(self, views: list, teacher) -> list[Tensor]:
-        views = [vectors(view, "student") for view in views]
+    def _queries(self, given: list, teacher) -> list[Tensor]:
+        queries = [vectors(view, "student") for view in given]
         if len(self.projectors):
             key = self._some_key(teacher)
-            views = [self.projectors[0](view, key)[0] for view in views]
-        return [unit(view) for view in views]
+            queries = [self.projectors[0](query, key)[0] for query in queries]
+        return [unit(query) for query in queries]
 
     def _some_key(self, teacher) -> Tensor:
-        return self.bank[:1] if teacher is None else vectors(_views("teacher", teacher, ("a",))[0], "teacher")
+        return self.bank[:1] if teacher is None else vectors(views("teacher", teacher, ("a",))[0], "teacher")
 
     def _scored(self, queries: list[Tensor], keys: Tensor | None, **options) -> Tensor:
         """The mean loss of each group of queries, all scored in one pass over the bank."""
@@ -126,15 +125,3 @@ class BINGO(DistillLoss):
             "own_index": None if own is None else own.repeat(copies),
             "query_labels": None if classes is None else classes.repeat(copies),
         }
-
-
-def _views(name: str, given, wanted: tuple[str, ...]) -> list:
-    """The wanted views of a dict, by name or by number; a single one may stand alone."""
-    if not isinstance(given, Mapping):
-        if len(wanted) == 1 and given is not None:
-            return [given]
-        raise ValueError(f"{name} must be a dict of the views {', '.join(wanted)}, got {type(given).__name__}")
-    for keys in (wanted, range(len(wanted))):
-        if all(key in given for key in keys):
-            return [given[key] for key in keys]
-    raise ValueError(f"{name} must have the views {', '.join(wanted)} (or 0, 1, ... in that order), it has {', '.join(map(str, given))}")

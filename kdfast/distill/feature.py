@@ -5,7 +5,8 @@ from torch import Tensor
 
 from .._core.dtypes import accumulator
 from ..projectors import same_size
-from .base import PairLoss, same_shape, vectors
+from .base import same_shape, vectors
+from .pairs import PairLoss
 
 
 class MSE(PairLoss):

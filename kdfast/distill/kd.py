@@ -5,7 +5,8 @@ from torch import Tensor
 
 from .._core import checks
 from .._core.dtypes import accumulator
-from .base import PairLoss, same_shape
+from .base import same_shape
+from .pairs import PairLoss
 
 
 class KD(PairLoss):

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from .._core import checks
 from ..bank import AliasSampler
-from ..functional import info_nce, sampled_info_nce, sampled_nce, sinkhorn_loss, wasserstein_dependency
+from ..functional import info_nce, sampled_info_nce, sinkhorn_loss, wasserstein_dependency
 from ..projectors import Affine
 from .base import DistillLoss, like_bank, unit, vectors
+from .noise_contrast import NoiseContrast
 
 _NCE_EPS = 1e-7  # of CRD's released code, added to the noise density
 
@@ -95,7 +96,7 @@ class WCoRD(DistillLoss):
         self.global_weight, self.local_weight = global_weight, local_weight
         self.student_embedding = Affine(student_dim, dim, constraint="spectral")
         self.teacher_embedding = Affine(teacher_dim, dim, constraint="spectral")
-        self.register_buffer("normalizer", None)  # Z of crd_nce, 0-d, from the first training batch
+        self.noise_contrast = NoiseContrast(temperature) if critic == "crd_nce" else None
 
     def materialize(self, student, teacher) -> None:
         self.student_embedding.materialize(in_features=vectors(student, "student").shape[1])
@@ -134,19 +135,7 @@ class WCoRD(DistillLoss):
         """
         bank, count = self._bank_rows(), negatives.shape[1]
         own_rows = bank[own]  # a copy: the bank is updated before the backward
-        ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-        losses, normalizer = sampled_nce(
-            query,
-            self.bank,
-            torch.cat([own[:, None], negatives], 1),
-            temperature=self.temperature,
-            num_data=len(bank),
-            normalizer=self.normalizer,
-            reduction="none",
-            group=torch.distributed.group.WORLD if ranks else None,
-        )
-        if self.training and self.normalizer is None:
-            self.normalizer = normalizer
+        losses, normalizer = self.noise_contrast(query, self.bank, torch.cat([own[:, None], negatives], 1), reduction="none")
         shift = normalizer.log() + math.log(count / len(bank) + _NCE_EPS)
         wide = query.to(losses.dtype)
         own_term, term = (F.softplus(shift - (wide * rows.to(wide)).sum(-1) / self.temperature) for rows in (own_rows, positive))
@@ -156,11 +145,6 @@ class WCoRD(DistillLoss):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """The sampler's tables, which never change."""
         return [f"sampler.{name}" for name, _ in self.sampler.named_buffers()] if isinstance(self.sampler, nn.Module) else []
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        if self.normalizer is None and prefix + "normalizer" in state_dict:
-            self.normalizer = torch.zeros_like(state_dict[prefix + "normalizer"], device=self.student_embedding.direction.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"critic={self.critic}, global_weight={self.global_weight}, local_weight={self.local_weight}"
