@@ -130,6 +130,11 @@ def test_a_peer_without_a_right_answer_has_no_time(monkeypatch, peer, note):
     assert rows["kdfast"].median > 0 and rows["kdfast"].per_kdfast == 1 and rows["eager"].median > 0
 
 
+def test_a_peer_may_be_allowed_an_error(monkeypatch):
+    rows = rows_of(monkeypatch, fake_case(build=lambda x: lambda: (x * 2.001,), allowance=1e-2))
+    assert rows["other"].median > 0 and rows["other"].tolerance == 1e-2 and rows["kdfast"].tolerance < 1e-2
+
+
 def test_a_wrong_kdfast_has_no_time_either(monkeypatch):
     rows = rows_of(monkeypatch, fake_case(ours=lambda x: x * 2.1))
     assert rows["kdfast"].median is None and rows["kdfast"].note.startswith("wrong")
@@ -169,7 +174,7 @@ def test_cases_are_chosen_by_name(monkeypatch, tmp_path, families, names, measur
     assert asked == measured
 
 
-SMALL = {"N": 13, "M": 100, "D": 24, "K": 30, "Ds": 24, "Dt": 40, "B": 3, "T": 20, "n": 5, "k": 4}  # ragged
+SMALL = {"N": 13, "M": 100, "D": 24, "K": 30, "Ds": 24, "Dt": 40, "B": 3, "T": 20, "n": 5, "k": 4, "C": 4}  # ragged
 CASES = [(family, name) for family in registry.families() for name in registry.cases_of(family)]
 every_case = pytest.mark.parametrize(("family", "name"), CASES, ids=[" ".join(case) for case in CASES])
 
@@ -183,8 +188,10 @@ def test_peers_agree_with_the_reference(family, name, dtype):
     reference = case.reference(inputs)
     allowed = measure.tolerance(measure.error(case.peers[1].build(inputs)(), reference), dtype)
     for peer in case.peers:
+        if peer.dtypes is not None and dtype not in peer.dtypes:
+            continue
         if peer.quick and peer.missing() is None and not peer.floor:
-            assert measure.error(peer.build(inputs)(), reference) <= allowed, peer.name
+            assert measure.error(peer.build(inputs)(), reference) <= max(allowed, peer.allowance), peer.name
         elif peer.floor:
             assert measure.error(peer.build(inputs)(), peer.floor(inputs)) <= 0.02, peer.name  # it may round to bf16
 

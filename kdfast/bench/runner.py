@@ -91,7 +91,7 @@ def _compare(family: str, name: str, case: Case, shape: tuple[int, ...], dtype: 
         floor = next((timings[p.peer.name].median for p in peers if p.peer.floor and p.call), None)
         for peer, call, error, note in peers:
             row = Row(family, name, _label(case, shape), _name(dtype), peer.name, threads, clock, error=error, note=note)
-            row = row._replace(tolerance=None if peer.floor else allowed)
+            row = row._replace(tolerance=None if peer.floor else max(allowed, peer.allowance))
             rows.append(row if call is None else _timed(row, timings[peer.name], ours, floor, case.flop and case.flop(shape), rate))
     extra = {row.peer: None for row in rows if row.median is not None}
     for peer in case.peers:
@@ -114,7 +114,7 @@ def _check(case: Case, peer: Peer, inputs, reference: tuple[Tensor, ...], allowe
         return Checked(peer, None, note=f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}")
     if peer.floor:
         return Checked(peer, call, measure.error(result, peer.floor(inputs)))
-    error = measure.error(result, reference)
+    error, allowed = measure.error(result, reference), max(allowed, peer.allowance)
     if error <= allowed:
         return Checked(peer, call, error)
     return Checked(peer, None, error, f"wrong: error {error:.1e}, allowed {allowed:.1e}")
