@@ -20,7 +20,7 @@ _HOME = {
     "Term": "distill",
     "Distiller": "distill",
 }
-_MODULES = ("bank", "distill", "eval", "functional", "losses", "ops")
+_MODULES = ("bank", "compat", "distill", "eval", "functional", "losses", "ops")
 
 __all__ = ["__version__", *_HOME, *_MODULES]
 
