@@ -130,6 +130,14 @@ CASES = {
     "PESFKD": Case(distill.PESFKD),
     "HybridDistill": Case(distill.HybridDistill, at={"tokens": "tokens", "values": "stem.2"}, teachers="two"),
     "TWIST": Case(distill.TWIST, views=("a", "b"), teachers="none", weight=0.2),
+    "CKA": Case(lambda: distill.CKA([2, 2], common_dim=16), at=FEATURES, teachers="halves", weight=0.3),
+    "CKA bank": Case(
+        lambda: distill.CKA([2, 2], common_dim=16, bank=QueueBank(96, 16, labels=True), align="sinkhorn"),
+        at=FEATURES,
+        teachers="halves",
+        weight=0.3,
+    ),
+    "RGAL": Case(lambda: distill.RGAL(2), at={"logits": None, "layers": ["layer", "pool"]}),
     "CKD": Case(distill.CKD, weight=5.0),
 }
 
