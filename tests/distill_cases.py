@@ -138,6 +138,29 @@ CASES = {
         weight=0.3,
     ),
     "RGAL": Case(lambda: distill.RGAL(2), at={"logits": None, "layers": ["layer", "pool"]}),
+    "MSVQ": Case(
+        lambda: distill.MSVQ(QueueBank(96, 12), QueueBank(96, 12)),
+        at="pool",
+        views=("a",),
+        teacher_views=("b", "c", "d"),
+        teachers="ema",
+        weight=0.1,
+    ),
+    "SSKD": Case(distill.SSKD, at=FEATURES, views=("plain", "rotated1", "rotated2", "rotated3"), weight=0.2),
+    "CoNe": Case(
+        lambda: distill.CoNe(QueueBank(96, 12, labels=True), QueueBank(96, CLASSES, normalize=False), neighbors=48),
+        at=FEATURES,
+        teachers="own",
+        weight=0.5,
+    ),
+    "WCL": Case(distill.WCL, at={"instance": "pool", "graph": "pool"}, views=("a", "b"), teachers="none", weight=0.1),
+    "SwAV": Case(
+        lambda: distill.SwAV(16, 12, banks=[QueueBank(96, 12), QueueBank(96, 12)]), at="pool", views=("a", "b"), teachers="none", weight=0.1
+    ),
+    "FacultyOT": Case(distill.FacultyOT),
+    "REFILLED": Case(distill.REFILLED, at="pool", weight=0.1),
+    "REFILLED stage 2": Case(lambda: distill.REFILLED(2), at=(None, "pool"), weight=0.02),
+    "IAA": Case(lambda: distill.IAA(CLASSES, 12), at="pool", teachers="none", weight=0.1),
     "CKD": Case(distill.CKD, weight=5.0),
 }
 

@@ -15,7 +15,8 @@ class ImageGenerator(nn.Module):
     A linear map to image_size / 4 squared, then two doublings, each followed by a 3 x 3 convolution, BatchNorm and LeakyReLU.
 
     Args:
-        latent_dim: default 256. width: channels of the last block, default 64. image_size: a multiple of 4, default 32. channels: default 3.
+        latent_dim: default 256. width: channels of the last block, default 64.
+        image_size: a multiple of 4, default 32. channels: default 3.
     """
 
     def __init__(self, latent_dim: int = 256, width: int = 64, image_size: int = 32, channels: int = 3) -> None:
