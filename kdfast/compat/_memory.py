@@ -7,20 +7,13 @@ from .._core import collectives
 from ..bank import QueueBank
 
 
-def world():
-    """The default torch.distributed group, or None in a single process."""
-    dist = torch.distributed
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return dist.group.WORLD if several else None
-
-
 @torch.no_grad()
 def push_located(bank: QueueBank, keys: Tensor, labels: Tensor | None = None) -> Tensor:
     """Push the keys [N, D] of every rank; the bank rows of this rank's [N], -1 for those a batch beyond the capacity loses.
 
     `bank` is made with gather=None: the gathering is done here, where the ranks' offsets are known.
     """
-    group, offset, count = world(), 0, len(keys)
+    group, offset, count = collectives.world(), 0, len(keys)
     if group is not None:
         keys, offset = collectives.all_gather_rows_no_grad(keys, group)
         labels = None if labels is None else collectives.all_gather_rows_no_grad(labels, group)[0]
