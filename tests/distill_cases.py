@@ -1,8 +1,7 @@
 """What the tests of distillation methods share: a small problem with its teacher, a training loop, and each method's use."""
 
 import functools
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +99,6 @@ class Case(NamedTuple):
     views: tuple = ()  # views of the student: noisy copies of the batch; () is the batch itself
     teacher_views: tuple = ()
     teachers: str = "one"  # "one", "two", "halves", "own" (its moving average), "ema" (two of these), "one+ema", "none"
-    extra: Mapping = MappingProxyType({})
 
 
 ALONE = Case(Nothing)
@@ -196,7 +194,7 @@ class Run:
 
     def forward(self) -> tuple[torch.Tensor, dict]:
         x, teacher_input, y, index = self.batch()
-        return self.distiller(x, y, index=index, task=F.cross_entropy, extra={"method": self.case.extra}, teacher_input=teacher_input)
+        return self.distiller(x, y, index=index, task=F.cross_entropy, teacher_input=teacher_input)
 
     def step(self) -> float:
         """One step; the method's own part of the loss."""

@@ -21,25 +21,28 @@ class CoDIR(CRD):
 
     def __init__(self, num_data: int, *, num_negatives: int = 100, **options) -> None:
         super().__init__(num_data, num_negatives=num_negatives, **options)
-        self._mask = None
+
+    def materialize(self, student, teacher) -> None:
+        super().materialize(_pooled(student, "student", None), _pooled(teacher, "teacher", None))
 
     def forward(self, student, teacher, *, index=None, labels=None, mask=None) -> Tensor:
-        self._mask = mask
-        loss = super().forward(student, teacher, index=index, labels=labels) / 2
-        self._mask = None
+        loss = super().forward(_pooled(student, "student", mask), _pooled(teacher, "teacher", mask), index=index) / 2
         self.last = {name: value / 2 for name, value in self.last.items()}
         return loss
 
-    def _features(self, value, name: str) -> Tensor:
-        layers = value if isinstance(value, list) else [first(value)]
-        return torch.cat([self._pooled(checks.floating(name, layer), name) for layer in layers], dim=1)
 
-    def _pooled(self, layer: Tensor, name: str) -> Tensor:
-        if layer.dim() == 2:
-            return layer
-        if layer.dim() != 3:
-            raise ValueError(f"{name} must hold layers [N, L, D] or [N, D], got shape {tuple(layer.shape)}")
-        if self._mask is None:
-            return layer.mean(1)
-        weight = self._mask.to(layer)[..., None]  # [N, L, 1]
-        return (layer * weight).sum(1) / weight.sum(1).clamp(min=1)
+def _pooled(layers, name: str, mask: Tensor | None) -> Tensor:
+    """Mean-pooled layers side by side, [N, C]."""
+    layers = layers if isinstance(layers, list) else [layers]
+    return torch.cat([_mean_of_tokens(checks.floating(name, first(layer)), name, mask) for layer in layers], dim=1)
+
+
+def _mean_of_tokens(layer: Tensor, name: str, mask: Tensor | None) -> Tensor:
+    if layer.dim() == 2:
+        return layer
+    if layer.dim() != 3:
+        raise ValueError(f"{name} must hold layers [N, L, D] or [N, D], got shape {tuple(layer.shape)}")
+    if mask is None:
+        return layer.mean(1)
+    weight = mask.to(layer)[..., None]  # [N, L, 1]
+    return (layer * weight).sum(1) / weight.sum(1).clamp(min=1)

@@ -65,13 +65,13 @@ class CRD(DistillLoss):
         self.student_contrast, self.teacher_contrast = NoiseContrast(temperature), NoiseContrast(temperature)
 
     def materialize(self, student, teacher) -> None:
-        self.student_embedding.materialize(in_features=self._features(student, "student").shape[1])
-        self.teacher_embedding.materialize(in_features=self._features(teacher, "teacher").shape[1])
+        self.student_embedding.materialize(in_features=vectors(student, "student").shape[1])
+        self.teacher_embedding.materialize(in_features=vectors(teacher, "teacher").shape[1])
 
     def forward(self, student, teacher, *, index=None, labels=None) -> Tensor:
         self.materialize(student, teacher)
-        embedded_s = unit(self.student_embedding(self._features(student, "student")))  # [N, dim]
-        embedded_t = unit(self.teacher_embedding(self._features(teacher, "teacher").detach()))
+        embedded_s = unit(self.student_embedding(vectors(student, "student")))  # [N, dim]
+        embedded_t = unit(self.teacher_embedding(vectors(teacher, "teacher").detach()))
         if index is None:
             raise ValueError("index must be given: it says which rows of the banks belong to the batch")
         rows = self.teacher_bank.storage
@@ -83,10 +83,6 @@ class CRD(DistillLoss):
         self._update_bank(embedded_s, index, bank=self.student_bank)
         self._update_bank(embedded_t, index, bank=self.teacher_bank)
         return loss
-
-    def _features(self, value, name: str) -> Tensor:
-        """What is embedded, [N, C]."""
-        return vectors(value, name)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:

@@ -1,5 +1,7 @@
 """HybridDistill: two teachers, one for the relations of tokens and one for those of attention values (our reading of 2306.15876)."""
 
+from collections.abc import Mapping
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -39,7 +41,7 @@ class HybridDistill(DistillLoss):
 
 
 def _gram(values, name: str, side: str) -> Tensor:
-    if not isinstance(values, dict) or name not in values:
+    if not isinstance(values, Mapping) or name not in values:
         raise ValueError(f'{side} must be a dict with "{name}" [N, L, D]')
     x = checks.floating(f"{side}[{name!r}]", first(values[name]), min_ndim=3)
     x = unit(x.flatten(2).mT if x.dim() == 4 else x)  # [N, L, D]

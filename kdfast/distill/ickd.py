@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 
 from .._core.dtypes import accumulator
 from ..projectors import Projector
@@ -45,7 +45,7 @@ class ICKD(PairLoss):
     def _norm(self, slot: int) -> nn.Module:
         """The layer's BatchNorm, its width taken from the projector, which has one by now."""
         norm = pick_projector(self.norms, slot)
-        if is_lazy(norm.weight):
+        if isinstance(norm.weight, UninitializedParameter):
             channels = pick_projector(self.projectors, slot).target_dim
             norm(torch.zeros(2, channels, 1, device=norm.weight.device, dtype=norm.weight.dtype))
         return norm

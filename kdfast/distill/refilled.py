@@ -27,6 +27,8 @@ class REFILLED(PairLoss):
         stage: 1 or 2.
         temperature: default 4 in stage 1, 2 in stage 2. weight: default 1000 and 100.
         margin, per_pair: of stage 1, default 0.2 and 4.
+        max_positives: positives considered for each sample in stage 1; None: all, whose largest number is read from the device
+            (compiled code needs a number).
         centres: [C, D_t] class centres over the whole data set, for stage 2; None takes the batch's own.
 
     Raises:
@@ -43,6 +45,7 @@ class REFILLED(PairLoss):
         weight: float | None = None,
         margin: float = 0.2,
         per_pair: int = 4,
+        max_positives: int | None = None,
         centres: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -52,7 +55,7 @@ class REFILLED(PairLoss):
         self.weight = {1: 1000.0, 2: 100.0}[stage] if weight is None else weight
         checks.positive_number("temperature", self.temperature)
         checks.positive_number("margin", margin)
-        self.margin, self.per_pair = margin, checks.count("per_pair", per_pair)
+        self.margin, self.per_pair, self.max_positives = margin, checks.count("per_pair", per_pair), max_positives
         self.register_buffer("centres", None if centres is None else unit(checks.floating("centres", centres, ndim=2)))
 
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -62,8 +65,8 @@ class REFILLED(PairLoss):
         return {"centres": self.weight * self._local_classes(student, teacher.to(accumulator(teacher.dtype)), labels)}
 
     def _comparisons(self, s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        options = {"mining": "semi_hard", "margin": self.margin, "per_pair": self.per_pair, "normalize": False}
-        mined = mine_triplets(s.detach(), labels, **options)  # [N, P, per_pair]
+        options = {"margin": self.margin, "per_pair": self.per_pair, "max_positives": self.max_positives}
+        mined = mine_triplets(s.detach(), labels, mining="semi_hard", normalize=False, **options)  # [N, P, per_pair]
         positive, negative = mined.positive.clamp(min=0), mined.negative.clamp(min=0)
         valid = mined.valid.to(s.dtype)
 

@@ -1,5 +1,7 @@
 """SSKD: self-supervision by rotation as a part of distillation (Xu et al. 2020, 2006.07114)."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -99,6 +101,6 @@ def _stacked(name: str, value) -> tuple[Tensor, Tensor]:
     """(logits [4 N, C], features [4 N, D]), plain images first."""
     seen = views(name, value, _VIEWS)
     for view in seen:
-        if not isinstance(view, dict) or not {"logits", "feat"} <= view.keys():
+        if not isinstance(view, Mapping) or not {"logits", "feat"} <= view.keys():
             raise ValueError(f"{name} must have logits and feat in every view")
     return torch.cat([first(view["logits"]) for view in seen]), torch.cat([vectors(view["feat"], name) for view in seen])
