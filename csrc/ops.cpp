@@ -61,4 +61,14 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def(
       "knn_refine(Tensor query, Tensor bank, int k, int metric, int kept, Tensor(a!) rank, Tensor(b!) index, Tensor(c!) count, "
       "Tensor(d!) threshold, Tensor base, float product_error, float float_error) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "triplet_extrema(Tensor x, Tensor y, Tensor? centre, bool normalize, int metric, Tensor label, Tensor own, Tensor first, Tensor skip, "
+      "Tensor count, Tensor sequence, Tensor ref_label, Tensor order, Tensor exists, int beyond, bool farthest_negative, int precision) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "triplet_chosen(Tensor x, Tensor? y, Tensor positive, Tensor negative, bool normalize, int metric, float margin, float sign, bool soft, "
+      "bool swap) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "triplet_chosen_grad(Tensor g, Tensor factors, Tensor x_scale, Tensor y_scale, Tensor x, Tensor? y, Tensor positive, Tensor negative, "
+      "bool normalize, int metric, bool want_x, bool want_y) -> (Tensor, Tensor)");
 }

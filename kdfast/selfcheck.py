@@ -243,7 +243,7 @@ def _labelled(name: str, wanted: Callable[..., Tensor], **options) -> Callable[[
 
 def _triplets(reference, x: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     d = reference.distances(x, x)
-    return reference.triplet_loss([(d, None)], reference.batch_all(d, positive, negative), margin=0.2, reduction="sum")
+    return reference.triplet_loss([(d, None)], reference.batch_hard(d, positive, negative), margin=0.2, reduction="sum")
 
 
 def _similarity(reference, x: Tensor) -> Tensor:
@@ -290,7 +290,7 @@ CHECKS: dict[str, Callable[[str], Iterator[Pair]]] = {
     "knn": _knn,
     "row_extrema": _row_extrema,
     "mine_triplets": _mine_triplets,
-    "triplet_loss": _labelled("triplet_loss", _triplets, mining="batch_all"),
+    "triplet_loss": _labelled("triplet_loss", _triplets),
     "multi_similarity_loss": _labelled(
         "multi_similarity_loss", lambda r, x, positive, negative: r.multi_similarity_loss(_similarity(r, x), positive, negative)
     ),

@@ -213,7 +213,7 @@ WRONG = {
     "sample_on must be given": dict(embeddings=[torch.randn(4, 3), torch.randn(4, 2)]),
     "generator must be": dict(mining="focal", generator=3),
     "impl must be None or one of": dict(impl="fast"),
-    "impl='cpu' cannot serve": dict(impl="cpu"),
+    "impl='triton' cannot serve": dict(impl="triton"),
 }
 
 

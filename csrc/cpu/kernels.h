@@ -8,6 +8,8 @@
 #include "similarity/pairs.h"
 #include "similarity/similarity.h"
 #include "sinkhorn/sinkhorn.h"
+#include "triplet/chosen.h"
+#include "triplet/mining.h"
 
 // Compilers that know AMX, and the system that lends its registers.
 #if defined(__x86_64__) && defined(__linux__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
@@ -80,6 +82,12 @@ struct CpuKernels {
   int64_t (*knn_workspace)(const KnnScanParams&, int64_t rows);  // floats, for tasks up to this size
   void (*knn_scan)(const KnnScanParams&, int64_t begin, int64_t end, float* workspace);
   void (*knn_refine)(const KnnRefineParams&, int64_t begin, int64_t end);
+  void (*row_scales)(const MetricRows&, int64_t begin, int64_t end, float* scale);
+  int64_t (*triplet_extrema_workspace)(const ExtremaParams&, int64_t rows);  // floats, for tasks up to this size
+  void (*triplet_extrema)(const ExtremaParams&, int64_t begin, int64_t end, float* workspace);  // of the sequence
+  void (*triplet_chosen)(const ChosenParams&, const ChosenLosses&, int64_t begin, int64_t end);  // anchors
+  void (*triplet_chosen_grad_x)(const ChosenParams&, const ChosenGradients&, int64_t begin, int64_t end);
+  void (*triplet_chosen_grad_y)(const ChosenParams&, const ChosenGradients&, int64_t begin, int64_t end, bool* touched);
   double (*fma_probe)(bool bfloat16, int64_t steps);  // returns the operations done
 };
 

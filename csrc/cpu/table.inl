@@ -18,7 +18,8 @@
 #include "sinkhorn/sinkhorn_plan.inl"
 #include "sinkhorn/sinkhorn_replay.inl"
 #include "similarity/symmetric.inl"
-#include "triplet/metric.inl"
+#include "triplet/chosen.inl"
+#include "triplet/extrema.inl"
 
 #define KDFAST_PASTE_(a, b) a##b
 #define KDFAST_PASTE(a, b) KDFAST_PASTE_(a, b)
@@ -85,6 +86,12 @@ const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA) = {
     .knn_workspace = knn_workspace,
     .knn_scan = knn_scan,
     .knn_refine = knn_refine,
+    .row_scales = row_scales,
+    .triplet_extrema_workspace = triplet_extrema_workspace,
+    .triplet_extrema = triplet_extrema,
+    .triplet_chosen = triplet_chosen,
+    .triplet_chosen_grad_x = triplet_chosen_grad_x,
+    .triplet_chosen_grad_y = triplet_chosen_grad_y,
     .fma_probe = fma_probe,
 };
 }  // namespace kdfast

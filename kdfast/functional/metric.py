@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._core import checks, random
 from .._ops import triplet as op
-from .._ops.triplet import classes, distances, inputs, mining, portable, sampling
+from .._ops.triplet import classes, cpu, distances, inputs, mining, portable, sampling
 
 REDUCTIONS = ("mean_nonzero", "mean", "sum", "none")
 
@@ -96,7 +96,9 @@ def triplet_loss(
     al. 2015 (FaceNet), Wu et al. 2017 (distance weighting), Wang et al. 2019 (multi-similarity), Balntas et al. 2016 (swap).
     """
     checks.choice("reduction", reduction, REDUCTIONS)
-    settings, problem, seed = _problem(
+    impl, settings, problem, seed = _problem(
+        "triplet_loss",
+        impl,
         embeddings,
         labels,
         sources=dict(ref=ref, ref_labels=ref_labels, ref_valid=ref_valid, own_index=own_index, metric=metric, normalize=normalize),
@@ -106,11 +108,11 @@ def triplet_loss(
         max_positives=max_positives,
         generator=generator,
     )
-    op.choose("triplet_loss", impl, problem.mine)
     with op.full_precision(problem.mine):
         if problem.mine.shape[0] == 0:
             return portable.nothing(problem.layers, reduction)
-        return portable.finish(portable.triplet_rows(settings, problem, seed), reduction)
+        rows = cpu.triplet_rows(settings, problem) if impl == "cpu" else portable.triplet_rows(settings, problem, seed)
+        return portable.finish(rows, reduction)
 
 
 def mine_triplets(
@@ -155,7 +157,9 @@ def mine_triplets(
     per_anchor = mining in op.mining.PER_ANCHOR
     if max_positives is None and not per_anchor and torch.compiler.is_compiling():
         raise ValueError(f"max_positives must be given for mining={mining!r} in compiled code: the result's shape depends on it")
-    settings, problem, seed = _problem(
+    impl, settings, problem, seed = _problem(
+        "mine_triplets",
+        impl,
         embeddings,
         labels,
         sources=dict(ref=ref, ref_labels=ref_labels, ref_valid=ref_valid, own_index=own_index, metric=metric, normalize=normalize),
@@ -164,20 +168,30 @@ def mine_triplets(
         generator=generator,
         seeded=draws,
     )
-    op.choose("mine_triplets", impl, problem.mine)
     if max_positives is None and not per_anchor:
         counts = problem.anchors.count
         problem = problem._replace(positives=max(1, int(counts.max())) if counts.numel() else 1)
     with op.full_precision(problem.mine):
-        m = portable.mine(settings, problem, seed, per_pair)
+        m = cpu.mine(settings, problem) if impl == "cpu" else portable.mine(settings, problem, seed, per_pair)
     anchor = problem.anchors.row.view(-1, *[1] * (m.valid.dim() - 1)).expand(m.valid.shape)
     return Triplets(anchor, m.positive, m.negative, m.valid)
 
 
 def _problem(
-    embeddings, labels, *, sources, settings, direction="cluster", sample_on=None, max_positives=None, generator=None, seeded=False
-) -> tuple[mining.Settings, portable.Problem, Tensor]:
-    """Arguments checked and arranged for the implementations, and the seed of random minings."""
+    name_of_op,
+    impl,
+    embeddings,
+    labels,
+    *,
+    sources,
+    settings,
+    direction="cluster",
+    sample_on=None,
+    max_positives=None,
+    generator=None,
+    seeded=False,
+) -> tuple[str, mining.Settings, portable.Problem, Tensor]:
+    """The implementation that serves the call, arguments checked and arranged for it, and the seed of random minings."""
     name, margin = settings["mining"], settings["margin"]
     checks.choice("mining", name, mining.MININGS)
     checks.choice("direction", direction, ("cluster", "confuse"))
@@ -193,22 +207,29 @@ def _problem(
         checks.count("max_positives", max_positives)
     if isinstance(embeddings, list | tuple) and len(embeddings) > 1 and sample_on is None:
         raise ValueError(f"sample_on must be given with several layers, to mine one index set on, got {len(embeddings)} layers and None")
-    batch = inputs.collect(embeddings, labels, **sources)
-    metric = sources["metric"]
-    mine, mine_ref = (batch.layers[0], batch.refs[0]) if sample_on is None else _mined_on(sample_on, name, batch, sources)
-    mine, mine_ref = distances.centred(mine.detach(), mine_ref.detach(), metric)
+    batch = inputs.collect(embeddings, labels, ready=False, **sources)
+    metric, normalize = sources["metric"], sources["normalize"]
+    on = batch if sample_on is None else _mined_on(sample_on, name, batch, sources)
+    others = tuple(t.dtype for t in (*batch.layers, *batch.refs, *on.layers, *on.refs))
+    impl = op.choose(name_of_op, impl, batch.layers[0], others=others, mined=name)
+    if impl == "torch" or batch.layers[0].shape[0] == 0:
+        batch = batch.ready(metric, normalize)
+        on = batch if sample_on is None else on.ready(metric, normalize)
+    mine, mine_ref = on.layers[0].detach(), on.refs[0].detach()
+    if impl == "torch":
+        mine, mine_ref = distances.centred(mine, mine_ref, metric)
     bound = mine_ref.shape[0]
     if name not in mining.PER_ANCHOR:
         bound = max_positives or classes.largest(batch.anchors, bound)
     random_mining = seeded or name in sampling.RANGES
     seed = random.seed(generator, mine.device) if random_mining else torch.zeros((), dtype=torch.int64, device=mine.device)
-    chosen = mining.Settings(metric=metric, sign=1 if direction == "cluster" else -1, width=mine.shape[1], **settings)
+    chosen = mining.Settings(metric=metric, normalize=normalize, sign=1 if direction == "cluster" else -1, width=mine.shape[1], **settings)
     separate = sample_on is not None
-    return chosen, portable.Problem(batch.layers, batch.refs, mine, mine_ref, batch.anchors, batch.classes, bound, separate), seed
+    return impl, chosen, portable.Problem(batch.layers, batch.refs, mine, mine_ref, batch.anchors, batch.classes, bound, separate), seed
 
 
-def _mined_on(sample_on, name: str, batch: inputs.Batch, sources: dict) -> tuple[Tensor, Tensor]:
-    """sample_on as rows to mine on and references to mine among."""
+def _mined_on(sample_on, name: str, batch: inputs.Batch, sources: dict) -> inputs.Batch:
+    """The batch with sample_on as its one layer."""
     if name == "batch_all":
         raise ValueError("sample_on must be None for mining='batch_all', which takes every triplet whatever the distances")
     paired = sources["ref"] is not None
@@ -225,5 +246,4 @@ def _mined_on(sample_on, name: str, batch: inputs.Batch, sources: dict) -> tuple
     if paired:
         checks.same_width("sample_on[1]", parts[1], "sample_on[0]", parts[0])
         checks.alike("sample_on[1]", parts[1], "sample_on[0]", parts[0])
-    ready = tuple(distances.prepare(part.detach(), sources["metric"], sources["normalize"]) for part in parts)
-    return ready[0], ready[-1]
+    return batch._replace(layers=parts[:1], refs=parts[1:]) if paired else batch._replace(layers=parts, refs=parts)

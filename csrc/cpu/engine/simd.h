@@ -183,6 +183,21 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
 constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
+
+// Bits of the lanes where a >= b; not where either is NaN.
+inline uint32_t lanes_at_least(Vec a, Vec b) {
+#if KDFAST_LANES == 16
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
+#elif KDFAST_LANES == 8
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ)));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= uint32_t(a[lane] >= b[lane]) << lane;
+  return bits;
+#endif
+}
+
 // To the nearest, ties to even; NaN stays NaN.
 inline void store(BFloat16* p, Vec x) {
   const BitVec bits = (BitVec)x, rounded = bits + 0x7fffu + (bits >> 16 & 1u);

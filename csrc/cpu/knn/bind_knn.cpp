@@ -10,18 +10,6 @@
 
 namespace {
 
-constexpr int64_t kRowsApart = 32;  // rows a task begins at a multiple of: a chunk of every product
-
-// f(worker, begin, end) for ranges of rows, one a worker.
-template <class F>
-void for_each_rows(int64_t workers, int64_t rows, const F& f) {
-  const int64_t step = ((rows + workers - 1) / workers + kRowsApart - 1) / kRowsApart * kRowsApart;
-  for_each_task(workers, workers, [&](int64_t worker, int64_t t) {
-    const int64_t begin = std::min(rows, t * step), end = std::min(rows, begin + step);
-    if (begin < end) f(worker, begin, end);
-  });
-}
-
 kdfast::Matrix rows_of(const char* name, const Tensor& x, int64_t width) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), name, " must have 2 dimensions and be contiguous");
   check(name, x, x.scalar_type(), {x.size(0), width});

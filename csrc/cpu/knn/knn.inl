@@ -87,21 +87,6 @@ struct Candidates {
   }
 };
 
-constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
-
-// Bits of the lanes where a >= b; not where either is NaN.
-inline uint32_t lanes_at_least(Vec a, Vec b) {
-#if KDFAST_LANES == 16
-  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
-#elif KDFAST_LANES == 8
-  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ)));
-#else
-  uint32_t bits = 0;
-  for (int lane = 0; lane < kLanes; ++lane) bits |= uint32_t(a[lane] >= b[lane]) << lane;
-  return bits;
-#endif
-}
-
 // ---- candidates -----------------------------------------------------------------------------------------------------
 
 struct KnnWorkspace {

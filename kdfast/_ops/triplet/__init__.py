@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..._core import impls
-from . import distances, extrema, inputs
+from . import cpu, distances, extrema, inputs
 
 __all__ = ["Extreme", "RowExtrema", "row_extrema"]
 
@@ -23,12 +23,13 @@ OPS = (
     "rkd_distance",
     "rkd_angle",
 )
+_IN_CPP = ("row_extrema", "triplet_loss", "mine_triplets")
 for _op in OPS:
-    impls.register(_op)
+    impls.register(_op, *([impls.Implementation("cpu", cpu.missing, cpu.refuses)] if _op in _IN_CPP else []))
 
 
-def choose(op: str, impl: str | None, x: Tensor) -> str:
-    return impls.choose(op, impl, device_type=x.device.type, dtype=x.dtype)
+def choose(op: str, impl: str | None, x: Tensor, **facts) -> str:
+    return impls.choose(op, impl, device_type=x.device.type, dtype=x.dtype, **facts)
 
 
 def full_precision(x: Tensor):
@@ -84,18 +85,28 @@ def row_extrema(
         own_index=own_index,
         ref_valid=valid,
         metric=metric,
-        normalize=normalize,
+        ready=False,
         names=inputs.Names("x", "labels_x", "y", "labels_y", "valid"),
     )
     (x,), (y,) = b.layers, b.refs
-    choose("row_extrema", impl, x)
+    impl = choose("row_extrema", impl, x, others=(y.dtype,))
     with full_precision(x):
-        kinds = tuple(extrema.KINDS)
-        with torch.no_grad():
-            found = extrema.scan(*distances.centred(x, y, metric), b.anchors, b.classes, metric, kinds)
-        return RowExtrema(*(_exact(x, y, e.index, metric, farthest=extrema.KINDS[k][1]) for k, e in zip(kinds, found, strict=True)))
+        if impl == "cpu":
+            columns, _ = cpu.extremes(x, y, b.anchors, b.classes, metric, normalize, farthest_negative=True)
+        else:
+            columns = _scanned(b.ready(metric, normalize), metric)
+        x = distances.prepare(x, metric, normalize)
+        return RowExtrema(*(_exact(x, y, columns[kind], metric, normalize, farthest) for kind, (_, farthest) in extrema.KINDS.items()))
 
 
-def _exact(x: Tensor, y: Tensor, index: Tensor, metric: str, farthest: bool) -> Extreme:
-    value = distances.between(x, distances.gather(y, index.clamp_min(0)), metric)
+@torch.no_grad()
+def _scanned(b: inputs.Batch, metric: str) -> dict[str, Tensor]:
+    """Column [N] of each of extrema.KINDS (-1: none)."""
+    rows = distances.centred(b.layers[0], b.refs[0], metric)
+    found = extrema.scan(*rows, b.anchors, b.classes, metric, tuple(extrema.KINDS))
+    return {kind: e.index for kind, e in zip(extrema.KINDS, found, strict=True)}
+
+
+def _exact(x: Tensor, y: Tensor, index: Tensor, metric: str, normalize: bool, farthest: bool) -> Extreme:
+    value = distances.between(x, distances.prepare(distances.gather(y, index.clamp_min(0)), metric, normalize), metric)
     return Extreme(torch.where(index >= 0, value, torch.full_like(value, -torch.inf if farthest else torch.inf)), index)

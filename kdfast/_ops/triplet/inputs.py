@@ -22,10 +22,18 @@ class Names(NamedTuple):
 
 
 class Batch(NamedTuple):
-    layers: tuple[Tensor, ...]  # [N, D_l] each: accumulation dtype, unit rows where asked for
+    layers: tuple[Tensor, ...]  # [N, D_l] each
     refs: tuple[Tensor, ...]  # [M, D_l] each; in batch the same tensors
     anchors: Anchors
     classes: References
+
+    def ready(self, metric: str, normalize: bool) -> "Batch":
+        """Rows in the accumulation dtype, of unit length where asked for."""
+        layers = tuple(distances.prepare(x, metric, normalize) for x in self.layers)
+        refs = tuple(
+            ready if y is x else distances.prepare(y, metric, normalize) for ready, x, y in zip(layers, self.layers, self.refs, strict=True)
+        )
+        return self._replace(layers=layers, refs=refs)
 
 
 def collect(
@@ -38,9 +46,13 @@ def collect(
     ref_valid=None,
     metric="euclidean",
     normalize=True,
+    ready=True,
     names: Names = Names(),  # noqa: B008 (immutable)
 ) -> Batch:
-    """`embeddings` [N, D] or a list of layers, against `ref` (tensor [M, D], a kdfast bank, or as many layers) or the batch itself."""
+    """`embeddings` [N, D] or a list of layers, against `ref` (tensor [M, D], a kdfast bank, or as many layers) or the batch itself.
+
+    `ready` False: rows as given, for an implementation that reads them so.
+    """
     checks.choice("metric", metric, distances.METRICS)
     layers = _layers(names.rows, embeddings)
     n = layers[0].shape[0]
@@ -71,8 +83,8 @@ def collect(
     anchors, references = classes.relate(labels, ref_labels, checks.own_rows(own_index, (n,), refs[0].shape[0], device), exists)
     if exists is not None:  # rows that do not exist may hold anything, and 0 x NaN is NaN
         refs = tuple(torch.where(exists[:, None], y, torch.zeros_like(y)) for y in refs)
-    ready = tuple(distances.prepare(x, metric, normalize) for x in layers)
-    return Batch(ready, ready if ref is None else tuple(distances.prepare(y, metric, normalize) for y in refs), anchors, references)
+    batch = Batch(layers, refs, anchors, references)
+    return batch.ready(metric, normalize) if ready else batch
 
 
 def _kind(x) -> str:

@@ -26,6 +26,7 @@ MININGS = (*PER_ANCHOR, *SETS, *PER_PAIR)
 class Settings(NamedTuple):
     mining: str
     metric: str
+    normalize: bool = True
     margin: float = 0.2
     soft: bool = False
     swap: bool = False

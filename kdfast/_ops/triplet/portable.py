@@ -77,7 +77,11 @@ def _per_anchor_rows(s: Settings, p: Problem) -> Rows:
 
 def _chosen(s: Settings, x: Tensor, y: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     """Hinge of chosen triplets, x [..., D] against rows of y by index [...], from ||x - y|| itself."""
-    y_p, y_n = distances.gather(y, positive), distances.gather(y, negative)
+    return hinge_of_rows(s, x, distances.gather(y, positive), distances.gather(y, negative))
+
+
+def hinge_of_rows(s: Settings, x: Tensor, y_p: Tensor, y_n: Tensor) -> Tensor:
+    """Hinge of triplets given as rows, [..., D] each -> [...]."""
     d_an = distances.between(x, y_n, s.metric)
     if s.swap:
         d_an = _swapped(s, d_an, distances.between(y_p, y_n, s.metric))

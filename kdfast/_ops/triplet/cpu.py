@@ -1,0 +1,121 @@
+"""impl="cpu": mining and the losses of chosen triplets in C++ (csrc/cpu/triplet).
+
+Rows are read as they are given, in float32, bfloat16 or float16, and brought to unit length and moved by about the mean of
+the references as they are packed: no prepared copy of either matrix exists. Candidates are compared by scores formed as in float32.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..._core import extension
+from ..._core.centre import middle
+from . import chosen, distances, mining
+from .classes import Anchors, References
+from .mining import Settings
+from .portable import Mined, Problem, Rows
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FLOAT_PRODUCTS = 0
+#: which positive a negative must be farther than
+_BEYOND = {"hardest_positive": 1, "easiest_positive": 2}
+_CENTRE_ROWS = 1024
+#: rows of what triplet_extrema returns, by the names of extrema.KINDS
+_FOUND = {"hardest_positive": 0, "easiest_positive": 1, "hardest_negative": 2, "easiest_negative": 3}
+
+
+def missing() -> str | None:
+    """Why the kernels are not on this machine (None: they are)."""
+    return extension.missing_cpu()
+
+
+def refuses(
+    *,
+    device_type: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    others: tuple[torch.dtype, ...] = (),
+    mined: str = "batch_hard",
+) -> str | None:
+    """Why they cannot serve a call on this device type and these dtypes, with this mining (None: they can)."""
+    if device_type != "cpu":
+        return f"it runs on CPU tensors, these are on {device_type}"
+    for given in (dtype, *others):
+        if given not in DTYPES:
+            return f"it takes float32, bfloat16 or float16, not {given}"
+    if mined not in mining.PER_ANCHOR:
+        return f"it does not take mining={mined!r}"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "it does not run under the transforms of torch.func"
+    return None
+
+
+def extremes(
+    x: Tensor,
+    y: Tensor,
+    anchors: Anchors,
+    refs: References,
+    metric: str,
+    normalize: bool,
+    *,
+    beyond: str | None = None,
+    farthest_negative: bool = False,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Column [N] of each of extrema.KINDS (-1: none), and whether a distance compared was NaN [N].
+
+    With `beyond`, a kind of positive, only negatives strictly farther than it compete for "hardest_negative".
+    """
+    index, unordered = torch.ops.kdfast.triplet_extrema(
+        *_scan(x, y, anchors, refs, metric, normalize), _BEYOND.get(beyond, 0), farthest_negative, _FLOAT_PRODUCTS
+    )
+    return {kind: index[at] for kind, at in _FOUND.items()}, unordered
+
+
+def _scan(x: Tensor, y: Tensor, anchors: Anchors, refs: References, metric: str, normalize: bool) -> tuple:
+    """What every scan is given: rows, their metric, who is whose positive."""
+    normalize = normalize or metric == "cosine"
+    x, y = x.detach().contiguous(), y.detach().contiguous()
+    per_anchor = (anchors.label, anchors.own, anchors.first, anchors.skip, anchors.count, anchors.first.argsort(stable=True))
+    rows = x, y, _centre(y, metric, normalize), normalize, chosen.METRICS[metric]
+    return *rows, *(t.contiguous() for t in (*per_anchor, *refs))
+
+
+def _centre(y: Tensor, metric: str, normalize: bool) -> Tensor | None:
+    """About the mean of y [M, D], from a sample of its rows. None for the cosine."""
+    if metric == "cosine":
+        return None
+    sample = y[:: max(1, y.shape[0] // _CENTRE_ROWS)].float()
+    return middle(F.normalize(sample, dim=-1) if normalize else sample)
+
+
+def _mined(s: Settings, p: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """positive, negative [N, 1] int32 (-1: none) and whether a distance compared was NaN [N]."""
+    kind, farther = mining.PER_ANCHOR[s.mining]
+    found, unordered = extremes(p.mine, p.mine_ref, p.anchors, p.classes, s.metric, s.normalize, beyond=kind if farther else None)
+    return found[kind].int()[:, None], found["hardest_negative"].int()[:, None], unordered
+
+
+def triplet_rows(s: Settings, p: Problem) -> Rows:
+    """Losses per anchor of a problem whose rows are as given."""
+    positive, negative, unordered = _mined(s, p)
+    valid = (positive >= 0) & (negative >= 0)
+    pairs = zip(p.layers, p.refs, strict=True)
+    loss = sum(chosen.losses(s, x, None if y is x else y, positive, negative) for x, y in pairs)  # [N, P]
+    sums = loss.sum(1)
+    sums = sums + distances.nan_where(unordered & valid.any(1), sums.detach())
+    return Rows(sums, valid.sum(1), (loss > 0).sum(1))
+
+
+def mine(s: Settings, p: Problem) -> Mined:
+    """The triplets themselves, at a static shape."""
+    positive, negative, _ = _mined(s, p)
+    valid = (positive >= 0) & (negative >= 0)
+    return Mined(*(torch.where(valid, t.long(), -1).squeeze(1) for t in (positive, negative)), valid.squeeze(1))
+
+
+def _extrema_fake(x, *args) -> tuple[Tensor, Tensor]:
+    n = x.shape[0]
+    return x.new_empty((4, n), dtype=torch.int64), x.new_empty((n,), dtype=torch.bool)
+
+
+if missing() is None:
+    torch.library.register_fake("kdfast::triplet_extrema", _extrema_fake)
