@@ -1,7 +1,7 @@
 """Distil a teacher into a smaller student with the Distiller: an ordinary training loop, two loss terms.
 
-Synthetic data: 10 classes in 32 dimensions, few of them labelled. The student sees labels for the first 100 samples
-only; the rest it learns from the teacher's outputs (KD) and its features (cosine, through a learned projector).
+Synthetic data: 10 classes in 32 dimensions. The student sees no labels: it learns from the teacher's outputs (KD) and its
+features (cosine, through a learned projector). Beside it, the same network trained on the 100 labels there are.
 """
 
 import torch
@@ -31,7 +31,6 @@ def accuracy(model: nn.Module, dataset: TensorDataset) -> float:
 
 
 def train(model: nn.Module, dataset: TensorDataset, epochs: int = 15) -> None:
-    """The labels alone."""
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(epochs):
         for x, y in DataLoader(dataset, 64, shuffle=True):
@@ -68,11 +67,8 @@ def main() -> dict[str, float]:
     train(teacher, full)
     train(from_labels, few, epochs=100)
     distil(distilled, teacher, full.tensors[0])
-    result = {
-        "teacher": accuracy(teacher, test),
-        f"student, {LABELLED} labels": accuracy(from_labels, test),
-        "student, distilled": accuracy(distilled, test),
-    }
+    models = {"teacher": teacher, f"student, {LABELLED} labels": from_labels, "student, distilled": distilled}
+    result = {name: accuracy(model, test) for name, model in models.items()}
     for name, value in result.items():
         print(f"{name:24s} {100 * value:.1f} %")
     return result
