@@ -48,7 +48,7 @@ Solution solve(const Problems<Real>& problems, const Tensor& a, const Tensor& b,
   const Division division(batch, n, m, schedule.iterations);
   const SinkhornTeam team{division.team, run_team};
   const int64_t space = solve_workspace(problems.first_padded(), schedule, team.size);
-  Tensor work = torch::stable::new_empty(a, {division.workers * space + 16});
+  Tensor work = on_large_pages(torch::stable::new_empty(a, {division.workers * space + 16}));
   Real* const aligned = reinterpret_cast<Real*>((reinterpret_cast<uintptr_t>(values<Real>(work)) + 63) / 64 * 64);
   Real *const to_f = values<Real>(f), *const to_g = values<Real>(g), *const to_row = values<Real>(row), *const to_col = values<Real>(col);
   Real *const to_transport = values<Real>(transport), *const to_error = values<Real>(error);
@@ -106,7 +106,7 @@ Replayed replay(const Problems<Real>& problems, const Tensor& a, const Tensor& g
   first.history_g = packed<Real>("history_g", history_g, {batch, steps, m}), first.history_g_stride = m;
   first.to_f = packed<Real>("to_f", to_f, {batch, n}), first.to_g = packed<Real>("to_g", to_g, {batch, m});
   const auto reals = [&](std::initializer_list<int64_t> shape) {
-    Tensor out = torch::stable::new_empty(a, shape);
+    Tensor out = on_large_pages(torch::stable::new_empty(a, shape));
     return problems.rows == nullptr ? out : torch::stable::zero_(out);  // padding
   };
   Tensor cost = reals({batch, n, m}), da = reals({batch, n}), db = reals({batch, m}), depsilon = reals({batch});
@@ -159,7 +159,7 @@ Tensor plan(const Problems<Real>& problems, const Tensor& a, const OptionalTenso
   const Real *const from_f = f ? packed<Real>("f", *f, {batch, n}) : nullptr, *const from_g = f ? packed<Real>("g", *g, {batch, m}) : nullptr;
   const Real* const weights = f ? packed<Real>("weight", *weight, {batch}) : nullptr;
   const int64_t rows = end - begin;
-  Tensor out = sum ? torch::stable::new_empty(a, {rows, m}) : torch::stable::new_empty(a, {batch, rows, m});
+  Tensor out = on_large_pages(sum ? torch::stable::new_empty(a, {rows, m}) : torch::stable::new_empty(a, {batch, rows, m}));
   if (problems.rows != nullptr || batch == 0) torch::stable::zero_(out);  // padding
   if (batch * rows == 0) return out;
   Real* const to = values<Real>(out);

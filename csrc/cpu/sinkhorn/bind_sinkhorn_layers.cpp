@@ -43,7 +43,7 @@ Tensor assign(const Tensor& scores, const OptionalTensor& v, const Tensor& inver
     STD_TORCH_CHECK(v->is_contiguous(), "v must be contiguous");
   }
   const auto reals = [&](std::initializer_list<int64_t> shape) { return torch::stable::new_empty(scores, shape, scalar_type<Real>()); };
-  Tensor out = codes ? reals({batch, n, columns}) : reals({batch, columns});
+  Tensor out = on_large_pages(codes ? reals({batch, n, columns}) : reals({batch, columns}));
   if (out.numel() == 0) return out;
 
   const int64_t padded = (columns + 15) / 16 * 16, workers = workers_of(double(n) * double(columns), n);

@@ -69,7 +69,7 @@ struct SinkhornArrays {
   // Places the arrays from `work` on and returns their size in elements.
   int64_t place(const SinkhornProblem<Real>& p, bool stores, int64_t workers, Real* work) {
     n = round_up(p.n, kGroup) + kGroup, m = round_up(p.m, kPanelWidth<Real>);
-    worker_columns = 2 * m, worker_entries = 2 * kGroup * m;
+    worker_columns = 2 * m, worker_entries = kGroup * m;
     int64_t used = 0;
     const auto take = [&](int64_t count) {
       Real* const at = work + used;
@@ -80,7 +80,7 @@ struct SinkhornArrays {
     b = take(m), g = take(m), new_g = take(m), older_g = take(m), start_g = take(m), exponent = take(m), scale = take(m);
     columns = take(workers * worker_columns);
     entries = take(workers * worker_entries);
-    costs = take(p.metric == SinkhornMetric::kGiven ? 0 : workers * worker_entries / 2);
+    costs = take(p.metric == SinkhornMetric::kGiven ? 0 : workers * worker_entries);
     shares = take(workers * kShare);
     points = take(PointSums<Real>::space(p));
     kernel = take(stores ? p.n * m : 0);
@@ -136,6 +136,7 @@ class SinkhornSolver {
   Form form_ = Form::kLargest;
   bool keep_ = false;        // this sweep stores its exponentials
   bool kernel_ok_ = false;   // the stored kernel serves the current potentials
+  bool backward_ = true;     // this sweep starts at the last row: what the one before read last is still in cache
   bool doubtful_ = false;    // a sum of stored entries went out of range
   double error_ = 0, transport_ = 0;
 
@@ -212,6 +213,7 @@ class SinkhornSolver {
   static V magnitude(V x) { return larger(x, -x); }
 
   void sweep() {
+    backward_ = !backward_;
     for (int64_t j = 0; j < w_.m; j += kW) {
       const V start = load(w_.start_g + j);
       if (form_ == Form::kStored) {
@@ -238,63 +240,88 @@ class SinkhornSolver {
 
   int64_t first_row(int64_t worker) const { return worker * p_.n / team_.size; }
 
-  // f(i, rows, e, costs, weights) for the groups of a worker's rows, to fill e and weights; e's rows times their weights are added to
-  // its column sums one group later, while the next is weighed: between the sums of a row and its weight lies a long chain.
-  template <class F>
-  void each_group(int64_t worker, Real* stored, const F& f) {
+  // Weighs a worker's rows, a group at a time, each while the group before is added to the worker's column sums.
+  void weigh(int64_t worker) {
+    const FlushDenormals flush;
+    const bool stored = form_ == Form::kStored || keep_;
     const int64_t begin = first_row(worker), end = first_row(worker + 1), step = group();
     Real *const columns = w_.columns + worker * w_.worker_columns, *const chunk = columns + w_.m;
-    Real *const entries = w_.entries + worker * w_.worker_entries, *const costs = w_.costs + worker * w_.worker_entries / 2;
-    Real weights[2][kGroup] = {};
-    const auto place = [&](int64_t i) { return stored != nullptr ? stored + i * w_.m : entries + (i - begin) / step % 2 * kGroup * w_.m; };
-    const auto add = [&](int64_t i, int64_t rows) {
-      add_all(place(i), w_.m, rows, weights[(i - begin) / step % 2], p_.m, chunk);
-      if ((i + rows) / kChunk == i / kChunk && i + rows < end) return;
-      for (int64_t j = 0; j < w_.m; j += kW) {
-        store(columns + j, load(columns + j) + load(chunk + j));
-        store(chunk + j, V{});
-      }
-    };
+    Real* const entries = w_.entries + worker * w_.worker_entries;
     for (int64_t j = 0; j < w_.m; ++j) columns[j] = chunk[j] = 0;
-    for (int64_t i = begin; i < end; i += step) {
-      f(i, smaller(step, end - i), place(i), costs, weights[(i - begin) / step % 2]);
-      if (i > begin) add(i - step, step);
+    Real error = 0, weights[2][kGroup] = {};
+    bool doubtful = false;
+    WeightedRows<Real> old{entries, w_.m, weights[1], chunk};
+    int64_t waiting = 0;  // rows of old
+    const int64_t groups = (end - begin + step - 1) / step;
+    for (int64_t q = 0; q < groups; ++q) {
+      const int64_t i = begin + (backward_ ? groups - 1 - q : q) * step, rows = smaller(step, end - i);
+      if (waiting != rows) {  // taken together otherwise
+        add_rows(old, waiting, p_.m);
+        waiting = 0;
+      }
+      Real *const e = stored ? w_.kernel + i * w_.m : entries, *const next = weights[q % 2];
+      Real sums[kGroup] = {}, used[kGroup] = {};
+      weigh_group(i, rows, e, waiting > 0 ? &old : nullptr, w_.costs + worker * w_.worker_entries, sums, used);
+      for (int64_t r = 0; r < rows; ++r) doubtful |= form_ == Form::kStored && !trusted(sums[r]);
+      if (keep_) __builtin_memcpy(w_.stored_u + i, used, size_t(rows) * sizeof(Real));
+      error += update_rows(i, rows, sums, used, next);
+      old = {e, w_.m, next, chunk}, waiting = rows;
+      if ((q + 1) * step / kChunk != q * step / kChunk) add_chunk(columns, chunk);
     }
-    if (begin < end) {
-      const int64_t last = begin + (end - begin - 1) / step * step;
-      add(last, end - last);
+    add_rows(old, waiting, p_.m);
+    add_chunk(columns, chunk);
+    Real* const share = w_.shares + worker * kShare;
+    share[0] = error, share[1] = doubtful ? Real(1) : Real(0);
+  }
+
+  void add_chunk(Real* columns, Real* chunk) const {
+    for (int64_t j = 0; j < w_.m; j += kW) {
+      store(columns + j, load(columns + j) + load(chunk + j));
+      store(chunk + j, V{});
     }
   }
 
-  void weigh(int64_t worker) {
-    const FlushDenormals flush;
-    Real error = 0;
-    bool doubtful = false;
-    each_group(worker, form_ == Form::kStored || keep_ ? w_.kernel : nullptr, [&](int64_t i, int64_t rows, Real* e, Real* buffer, Real* weights) {
-      V lanes[kGroup];
-      Real sums[kGroup] = {}, used[kGroup] = {};
-      if (form_ == Form::kStored) {
-        weigh_all(e, w_.m, rows, w_.scale, p_.m, lanes);
-        for (int64_t r = 0; r < rows; ++r) used[r] = w_.stored_u[i + r], sums[r] = sum_lanes(lanes[r]), doubtful |= !trusted(sums[r]);
+  // sums_r = sum_j b_j e_rj of rows i ... i + rows, at the exponents `used`, adding as many rows of `old`, where given, to
+  // their columns.
+  void weigh_group(int64_t i, int64_t rows, Real* e, const WeightedRows<Real>* old, Real* buffer, Real* sums, Real* used) {
+    V lanes[kGroup];
+    if (form_ == Form::kStored) {
+      __builtin_memcpy(used, w_.stored_u + i, size_t(rows) * sizeof(Real));
+      each_rows(rows, [&](int64_t r, auto together) {
+        constexpr int kRows = decltype(together)::value;
+        if (old != nullptr) {
+          weigh_stored<kRows, true>(e + r * w_.m, w_.scale, p_.m, old->from(r), lanes + r);
+        } else {
+          weigh_stored<kRows, false>(e + r * w_.m, w_.scale, p_.m, WeightedRows<Real>{}, lanes + r);
+        }
+      });
+      return sum_lanes_of(lanes, rows, sums);
+    }
+    CostRows<Real, T> costs{nullptr, 0, w_.exponent, k_, p_.m};
+    costs.c = cost_rows<Real, T>(p_, points_, i, rows, 0, p_.m, buffer, &costs.stride);
+    for (int64_t r = 0; r < rows; ++r) used[r] = form_ == Form::kLargest ? least_exponent(costs.from(r)) : k_ * w_.f[i + r];
+    each_rows(rows, [&](int64_t r, auto together) {
+      constexpr int kRows = decltype(together)::value;
+      if (old != nullptr) {
+        weigh_costs<kRows, true>(costs.from(r), used + r, w_.b, e + r * w_.m, old->from(r), lanes + r);
       } else {
-        int64_t stride = 0;
-        const T* const c = cost_rows<Real, T>(p_, points_, i, rows, 0, p_.m, buffer, &stride);
-        const bool fresh = form_ == Form::kLargest;
-        for (int64_t r = 0; r < rows && !fresh; ++r) {
-          used[r] = k_ * w_.f[i + r];
-          lanes[r] = weigh_row(c + r * stride, w_.exponent, w_.b, k_, used[r], p_.m, e + r * w_.m);
-        }
-        for (int64_t r = 0; r < rows; ++r) {
-          if (!fresh) sums[r] = sum_lanes(lanes[r]);
-          if (!trusted(sums[r]))
-            sums[r] = sum_lanes(weigh_row_from_largest(c + r * stride, w_.exponent, w_.b, k_, p_.m, e + r * w_.m, &used[r]));
-        }
-        if (keep_) __builtin_memcpy(w_.stored_u + i, used, size_t(rows) * sizeof(Real));
+        weigh_costs<kRows, false>(costs.from(r), used + r, w_.b, e + r * w_.m, WeightedRows<Real>{}, lanes + r);
       }
-      error += update_rows(i, rows, sums, used, weights);
     });
-    Real* const share = w_.shares + worker * kShare;
-    share[0] = error, share[1] = doubtful ? Real(1) : Real(0);
+    sum_lanes_of(lanes, rows, sums);
+    if (form_ == Form::kLargest) return;
+    each_rows(rows, [&](int64_t first, auto together) {
+      constexpr int kRows = decltype(together)::value;
+      bool again = false;
+      for (int64_t r = first; r < first + kRows; ++r) {
+        if (trusted(sums[r])) continue;
+        used[r] = least_exponent(costs.from(r));
+        again = true;
+      }
+      if (!again) return;
+      weigh_costs<kRows, false>(costs.from(first), used + first, w_.b, e + first * w_.m, WeightedRows<Real>{}, lanes);
+      for (int64_t r = 0; r < kRows; ++r) sums[first + r] = sum_lanes(lanes[r]);
+    });
   }
 
   // new_f and the weights of a group of rows; returns the error of their marginals before.
@@ -378,25 +405,33 @@ class SinkhornSolver {
 
   void measure(int64_t worker) {
     const FlushDenormals flush;
+    const int64_t begin = first_row(worker), end = first_row(worker + 1);
+    Real *const columns = w_.columns + worker * w_.worker_columns, *const chunk = columns + w_.m;
+    for (int64_t j = 0; j < w_.m; ++j) columns[j] = chunk[j] = 0;
     double error = 0, transport = 0;
-    each_group(worker, nullptr, [&](int64_t i, int64_t rows, Real* e, Real* buffer, Real* weights) {
-      int64_t stride = 0;
-      const T* const c = cost_rows<Real, T>(p_, points_, i, rows, 0, p_.m, buffer, &stride);
+    for (int64_t i = begin, rows = 0; i < end; i += rows) {
+      rows = smaller(kGroup, end - i);
+      CostRows<Real, T> costs{nullptr, 0, w_.scale, k_, p_.m};
+      costs.c = cost_rows<Real, T>(p_, points_, i, rows, 0, p_.m, w_.costs + worker * w_.worker_entries, &costs.stride);
+      V mass_lanes[kGroup], cost_lanes[kGroup];
+      Real u[kGroup] = {}, mass[kGroup], cost[kGroup];
+      for (int64_t r = 0; r < rows; ++r) u[r] = k_ * w_.f[i + r];
+      each_rows(rows, [&](int64_t r, auto together) {
+        add_costs<decltype(together)::value, true>(costs.from(r), u + r, w_.b, w_.a + i + r, chunk, mass_lanes + r, cost_lanes + r);
+      });
+      sum_lanes_of(mass_lanes, rows, mass);
+      sum_lanes_of(cost_lanes, rows, cost);
       for (int64_t r = 0; r < rows; ++r) {
-        const Real a = w_.a[i + r], f = w_.f[i + r];
-        Real* const entries = e + r * w_.m;
-        const Real sum = sum_lanes(weigh_row(c + r * stride, w_.scale, w_.b, k_, k_ * f, p_.m, entries));
-        weights[r] = a;
-        out_->row[i + r] = sum > Real(kMaxEntry) ? Real(kMaxEntry) : sum;
-        if (a == 0) {  // entries may be infinite
-          for (int64_t j = 0; j < w_.m; ++j) entries[j] = 0;
-          continue;
-        }
-        transport += double(a) * double(weigh_cost(c + r * stride, w_.b, entries, p_.m));
-        const double wanted = p_.rho_a > 0 ? __builtin_exp(-double(f) / p_.rho_a) : 1.0;
-        error += __builtin_fabs(double(a) * (double(sum) - wanted));
+        const Real a = w_.a[i + r];
+        out_->row[i + r] = mass[r] > Real(kMaxEntry) ? Real(kMaxEntry) : mass[r];
+        if (a == 0) continue;  // its mass and cost may be infinite
+        const double wanted = p_.rho_a > 0 ? __builtin_exp(-double(w_.f[i + r]) / p_.rho_a) : 1.0;
+        transport += double(a) * double(cost[r]);
+        error += __builtin_fabs(double(a) * (double(mass[r]) - wanted));
       }
-    });
+      if ((i - begin) / kChunk != (i + rows - begin) / kChunk) add_chunk(columns, chunk);
+    }
+    add_chunk(columns, chunk);
     Real* const share = w_.shares + worker * kShare;
     share[0] = Real(error), share[1] = Real(transport);
   }

@@ -72,16 +72,22 @@ void assign_rows(const SinkhornAssign<Real>& p, const T* scores, Real* work) {
   const bool far = p.codes != nullptr && (p.end - p.begin) * p.columns * int64_t(sizeof(Real)) > kFarBytes;
   for (int64_t i = p.begin, rows = 0; i < p.end; i += rows) {
     rows = smaller(kAssignRows, p.end - i);
+    const CostRows<Real, T> costs{scores + i * p.stride, p.stride, exponent, Real(-p.factor), p.columns};
     VecOf<Real> lanes[kAssignRows];
-    Real weights[kAssignRows], shift;
-    for (int64_t r = 0; r < rows; ++r)
-      lanes[r] = weigh_row_from_largest(scores + (i + r) * p.stride, exponent, ones, Real(-p.factor), p.columns, entries + r * padded, &shift);
-    for (int64_t r = 0; r < rows; ++r) weights[r] = 1 / sum_lanes(lanes[r]);
+    Real weights[kAssignRows], u[kAssignRows];
+    for (int64_t r = 0; r < rows; ++r) u[r] = least_exponent(costs.from(r));
     if (p.sums != nullptr) {
-      add_all(entries, padded, rows, weights, p.columns, p.sums);
+      each_rows(rows, [&](int64_t r, auto together) {
+        weigh_costs<decltype(together)::value, false>(costs.from(r), u + r, ones, entries + r * padded, WeightedRows<Real>{}, lanes + r);
+      });
+      for (int64_t r = 0; r < rows; ++r) weights[r] = 1 / sum_lanes(lanes[r]);
+      add_rows(WeightedRows<Real>{entries, padded, weights, p.sums}, rows, p.columns);
       continue;
     }
-    for (int64_t r = 0; r < rows; ++r) scale_row(entries + r * padded, weights[r], p.columns, far, p.codes + (i + r) * p.columns);
+    for (int64_t r = 0; r < rows; ++r) {
+      weigh_costs<1, false>(costs.from(r), u + r, ones, entries, WeightedRows<Real>{}, lanes);
+      scale_row(entries, 1 / sum_lanes(lanes[0]), p.columns, far, p.codes + (i + r) * p.columns);
+    }
   }
   if (far) store_fence();
 }

@@ -15,15 +15,14 @@ int64_t sinkhorn_plan_workspace(const SinkhornProblem<Real>& p) {
   return (2 + kPlanRows) * round_up(p.m, kPanelWidth<Real>) + PointSums<Real>::space(p);
 }
 
-// to_j = (or +=) weight b_j 2^(u + exponent_j - k c_j), over c_j where asked.
+// to_j = (or +=) weight b_j 2^(u + x_j), over c_j where asked.
 template <class Real, class T>
-inline void plan_row(const SinkhornPlan<Real>& plan, const T* c, const Real* exponent, const Real* b, Real k, Real u, Real weight, int64_t m, Real* to) {
+inline void plan_row(const SinkhornPlan<Real>& plan, const CostRows<Real, T>& row, const Real* b, Real u, Real weight, Real* to) {
   const VecOf<Real> zero = {}, shift = splat(u);
-  each_vector<Real>(m, [&](int64_t j, int, int64_t count) {
-    __builtin_prefetch(reinterpret_cast<const char*>(c + j) + kCostAhead);
-    VecOf<Real> out = exp2(exponent_at(c, exponent, k, j, count) + shift) * (weight * load(b + j));
+  each_vector<Real>(row.m, [&](int64_t j, int, int64_t count) {
+    VecOf<Real> out = exp2(row.at(0, j, count, shift)) * (weight * load(b + j));
     if (plan.over_cost) {
-      const VecOf<Real> cost = load_count<Real>(c + j, count);
+      const VecOf<Real> cost = load_count<Real>(row.c + j, count);
       out = cost > zero ? out / cost : zero;
     }
     if (plan.add) out += load_count<Real>(to + j, count);
@@ -51,7 +50,7 @@ void plan_rows(const SinkhornProblem<Real>& p, const SinkhornPlan<Real>& plan, R
       if (plan.f == nullptr) {
         each_vector<Real>(p.m, [&](int64_t j, int, int64_t count) { store_count(to + j, load_count<Real>(c + r * stride + j, count), count); });
       } else if (p.a[i + r] > 0) {
-        plan_row(plan, c + r * stride, exponent, b, k, k * plan.f[i + r], Real(plan.weight) * p.a[i + r], p.m, to);
+        plan_row(plan, CostRows<Real, T>{c + r * stride, stride, exponent, k, p.m}, b, k * plan.f[i + r], Real(plan.weight) * p.a[i + r], to);
       } else if (!plan.add) {  // entries may be infinite where a row has no weight
         for (int64_t j = 0; j < p.m; ++j) to[j] = p.a[i + r] * plan.f[i + r];
       }

@@ -15,7 +15,6 @@ namespace {
 using kdfast::SinkhornReplay;
 
 constexpr int64_t kReplayRows = 4;
-constexpr double kLargestExponent = 115;  // 80 nats: pairs of zero weight exceed it
 
 // The arrays of one replay, columns padded to whole panels.
 template <class Real>
@@ -144,30 +143,31 @@ class SinkhornReplayer {
   }
 
   const T* cost(int64_t i) const { return static_cast<const T*>(p_.cost) + i * p_.cost_stride; }
+  CostRows<Real, T> rows_at(int64_t i, const Real* exponent) const { return {cost(i), p_.cost_stride, exponent, k_, p_.m}; }
   int64_t first_row(int64_t worker) const { return worker * p_.n / team_.size; }
 
   // E^T a
   void sum_columns(int64_t worker) {
     const FlushDenormals flush;
-    Real *const columns = w_.columns + worker * w_.worker_columns, *const e = w_.entries + worker * w_.worker_entries;
+    Real* const columns = w_.columns + worker * w_.worker_columns;
     for (int64_t j = 0; j < w_.m; ++j) columns[j] = 0;
-    Real weights[kReplayRows];
+    Real u[kReplayRows];
     const int64_t end = first_row(worker + 1);
     for (int64_t i = first_row(worker), rows = 0; i < end; i += rows) {
       rows = smaller(kReplayRows, end - i);
-      for (int64_t r = 0; r < rows; ++r) {
-        weights[r] = p_.a[i + r];
-        weigh_row(cost(i + r), w_.exponent, w_.b, k_, weights[r] > 0 ? k_ * f_[i + r] : Real(-__builtin_inf()), p_.m, e + r * w_.m);
-      }
-      add_all(e, w_.m, rows, weights, p_.m, columns);
+      for (int64_t r = 0; r < rows; ++r) u[r] = k_ * f_[i + r];
+      const CostRows<Real, T> costs = rows_at(i, w_.exponent);
+      each_rows(rows, [&](int64_t r, auto together) {
+        add_costs<decltype(together)::value, false>(costs.from(r), u + r, w_.b, p_.a + i + r, columns, static_cast<V*>(nullptr), static_cast<V*>(nullptr));
+      });
     }
   }
 
   // e_j = 2^(u + exponent_j - k c_j) clamped, its sums with y and with `weight`.
-  static void weigh_twice(const T* c, const Real* exponent, Real k, Real u, int64_t m, const Real* y, const Real* weight, Real* e, Real* with_y, Real* with_weight) {
+  static void weigh_twice(const CostRows<Real, T>& row, Real u, const Real* y, const Real* weight, Real* e, Real* with_y, Real* with_weight) {
     V first[4] = {}, second[4] = {};
-    each_vector<Real>(m, [&](int64_t j, int lane, int64_t count) {
-      const V t = exponent_at(c, exponent, k, j, count) + splat(u), most = splat(Real(kLargestExponent));
+    each_vector<Real>(row.m, [&](int64_t j, int lane, int64_t count) {
+      const V t = row.at(0, j, count, splat(u)), most = splat(Real(kLargestExponent));
       const V x = exp2(t > most ? most : t);
       store(e + j, x);
       first[lane] = multiply_add(x, load(y + j), first[lane]);
@@ -210,8 +210,8 @@ class SinkhornReplayer {
         const Real u = k_ * f_[i + r], row_u = k_ * (f_[i + r] / damp_a_);
         Real unused;
         apart[r] = far_ || !(p_.a[i + r] > 0);
-        weigh_twice(cost(i + r), w_.exponent, k_, u, p_.m, w_.y, w_.weighted_scale, e + r * w_.m, &w_.h[i + r], &sums[r]);
-        if (apart[r]) weigh_twice(cost(i + r), w_.row_exponent, k_, row_u, p_.m, w_.b, w_.b, own + r * w_.m, &unused, &sums[r]);
+        weigh_twice(rows_at(i + r, w_.exponent), u, w_.y, w_.weighted_scale, e + r * w_.m, &w_.h[i + r], &sums[r]);
+        if (apart[r]) weigh_twice(rows_at(i + r, w_.row_exponent), row_u, w_.b, w_.b, own + r * w_.m, &unused, &sums[r]);
       }
       for (int64_t r = 0; r < rows; ++r) {
         const Real a = p_.a[i + r], x = damp_a_ * (w_.to_f[i + r] - a * w_.h[i + r]) / (sums[r] < Real(1e-30) ? Real(1e-30) : sums[r]);

@@ -1,105 +1,163 @@
-// Rows of exponentials: weighing one against its columns, adding several to the column sums.
+// Rows of exponentials 2^(u_i + X_j - k c_ij), a few at a time: weighed against their columns, and added to the column sums.
+//
+// What is known of a row only when it has been weighed - its weight - reaches the columns with the rows after it: the two share a
+// loop, and what memory or a long chain of instructions keeps waiting of the one, arithmetic of the other fills.
 #pragma once
 
 #include "sinkhorn/sinkhorn_cost.inl"
 
 namespace {
 
-constexpr int64_t kCostAhead = 4096;  // bytes of the cost requested before they are read, at least: the processor's own prefetching stops at pages
 constexpr double kBitsPerNat = 0x1.71547652b82fep+0;
 constexpr double kTrusted = 0x1p100;  // sums outside [1/this, this] are redone
+constexpr double kLargestExponent = 115;  // 80 nats: pairs of zero weight exceed it
+constexpr int kTogether = kLanes == 16 ? 4 : 2;  // rows in one loop, as registers allow
+
+template <class Real>
+constexpr Real kLargestCost = sizeof(Real) == 4 ? Real(0x1.fffffep127) : Real(0x1.fffffffffffffp1023);  // finite
 
 template <class Real>
 inline bool trusted(Real sum) {
   return sum >= Real(1 / kTrusted) && sum <= Real(kTrusted);
 }
 
-// x_j = exponent_j - k c_j, one vector; -infinity past the last column, where exponents are.
-template <class Real, class T>
-inline VecOf<Real> exponent_at(const T* c, const Real* exponent, Real k, int64_t j, int64_t count) {
-  return multiply_add(load_count<Real>(c + j, count), splat(-k), load(exponent + j));
+template <int kCount>
+struct RowCount {
+  static constexpr int value = kCount;
+};
+
+// f(r, RowCount of how many rows from r on are taken together) over 0 ... rows.
+template <class F>
+inline void each_rows(int64_t rows, const F& f) {
+  int64_t r = 0;
+  for (; r + kTogether <= rows; r += kTogether) f(r, RowCount<kTogether>{});
+  for (; r < rows; ++r) f(r, RowCount<1>{});
 }
 
-// e_j = 2^(u + x_j); returns sum_j b_j e_j, by lanes: adding lanes up takes long, and is done for several rows at once.
+// Rows of costs, and X with -infinity past the last column.
 template <class Real, class T>
-inline VecOf<Real> weigh_row(const T* c, const Real* exponent, const Real* b, Real k, Real u, int64_t m, Real* e) {
-  VecOf<Real> sum[4] = {};
-  const VecOf<Real> shift = splat(u);
-  const int64_t ahead = m * int64_t(sizeof(T)) > kCostAhead ? m * int64_t(sizeof(T)) : kCostAhead;  // a row: it may be read for its maximum first
-  each_vector<Real>(m, [&](int64_t j, int lane, int64_t count) {
-    __builtin_prefetch(reinterpret_cast<const char*>(c + j) + ahead);
-    const VecOf<Real> x = exp2(exponent_at(c, exponent, k, j, count) + shift);
-    store(e + j, x);
-    sum[lane] = multiply_add(x, load(b + j), sum[lane]);
-  });
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-}
+struct CostRows {
+  const T* c;
+  int64_t stride;
+  const Real* exponent;
+  Real k;
+  int64_t m;
 
-// The same with u = -max_j x_j, or 0 where there is nothing to sum.
+  CostRows from(int64_t row) const { return {c + row * stride, stride, exponent, k, m}; }
+
+  // In this order u is rounded against the cost, and X only beside a result that is small wherever the entry counts.
+  VecOf<Real> at(int64_t r, int64_t j, int64_t count, VecOf<Real> u) const {
+    return multiply_add(load_count<Real>(c + r * stride + j, count), splat(-k), u) + load(exponent + j);
+  }
+};
+
+// Rows of exponentials whose weights are known, and the column sums they go to. Rows that are taken together lie vector by vector
+// - row r of kRows has its columns j ... at e[kRows j + kWidth r] - so that one pointer and one stream of memory serve them all.
+template <class Real>
+struct WeightedRows {
+  const Real* e;
+  int64_t width;  // of a row there: its columns, in whole vectors
+  const Real* weight;
+  Real* columns;
+
+  WeightedRows from(int64_t row) const { return {e + row * width, width, weight + row, columns}; }
+};
+
+// The u that makes a row's largest exponential 1; 0 where there is nothing to sum.
 template <class Real, class T>
-inline VecOf<Real> weigh_row_from_largest(const T* c, const Real* exponent, const Real* b, Real k, int64_t m, Real* e, Real* u) {
+inline Real least_exponent(const CostRows<Real, T>& row) {
   const Real none = Real(-__builtin_inf());
   VecOf<Real> most[4] = {splat(none), splat(none), splat(none), splat(none)};
-  each_vector<Real>(m, [&](int64_t j, int lane, int64_t count) { most[lane] = larger(most[lane], exponent_at(c, exponent, k, j, count)); });
-  const VecOf<Real> all = larger(larger(most[0], most[1]), larger(most[2], most[3]));
-  Real largest = none;
-  for (int64_t lane = 0; lane < kWidth<Real>; ++lane) largest = all[lane] > largest ? all[lane] : largest;
-  *u = largest == none ? Real(0) : -largest;
-  return weigh_row(c, exponent, b, k, *u, m, e);
+  each_vector<Real>(row.m, [&](int64_t j, int lane, int64_t count) { most[lane] = larger(most[lane], row.at(0, j, count, VecOf<Real>{})); });
+  const Real largest = largest_lane(larger(larger(most[0], most[1]), larger(most[2], most[3])));
+  return largest == none ? Real(0) : -largest;
 }
 
-// sum_j b_j e_j c_j, where 0 times an infinite cost (a forbidden pair) is 0.
-template <class Real, class T>
-inline Real weigh_cost(const T* c, const Real* b, const Real* e, int64_t m) {
-  VecOf<Real> sum[4] = {};
-  each_vector<Real>(m, [&](int64_t j, int lane, int64_t count) {
-    const VecOf<Real> x = load(e + j) * load(b + j);
-    sum[lane] += x == 0 ? x : x * load_count<Real>(c + j, count);
+// e_rj = 2^(u_r + x_j) for kRows rows, and sum_j b_j e_rj by lanes. With kAdd `old`, which may lie where e does, goes to its columns.
+template <int kRows, bool kAdd, class Real, class T>
+inline void weigh_costs(const CostRows<Real, T>& rows, const Real* u, const Real* b, Real* e, const WeightedRows<Real>& old, VecOf<Real>* sums) {
+  VecOf<Real> sum[kRows][2] = {}, shift[kRows], weight[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) shift[r] = splat(u[r]), weight[r] = splat(kAdd ? old.weight[r] : Real(0));
+  each_vector<Real, 2>(rows.m, [&](int64_t j, int lane, int64_t count) {
+    const VecOf<Real> share = load(b + j);
+    VecOf<Real> column = kAdd ? load(old.columns + j) : VecOf<Real>{};
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (kAdd) column = multiply_add(load(old.e + kRows * j + r * kWidth<Real>), weight[r], column);
+      const VecOf<Real> x = exp2(rows.at(r, j, count, shift[r]));
+      store(e + kRows * j + r * kWidth<Real>, x);
+      sum[r][lane] = multiply_add(x, share, sum[r][lane]);
+    }
+    if constexpr (kAdd) store(old.columns + j, column);
   });
-  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) sums[r] = sum[r][0] + sum[r][1];
 }
 
-// sum_j e_rj v_j for kRows rows, by lanes.
-template <int kRows, class Real>
-inline void weigh_stored(const Real* e, int64_t stride, const Real* v, int64_t m, VecOf<Real>* sums) {
-  VecOf<Real> sum[kRows][4] = {};
-  each_vector<Real>(round_up(m, kWidth<Real>), [&](int64_t j, int lane, int64_t) {
+// The same of exponentials that are stored, and any v in place of b.
+template <int kRows, bool kAdd, class Real>
+inline void weigh_stored(const Real* e, const Real* v, int64_t m, const WeightedRows<Real>& old, VecOf<Real>* sums) {
+  VecOf<Real> sum[kRows][2] = {}, weight[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) weight[r] = splat(kAdd ? old.weight[r] : Real(0));
+  each_vector<Real, 2>(round_up(m, kWidth<Real>), [&](int64_t j, int lane, int64_t) {
     const VecOf<Real> scale = load(v + j);
+    VecOf<Real> column = kAdd ? load(old.columns + j) : VecOf<Real>{};
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(e + (r + kRows) * stride + j);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) sum[r][lane] = multiply_add(load(e + r * stride + j), scale, sum[r][lane]);
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (kAdd) column = multiply_add(load(old.e + kRows * j + r * kWidth<Real>), weight[r], column);
+      sum[r][lane] = multiply_add(load(e + kRows * j + r * kWidth<Real>), scale, sum[r][lane]);
+    }
+    if constexpr (kAdd) store(old.columns + j, column);
   });
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) sums[r] = (sum[r][0] + sum[r][1]) + (sum[r][2] + sum[r][3]);
+  for (int r = 0; r < kRows; ++r) sums[r] = sum[r][0] + sum[r][1];
 }
 
-// columns_j += sum_r weight_r e_rj for kRows rows.
-template <int kRows, class Real>
-inline void add_stored(const Real* e, int64_t stride, const Real* weight, int64_t m, Real* columns) {
-  VecOf<Real> w[kRows];
+// columns_j += sum_r weight_r e_rj.
+template <class Real>
+inline void add_rows(const WeightedRows<Real>& rows, int64_t count, int64_t m) {
+  each_rows(count, [&](int64_t first, auto together) {
+    constexpr int kRows = decltype(together)::value;
+    const WeightedRows<Real> from = rows.from(first);
+    VecOf<Real> weight[kRows];
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) w[r] = splat(weight[r]);
-  each_vector<Real>(round_up(m, kWidth<Real>), [&](int64_t j, int, int64_t) {
-    VecOf<Real> sum = load(columns + j);
+    for (int r = 0; r < kRows; ++r) weight[r] = splat(from.weight[r]);
+    each_vector<Real>(round_up(m, kWidth<Real>), [&](int64_t j, int, int64_t) {
+      VecOf<Real> column = load(from.columns + j);
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) sum = multiply_add(load(e + r * stride + j), w[r], sum);
-    store(columns + j, sum);
+      for (int r = 0; r < kRows; ++r) column = multiply_add(load(from.e + kRows * j + r * kWidth<Real>), weight[r], column);
+      store(from.columns + j, column);
+    });
   });
 }
 
-template <class Real>
-inline void weigh_all(const Real* e, int64_t stride, int64_t rows, const Real* v, int64_t m, VecOf<Real>* sums) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) weigh_stored<4>(e + r * stride, stride, v, m, sums + r);
-  for (; r < rows; ++r) weigh_stored<1>(e + r * stride, stride, v, m, sums + r);
-}
-
-template <class Real>
-inline void add_all(const Real* e, int64_t stride, int64_t rows, const Real* weight, int64_t m, Real* columns) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) add_stored<4>(e + r * stride, stride, weight + r, m, columns);
-  for (; r < rows; ++r) add_stored<1>(e + r * stride, stride, weight + r, m, columns);
+// Rows whose weights are known beforehand: columns_j += sum_r weight_r e_rj, e_rj = 2^(u_r + x_j) bounded. With kMoments also
+// sum_j b_j e_rj and sum_j b_j e_rj c_rj by lanes, where 0 times an infinite cost (a forbidden pair) is 0.
+template <int kRows, bool kMoments, class Real, class T>
+inline void add_costs(const CostRows<Real, T>& rows, const Real* u, const Real* b, const Real* weight, Real* columns, VecOf<Real>* sums, VecOf<Real>* costs) {
+  const VecOf<Real> most = splat(Real(kLargestExponent)), largest = splat(kLargestCost<Real>);
+  VecOf<Real> sum[kRows] = {}, cost[kRows] = {}, shift[kRows], factor[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) shift[r] = splat(u[r]), factor[r] = splat(weight[r]);
+  each_vector<Real, 1>(rows.m, [&](int64_t j, int, int64_t count) {
+    const VecOf<Real> share = kMoments ? load(b + j) : VecOf<Real>{};
+    VecOf<Real> column = load(columns + j);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const VecOf<Real> t = rows.at(r, j, count, shift[r]), x = exp2(t > most ? most : t);
+      column = multiply_add(x, factor[r], column);
+      if constexpr (kMoments) {
+        const VecOf<Real> mass = x * share, c = load_count<Real>(rows.c + r * rows.stride + j, count);
+        sum[r] += mass;
+        cost[r] = multiply_add(mass, c > largest ? largest : c, cost[r]);
+      }
+    }
+    store(columns + j, column);
+  });
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows && kMoments; ++r) sums[r] = sum[r], costs[r] = cost[r];
 }
 
 }  // namespace

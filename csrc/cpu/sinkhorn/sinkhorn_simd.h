@@ -94,6 +94,8 @@ inline void store_far(double* p, DoubleVec x) { _mm512_stream_pd(p, (__m512d)x);
 inline void store_fence() { _mm_sfence(); }
 inline Vec root(Vec x) { return (Vec)_mm512_sqrt_ps((__m512)x); }
 inline DoubleVec root(DoubleVec x) { return (DoubleVec)_mm512_sqrt_pd((__m512d)x); }
+inline float largest_lane(Vec x) { return largest(x); }
+inline double largest_lane(DoubleVec x) { return _mm512_reduce_max_pd((__m512d)x); }
 inline float sum_lanes(Vec x) { return _mm512_reduce_add_ps((__m512)x); }
 inline double sum_lanes(DoubleVec x) { return _mm512_reduce_add_pd((__m512d)x); }
 
@@ -138,6 +140,12 @@ inline V root(V x) {
   return x;
 }
 template <class V>
+inline RealOf<V> largest_lane(V x) {
+  RealOf<V> most = x[0];
+  for (size_t i = 1; i < sizeof(V) / sizeof(most); ++i) most = x[i] > most ? x[i] : most;
+  return most;
+}
+template <class V>
 inline RealOf<V> sum_lanes(V x) {
   RealOf<V> sum = 0;
   for (size_t i = 0; i < sizeof(V) / sizeof(sum); ++i) sum += x[i];
@@ -145,6 +153,32 @@ inline RealOf<V> sum_lanes(V x) {
 }
 
 #endif
+
+// sums_i = the sum of x_i's lanes for i < count; sums has a vector's room.
+template <class V, class Real>
+inline void sum_lanes_of(const V* x, int64_t count, Real* sums) {
+#if KDFAST_LANES == 16
+  if constexpr (sizeof(Real) == 4) {
+    // pairs of vectors become one of half sums: halves of quarters, quarters, then within quarters
+    __m512 y[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) y[i] = i < count ? (__m512)x[i] : _mm512_setzero_ps();
+    __m512 half[8], quarter[4], pair[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {  // y_i and y_{i + 4} of each half: [i, i + 4]
+      const __m512 a = y[i / 4 * 8 + i % 4], b = y[i / 4 * 8 + i % 4 + 4];
+      half[i] = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) quarter[i] = _mm512_shuffle_f32x4(half[i], half[i + 4], 0x88) + _mm512_shuffle_f32x4(half[i], half[i + 4], 0xdd);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) pair[i] = _mm512_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0x44) + _mm512_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0xee);
+    _mm512_storeu_ps(sums, _mm512_shuffle_ps(pair[0], pair[1], 0x88) + _mm512_shuffle_ps(pair[0], pair[1], 0xdd));
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < count; ++i) sums[i] = sum_lanes(x[i]);
+}
 
 inline Vec power_of_fraction(Vec f) {
   Vec p = multiply_add(f, splat(0x1.e974f8p-10f), splat(0x1.277856p-7f));
@@ -193,17 +227,17 @@ inline VecOf<Real> log2(VecOf<Real> x) {
   return x == 0 ? zero : (x == x ? out : x);
 }
 
-// f(j, lane, count): the vectors of 0 .. m in turn, `count` elements at j; `lane` < 4 spreads sums over registers.
-template <class Real, class F>
+// f(j, lane, count): the vectors of 0 .. m in turn, `count` elements at j; `lane` < kUnroll spreads sums over registers.
+template <class Real, int kUnroll = 4, class F>
 inline void each_vector(int64_t m, const F& f) {
   constexpr int64_t kW = kWidth<Real>;
   int64_t j = 0;
-  for (; j + 4 * kW <= m; j += 4 * kW) {
+  for (; j + kUnroll * kW <= m; j += kUnroll * kW) {
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) f(j + v * kW, v, kW);
+    for (int v = 0; v < kUnroll; ++v) f(j + v * kW, v, kW);
   }
   for (; j + kW <= m; j += kW) f(j, 0, kW);
-  if (j < m) f(j, 1, m - j);
+  if (j < m) f(j, kUnroll > 1, m - j);
 }
 
 }  // namespace
