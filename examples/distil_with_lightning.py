@@ -1,7 +1,7 @@
 """Distil inside a LightningModule: the Distiller is a submodule, training_step calls it once.
 
-Checkpoints hold the student, the projectors and the bank; the teacher is not in them. On several devices use
-`strategy=DDPStrategy(broadcast_buffers=False)`, so that the bank, equal everywhere by itself, is left alone.
+Checkpoints hold the student, the projectors and the bank; the teacher is not in them. On several devices the bank gathers
+the keys of all of them by itself, and stays equal.
 """
 
 import lightning as L
@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kdfast import Distiller, Projector, Term
-from kdfast.distill import KD, Cosine
+from kdfast import Distiller, QueueBank, Term
+from kdfast.bank import ddp_ignored
+from kdfast.distill import KD, WCoRD
 
 WIDTH, CLASSES = 16, 5
 
@@ -25,9 +26,10 @@ class Distillation(L.LightningModule):
         super().__init__()
         terms = {
             "kd": Term(KD(T=4), weight=0.5),
-            "cosine": Term(Cosine(projector=Projector()), at="1"),
+            "wcord": Term(WCoRD(QueueBank(256, 16), dim=16), at="1", weight=0.1),
         }
         self.distiller = Distiller(student, teacher, terms).build(example)  # before configure_optimizers asks for parameters
+        self._ddp_params_and_buffers_to_ignore = ddp_ignored(self)  # DistributedDataParallel leaves the bank alone
 
     def forward(self, x):
         return self.distiller.student(x)
