@@ -1,6 +1,9 @@
 """RepDistiller's losses (HobbitLong/RepDistiller): CRDLoss(opt), DistillKL(T), RKDLoss(w_d, w_a)."""
 
+from types import SimpleNamespace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
@@ -45,17 +48,17 @@ class CRDLoss(nn.Module):
     uniformly. Features [N, ...] are flattened, embedded by `embed_s` and `embed_t` and normalised. state_dict has the original's
     names and shapes, so that its checkpoints load: embed_s.linear.*, embed_t.linear.*, contrast.params, contrast.memory_v1, _v2.
 
-    Differs: the sampled rows are never copied to [N, 1 + nce_k, D]; the normalisers Z are estimated over all ranks and stay on the
-    device (the original reads them on the host); negatives are drawn at once, without a loop to build tables, and are never the sample
-    itself; of an index that occurs twice in a batch the last embedding counts; every rank writes all ranks' embeddings; in eval mode
-    or without gradients neither Z nor the banks change.
+    Differs: the sampled rows are never copied to [N, 1 + nce_k, D]; the normalisers Z are estimated over all ranks, and nothing is
+    read on the host (in the original five numbers each step); negatives are drawn without a Python loop over the data set, and are
+    never the sample itself; of an index that occurs twice in a batch the last embedding counts; every rank writes all ranks'
+    embeddings; in eval mode or without gradients neither Z nor the banks change.
 
     Raises: ValueError, TypeError, IndexError naming the argument.
     """
 
     def __init__(self, opt):
         super().__init__()
-        self.crd = CRD(
+        crd = CRD(
             opt.n_data,
             dim=opt.feat_dim,
             num_negatives=opt.nce_k,
@@ -65,25 +68,35 @@ class CRDLoss(nn.Module):
             student_dim=opt.s_dim,
             teacher_dim=opt.t_dim,
         )
+        self.embed_s, self.embed_t = Embed(crd.student_embedding), Embed(crd.teacher_embedding)
+        self.crd = crd
         self._constants = opt.nce_k, opt.nce_t, opt.nce_m
         self.register_state_dict_post_hook(_to_original)
         self.register_load_state_dict_pre_hook(_from_original)
 
     @property
-    def embed_s(self) -> nn.Module:
-        """The student's linear map."""
-        return self.crd.student_embedding
-
-    @property
-    def embed_t(self) -> nn.Module:
-        """The teacher's linear map."""
-        return self.crd.teacher_embedding
+    def contrast(self) -> SimpleNamespace:
+        """memory_v1 (student) and memory_v2 (teacher) [n_data, feat_dim], as they are now, and params."""
+        names = "params", "memory_v1", "memory_v2"
+        state = self.state_dict()
+        return SimpleNamespace(**{name: state[f"contrast.{name}"] for name in names})
 
     def forward(self, f_s: Tensor, f_t: Tensor, idx: Tensor, contrast_idx: Tensor | None = None) -> Tensor:
         if contrast_idx is not None:
             checks.exact_shape("contrast_idx", checks.integral("contrast_idx", contrast_idx), (len(idx), 1 + self._constants[0]))
         self.crd.sampler.given = contrast_idx
         return self.crd(f_s.flatten(1), f_t.flatten(1), index=idx)
+
+
+class Embed(nn.Module):
+    """A linear map of the flattened features, then unit length."""
+
+    def __init__(self, linear: nn.Module):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.linear(x.flatten(1)), dim=1)
 
 
 class _Drawn(nn.Module):
@@ -123,7 +136,9 @@ def _to_original(module, state_dict, prefix, local_metadata) -> None:
 def _from_original(module, state_dict, prefix, *rest) -> None:
     for own, original in _NAMES.items():
         if prefix + original in state_dict:
-            state_dict[prefix + own] = state_dict.pop(prefix + original)
+            state_dict[prefix + own] = state_dict[prefix + original]  # of `embed_s` and `embed_t` both names exist
+            if original.startswith("contrast"):
+                del state_dict[prefix + original]
     if prefix + "contrast.params" in state_dict:
         z = state_dict.pop(prefix + "contrast.params")[2:4].clamp(min=0)
         state_dict.update(zip((prefix + name for name in _NORMALIZERS), z, strict=True))
