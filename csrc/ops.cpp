@@ -66,6 +66,13 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "Tensor count, Tensor sequence, Tensor ref_label, Tensor order, Tensor exists, int beyond, bool farthest_negative, int precision) "
       "-> (Tensor, Tensor)");
   m.def(
+      "triplet_facenet(Tensor x, Tensor y, Tensor? centre, bool normalize, int metric, Tensor label, Tensor own, Tensor first, Tensor skip, "
+      "Tensor count, Tensor sequence, Tensor ref_label, Tensor order, Tensor exists, int each, int precision) -> (Tensor, Tensor)");
+  m.def(
+      "triplet_weighted(Tensor x, Tensor y, Tensor? centre, bool normalize, int metric, Tensor label, Tensor own, Tensor first, Tensor skip, "
+      "Tensor count, Tensor sequence, Tensor ref_label, Tensor order, Tensor exists, int each, Tensor seed, float least, float low, "
+      "float high, bool fallback, int precision) -> (Tensor, Tensor)");
+  m.def(
       "triplet_chosen(Tensor x, Tensor? y, Tensor positive, Tensor negative, bool normalize, int metric, float margin, float sign, bool soft, "
       "bool swap) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(

@@ -85,6 +85,10 @@ struct CpuKernels {
   void (*row_scales)(const MetricRows&, int64_t begin, int64_t end, float* scale);
   int64_t (*triplet_extrema_workspace)(const ExtremaParams&, int64_t rows);  // floats, for tasks up to this size
   void (*triplet_extrema)(const ExtremaParams&, int64_t begin, int64_t end, float* workspace);  // of the sequence
+  int64_t (*triplet_facenet_workspace)(const PairsParams&, int64_t rows);
+  void (*triplet_facenet)(const PairsParams&, int64_t begin, int64_t end, float* workspace);
+  int64_t (*triplet_weighted_workspace)(const WeightedParams&, int64_t rows);
+  void (*triplet_weighted)(const WeightedParams&, int64_t begin, int64_t end, float* workspace);
   void (*triplet_chosen)(const ChosenParams&, const ChosenLosses&, int64_t begin, int64_t end);  // anchors
   void (*triplet_chosen_grad_x)(const ChosenParams&, const ChosenGradients&, int64_t begin, int64_t end);
   void (*triplet_chosen_grad_y)(const ChosenParams&, const ChosenGradients&, int64_t begin, int64_t end, bool* touched);

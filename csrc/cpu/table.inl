@@ -20,6 +20,8 @@
 #include "similarity/symmetric.inl"
 #include "triplet/chosen.inl"
 #include "triplet/extrema.inl"
+#include "triplet/facenet.inl"
+#include "triplet/weighted.inl"
 
 #define KDFAST_PASTE_(a, b) a##b
 #define KDFAST_PASTE(a, b) KDFAST_PASTE_(a, b)
@@ -89,6 +91,10 @@ const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA) = {
     .row_scales = row_scales,
     .triplet_extrema_workspace = triplet_extrema_workspace,
     .triplet_extrema = triplet_extrema,
+    .triplet_facenet_workspace = triplet_facenet_workspace,
+    .triplet_facenet = triplet_facenet,
+    .triplet_weighted_workspace = triplet_weighted_workspace,
+    .triplet_weighted = triplet_weighted,
     .triplet_chosen = triplet_chosen,
     .triplet_chosen_grad_x = triplet_chosen_grad_x,
     .triplet_chosen_grad_y = triplet_chosen_grad_y,

@@ -111,7 +111,7 @@ def triplet_loss(
     with op.full_precision(problem.mine):
         if problem.mine.shape[0] == 0:
             return portable.nothing(problem.layers, reduction)
-        rows = cpu.triplet_rows(settings, problem) if impl == "cpu" else portable.triplet_rows(settings, problem, seed)
+        rows = (cpu if impl == "cpu" else portable).triplet_rows(settings, problem, seed)
         return portable.finish(rows, reduction)
 
 
@@ -172,7 +172,7 @@ def mine_triplets(
         counts = problem.anchors.count
         problem = problem._replace(positives=max(1, int(counts.max())) if counts.numel() else 1)
     with op.full_precision(problem.mine):
-        m = cpu.mine(settings, problem) if impl == "cpu" else portable.mine(settings, problem, seed, per_pair)
+        m = cpu.mine(settings, problem, seed) if impl == "cpu" else portable.mine(settings, problem, seed, per_pair)
     anchor = problem.anchors.row.view(-1, *[1] * (m.valid.dim() - 1)).expand(m.valid.shape)
     return Triplets(anchor, m.positive, m.negative, m.valid)
 
@@ -211,7 +211,7 @@ def _problem(
     metric, normalize = sources["metric"], sources["normalize"]
     on = batch if sample_on is None else _mined_on(sample_on, name, batch, sources)
     others = tuple(t.dtype for t in (*batch.layers, *batch.refs, *on.layers, *on.refs))
-    impl = op.choose(name_of_op, impl, batch.layers[0], others=others, mined=name)
+    impl = op.choose(name_of_op, impl, batch.layers[0], others=others, mined=name, bounded=max_positives is not None)
     if impl == "torch" or batch.layers[0].shape[0] == 0:
         batch = batch.ready(metric, normalize)
         on = batch if sample_on is None else on.ready(metric, normalize)

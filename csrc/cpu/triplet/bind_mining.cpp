@@ -1,4 +1,4 @@
-// kdfast::triplet_extrema on the CPU: checks, division among threads, registration.
+// kdfast::triplet_extrema, triplet_facenet and triplet_weighted on the CPU: checks, division among threads, registration.
 
 #include <torch/csrc/stable/library.h>
 
@@ -67,6 +67,52 @@ std::tuple<Tensor, Tensor> triplet_extrema(const Tensor& x, const Tensor& y, con
   return {index, unordered};
 }
 
+// The results of a mining of one negative a positive pair: indices of negatives, and which anchors have a distance that is NaN.
+std::tuple<Tensor, Tensor> pair_results(kdfast::PairsParams& p, const Tensor& x, int64_t each) {
+  const int64_t rows = p.scan.classes.rows;
+  STD_TORCH_CHECK(each >= 0, "each must be >= 0, got ", each);
+  STD_TORCH_CHECK(p.scan.classes.columns < int64_t(1) << 31, "y must have fewer than 2^31 rows, got ", p.scan.classes.columns);
+  Tensor negative = output(x, {rows, each}, ScalarType::Int), unordered = output(x, {rows}, ScalarType::Bool);
+  p.each = each, p.negative = written<int32_t>(negative), p.unordered = written<bool>(unordered);
+  return {negative, unordered};
+}
+
+std::tuple<Tensor, Tensor> triplet_facenet(const Tensor& x, const Tensor& y, const OptionalTensor& centre, bool normalize, int64_t metric,
+                                           const Tensor& label, const Tensor& own, const Tensor& first, const Tensor& skip,
+                                           const Tensor& count, const Tensor& sequence, const Tensor& ref_label, const Tensor& order,
+                                           const Tensor& exists, int64_t each, int64_t precision) {
+  kdfast::PairsParams p{};
+  p.scan = scan_params(x, y, centre, normalize, metric, label, own, first, skip, count, sequence, ref_label, order, exists, precision);
+  auto results = pair_results(p, x, each);
+  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
+  for_each_anchors(
+      p.scan, [&](int64_t most) { return kernels.triplet_facenet_workspace(p, most); },
+      [&](int64_t begin, int64_t end, float* workspace) { kernels.triplet_facenet(p, begin, end, workspace); });
+  return results;
+}
+
+std::tuple<Tensor, Tensor> triplet_weighted(const Tensor& x, const Tensor& y, const OptionalTensor& centre, bool normalize, int64_t metric,
+                                            const Tensor& label, const Tensor& own, const Tensor& first, const Tensor& skip,
+                                            const Tensor& count, const Tensor& sequence, const Tensor& ref_label, const Tensor& order,
+                                            const Tensor& exists, int64_t each, const Tensor& seed, double least, double low, double high,
+                                            bool fallback, int64_t precision) {
+  kdfast::WeightedParams p{};
+  p.pairs.scan = scan_params(x, y, centre, normalize, metric, label, own, first, skip, count, sequence, ref_label, order, exists, precision);
+  p.seed = *packed<int64_t>("seed", seed, {});
+  p.least = float(least), p.low = float(low), p.high = float(high), p.fallback = fallback;
+  p.existing = std::count(p.pairs.scan.classes.exists, p.pairs.scan.classes.exists + p.pairs.scan.classes.columns, true);
+  auto results = pair_results(p.pairs, x, each);
+  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
+  for_each_anchors(
+      p.pairs.scan, [&](int64_t most) { return kernels.triplet_weighted_workspace(p, most); },
+      [&](int64_t begin, int64_t end, float* workspace) { kernels.triplet_weighted(p, begin, end, workspace); });
+  return results;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) { m.impl("triplet_extrema", TORCH_BOX(&triplet_extrema)); }
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("triplet_extrema", TORCH_BOX(&triplet_extrema));
+  m.impl("triplet_facenet", TORCH_BOX(&triplet_facenet));
+  m.impl("triplet_weighted", TORCH_BOX(&triplet_weighted));
+}

@@ -14,8 +14,8 @@ using kdfast::ExtremaParams;
 
 // The largest closeness below a limit so far, and its column.
 struct Nearest {
-  float closeness;
-  int64_t column;
+  float closeness = -kInfinity;
+  int64_t column = -1;
 
   static Vec below(Vec closeness, Vec limit) { return closeness < limit ? closeness : splat(-kInfinity); }
 
@@ -37,8 +37,8 @@ struct Nearest {
 
 // The least closeness so far, and its column; -inf is no negative.
 struct Farthest {
-  float distance;  // minus closeness
-  int64_t column;
+  float distance = -kInfinity;  // minus closeness
+  int64_t column = -1;
 
   static Vec far(Vec closeness) { return closeness > splat(-kInfinity) ? -closeness : splat(-kInfinity); }
 
@@ -104,7 +104,8 @@ struct ExtremaVisitor {
     e.far_negative = {__builtin_nanf(""), column};
   }
 
-  void finish() const {
+  template <class Pass>
+  void finish(const Pass&) const {
     for (int64_t i = 0; i < count; ++i) {
       const Extremes& e = found[i];
       const int64_t row = anchor(i);
@@ -117,11 +118,9 @@ struct ExtremaVisitor {
 };
 
 inline auto extrema_visitor(const ExtremaParams& p) {
-  return [&p](Arena& arena, int64_t rows, int64_t begin, int64_t count) {
-    auto* const found = reinterpret_cast<Extremes*>(arena.take(rows * int64_t(sizeof(Extremes) / 4)));
-    constexpr Farthest kNoneFar{-kInfinity, -1};
-    constexpr Nearest kNoneNear{-kInfinity, -1};
-    for (int64_t i = 0; i < count; ++i) found[i] = {kNoneFar, kNoneFar, kNoneNear, kNoneNear, kInfinity};
+  return [&p](const ScanWorkspace& w, Arena& arena, int64_t begin, int64_t count) {
+    auto* const found = reinterpret_cast<Extremes*>(arena.take(w.rows * int64_t(sizeof(Extremes) / 4)));
+    for (int64_t i = 0; i < count; ++i) found[i] = {{}, {}, {}, {}, kInfinity};
     return ExtremaVisitor{p, found, begin, count};
   };
 }

@@ -24,4 +24,21 @@ struct ExtremaParams {
   bool* unordered;  // [rows]: a positive, or a negative that competes, has such a distance
 };
 
+// One negative for each of an anchor's first `each` positives.
+struct PairsParams {
+  ScanParams scan;
+  int64_t each;
+  int32_t* negative;  // [rows, each]; -1: none
+  bool* unordered;    // [rows]: has positives and negatives, and a distance among them is not a number
+};
+
+// Drawn with weights 1 / q(d), q the density of distances on the unit sphere: d^(2 - width) (1 - d^2 / 4)^((3 - width) / 2).
+struct WeightedParams {
+  PairsParams pairs;
+  int64_t seed;
+  float least, low, high;  // squared distances: below `least` they count as it; eligible between low and high, both excluded
+  bool fallback;           // an anchor without an eligible negative draws among all, else none
+  int64_t existing;        // references that exist
+};
+
 }  // namespace kdfast

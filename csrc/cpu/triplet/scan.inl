@@ -19,6 +19,7 @@ namespace {
 using kdfast::ScanParams;
 
 constexpr float kLargestFloat = 0x1.fffffep127f;
+constexpr int64_t kMostRowMultiple = 16;
 
 inline bool finite(float x) { return x - x == 0; }
 
@@ -37,7 +38,7 @@ struct ScanWorkspace {
     const int64_t chunks = most_rows / Product::kRowChunk;
     rows = smaller(rows_at_once<Product>(p.x.width, row_count), (chunks > 0 ? chunks : 1) * Product::kRowChunk);
     block = block_columns<Product>(p.classes.columns);
-    class_rows = Product::kRowMultiple * (Product::kRowMultiple < 16 ? 4 : 2);
+    class_rows = 2 * kMostRowMultiple / Product::kRowMultiple * Product::kRowMultiple;
     x.plan(product, rows, p.x.width, arena);
     y.matrix = p.y.matrix;
     y.panels.plan(product, p.x.width, block, true, false, arena);
@@ -51,8 +52,9 @@ struct ScanWorkspace {
 // Up to ScanWorkspace.rows anchors, begin .. begin + count of the sequence. A Visitor has, i counting from `begin`,
 //   positives(i, at, closeness, count)           those of number `at` and on in the anchor's class
 //   prepare(i)                                   all positives have been shown
-//   negatives(i, block, closeness, columns)      closeness.at(j) for each j of the block, -inf where there is no negative
+//   negatives(i, block, closeness)               closeness.at(j) for each j of the block, -inf where there is no negative
 //   unordered(i, column)                         a negative whose distance is not a number
+//   finish(pass)                                 all has been shown; pass.again shows negatives once more
 template <class Product, class Visitor>
 struct ScanPass {
   const ScanParams& p;
@@ -156,14 +158,46 @@ struct ScanPass {
     score_rows(Product{}, w.x.at(row), w.x.stride, rows, w.y.panels, block.padded, w.tile.scores(0), w.tile.stride);
     for (int64_t i = row; i < row + rows; ++i) {
       next.fetch(i);
-      if (i >= count) continue;
-      float* const scores = w.tile.scores(i - row);
-      leave_out_class(block, i, scores);
-      if (wild || !finite(w.base[i])) {
-        slow_negatives(block, i, scores);
-      } else {
-        visitor.negatives(i, block, Closeness{scores, w.offset});
+      if (i < count) negatives(block, i, w.tile.scores(i - row), wild);
+    }
+  }
+
+  // The negatives of those blocks and anchors once more that needs(i, block) tells. `gathered` holds class_rows packed rows.
+  template <class Needs>
+  void again(float* gathered, const Needs& needs) const {
+    for (int64_t i = 0; i < count; ++i) w.cursor[i] = p.classes.first[anchor(i)];
+    int64_t at[2 * kMostRowMultiple], found = 0;
+    for (int64_t first = 0; first < p.classes.columns; first += w.block) {
+      const int64_t columns = smaller(w.block, p.classes.columns - first);
+      const Block block{first, columns, round_up(columns, kPanel)};
+      bool packed = false, wild = false;
+      const auto show = [&] {
+        if (!packed) {
+          pack(block, [&](int64_t j) { return first + j; });
+          wild = leave_out_absent(block);
+          packed = true;
+        }
+        const int64_t rows = round_up(found, Product::kRowMultiple);
+        score_rows(Product{}, gathered, w.x.stride, rows, w.y.panels, block.padded, w.tile.scores(0), w.tile.stride);
+        for (int64_t r = 0; r < found; ++r) negatives(block, at[r], w.tile.scores(r), wild);
+        found = 0;
+      };
+      for (int64_t i = 0; i < count; ++i) {
+        if (!needs(i, block)) continue;
+        __builtin_memcpy(gathered + found * w.x.stride, w.x.at(i), size_t(w.x.stride) * 4);
+        at[found++] = i;
+        if (found == w.class_rows) show();
       }
+      if (found > 0) show();
+    }
+  }
+
+  void negatives(const Block& block, int64_t i, float* scores, bool wild) const {
+    leave_out_class(block, i, scores);
+    if (wild || !finite(w.base[i])) {
+      slow_negatives(block, i, scores);
+    } else {
+      visitor.negatives(i, block, Closeness{scores, w.offset});
     }
   }
 
@@ -171,7 +205,8 @@ struct ScanPass {
     const auto& c = p.classes;
     const int64_t past = block.first + block.columns, end = c.first[anchor(i)] + c.size(anchor(i));
     int64_t& at = w.cursor[i];
-    for (; at < end && c.order[at] < past; ++at) scores[c.order[at] - block.first] = -kInfinity;
+    for (; at < end && c.order[at] < past; ++at)
+      if (c.order[at] >= block.first) scores[c.order[at] - block.first] = -kInfinity;
     const int64_t own = c.own[anchor(i)];
     if (own >= block.first && own < past) scores[own - block.first] = -kInfinity;
   }
@@ -195,7 +230,8 @@ struct ScanPass {
   };
 };
 
-// Takes positions begin .. end of the sequence past the references, at most w.rows at a time: visit(w, begin, count) makes the visitor.
+// Takes positions begin .. end of the sequence past the references, at most `most_rows` at a time, as far as chunks of rows allow:
+// visit(w, arena, begin, count) makes their visitor.
 template <class MakeVisitor>
 inline void scan(const ScanParams& p, int64_t begin, int64_t end, int64_t most_rows, float* workspace, const MakeVisitor& visit) {
   with_sound_product(p.precision, [&](auto product) {
@@ -207,9 +243,10 @@ inline void scan(const ScanParams& p, int64_t begin, int64_t end, int64_t most_r
     for (int64_t row = begin; row < end; row += w.rows) {
       const int64_t count = smaller(w.rows, end - row);
       Arena own = arena;
-      auto visitor = visit(own, w.rows, row, count);
-      sound &= ScanPass<Product, decltype(visitor)>{p, w, row, count, visitor}.run();
-      visitor.finish();
+      auto visitor = visit(w, own, row, count);
+      const ScanPass<Product, decltype(visitor)> pass{p, w, row, count, visitor};
+      sound &= pass.run();
+      visitor.finish(pass);
     }
     return sound;
   });
@@ -221,7 +258,7 @@ inline int64_t scan_workspace(const ScanParams& p, int64_t rows, int64_t most_ro
   return scratch_words(p.precision, [&](auto product) {
     Arena arena{nullptr};
     const ScanWorkspace w(product, p, rows, most_rows, arena);
-    visit(arena, w.rows, 0, 0);
+    visit(w, arena, 0, 0);
     return arena.words;
   });
 }

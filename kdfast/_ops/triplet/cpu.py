@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._core import extension
 from ..._core.centre import middle
-from . import chosen, distances, mining
+from . import chosen, classes, distances, mining, sampling
 from .classes import Anchors, References
 from .mining import Settings
 from .portable import Mined, Problem, Rows
@@ -35,14 +35,20 @@ def refuses(
     dtype: torch.dtype = torch.float32,
     others: tuple[torch.dtype, ...] = (),
     mined: str = "batch_hard",
+    bounded: bool = True,
 ) -> str | None:
-    """Why they cannot serve a call on this device type and these dtypes, with this mining (None: they can)."""
+    """Why they cannot serve a call on this device type and these dtypes, with this mining (None: they can).
+
+    `bounded`: the caller says how many positives an anchor has at most.
+    """
     if device_type != "cpu":
         return f"it runs on CPU tensors, these are on {device_type}"
     for given in (dtype, *others):
         if given not in DTYPES:
             return f"it takes float32, bfloat16 or float16, not {given}"
-    if mined not in mining.PER_ANCHOR:
+    if mined in mining.PER_PAIR and torch.compiler.is_compiling() and not bounded:
+        return f"compiled without max_positives it would reserve room for every reference as a positive of mining={mined!r}"
+    if mined not in (*mining.PER_ANCHOR, *mining.PER_PAIR):
         return f"it does not take mining={mined!r}"
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "it does not run under the transforms of torch.func"
@@ -87,29 +93,45 @@ def _centre(y: Tensor, metric: str, normalize: bool) -> Tensor | None:
     return middle(F.normalize(sample, dim=-1) if normalize else sample)
 
 
-def _mined(s: Settings, p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """positive, negative [N, 1] int32 (-1: none) and whether a distance compared was NaN [N]."""
+def _mined(s: Settings, p: Problem, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """positive, negative [N, P] int32 (-1: none), and which anchors [N] have triplets and among their distances a NaN."""
+    if s.mining in mining.PER_PAIR:
+        return _mined_pairs(s, p, seed)
     kind, farther = mining.PER_ANCHOR[s.mining]
     found, unordered = extremes(p.mine, p.mine_ref, p.anchors, p.classes, s.metric, s.normalize, beyond=kind if farther else None)
-    return found[kind].int()[:, None], found["hardest_negative"].int()[:, None], unordered
+    positive, negative = found[kind], found["hardest_negative"]
+    return positive.int()[:, None], negative.int()[:, None], unordered & (positive >= 0) & (negative >= 0)
 
 
-def triplet_rows(s: Settings, p: Problem) -> Rows:
+def _mined_pairs(s: Settings, p: Problem, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scan = _scan(p.mine, p.mine_ref, p.anchors, p.classes, s.metric, s.normalize)
+    if s.mining == "semi_hard_facenet":
+        negative, unordered = torch.ops.kdfast.triplet_facenet(*scan, p.positives, _FLOAT_PRODUCTS)
+    else:
+        least, (low, high) = sampling.RANGES[s.mining]
+        squares = (d * abs(d) for d in (low if least is None else least, low, high))
+        fallback = s.fallback == "uniform"
+        negative, unordered = torch.ops.kdfast.triplet_weighted(*scan, p.positives, seed, *squares, fallback, _FLOAT_PRODUCTS)
+    column, exists = classes.positives(p.anchors, p.classes, 0, p.positives)
+    return torch.where(exists, column, -1).int(), negative, unordered
+
+
+def triplet_rows(s: Settings, p: Problem, seed: Tensor) -> Rows:
     """Losses per anchor of a problem whose rows are as given."""
-    positive, negative, unordered = _mined(s, p)
+    positive, negative, unordered = _mined(s, p, seed)
     valid = (positive >= 0) & (negative >= 0)
     pairs = zip(p.layers, p.refs, strict=True)
     loss = sum(chosen.losses(s, x, None if y is x else y, positive, negative) for x, y in pairs)  # [N, P]
     sums = loss.sum(1)
-    sums = sums + distances.nan_where(unordered & valid.any(1), sums.detach())
-    return Rows(sums, valid.sum(1), (loss > 0).sum(1))
+    return Rows(sums + distances.nan_where(unordered, sums.detach()), valid.sum(1), (loss > 0).sum(1))
 
 
-def mine(s: Settings, p: Problem) -> Mined:
+def mine(s: Settings, p: Problem, seed: Tensor) -> Mined:
     """The triplets themselves, at a static shape."""
-    positive, negative, _ = _mined(s, p)
+    positive, negative, _ = _mined(s, p, seed)
     valid = (positive >= 0) & (negative >= 0)
-    return Mined(*(torch.where(valid, t.long(), -1).squeeze(1) for t in (positive, negative)), valid.squeeze(1))
+    found = (*(torch.where(valid, t, -1).long() for t in (positive, negative)), valid)
+    return Mined(*(t[:, 0] for t in found)) if s.mining in mining.PER_ANCHOR else Mined(*found)
 
 
 def _extrema_fake(x, *args) -> tuple[Tensor, Tensor]:
@@ -117,5 +139,12 @@ def _extrema_fake(x, *args) -> tuple[Tensor, Tensor]:
     return x.new_empty((4, n), dtype=torch.int64), x.new_empty((n,), dtype=torch.bool)
 
 
+def _pairs_fake(x, *args) -> tuple[Tensor, Tensor]:
+    n, each = x.shape[0], args[13]
+    return x.new_empty((n, each), dtype=torch.int32), x.new_empty((n,), dtype=torch.bool)
+
+
 if missing() is None:
     torch.library.register_fake("kdfast::triplet_extrema", _extrema_fake)
+    torch.library.register_fake("kdfast::triplet_facenet", _pairs_fake)
+    torch.library.register_fake("kdfast::triplet_weighted", _pairs_fake)
