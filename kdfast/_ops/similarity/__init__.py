@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..._core import impls
-from . import cpu
+from . import cpu, triton
 from .apply import streaming_softmax
 from .arguments import Spec, problem
 from .exclusions import Harder, KeyIndex, SameLabel
@@ -15,7 +15,11 @@ from .symmetric import symmetric_lse
 __all__ = ["Harder", "KeyIndex", "SameLabel", "sigmoid_pair_loss", "similarity_lse", "similarity_softmax", "symmetric_lse"]
 
 
-impls.register("similarity_softmax", impls.Implementation("cpu", cpu.missing, cpu.refuses))
+impls.register(
+    "similarity_softmax",
+    impls.Implementation("cpu", cpu.missing, cpu.refuses),
+    impls.Implementation("triton", triton.missing, triton.refuses),
+)
 
 
 def similarity_softmax(

@@ -1,7 +1,9 @@
 """impl="cpu": the fused C++ kernels, torch.ops.kdfast.similarity_softmax, .similarity_grad_rows and .similarity_grad_keys.
 
-docs/cpu-kernels.md describes them.
+docs/cpu-kernels.md describes them. Triton's have the same schemas in a namespace of their own (triton.py), which `kernels` names.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +11,16 @@ from torch import Tensor
 from kdfast._core import extension
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PRODUCTS = {"ieee": 0, "tf32": 0, "bf16x3": 1, "bf16": 2}
+
+
+class Kernels(NamedTuple):
+    """Compiled kernels: the namespace of their ops, and the number that each way to form products has there."""
+
+    ops: object
+    products: dict[str, int]
+
+
+KERNELS = Kernels(torch.ops.kdfast, {"ieee": 0, "tf32": 0, "bf16x3": 1, "bf16": 2})
 
 
 def missing() -> str | None:
@@ -26,9 +37,9 @@ def refuses(*, device_type: str = "cpu", dtype: torch.dtype = torch.float32, **_
     return None
 
 
-def product_number(name: str | None, query: Tensor) -> int:
+def product_number(name: str | None, query: Tensor, kernels: Kernels = KERNELS) -> int:
     """The kernels' number for a way to form products; None: as the queries' dtype suggests."""
-    return _PRODUCTS[name or ("bf16" if query.dtype == torch.bfloat16 else "ieee")]
+    return kernels.products[name or ("bf16" if query.dtype == torch.bfloat16 else "ieee")]
 
 
 def forward(
@@ -47,6 +58,7 @@ def forward(
     *,
     values: Tensor | None = None,
     products: str | None = None,
+    kernels: Kernels = KERNELS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(lse [B, N], pooled [B, N, Dv], lse_low [B, N]) in float32; pooled is empty, [0], unless asked for.
 
@@ -58,9 +70,9 @@ def forward(
     key_index [B, N, E] int64 (-1 none), limit [B, N] float32, valid [B] int64. RuntimeError for anything else.
     values [B, M, Dv] (None: the keys) are what is pooled. The matrices may differ in dtype; `products` says how they are multiplied.
     """
-    return torch.ops.kdfast.similarity_softmax(
+    return kernels.ops.similarity_softmax(
         query, keys, scale, bias, start_logit, values, start_value, query_labels, key_labels, key_index, limit, valid, pooled,
-        product_number(products, query),
+        product_number(products, query, kernels),
     )  # fmt: skip
 
 
@@ -81,15 +93,16 @@ def grad_rows(
     h: Tensor | None = None,
     values: Tensor | None = None,
     products: str | None = None,
+    kernels: Kernels = KERNELS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum_j dz_ij k_j [B, N, D], sum_j p_ij [B, N], sum_j dz_ij [B, N]) in float32, with dz_ij = p_ij (slope_i + h_i.v_j).
 
     p_ij = exp(z_ij - lse_i - lse_low_i), 0 where excluded and in rows with lse -inf. slope [B, N], h [B, N, Dv] (None: 0), and lse
     and lse_low (None: 0) [B, N], as `forward` left them, are float32; the rest as there.
     """
-    return torch.ops.kdfast.similarity_grad_rows(
+    return kernels.ops.similarity_grad_rows(
         slope, h, lse, lse_low, query, keys, scale, bias, values, query_labels, key_labels, key_index, limit, valid,
-        product_number(products, query),
+        product_number(products, query, kernels),
     )  # fmt: skip
 
 
@@ -113,30 +126,31 @@ def grad_keys(
     h: Tensor | None = None,
     values: Tensor | None = None,
     products: str | None = None,
+    kernels: Kernels = KERNELS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum_i dz_ij s_i q_i [B, M, D], sum_i dz_ij [B, M], sum_i p_ij h_i [B, M, Dv]) in float32; what is not wanted is empty, [0].
 
     dz and the arguments as in `grad_rows`. Where the keys are the values, the last sum is part of the first. Keys that the batch shares
     get a gradient for each entry.
     """
-    return torch.ops.kdfast.similarity_grad_keys(
+    return kernels.ops.similarity_grad_keys(
         slope, h, lse, lse_low, query, keys, scale, bias, values, query_labels, key_labels, key_index, limit, valid,
-        want_keys, want_bias, want_values, product_number(products, query),
+        want_keys, want_bias, want_values, product_number(products, query, kernels),
     )  # fmt: skip
 
 
-def _fake(query: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+def forward_fake(query: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
     values, pooled = args[4], args[-2]
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     width = query.shape[-1] if values is None else values.shape[-1]
     return lse, query.new_empty((*lse.shape, width) if pooled else (0,), dtype=torch.float32), torch.empty_like(lse)
 
 
-def _grad_rows_fake(slope, h, lse, lse_low, query, *args) -> tuple[Tensor, Tensor, Tensor]:
+def grad_rows_fake(slope, h, lse, lse_low, query, *args) -> tuple[Tensor, Tensor, Tensor]:
     return slope.new_empty(query.shape), torch.empty_like(slope), torch.empty_like(slope)
 
 
-def _grad_keys_fake(slope, h, lse, lse_low, query, keys, scale, bias, values, *args) -> tuple[Tensor, Tensor, Tensor]:
+def grad_keys_fake(slope, h, lse, lse_low, query, keys, scale, bias, values, *args) -> tuple[Tensor, Tensor, Tensor]:
     want_keys, want_bias, want_values = args[-4:-1]
     return (
         slope.new_empty(keys.shape if want_keys else (0,)),
@@ -146,6 +160,6 @@ def _grad_keys_fake(slope, h, lse, lse_low, query, keys, scale, bias, values, *a
 
 
 if missing() is None:
-    torch.library.register_fake("kdfast::similarity_softmax", _fake)
-    torch.library.register_fake("kdfast::similarity_grad_rows", _grad_rows_fake)
-    torch.library.register_fake("kdfast::similarity_grad_keys", _grad_keys_fake)
+    torch.library.register_fake("kdfast::similarity_softmax", forward_fake)
+    torch.library.register_fake("kdfast::similarity_grad_rows", grad_rows_fake)
+    torch.library.register_fake("kdfast::similarity_grad_keys", grad_keys_fake)

@@ -13,14 +13,18 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..._core import impls
-from . import cpu
+from . import cpu, triton
 from .apply import streaming_softmax, transformed
 from .arguments import Problem, Spec, Tensors
 from .autograd import _keep, _kept, _versions
 from .passes import for_kernel
 from .positives import positive_logits
 
-impls.register("info_nce", impls.Implementation("cpu", cpu.missing, cpu.refuses))
+impls.register(
+    "info_nce",
+    impls.Implementation("cpu", cpu.missing, cpu.refuses),
+    impls.Implementation("triton", triton.missing, triton.refuses),
+)
 
 
 class Positives(NamedTuple):

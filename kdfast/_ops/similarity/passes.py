@@ -5,7 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu, portable
+from . import cpu, portable, triton
+
+#: the compiled kernels by name of implementation
+KERNELS = {"cpu": cpu.KERNELS, "triton": triton.KERNELS}
 
 
 class Want(NamedTuple):
@@ -30,23 +33,22 @@ class Sums(NamedTuple):
 
 def run_forward(impl, compute, need_pooled, query, keys, scale, bias, start_logit, values, start_value, *rules):
     """(lse, pooled, lse_low) as in portable.forward; `rules` = (query_labels, key_labels, key_index, limit, valid)."""
-    if impl == "cpu":
+    if impl in KERNELS:
         query, keys, scale, bias, *rules = for_kernel(query, keys, scale, bias, *rules)
         start_logit, start_value = (None if x is None else x.contiguous() for x in (start_logit, start_value))
         values = None if values is None else _dense(values)
-        return cpu.forward(
-            query, keys, scale, bias, start_logit, start_value, *rules, need_pooled, values=values, products=compute.products
-        )
+        options = {"values": values, "products": compute.products, "kernels": KERNELS[impl]}
+        return cpu.forward(query, keys, scale, bias, start_logit, start_value, *rules, need_pooled, **options)
     run = torch.ops.kdfast_torch.similarity_forward if torch.compiler.is_compiling() else portable.forward
     return run(query, keys, scale, bias, start_logit, start_value, *rules, need_pooled, values, compute.dtype)
 
 
 def run_gradients(impl, compute, want: Want, slope, h, query, keys, scale, bias, values, lse, lse_low, *rules) -> Sums:
     """slope [B, N] and h [B, N, Dv] (None: 0) in the accumulator's dtype; lse and lse_low as the forward left them."""
-    if impl == "cpu":
+    if impl in KERNELS:
         slope, h, lse, lse_low = (None if x is None else x.contiguous() for x in (slope, h, lse, lse_low))
         problem = (slope, lse, lse_low, *for_kernel(query, keys, scale, bias, *rules))
-        options = {"h": h, "values": None if values is None else _dense(values), "products": compute.products}
+        options = {"h": h, "values": None if values is None else _dense(values), "products": compute.products, "kernels": KERNELS[impl]}
         none = scale.new_empty(0)
         rows = cpu.grad_rows(*problem, **options) if want.rows else (none,) * 3
         columns = cpu.grad_keys(*problem, want.keys, want.bias, want.values, **options) if any(want[1:]) else (none,) * 3

@@ -1,0 +1,260 @@
+"""impl="triton": the ops of cpu.py with the same schemas, in torch.ops.kdfast_triton: tile sizes, launches, registration.
+
+triton_kernels.py has the kernels. They serve rows of up to 1 KB; wider ones take the portable form, whose products
+are the GPU library's own.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._core import triton_runtime as runtime
+from . import cpu
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_BYTES = 1024  # of a row: wider tiles exceed shared memory
+KERNELS = cpu.Kernels(torch.ops.kdfast_triton, {"ieee": 0, "bf16x3": 1, "bf16": 2, "tf32": 3})
+_PRECISIONS = ("ieee", "tf32x3", "ieee", "tf32")  # of products of float32 operands, by that number
+
+
+class Tiles(NamedTuple):
+    """Of a launch: rows and columns of a tile of scores, warps, stages of the pipeline that loads what streams by."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def missing() -> str | None:
+    return runtime.missing()
+
+
+def refuses(*, device_type: str = "cuda", dtype: torch.dtype = torch.float32, width: int = 0, **_facts) -> str | None:
+    if dtype not in DTYPES:
+        return f"it takes float32, bfloat16 or float16, not {dtype}"
+    most = MAX_BYTES // dtype.itemsize
+    if width > most:
+        return f"it takes rows of up to {most} numbers in {dtype}, these have {width}"
+    return runtime.refuses_device(device_type)
+
+
+def tiles(width: int, dtype: torch.dtype, streams: int, arch: int) -> Tiles:
+    """For operands of `width` (a power of two) in `dtype`, `streams` matrices of them passing by, on a GPU of capability `arch`.
+
+    The sums of a tile's rows stay in registers, rows x width floats: 64 to 128 of the 255 of a thread; scores and weights take as many
+    more (all of them before Hopper, whose matrix instructions read operands from shared memory). There lie what stays, and two stages of
+    what passes by: 96 to 192 KB.
+    """
+    if runtime.INTERPRETED:
+        return Tiles(32, 32, 4, 1)
+    wide = dtype == torch.float32
+    rows = 128 if width * (1 + wide) <= 256 else 64
+    columns = 128 if width <= 128 else 64 if width <= 256 else 32
+    if wide or streams > 1 or arch < 90:
+        columns //= 2
+    return Tiles(rows, max(16, columns), 8, 2)
+
+
+def splits(row_tiles: int, columns: int, t: Tiles, device: torch.device) -> int:
+    """Parts the bank is cut into so that few row tiles still fill the GPU; each has 4 tiles of columns at least."""
+    if runtime.INTERPRETED:
+        return max(1, min(2, columns // (4 * t.columns)))
+    return max(1, min(runtime.processors(device.index or 0) // max(1, row_tiles), columns // (4 * t.columns)))
+
+
+class Launch(NamedTuple):
+    """What a problem's launches share."""
+
+    tiles: Tiles
+    tensors: tuple  # bias, query_labels, key_labels, key_index, limit, valid
+    sizes: tuple  # rows, columns, width, value_width, batch strides of the bank's side
+    constants: dict
+
+    @property
+    def options(self) -> dict:
+        rows, columns, warps, stages = self.tiles
+        return {**self.constants, "ROWS": rows, "COLUMNS": columns, "STAGES": stages, "num_warps": warps}
+
+
+def prepare(
+    query, keys, values, scale, bias, query_labels, key_labels, key_index, limit, valid, precision, *, streams: int, small_weights: bool
+) -> Launch:
+    """`streams` matrices pass by beside what stays; `small_weights`: the products' weights carry an upstream gradient."""
+    import triton.language as tl
+
+    rows, width = query.shape[1:]
+    value_width = width if values is None else values.shape[2]
+    of_width, of_value = runtime.power_of_two(width), runtime.power_of_two(value_width)
+    half = query.dtype == torch.float16
+    if half:  # it has no room for weights that carry an upstream gradient, which tf32 has
+        dot = tl.float32 if small_weights else tl.float16
+    else:
+        dot = tl.bfloat16 if query.dtype == torch.bfloat16 or precision == KERNELS.products["bf16"] else tl.float32
+    bank = (keys, keys if values is None else values, bias, key_labels, valid)
+    strides = (0 if x is None or x.shape[0] == 1 else x.stride(0) for x in bank)  # 0 where the batch shares it
+    constants = {
+        "OVER_KEYS": values is None, "BIASED": bias is not None, "LABELLED": key_labels is not None,
+        "INDICES": 0 if key_index is None else key_index.shape[2], "LIMITED": limit is not None, "COUNTED": valid is not None,
+        "WIDTH": of_width, "VALUE_WIDTH": of_value, "EVEN": width == of_width, "EVEN_VALUES": value_width == of_value, "DOT": dot,
+        "PRECISION": "tf32" if half else _PRECISIONS[precision], "INTERPRETED": runtime.INTERPRETED,
+    }  # fmt: skip
+    given = (bias, query_labels, key_labels, key_index, limit, valid)
+    terms = tuple(scale if x is None else x for x in given)  # what is not there is never read
+    shape = tiles(max(of_width, of_value), query.dtype, streams, runtime.architecture(query.device.index or 0))
+    sizes = (rows, keys.shape[1], width, value_width, *strides)
+    return Launch(shape, terms, sizes, constants)
+
+
+def forward(
+    query: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    start_logit: Tensor | None,
+    values: Tensor | None,
+    start_value: Tensor | None,
+    query_labels: Tensor | None,
+    key_labels: Tensor | None,
+    key_index: Tensor | None,
+    limit: Tensor | None,
+    valid: Tensor | None,
+    pooled: bool,
+    precision: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As cpu.forward."""
+    from . import triton_kernels as kernels
+
+    launch = prepare(
+        query, keys, values, scale, bias, query_labels, key_labels, key_index, limit, valid, precision,
+        streams=1 if values is None else 2, small_weights=False,
+    )  # fmt: skip
+    (batch, rows), (_, columns, _, value_width, *_), t = scale.shape, launch.sizes, launch.tiles
+    lse, lse_low = torch.empty_like(scale), torch.empty_like(scale)
+    out = scale.new_empty((batch, rows, value_width) if pooled else (0,))
+    if lse.numel() == 0:
+        return lse, out, lse_low
+    row_tiles = -(-rows // t.rows)
+    parts = splits(row_tiles * batch, columns, t, query.device)
+    part_top = part_total = part_pooled = scale
+    if parts > 1:
+        part_top, part_total = scale.new_empty(parts, batch, rows), scale.new_empty(parts, batch, rows)
+        part_pooled = scale.new_empty((parts, batch, rows, value_width) if pooled else (0,))
+    bias, *terms = launch.tensors
+    kernels.forward[(row_tiles, parts, batch)](
+        query, keys, keys if values is None else values, scale, bias, scale if start_logit is None else start_logit,
+        scale if start_value is None else start_value, *terms, lse, lse_low, out, part_top, part_total, part_pooled,
+        *launch.sizes, share(columns, parts, t.columns),
+        STARTED=start_logit is not None, START_VALUE=pooled and start_value is not None, POOLED=pooled, SPLIT=parts > 1, **launch.options,
+    )  # fmt: skip
+    if parts > 1:
+        merged = 16  # rows a program
+        kernels.merge[(-(-batch * rows // merged),)](
+            part_top, part_total, part_pooled, lse, lse_low, out, batch * rows, value_width, parts,
+            POOLED=pooled, ROWS=merged, VALUE_WIDTH=launch.constants["VALUE_WIDTH"], num_warps=4,
+        )  # fmt: skip
+    return lse, out, lse_low
+
+
+def grad_rows(
+    slope: Tensor,
+    h: Tensor | None,
+    lse: Tensor,
+    lse_low: Tensor | None,
+    query: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    values: Tensor | None,
+    query_labels: Tensor | None,
+    key_labels: Tensor | None,
+    key_index: Tensor | None,
+    limit: Tensor | None,
+    valid: Tensor | None,
+    precision: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As cpu.grad_rows."""
+    from . import triton_kernels as kernels
+
+    launch = prepare(
+        query, keys, values, scale, bias, query_labels, key_labels, key_index, limit, valid, precision,
+        streams=1 + (h is not None) + (values is not None), small_weights=h is not None,
+    )  # fmt: skip
+    (batch, rows), (_, columns, width, *_), t = scale.shape, launch.sizes, launch.tiles
+    if scale.numel() == 0:
+        return slope.new_empty(query.shape), torch.empty_like(slope), torch.empty_like(slope)
+    row_tiles = -(-rows // t.rows)
+    parts = splits(row_tiles * batch, columns, t, query.device)
+    out = slope.new_empty(parts, batch, rows, width)
+    mass, total = slope.new_empty(parts, batch, rows), slope.new_empty(parts, batch, rows)
+    kernels.grad_rows[(row_tiles, parts, batch)](
+        slope, slope if h is None else h, lse, torch.zeros_like(lse) if lse_low is None else lse_low, query, keys,
+        keys if values is None else values, scale, *launch.tensors, out, mass, total,
+        *launch.sizes, share(columns, parts, t.columns), WITH_H=h is not None, **launch.options,
+    )  # fmt: skip
+    return out.sum(0), mass.sum(0), total.sum(0)
+
+
+def grad_keys(
+    slope: Tensor,
+    h: Tensor | None,
+    lse: Tensor,
+    lse_low: Tensor | None,
+    query: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    values: Tensor | None,
+    query_labels: Tensor | None,
+    key_labels: Tensor | None,
+    key_index: Tensor | None,
+    limit: Tensor | None,
+    valid: Tensor | None,
+    want_keys: bool,
+    want_bias: bool,
+    want_values: bool,
+    precision: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As cpu.grad_keys."""
+    from . import triton_kernels as kernels
+
+    launch = prepare(
+        query, keys, values, scale, bias, query_labels, key_labels, key_index, limit, valid, precision,
+        streams=2 + (h is not None), small_weights=True,
+    )  # fmt: skip
+    t = launch.tiles
+    launch = launch._replace(tiles=t._replace(rows=t.columns, columns=t.rows))  # columns stay, rows stream by
+    batch, (_, columns, width, value_width, *_) = len(query), launch.sizes
+    dkeys = slope.new_empty((batch, columns, width) if want_keys else (0,))
+    dbias = slope.new_empty((batch, columns) if want_bias else (0,))
+    dvalues = slope.new_empty((batch, columns, value_width) if want_values else (0,))
+    if batch == 0:
+        return dkeys, dbias, dvalues
+    kernels.grad_keys[(-(-columns // launch.tiles.columns), batch)](
+        slope, slope if h is None else h, lse, torch.zeros_like(lse) if lse_low is None else lse_low, query, keys,
+        keys if values is None else values, scale, *launch.tensors, dkeys, dbias, dvalues, *launch.sizes,
+        WITH_H=h is not None, WANT_KEYS=want_keys, WANT_BIAS=want_bias, WANT_VALUES=want_values, **launch.options,
+    )  # fmt: skip
+    return dkeys, dbias, dvalues
+
+
+def share(columns: int, parts: int, tile: int) -> int:
+    """Columns of a part, whole tiles."""
+    return -(-columns // (parts * tile)) * tile
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library("kdfast_triton", "DEF")
+    for name, function, fake in (
+        ("similarity_softmax", forward, cpu.forward_fake),
+        ("similarity_grad_rows", grad_rows, cpu.grad_rows_fake),
+        ("similarity_grad_keys", grad_keys, cpu.grad_keys_fake),
+    ):
+        library.define(name + torch.library.infer_schema(function, mutates_args=()))
+        library.impl(name, function, "CPU" if runtime.INTERPRETED else "CUDA")
+        torch.library.register_fake(f"kdfast_triton::{name}", fake, lib=library)
+    return library
+
+
+_LIBRARY = _register()  # the ops live as long as it does
