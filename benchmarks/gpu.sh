@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command and about ten minutes: build, doctor, tests, memory checker, benchmarks.
+# Results go to $OUT, or to a folder of benchmarks/results named after the day and the commit. A step that fails does not stop the others.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+commit=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
+out=${OUT:-benchmarks/results/$(date +%F)-$commit}
+mkdir -p "$out"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+failed=0
+
+step() {  # NAME SECONDS COMMAND...
+  local name=$1 seconds=$2
+  shift 2
+  echo "== $name"
+  timeout "$seconds" "$@" >"$out/$name.log" 2>&1 || { failed=1; echo "failed: $name"; }
+  tail -n 12 "$out/$name.log"
+}
+
+step build 200 "$python" setup.py -q build_ext --inplace
+step doctor 60 "$python" -m kdfast doctor
+step tests 180 "$python" -m pytest -q -p no:cacheprovider tests/test_triton_similarity.py tests/test_triton_compile.py
+if command -v compute-sanitizer >/dev/null; then
+  step memcheck 90 compute-sanitizer --error-exitcode 1 "$python" benchmarks/gpu_similarity.py --shapes 65,300,24 --repeats 1 --peers none
+fi
+step similarity 300 "$python" benchmarks/gpu_similarity.py --output "$out" --commit "$commit"
+exit $failed
