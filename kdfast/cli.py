@@ -1,4 +1,4 @@
-"""The command `kdfast`: doctor, bench, demo. Arguments only; each command's work is in its own package."""
+"""The command `kdfast`: doctor, bench, demo, distill. Arguments only; each command's work is in its own package."""
 
 import argparse
 import sys
@@ -47,6 +47,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--epochs", type=_positive, metavar="N", help="epochs a student (default: 15 for text, 40 for digits)")
     demo.add_argument("--output", type=Path, metavar="DIR", help="results and cached embeddings (default: runs/demo, runs/demo-quick)")
     demo.set_defaults(command=_demo)
+
+    distil = commands.add_parser("distill", help="train a small student by each method beside its task, over seeds")
+    distil.add_argument(
+        "--method", dest="methods", action="append", default=[], metavar="NAME", help="one method (may be repeated; default: all)"
+    )
+    distil.add_argument("--data", choices=("digits",), default="digits", help="what to learn (default: %(default)s)")
+    distil.add_argument("--seeds", type=_positive, default=3, metavar="N", help="students a method (default: %(default)s)")
+    distil.add_argument("--steps", type=_positive, default=400, metavar="N", help="batches a student (default: %(default)s)")
+    distil.add_argument("--output", type=Path, default=Path("runs/distill"), metavar="DIR", help="results (default: %(default)s)")
+    distil.set_defaults(command=_distill)
     return parser
 
 
@@ -76,4 +86,11 @@ def _demo(given: argparse.Namespace) -> int:
     demo.run(
         given.output or Path("runs/demo-quick" if given.quick else "runs/demo"), quick=given.quick, seeds=given.seeds, epochs=given.epochs
     )
+    return 0
+
+
+def _distill(given: argparse.Namespace) -> int:
+    from . import study
+
+    study.run(given.methods, given.output, data=given.data, seeds=given.seeds, steps=given.steps)
     return 0

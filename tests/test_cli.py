@@ -16,7 +16,16 @@ def test_module_is_the_command():
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nonsense"], ["bench", "--quick", "--full"], ["demo", "--seeds", "0"], ["demo", "--epochs", "many"]], ids=" ".join
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["bench", "--quick", "--full"],
+        ["demo", "--seeds", "0"],
+        ["demo", "--epochs", "many"],
+        ["distill", "--data", "imagenet"],
+    ],
+    ids=" ".join,
 )
 def test_bad_arguments_exit_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

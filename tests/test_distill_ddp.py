@@ -3,16 +3,18 @@
 import socket
 
 import torch
-from distill_cases import CASES, Run
+from distill_cases import trainer
 from torch.nn.parallel import DistributedDataParallel
+
+from kdfast.study.recipes import RECIPES
 
 
 def _worker(rank: int, port: int, results) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     differing = []
-    for name, case in CASES.items():
-        run = Run(case, seed=rank)
+    for name, recipe in RECIPES.items():
+        run = trainer(recipe, seed=rank)
         method = run.distiller.losses["method"]
         run.distiller = DistributedDataParallel(run.distiller, find_unused_parameters=True)
         for _ in range(2):
