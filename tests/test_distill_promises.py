@@ -6,14 +6,15 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from distill_cases import CASES, CLASSES, TRAIN, Case, Net, Run, problem
+from distill_cases import CLASSES, TRAIN, Net, problem, trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
 from kdfast import Distiller, IndexedBank, QueueBank, Term, distill
+from kdfast.study.recipes import RECIPES, Recipe
 
-every_method = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+every_method = pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
 
 
 # -- bf16 ------------------------------------------------------------------------------------------------------------------------
@@ -37,9 +38,9 @@ class EveryOpInBFloat16(TorchDispatchMode):
         return out if aliases else tree_map(rounded, out)
 
 
-def seen_by_the_method(case, batches=3):
+def seen_by_the_method(recipe, batches=3):
     """(the loss after a step, its arguments in the next forwards)."""
-    run, seen = Run(case), []
+    run, seen = trainer(recipe), []
     run.step()
     loss = run.distiller.losses["method"]
     handle = loss.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
@@ -69,8 +70,8 @@ def evaluated(loss, args, kwargs, dtype, context):
 
 
 @every_method
-def test_bf16_error_is_at_most_twice_that_of_the_formula_in_bf16(case, monkeypatch):
-    loss, batches = seen_by_the_method(case)
+def test_bf16_error_is_at_most_twice_that_of_the_formula_in_bf16(recipe, monkeypatch):
+    loss, batches = seen_by_the_method(recipe)
     low = copy.deepcopy(loss)
     with torch.no_grad():
         for x in (*low.parameters(), *low.buffers()):
@@ -99,9 +100,9 @@ def tensors(state):
 
 
 @every_method
-def test_micro_batches_accumulate_and_each_pushes(case):
+def test_micro_batches_accumulate_and_each_pushes(recipe):
     """Backward after each micro-batch, or once after all of them: banks pushed in between change no gradient."""
-    one, two = Run(case), Run(case)
+    one, two = trainer(recipe), trainer(recipe)
     for run in (one, two):
         torch.manual_seed(2)
         run.step()
@@ -122,14 +123,14 @@ def test_micro_batches_accumulate_and_each_pushes(case):
 
 
 MEANS = {
-    **{name: CASES[name] for name in ("KD", "Cosine", "FacultyOT")},
-    "SEED": Case(lambda: distill.SEED(QueueBank(96, 24), teacher_temperature=0.05, push=False), at="pool"),
+    **{name: RECIPES[name] for name in ("KD", "Cosine", "FacultyOT")},
+    "SEED": Recipe(lambda s: distill.SEED(QueueBank(96, 24), teacher_temperature=0.05, push=False), at="pool"),
 }
 
 
-@pytest.mark.parametrize("case", MEANS.values(), ids=list(MEANS))
-def test_micro_batches_of_a_mean_over_samples_are_the_whole_batch(case):
-    run = Run(case)
+@pytest.mark.parametrize("recipe", MEANS.values(), ids=list(MEANS))
+def test_micro_batches_of_a_mean_over_samples_are_the_whole_batch(recipe):
+    run = trainer(recipe)
     run.student.eval()  # batch statistics would tie the samples
     x, _, y, index = run.batch()
     parameters = list(run.distiller.parameters())
@@ -150,11 +151,11 @@ def test_micro_batches_of_a_mean_over_samples_are_the_whole_batch(case):
 @pytest.mark.parametrize("name", ["CoDIR", "SSKD", "CoNe"])
 def test_a_compiled_student_keeps_its_hooks(name):
     """Hooks on a list of layers, on a dict with views, beside a moving average of the student: one graph, the eager numbers."""
-    case = CASES[name]
-    plain, compiled = Run(case), Run(case)
+    recipe = RECIPES[name]
+    plain, compiled = trainer(recipe), trainer(recipe)
     term = compiled.distiller.terms["method"]
     student = torch.compile(compiled.student, backend="aot_eager", fullgraph=True)
-    compiled.distiller = Distiller(student, compiled._teachers(), {"method": Term(term.loss, at=case.at, weight=case.weight)})
+    compiled.distiller = Distiller(student, compiled.teachers, {"method": Term(term.loss, at=recipe.at, weight=recipe.weight)})
     for _ in range(2):
         torch.manual_seed(4)
         want, parts = plain.forward()
@@ -177,7 +178,7 @@ class BagRun:
         torch.manual_seed(seed)
         data = problem()
         with torch.no_grad():
-            features = data.teachers[0](data.x)
+            features = data.teachers["one"](data.x)
         self.generators = {name: torch.Generator().manual_seed(seed) for name in ("order", "bags", "noise")}
         bags = distill.make_bags(features, "label", k=3, labels=data.y, generator=torch.Generator().manual_seed(0))
         inputs = distill.BagDataset(list(data.x[:96]), bags[:96].where(bags[:96] < 96, -1), self._noisy, self.generators["bags"])
@@ -187,8 +188,8 @@ class BagRun:
             "bingo": Term(distill.BINGO("released", bank=QueueBank(70, CLASSES), warmup_epochs=1), weight=0.1),
             "wcord": Term(distill.WCoRD(IndexedBank(TRAIN, 8), dim=8, num_negatives=20, generator=negatives), at="pool"),
         }
-        self.distiller = Distiller(Net(12), data.teachers[0], {"bingo": terms["bingo"]}).build(self._views(*data.x[:12].view(3, 4, 8)))
-        self.second = Distiller(self.distiller.student, data.teachers[0], {"wcord": terms["wcord"]}).build(data.x[:4])
+        self.distiller = Distiller(Net(12), data.teachers["one"], {"bingo": terms["bingo"]}).build(self._views(*data.x[:12].view(3, 4, 8)))
+        self.second = Distiller(self.distiller.student, data.teachers["one"], {"wcord": terms["wcord"]}).build(data.x[:4])
         self.parameters = list(dict.fromkeys([*self.distiller.parameters(), *self.second.parameters()]))
         self.optimizer = torch.optim.Adam(self.parameters, lr=0.01)
 

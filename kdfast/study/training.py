@@ -46,9 +46,9 @@ class Trainer:
         self.generator = Generator().manual_seed(seed)
         self.student = data.student()
         self.averages = [AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(_DECAY)) for _ in range(2)]
-        teachers = {**data.teachers, "average": self.averages[0], "averages": self.averages, "none": None}
+        self.teachers = {**data.teachers, "average": self.averages[0], "averages": self.averages, "none": None}[recipe.teachers]
         terms = {"method": Term(recipe.make(data.setting), at=recipe.at, weight=recipe.weight)}
-        self.distiller = Distiller(self.student, teachers[recipe.teachers], terms)
+        self.distiller = Distiller(self.student, self.teachers, terms)
         x, teacher_input, _, _ = self.batch()
         self.distiller.build(x, teacher_input=teacher_input)
         self.optimizer = torch.optim.Adam(self.distiller.parameters(), learning_rate)
