@@ -100,7 +100,7 @@ def test_seed_is_a_soft_cross_entropy_over_own_key_and_queue():
     loss = SEED(bank, student_temperature=0.3, teacher_temperature=0.2).double()
     s, t = rows(5, 6, grad=True), rows(5, 4)
     loss.build(s, t)
-    first, _, last = loss.projectors[0].maps
+    first, _, last = loss.projector.maps
     q = unit((s @ first.weight.T + first.bias).relu() @ last.weight.T + last.bias)
     k, keys = unit(t), bank.keys.clone()
     z_s, z_t = (torch.cat([(x * k).sum(1, keepdim=True), x @ keys.T], 1) for x in (q, k))

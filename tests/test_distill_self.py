@@ -53,7 +53,7 @@ def test_sskd_keeps_the_best_ranked_of_the_wrong_rows(kept):
     for i in range(1, 4):
         t[i]["feat"] += t[0]["feat"]  # so that some rows are right
     loss = SSKD(kept=kept, projector="linear").double().build(s, t)
-    affine = loss.projectors[0].maps[0]
+    affine = loss.projector.maps[0]
     f_s = [unit(s[i]["feat"] @ affine.weight.T + affine.bias) for i in range(4)]
     f_t = [unit(t[i]["feat"]) for i in range(4)]
     z_s, z_t = (torch.cat(f[1:]) @ f[0].T / 0.5 for f in (f_s, f_t))

@@ -53,6 +53,11 @@ class _Sampler(nn.Module):
             index = torch.cat([own, index], dim=1)
         return index.to(rows.device)
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """The tables: they never change."""
+        return [name for name, _ in self.named_buffers()]
+
     def get_extra_state(self):
         return None if self.generator is None else self.generator.get_state()
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from .._core import checks
 from ..functional import info_nce
 from .base import DistillLoss, like_bank, unit, vectors, views
-from .pairs import make_projectors
+from .pairs import make_projector
 
 
 class BINGO(DistillLoss):
@@ -58,12 +58,12 @@ class BINGO(DistillLoss):
             raise ValueError('bank must be given for variant="released"')
         self.variant, self.temperature = variant, temperature
         self.warmup_epochs = checks.count("warmup_epochs", warmup_epochs, minimum=0)
-        self.projectors = make_projectors(projector, student_dim, teacher_dim)
+        self.projector = make_projector(projector, student_dim, teacher_dim)
 
     def materialize(self, student, teacher) -> None:
-        if len(self.projectors):
+        if self.projector is not None:
             query = views("student", student, ("a",))[0]
-            self.projectors[0].materialize(query, self._some_key(teacher))
+            self.projector.materialize(query, self._some_key(teacher))
 
     def forward(self, student, teacher=None, *, index=None, labels=None, positive_index=None, lam=None, epoch: int | None = None) -> Tensor:
         if self.variant == "paper":
@@ -102,9 +102,9 @@ class BINGO(DistillLoss):
 
     def _queries(self, given: list, teacher) -> list[Tensor]:
         queries = [vectors(view, "student") for view in given]
-        if len(self.projectors):
+        if self.projector is not None:
             key = self._some_key(teacher)
-            queries = [self.projectors[0](query, key)[0] for query in queries]
+            queries = [self.projector(query, key)[0] for query in queries]
         return [unit(query) for query in queries]
 
     def _some_key(self, teacher) -> Tensor:

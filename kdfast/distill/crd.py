@@ -83,8 +83,3 @@ class CRD(DistillLoss):
         self._update_bank(embedded_s, index, bank=self.student_bank)
         self._update_bank(embedded_t, index, bank=self.teacher_bank)
         return loss
-
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """The sampler's tables, which never change."""
-        return [f"sampler.{name}" for name, _ in self.sampler.named_buffers()] if isinstance(self.sampler, torch.nn.Module) else []

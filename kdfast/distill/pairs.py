@@ -78,6 +78,14 @@ def make_projectors(projector, student_dim: int | None, teacher_dim: int | None)
     return nn.ModuleList(made)
 
 
+def make_projector(projector, student_dim: int | None, teacher_dim: int | None) -> Projector | None:
+    """As `make_projectors`, for a loss with one pair."""
+    made = make_projectors(projector, student_dim, teacher_dim)
+    if len(made) > 1:
+        raise ValueError(f"projector must be one Projector, got {len(made)}")
+    return made[0] if len(made) else None
+
+
 def pick_projector(projectors: nn.ModuleList, slot: int) -> nn.Module:
     if len(projectors) > 1 and slot >= len(projectors):
         raise ValueError(f"projector must hold one Projector a layer, got {len(projectors)} for layer {slot}")

@@ -5,7 +5,7 @@ from torch import Tensor
 from .._core import checks
 from ..functional import similarity_distillation
 from .base import DistillLoss, check_queue, unit, vectors
-from .pairs import make_projectors
+from .pairs import make_projector
 
 
 class SEED(DistillLoss):
@@ -42,16 +42,16 @@ class SEED(DistillLoss):
         checks.positive_number("student_temperature", student_temperature)
         checks.positive_number("teacher_temperature", teacher_temperature)
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
-        self.projectors = make_projectors(projector, student_dim, teacher_dim)
+        self.projector = make_projector(projector, student_dim, teacher_dim)
 
     def materialize(self, student, teacher) -> None:
-        for projector in self.projectors:
-            projector.materialize(vectors(student, "student"), vectors(teacher, "teacher"))
+        if self.projector is not None:
+            self.projector.materialize(vectors(student, "student"), vectors(teacher, "teacher"))
 
     def forward(self, student, teacher, *, index=None, labels=None) -> Tensor:
         student, teacher = vectors(student, "student"), vectors(teacher, "teacher").detach()
-        for projector in self.projectors:
-            student, teacher = projector(student, teacher)
+        if self.projector is not None:
+            student, teacher = self.projector(student, teacher)
         dtype = self._bank_rows().dtype
         student, teacher = unit(student).to(dtype), unit(teacher).to(dtype)
         temperatures = {"student_temperature": self.student_temperature, "teacher_temperature": self.teacher_temperature}

@@ -10,7 +10,7 @@ from .._core import checks
 from .._core.dtypes import accumulator
 from .base import DistillLoss, first, unit, vectors, views, without_autocast
 from .kd import KD
-from .pairs import make_projectors
+from .pairs import make_projector
 
 _VIEWS = ("plain", "rotated1", "rotated2", "rotated3")
 
@@ -59,20 +59,20 @@ class SSKD(DistillLoss):
             raise ValueError(f"kept must be in [0, 1], got {kept}")
         self.kd, self.temperature, self.kept = KD(T), temperature, kept
         self.ce_weight, self.kd_weight, self.rotated_weight, self.contrast_weight = ce_weight, kd_weight, rotated_weight, contrast_weight
-        self.projectors = make_projectors(projector, student_dim, teacher_dim)
+        self.projector = make_projector(projector, student_dim, teacher_dim)
 
     def materialize(self, student, teacher) -> None:
-        (_, s), (_, t) = _stacked("student", student), _stacked("teacher", teacher)
-        for projector in self.projectors:
-            projector.materialize(s, t)
+        if self.projector is not None:
+            (_, s), (_, t) = _stacked("student", student), _stacked("teacher", teacher)
+            self.projector.materialize(s, t)
 
     def forward(self, student, teacher, *, index=None, labels=None) -> Tensor:
         if labels is None and self.ce_weight:
             raise ValueError("labels must be given for SSKD (or ce_weight=0)")
         (s_logits, s), (t_logits, t) = _stacked("student", student), _stacked("teacher", teacher)
         t_logits, t = t_logits.detach(), t.detach()
-        for projector in self.projectors:
-            s, t = projector(s, t)
+        if self.projector is not None:
+            s, t = self.projector(s, t)
         n = len(t) // 4
         terms = {}
         if self.ce_weight:

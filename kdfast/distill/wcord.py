@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._core import checks
 from ..bank import AliasSampler
@@ -140,11 +140,6 @@ class WCoRD(DistillLoss):
         wide = query.to(losses.dtype)
         own_term, term = (F.softplus(shift - (wide * rows.to(wide)).sum(-1) / self.temperature) for rows in (own_rows, positive))
         return (losses - own_term + term).mean()
-
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """The sampler's tables, which never change."""
-        return [f"sampler.{name}" for name, _ in self.sampler.named_buffers()] if isinstance(self.sampler, nn.Module) else []
 
     def extra_repr(self) -> str:
         return f"critic={self.critic}, global_weight={self.global_weight}, local_weight={self.local_weight}"

@@ -1,7 +1,7 @@
 """How each method of kdfast.distill is used on an image classifier: what it is made of, where it looks, with which weight.
 
 Models have modules of one set of names: "early" and "maps" (feature maps), "tokens" [N, L, D], "pool" [N, D]; their output is
-logits. Weights are the published ones where there are, beside a task loss of weight 1.
+logits. Weights are for short runs of a small student; the methods' docstrings give the published ones.
 """
 
 from collections.abc import Callable
@@ -47,6 +47,10 @@ _ROTATIONS = ("plain", "rotated1", "rotated2", "rotated3")
 
 def _student_queue(s: Setting, **options) -> QueueBank:
     return s.keys(s.student_dim, **options)
+
+
+def _cka(s: Setting, **options) -> nn.Module:
+    return distill.CKA([s.num_classes // 2, s.num_classes - s.num_classes // 2], common_dim=s.dim, **options)
 
 
 RECIPES = {
@@ -106,13 +110,9 @@ RECIPES = {
         at=LOGITS_AND_FEATURES,
         teachers="average",
     ),
-    "CKA": Recipe(lambda s: _cka(s), at=LOGITS_AND_FEATURES, teachers="halves", task_weight=0.0),
+    "CKA": Recipe(_cka, at=LOGITS_AND_FEATURES, teachers="halves", task_weight=0.0),
     "CKA, bank and transport": Recipe(
         lambda s: _cka(s, bank=s.keys(s.dim, labels=True), align="sinkhorn"), at=LOGITS_AND_FEATURES, teachers="halves", task_weight=0.0
     ),
     "RGAL": Recipe(lambda s: distill.RGAL(2), at={"logits": None, "layers": ["maps", "pool"]}),
 }
-
-
-def _cka(s: Setting, **options) -> nn.Module:
-    return distill.CKA([s.num_classes // 2, s.num_classes - s.num_classes // 2], common_dim=s.dim, **options)
