@@ -8,7 +8,24 @@ import torch.nn.functional as F
 from distill_cases import D, rows, same_value_and_gradient
 
 from kdfast import Projector
-from kdfast.distill import CKD, DIST, ICKD, MLKD, MSE, PESFKD, RKD, SRD, TWIST, Cosine, HybridDistill, MultiHeadKD, SpectralTail
+from kdfast.distill import (
+    CKD,
+    DIST,
+    IAA,
+    ICKD,
+    MLKD,
+    MSE,
+    PESFKD,
+    REFILLED,
+    RKD,
+    SRD,
+    TWIST,
+    Cosine,
+    FacultyOT,
+    HybridDistill,
+    MultiHeadKD,
+    SpectralTail,
+)
 
 
 def kl(s, t, T=1.0):
@@ -200,6 +217,42 @@ def test_an_inverted_projector_in_methods_of_logits_and_features():
         loss = make(projector=Projector(invert=True)).double().build(s, t)
         loss(s, t, labels=y).backward()
         assert tuple(loss.projectors[0].maps[0].weight.shape) == (3, 5)
+
+
+EXTREMES = {
+    "saturated": torch.tensor([[1e4, -1e4, 0.0], [0.0, 0.0, 0.0], [-1e4, 1e4, 3.0]]),
+    "constant": torch.ones(3, 3),
+}
+PLAIN = {
+    "DIST": DIST,
+    "CKD": CKD,
+    "PESFKD": PESFKD,
+    "MultiHeadKD": MultiHeadKD,
+    "FacultyOT": FacultyOT,
+    "REFILLED": REFILLED,
+    "REFILLED, stage 2": lambda: REFILLED(2),
+    "RKD": RKD,
+    "SpectralTail": lambda: SpectralTail(1),
+    "IAA": lambda: IAA(3, 3),
+}
+
+
+@pytest.mark.parametrize("make", PLAIN.values(), ids=list(PLAIN))
+@pytest.mark.parametrize("student", EXTREMES)
+@pytest.mark.parametrize("teacher", EXTREMES)
+def test_extreme_values_give_finite_losses_and_gradients(make, student, teacher):
+    s = EXTREMES[student].clone().requires_grad_()
+    value = make()(s, -EXTREMES[teacher], labels=torch.arange(3))
+    value.backward()
+    assert value.isfinite() and s.grad.isfinite().all()
+
+
+def test_zero_features_give_finite_gradients():
+    maps, tokens = torch.zeros(2, 3, 2, 2, requires_grad=True), torch.zeros(2, 4, 3, requires_grad=True)
+    ICKD()(maps, torch.ones(2, 3, 2, 2)).backward()
+    values = {"tokens": tokens, "values": tokens}
+    HybridDistill()(values, {name: x.detach() + 1 for name, x in values.items()}).backward()
+    assert maps.grad.isfinite().all() and tokens.grad.isfinite().all()
 
 
 def test_bad_input_is_named():
