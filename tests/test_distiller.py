@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed.fsdp
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -368,6 +369,12 @@ def _ddp_worker(rank: int, world: int, port: int, results) -> None:
     loss, _ = ddp(x[mine], y[mine], task=F.cross_entropy)
     loss.backward()
     grads = [p.grad.clone() for p in d.parameters()]
+    sharded = _ddp_distiller(*_ddp_problem()[2:])
+    sharded.load_state_dict(start)
+    torch.distributed.fsdp.fully_shard(sharded)
+    sharded(x[mine], y[mine], task=F.cross_entropy)[0].backward()
+    for p, want in zip(sharded.parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad.full_tensor(), want)
     torch.optim.SGD(d.parameters(), lr=0.1).step()
     gathered = [None] * world
     torch.distributed.all_gather_object(gathered, d.state_dict())
@@ -398,7 +405,7 @@ def _ddp_distiller(student, teacher):
     return Distiller(student, teacher, terms).double()
 
 
-def test_ddp_keeps_projectors_and_banks_equal_and_gives_the_single_process_gradient():
+def test_ddp_and_fully_shard_give_the_single_process_gradient_and_keep_projectors_and_banks_equal():
     import socket
 
     with socket.socket() as s:

@@ -55,11 +55,19 @@ class Reference(NamedTuple):
         """As keywords of kdfast.functional's metric losses."""
         return {"ref": self.rows, "ref_labels": self.labels, "own_index": self.own}
 
-    def unpacked(self, embeddings: Tensor, labels: Tensor | None) -> "Rows":
+    def unpacked(self, embeddings: Tensor, labels: Tensor | None = None) -> "Rows":
+        """The rows compared with; in batch the embeddings, each its own."""
         if self.rows is None:
             return Rows(embeddings, labels, torch.arange(len(embeddings), device=embeddings.device), None)
         rows, valid, own_labels, _ = bank_protocol.unpack(self.rows)
         return Rows(rows, self.labels if own_labels is None else own_labels, self.own, valid)
+
+    def labelled(self, embeddings: Tensor, labels: Tensor) -> "Rows":
+        """As `unpacked`, with labels, checked."""
+        ref = self.unpacked(embeddings, labels)
+        if ref.labels is None:
+            raise ValueError("ref_labels must be given with ref_emb")
+        return ref._replace(labels=checks.integral("ref_labels", ref.labels, shape=(len(ref.rows),)).to(embeddings.device))
 
 
 class Rows(NamedTuple):

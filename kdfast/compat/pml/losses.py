@@ -1,4 +1,4 @@
-"""The losses, with the library's constructors and defaults."""
+"""The losses, with the library's constructors and defaults. Everything is computed in float32 (float64), autocast or not."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ... import functional
 from ..._core import checks, dtypes
 from ..._ops.similarity import SameLabel, similarity_lse
-from ..._ops.triplet import distances
+from ..._ops.triplet import distances, full_precision
 from .arguments import Reference, checked_labels, checked_tuple, metric_of, refuse
 from .pairs import as_pairs, as_triplets, log_sum_exp, pair_distances, pair_similarities, positive_pairs, softplus, unique_pairs
 
@@ -17,21 +17,35 @@ class PairLoss(nn.Module):
     Without `indices_tuple` every pair (or triplet) counts, an anchor's own row excepted. Labels may be None where a tuple is given.
     """
 
+    metric, normalize = "cosine", True
+
     def forward(self, embeddings: Tensor, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None) -> Tensor:
         if labels is not None:
             labels = checked_labels(embeddings, labels)
-        reference = Reference.given(embeddings, ref_emb, ref_labels)
-        if indices_tuple is not None:
-            return self.of_list(embeddings, labels, checked_tuple(indices_tuple), reference)
-        if labels is None:
+        elif indices_tuple is None:
             raise ValueError("labels or indices_tuple must be given")
-        return self.of_all(embeddings, labels, reference)
+        indices = None if indices_tuple is None else checked_tuple(indices_tuple)
+        return self.against(Reference.given(embeddings, ref_emb, ref_labels), embeddings, labels, indices)
+
+    def against(self, reference: Reference, embeddings: Tensor, labels: Tensor | None, indices: tuple[Tensor, ...] | None) -> Tensor:
+        """The loss of checked arguments; 0, with a graph, for an empty batch."""
+        if len(embeddings) == 0:
+            return embeddings.to(dtypes.accumulator(embeddings.dtype)).sum()
+        with full_precision(embeddings):
+            if indices is None:
+                return self.of_all(embeddings, labels, reference)
+            return self.of_list(embeddings, labels, indices, reference)
 
     def of_all(self, embeddings: Tensor, labels: Tensor, reference: Reference) -> Tensor:
         raise NotImplementedError
 
     def of_list(self, embeddings: Tensor, labels: Tensor | None, indices: tuple[Tensor, ...], reference: Reference) -> Tensor:
         raise NotImplementedError
+
+    def _rows(self, embeddings: Tensor, reference: Reference) -> tuple[Tensor, Tensor]:
+        """Embeddings and references as they are compared: float32 (float64), of unit length where the distance says so."""
+        x = distances.prepare(embeddings, self.metric, self.normalize)
+        return x, x if reference.rows is None else distances.prepare(reference.unpacked(embeddings).rows, self.metric, self.normalize)
 
 
 class TripletMarginLoss(PairLoss):
@@ -72,8 +86,7 @@ class TripletMarginLoss(PairLoss):
 
     def of_list(self, embeddings, labels, indices, reference):
         a, p, n = as_triplets(indices)
-        rows = reference.unpacked(embeddings, labels).rows
-        x, y = (distances.prepare(t, self.metric, self.normalize) for t in (embeddings, rows))
+        x, y = self._rows(embeddings, reference)
         d_an = pair_distances(x, y, a, n, self.metric)
         if self.swap:
             d_an = torch.minimum(d_an, pair_distances(y, y, p, n, self.metric))
@@ -127,8 +140,7 @@ class MarginLoss(PairLoss):
             if labels is None:
                 raise ValueError("labels must be given with num_classes: beta is taken at the anchor's label")
             beta = beta[labels[a]]
-        rows = reference.unpacked(embeddings, labels).rows
-        x, y = (distances.prepare(t, self.metric, self.normalize) for t in (embeddings, rows))
+        x, y = self._rows(embeddings, reference)
         hinges = torch.stack(
             [
                 (pair_distances(x, y, a, p, self.metric) - beta + self.margin).relu(),
@@ -138,22 +150,71 @@ class MarginLoss(PairLoss):
         return self._regularized(_mean(hinges, hinges > 0))
 
 
-class _CosineLoss(PairLoss):
-    """A loss of cosine similarities of positive pairs, and of log-sum-exps of them over each anchor's negatives."""
+class SupConLoss(PairLoss):
+    """lse over an anchor's positives and negatives - the mean over its positives, the mean over losses > 0 (Khosla et al. 2020, L_out).
 
-    def __init__(self, distance=None, **options):
+    Args:
+        temperature: default 0.1. distance: None or CosineSimilarity.
+
+    Differs: a batch without any negative has the formula's loss (the original returns 0).
+    """
+
+    def __init__(self, temperature=0.1, distance=None, **options):
+        super().__init__()
+        refuse("SupConLoss", options)
+        metric_of(distance, "cosine", ("cosine",))
+        checks.positive_number("temperature", temperature)
+        self.temperature = temperature
+
+    def of_all(self, embeddings, labels, reference):
+        x, y = self._rows(embeddings, reference)
+        ref = reference.labelled(embeddings, labels)
+        options = {"bank": y, "bank_labels": ref.labels, "bank_valid": ref.valid, "own_index": ref.own}
+        losses = functional.sup_con(x, labels, **options, temperature=self.temperature, normalize=False, reduction="none")
+        return _mean(losses, losses > 0)
+
+    def of_list(self, embeddings, labels, indices, reference):
+        a1, p, a2, n = as_pairs(indices)
+        x, y = self._rows(embeddings, reference)
+        a1, p = unique_pairs(a1, p, len(y))
+        a, b = unique_pairs(torch.cat([a1, a2]), torch.cat([p, n]), len(y))
+        lse = log_sum_exp(pair_similarities(x, y, a, b) / self.temperature, a, len(x))
+        differences = lse[a1] - pair_similarities(x, y, a1, p) / self.temperature
+        count = torch.bincount(a1, minlength=len(x)).clamp(min=1)
+        losses = differences.new_zeros(len(x)).index_add(0, a1, differences) / count
+        return _mean(losses, losses > 0)
+
+
+class _NegativesLoss(PairLoss):
+    """A loss of the similarities of positive pairs, and of n_a = log sum exp(scale s_an) over each anchor's negatives, streamed."""
+
+    once = False  # whether a pair listed several times counts once
+
+    def __init__(self, scale: float, distance, options: dict):
         super().__init__()
         refuse(type(self).__name__, options)
         metric_of(distance, "cosine", ("cosine",))
+        self.scale = scale
 
-    def _over_negatives(self, x: Tensor, y: Tensor, labels: Tensor, reference, scale: float) -> Tensor:
-        """log sum exp(scale s_an) [N] over all rows of other classes, streamed."""
-        known = reference.unpacked(x, labels)
-        rule = SameLabel(labels, checks.integral("ref_labels", known.labels, shape=(len(y),)))
-        return similarity_lse(x, y, scale=scale, exclude=(rule,), valid=known.valid)[0]
+    def of_all(self, embeddings, labels, reference):
+        x, y = self._rows(embeddings, reference)
+        ref = reference.labelled(embeddings, labels)
+        negatives, _ = similarity_lse(x, y, scale=self.scale, exclude=(SameLabel(labels, ref.labels),), valid=ref.valid)
+        return self.combined(x, y, *positive_pairs(labels, ref), negatives)
+
+    def of_list(self, embeddings, labels, indices, reference):
+        a1, p, a2, n = as_pairs(indices)
+        x, y = self._rows(embeddings, reference)
+        if self.once:
+            (a1, p), (a2, n) = unique_pairs(a1, p, len(y)), unique_pairs(a2, n, len(y))
+        return self.combined(x, y, a1, p, log_sum_exp(self.scale * pair_similarities(x, y, a2, n), a2, len(x)))
+
+    def combined(self, x: Tensor, y: Tensor, a: Tensor, p: Tensor, negatives: Tensor) -> Tensor:
+        """The loss of positive pairs (a, p) [P] and of n_a [N]."""
+        raise NotImplementedError
 
 
-class NTXentLoss(_CosineLoss):
+class NTXentLoss(_NegativesLoss):
     """-log(exp(s_ap / t) / (exp(s_ap / t) + sum_n exp(s_an / t))), the mean over positive pairs.
 
     Args:
@@ -164,62 +225,16 @@ class NTXentLoss(_CosineLoss):
     """
 
     def __init__(self, temperature=0.07, distance=None, **options):
-        super().__init__(distance, **options)
         checks.positive_number("temperature", temperature)
+        super().__init__(1 / temperature, distance, options)
         self.temperature = temperature
 
-    def of_all(self, embeddings, labels, reference):
-        ref = reference.unpacked(embeddings, labels)
-        x, y = (distances.prepare(t, "cosine", True) for t in (embeddings, ref.rows))
-        negatives = self._over_negatives(x, y, labels, reference, 1 / self.temperature)
-        return self._contrasted(x, y, *positive_pairs(labels, ref), negatives)
-
-    def of_list(self, embeddings, labels, indices, reference):
-        a1, p, a2, n = as_pairs(indices)
-        x, y = (distances.prepare(t, "cosine", True) for t in (embeddings, reference.unpacked(embeddings, labels).rows))
-        return self._contrasted(x, y, a1, p, log_sum_exp(pair_similarities(x, y, a2, n) / self.temperature, a2, len(x)))
-
-    def _contrasted(self, x, y, a, p, negatives):
-        losses = softplus(negatives[a] - pair_similarities(x, y, a, p) / self.temperature)
+    def combined(self, x, y, a, p, negatives):
+        losses = softplus(negatives[a] - self.scale * pair_similarities(x, y, a, p))
         return _mean(losses, torch.ones_like(losses))
 
 
-class SupConLoss(_CosineLoss):
-    """lse over an anchor's positives and negatives - the mean over its positives, the mean over losses > 0 (Khosla et al. 2020, L_out).
-
-    Args:
-        temperature: default 0.1. distance: None or CosineSimilarity.
-
-    Differs: a batch without any negative has the formula's loss (the original returns 0).
-    """
-
-    def __init__(self, temperature=0.1, distance=None, **options):
-        super().__init__(distance, **options)
-        checks.positive_number("temperature", temperature)
-        self.temperature = temperature
-
-    def of_all(self, embeddings, labels, reference):
-        rows, ref_labels, own = reference
-        if rows is not None and not hasattr(rows, "as_rows") and ref_labels is None:
-            raise ValueError("ref_labels must be given with ref_emb")
-        embeddings, rows = (t.to(dtypes.accumulator(t.dtype)) if isinstance(t, Tensor) else t for t in (embeddings, rows))
-        options = {"bank": rows, "bank_labels": ref_labels, "own_index": own, "temperature": self.temperature}
-        losses = functional.sup_con(embeddings, labels, **options, reduction="none")
-        return _mean(losses, losses > 0)
-
-    def of_list(self, embeddings, labels, indices, reference):
-        a1, p, a2, n = as_pairs(indices)
-        x, y = (distances.prepare(t, "cosine", True) for t in (embeddings, reference.unpacked(embeddings, labels).rows))
-        a1, p = unique_pairs(a1, p, len(y))
-        a, b = unique_pairs(torch.cat([a1, a2]), torch.cat([p, n]), len(y))
-        lse = log_sum_exp(pair_similarities(x, y, a, b) / self.temperature, a, len(x))
-        differences = lse[a1] - pair_similarities(x, y, a1, p) / self.temperature
-        count = torch.bincount(a1, minlength=len(x)).clamp(min=1)
-        losses = differences.new_zeros(len(x)).index_add(0, a1, differences) / count
-        return _mean(losses, losses > 0)
-
-
-class MultiSimilarityLoss(_CosineLoss):
+class MultiSimilarityLoss(_NegativesLoss):
     """log(1 + sum_p exp(-alpha (s - base))) / alpha + log(1 + sum_n exp(beta (s - base))) / beta, the mean over anchors.
 
     Args:
@@ -228,27 +243,18 @@ class MultiSimilarityLoss(_CosineLoss):
     Nothing is mined here: give a MultiSimilarityMiner's tuple, or use kdfast.functional.multi_similarity_loss, which mines as it streams.
     """
 
+    once = True
+
     def __init__(self, alpha=2, beta=50, base=0.5, distance=None, **options):
-        super().__init__(distance, **options)
         checks.positive_number("alpha", alpha)
         checks.positive_number("beta", beta)
+        super().__init__(float(beta), distance, options)
         self.alpha, self.beta, self.base = alpha, beta, base
 
-    def of_all(self, embeddings, labels, reference):
-        ref = reference.unpacked(embeddings, labels)
-        x, y = (distances.prepare(t, "cosine", True) for t in (embeddings, ref.rows))
-        negatives = self._over_negatives(x, y, labels, reference, float(self.beta))
-        return self._weighted(x, y, *positive_pairs(labels, ref), negatives)
-
-    def of_list(self, embeddings, labels, indices, reference):
-        a1, p, a2, n = as_pairs(indices)
-        x, y = (distances.prepare(t, "cosine", True) for t in (embeddings, reference.unpacked(embeddings, labels).rows))
-        a2, n = unique_pairs(a2, n, len(y))
-        return self._weighted(x, y, *unique_pairs(a1, p, len(y)), log_sum_exp(self.beta * pair_similarities(x, y, a2, n), a2, len(x)))
-
-    def _weighted(self, x, y, a, p, negatives):
+    def combined(self, x, y, a, p, negatives):
         positives = log_sum_exp(-self.alpha * pair_similarities(x, y, a, p), a, len(x))
-        return (softplus(positives + self.alpha * self.base) / self.alpha + softplus(negatives - self.beta * self.base) / self.beta).mean()
+        up, down = softplus(positives + self.alpha * self.base), softplus(negatives - self.beta * self.base)
+        return (up / self.alpha + down / self.beta).mean()
 
 
 def _all_triplets(triplets_per_anchor) -> None:

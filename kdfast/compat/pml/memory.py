@@ -1,6 +1,5 @@
 """CrossBatchMemory (Wang et al. 2020): a loss, and optionally a miner, against the embeddings of earlier batches."""
 
-import torch
 from torch import Tensor, nn
 
 from ..._core import checks, dtypes
@@ -65,8 +64,5 @@ class CrossBatchMemory(nn.Module):
             push_located(self.memory, embeddings[enqueue_mask], labels[enqueue_mask])
             embeddings, labels = embeddings[~enqueue_mask], labels[~enqueue_mask]
         reference = Reference(self.memory, None, own)
-        if self.miner is None:
-            return self.loss.of_all(embeddings, labels, reference)
-        with torch.no_grad():
-            mined = self.miner.mine(embeddings, labels, reference)
-        return self.loss.of_list(embeddings, labels, mined, reference)
+        mined = None if self.miner is None else self.miner.against(reference, embeddings, labels)
+        return self.loss.against(reference, embeddings, labels, mined)

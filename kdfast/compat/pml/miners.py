@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ... import functional
 from ..._core import checks
-from ..._ops.triplet import distances
+from ..._ops.triplet import distances, full_precision
 from .arguments import Reference, checked_labels, metric_of, refuse
 from .pairs import joined, label_blocks, listed
 
@@ -15,14 +15,23 @@ _BLOCK = 1 << 22  # triplets compared at a time
 class Miner(nn.Module):
     """`miner(embeddings, labels, ref_emb, ref_labels)` -> index tuple; ref_emb None, or the embeddings themselves: the batch."""
 
+    width = 3  # of the tuple
+
     def __init__(self, distance, default: str, options: dict, allowed: tuple[str, ...] = distances.METRICS):
         super().__init__()
         refuse(type(self).__name__, options)
         self.metric, self.normalize = metric_of(distance, default, allowed)
 
-    @torch.no_grad()
     def forward(self, embeddings: Tensor, labels: Tensor, ref_emb=None, ref_labels=None) -> tuple[Tensor, ...]:
-        return self.mine(embeddings, checked_labels(embeddings, labels), Reference.given(embeddings, ref_emb, ref_labels))
+        return self.against(Reference.given(embeddings, ref_emb, ref_labels), embeddings, checked_labels(embeddings, labels))
+
+    @torch.no_grad()
+    def against(self, reference: Reference, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """The index tuple of checked arguments."""
+        if len(embeddings) == 0:
+            return joined([], embeddings.device, self.width)
+        with full_precision(embeddings):
+            return self.mine(embeddings, labels, reference)
 
     def mine(self, embeddings: Tensor, labels: Tensor, reference: Reference) -> tuple[Tensor, ...]:
         raise NotImplementedError
@@ -33,8 +42,7 @@ class Miner(nn.Module):
 
     def _distances(self, embeddings, labels, reference):
         """(block of anchors, d [R, M], positives, negatives) for one block after the other."""
-        ref = reference.unpacked(embeddings, labels)
-        ref = ref._replace(labels=checks.integral("ref_labels", ref.labels, shape=(len(ref.rows),)))
+        ref = reference.labelled(embeddings, labels)
         x, y = (distances.prepare(t, self.metric, self.normalize) for t in (embeddings, ref.rows))
         x, y = distances.centred(x, y, self.metric)
         for block, positive, negative in label_blocks(labels, ref):
@@ -50,6 +58,7 @@ class BatchEasyHardMiner(Miner):
         distance: None (Euclidean, unit rows), LpDistance(p=2) or CosineSimilarity. Other strategies and ranges are refused.
     """
 
+    width = 4
     HARD, SEMIHARD, EASY, ALL = "hard", "semihard", "easy", "all"
     _MININGS = {  # noqa: RUF012 (a constant)
         ("easy", "semihard"): "easy_semihard",
@@ -128,7 +137,7 @@ class TripletMarginMiner(Miner):
             for a, p in zip(*(t.split(max(1, _BLOCK // d.shape[1])) for t in (anchor, column)), strict=True):
                 pair, n = (self._taken(d[a] - d[a, p][:, None]) & negative[a]).nonzero(as_tuple=True)
                 found.append((a[pair] + block.start, p[pair], n))
-        return joined(found, embeddings.device, 3)
+        return joined(found, embeddings.device, self.width)
 
     def _taken(self, gap: Tensor) -> Tensor:
         if self.type_of_triplets == "easy":
@@ -148,6 +157,8 @@ class MultiSimilarityMiner(Miner):
         epsilon: default 0.1. distance: None (cosine), LpDistance(p=2) or CosineSimilarity.
     """
 
+    width = 4
+
     def __init__(self, epsilon=0.1, distance=None, **options):
         super().__init__(distance, "cosine", options)
         self.epsilon = epsilon
@@ -159,4 +170,4 @@ class MultiSimilarityMiner(Miner):
             farthest = torch.where(positive, d, -torch.inf).amax(-1, keepdim=True)
             kept = positive & (d + self.epsilon > nearest), negative & (d - self.epsilon < farthest)
             found.append((*listed(block, kept[0]), *listed(block, kept[1])))
-        return joined(found, embeddings.device, 4)
+        return joined(found, embeddings.device, self.width)
