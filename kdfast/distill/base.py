@@ -50,18 +50,6 @@ class DistillLoss(nn.Module):
     def materialize(self, student, teacher) -> None:
         """Fill in lazy widths. Losses without any have nothing to do."""
 
-    def _bank_rows(self) -> Tensor:
-        """The bank's rows [M, D]."""
-        return bank_rows(self.bank)
-
-    def _own_rows(self, index: Tensor | None) -> Tensor | None:
-        """`index` where the bank keeps one row a sample, so that the sample's own row is no negative."""
-        return own_rows(self.bank, index)
-
-    def _query_labels(self, labels: Tensor | None) -> Tensor | None:
-        """`labels` where the bank keeps labels, so that rows of the same class are no negatives."""
-        return query_labels(self.bank, labels)
-
     def _update_bank(self, keys: Tensor, index: Tensor | None = None, labels: Tensor | None = None, bank=None) -> None:
         """Push `keys` once to `bank` (`self.bank`), under the conditions that the class states. Call it after scoring."""
         bank = self.bank if bank is None else bank
@@ -79,10 +67,12 @@ class DistillLoss(nn.Module):
 
 
 def bank_rows(bank) -> Tensor:
+    """The bank's rows [M, D]."""
     return bank if isinstance(bank, Tensor) else bank.as_rows().rows
 
 
 def own_rows(bank, index: Tensor | None) -> Tensor | None:
+    """`index` where the bank keeps one row a sample, so that the sample's own row is no negative."""
     if not hasattr(bank, "update"):
         return None
     if index is None:
@@ -91,6 +81,7 @@ def own_rows(bank, index: Tensor | None) -> Tensor | None:
 
 
 def query_labels(bank, labels: Tensor | None) -> Tensor | None:
+    """`labels` where the bank keeps labels, so that rows of the same class are no negatives."""
     if getattr(bank, "labels", None) is None:
         return None
     if labels is None:

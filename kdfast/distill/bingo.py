@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._core import checks
 from ..functional import info_nce
-from .base import DistillLoss, like_bank, unit, vectors, views
+from .base import DistillLoss, bank_rows, like_bank, own_rows, query_labels, unit, vectors, views
 from .pairs import make_projector
 
 
@@ -112,7 +112,7 @@ class BINGO(DistillLoss):
 
     def _scored(self, queries: list[Tensor], keys: Tensor | None, **options) -> Tensor:
         """The mean loss of each group of queries, all scored in one pass over the bank."""
-        rows = self._bank_rows()
+        rows = bank_rows(self.bank)
         keys = None if keys is None else like_bank(keys, rows)
         query = like_bank(torch.cat(queries), rows)
         losses = info_nce(query, keys, self.bank, temperature=self.temperature, reduction="none", **options)
@@ -120,7 +120,7 @@ class BINGO(DistillLoss):
 
     def _left_out(self, index, labels, copies: int) -> dict:
         """Rows of an indexed or labelled bank that are no negatives, for `copies` queries a sample."""
-        own, classes = self._own_rows(index), self._query_labels(labels)
+        own, classes = own_rows(self.bank, index), query_labels(self.bank, labels)
         return {
             "own_index": None if own is None else own.repeat(copies),
             "query_labels": None if classes is None else classes.repeat(copies),

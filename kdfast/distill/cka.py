@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .._core import checks
 from ..functional import info_nce, mmd_rbf, sinkhorn_divergence, sup_con
 from ..projectors import Affine
-from .base import DistillLoss, check_queue, first, like_bank, unit, vectors
+from .base import DistillLoss, bank_rows, check_queue, first, like_bank, unit, vectors
 from .kd import KD
 
 _SIGMAS = (0.001, 0.01, 0.05, 0.1, 0.2, 1.0, 2.0)
@@ -141,7 +141,7 @@ class CKA(DistillLoss):
         options = {"query_labels": task.labels, "same_class": "positive", "temperature": self.temperature}
         if self.bank is None:
             return info_nce(z_s, bank=task.target.to(z_s.dtype), bank_labels=task.labels, **options)
-        rows = self._bank_rows()
+        rows = bank_rows(self.bank)
         return info_nce(like_bank(z_s, rows), like_bank(task.target, rows), self.bank, **options)
 
     def _aligned(self, z_s: Tensor, z_t: Tensor) -> Tensor:

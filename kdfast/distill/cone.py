@@ -9,7 +9,7 @@ from .._core import checks
 from .._core.dtypes import accumulator
 from .._core.reduction import reduce_rows
 from .._ops import gather
-from .base import DistillLoss, check_queue, like_bank, same_shape, unit, vectors
+from .base import DistillLoss, bank_rows, check_queue, like_bank, query_labels, same_shape, unit, vectors
 from .pairs import pairs
 
 _LEAST_MASS = 1e-8  # rows whose class has less among their neighbours are dropped
@@ -62,7 +62,7 @@ class CoNe(DistillLoss):
         self.neighbor_weight, self.consistency_weight = neighbor_weight, consistency_weight
 
     def forward(self, student, teacher, *, index=None, labels=None) -> Tensor:
-        classes = self._query_labels(labels)
+        classes = query_labels(self.bank, labels)
         ((_, student, teacher),) = pairs(student, teacher, ("logits", "feat"))
         query, key = unit(vectors(student["feat"], "student")), unit(vectors(teacher["feat"], "teacher").detach())
         same_shape(query, key)
@@ -79,7 +79,7 @@ class CoNe(DistillLoss):
         return loss
 
     def _attracted(self, query: Tensor, classes: Tensor) -> Tensor:
-        rows = self._bank_rows()
+        rows = bank_rows(self.bank)
         query = query.to(rows.dtype)
         _, near = ops.knn(query.detach(), self.bank, self.neighbors)  # [N, J], -1 past the rows there are
         there = near >= 0

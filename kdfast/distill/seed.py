@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .._core import checks
 from ..functional import similarity_distillation
-from .base import DistillLoss, check_queue, unit, vectors
+from .base import DistillLoss, bank_rows, check_queue, unit, vectors
 from .pairs import make_projector
 
 
@@ -52,7 +52,7 @@ class SEED(DistillLoss):
         student, teacher = vectors(student, "student"), vectors(teacher, "teacher").detach()
         if self.projector is not None:
             student, teacher = self.projector(student, teacher)
-        dtype = self._bank_rows().dtype
+        dtype = bank_rows(self.bank).dtype
         student, teacher = unit(student).to(dtype), unit(teacher).to(dtype)
         temperatures = {"student_temperature": self.student_temperature, "teacher_temperature": self.teacher_temperature}
         loss = self._report(seed=similarity_distillation(student, teacher, self.bank, own=True, **temperatures))

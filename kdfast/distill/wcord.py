@@ -10,7 +10,7 @@ from .._core import checks
 from ..bank import AliasSampler
 from ..functional import info_nce, sampled_info_nce, sinkhorn_loss, wasserstein_dependency
 from ..projectors import Affine
-from .base import DistillLoss, like_bank, unit, vectors
+from .base import DistillLoss, bank_rows, like_bank, own_rows, query_labels, unit, vectors
 from .noise_contrast import NoiseContrast
 
 _NCE_EPS = 1e-7  # of CRD's released code, added to the noise density
@@ -75,7 +75,7 @@ class WCoRD(DistillLoss):
         checks.positive_number("epsilon", epsilon)
         checks.positive_number("global_weight", global_weight)
         checks.nonnegative_number("local_weight", local_weight)
-        stored = self._bank_rows().shape
+        stored = bank_rows(self.bank).shape
         if stored[1] != checks.count("dim", dim):
             raise ValueError(f"bank must have width dim ({dim}), got rows {tuple(stored)}")
         sampled = num_negatives is not None or sampler is not None
@@ -115,8 +115,8 @@ class WCoRD(DistillLoss):
         return loss
 
     def _contrast(self, query: Tensor, positive: Tensor, index, labels) -> Tensor:
-        own, classes = self._own_rows(index), self._query_labels(labels)
-        rows = self._bank_rows()
+        own, classes = own_rows(self.bank, index), query_labels(self.bank, labels)
+        rows = bank_rows(self.bank)
         query, positive = like_bank(query, rows), like_bank(positive, rows)
         negatives = None if self.sampler is None else self.sampler.draw(own)
         if self.critic == "crd_nce":
@@ -133,12 +133,12 @@ class WCoRD(DistillLoss):
         With x = exp(z) / Z and c = K / n: the mean over samples of -log(x+ / (x+ + c + eps)) - sum_k log(c / (x_k + c + eps)),
         where -log(x+ / (x+ + c + eps)) = softplus(shift - z+), shift = log Z + log(c + eps).
         """
-        bank, count = self._bank_rows(), negatives.shape[1]
-        own_rows = bank[own]  # a copy: the bank is updated before the backward
+        bank, count = bank_rows(self.bank), negatives.shape[1]
+        own_keys = bank[own]  # a copy: the bank is updated before the backward
         losses, normalizer = self.noise_contrast(query, self.bank, torch.cat([own[:, None], negatives], 1), reduction="none")
         shift = normalizer.log() + math.log(count / len(bank) + _NCE_EPS)
         wide = query.to(losses.dtype)
-        own_term, term = (F.softplus(shift - (wide * rows.to(wide)).sum(-1) / self.temperature) for rows in (own_rows, positive))
+        own_term, term = (F.softplus(shift - (wide * rows.to(wide)).sum(-1) / self.temperature) for rows in (own_keys, positive))
         return (losses - own_term + term).mean()
 
     def extra_repr(self) -> str:
