@@ -40,14 +40,18 @@ class ClipLoss(nn.Module):
         self.rank, self.world_size = rank, world_size
 
     def forward(self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias=None, output_dict: bool = False):
-        loss = clip_loss(image_features, text_features, logit_scale, group=self._group())
-        if self._group() is not None and not self.local_loss:
-            loss = self._over_ranks(loss, len(image_features))
+        group = self._group()
+        loss = clip_loss(image_features, text_features, logit_scale, group=group)
+        if group is not None and not self.local_loss:  # the mean over all rows of all ranks
+            rows = len(image_features)
+            total, count = collectives.all_reduce_sum(torch.stack([loss * rows, torch.full_like(loss, rows)]), group)
+            loss = total / count
         if logit_bias is not None:
             loss = loss + 0 * logit_bias
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _group(self):
+        """torch.distributed's default group, of world_size ranks; None for a single one."""
         if self.world_size == 1:
             return None
         group = collectives.world()
@@ -55,9 +59,3 @@ class ClipLoss(nn.Module):
         if size != self.world_size:
             raise ValueError(f"world_size must be the size of torch.distributed's default group, {size}, got {self.world_size}")
         return group
-
-    def _over_ranks(self, loss: Tensor, rows: int) -> Tensor:
-        """The mean over all rows of all ranks."""
-        group = self._group()
-        total = collectives.all_reduce_sum(torch.stack([loss * rows, torch.full_like(loss, rows)]), group)
-        return total[0] / total[1]

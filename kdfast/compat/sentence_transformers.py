@@ -55,6 +55,11 @@ class BatchTripletLoss(nn.Module):
         options = {"mining": self.mining, "metric": self.metric, "normalize": False, "reduction": self.reduction}
         return triplet_loss(embeddings[0], labels.flatten(), **options, margin=self.margin, soft=self.soft)
 
+    @property
+    def triplet_margin(self) -> float:
+        """The margin, by the name that some of the originals give it."""
+        return self.margin
+
     def get_config_dict(self) -> dict:
         return {"distance_metric": getattr(self.distance_metric, "__name__", self.distance_metric), "margin": self.margin}
 
@@ -63,10 +68,6 @@ class BatchHardTripletLoss(BatchTripletLoss):
     """The farthest positive and the nearest negative of each anchor; the mean over anchors. Default margin 5."""
 
     mining, reduction = "batch_hard", "mean"
-
-    @property
-    def triplet_margin(self) -> float:
-        return self.margin
 
 
 class BatchHardSoftMarginTripletLoss(BatchTripletLoss):
@@ -88,10 +89,6 @@ class BatchAllTripletLoss(BatchTripletLoss):
     """Every triplet; the mean over losses > 0. Default margin 5."""
 
     mining, reduction = "batch_all", "mean_nonzero"
-
-    @property
-    def triplet_margin(self) -> float:
-        return self.margin
 
 
 class BankInfoNCELoss(nn.Module):
