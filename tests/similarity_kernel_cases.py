@@ -9,6 +9,10 @@ from torch import Tensor
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 ULP = 2.0**-23
 
+# Products are chosen by the number of queries (similarity/bind_similarity.h). 2: the bank is read in place; 5: for floats; 20: floats on
+# vectors; 70: on tiles, where there are any.
+ROWS = pytest.mark.parametrize("rows", [2, 5, 20, 70])
+
 
 def case(batch, rows, columns, width, dtype=torch.float32, *, shared=False, scale=None, unit=True, **options) -> dict:
     """Arguments of cpu.forward; `options` gives any of the optional ones."""

@@ -131,10 +131,11 @@ def test_ragged_sizes(isa, dtype, shape):
 
 
 @DTYPES
+@pytest.mark.parametrize("rows", [20, 70], ids=["floats on vectors", "on tiles"])
 @pytest.mark.parametrize("chosen", ["bias", "start", "index", "valid", "all"])
-def test_exclusions(isa, dtype, chosen):
-    given = {k: v for name, part in options(20, 300).items() if chosen in (name, "all") for k, v in part.items()}
-    check(case(20, 300, 33, 24, dtype, **given))
+def test_exclusions(isa, dtype, rows, chosen):
+    given = {k: v for name, part in options(rows, 300).items() if chosen in (name, "all") for k, v in part.items()}
+    check(case(rows, 300, 33, 24, dtype, **given))
 
 
 def test_sides_of_different_dtypes(isa):
@@ -173,11 +174,11 @@ def test_threads_divide_rows_or_columns(isa, threads, shape):
 
 def test_parts_without_a_column_or_a_weight(threads):
     """Of a divided bank one part admits nothing, by bias or by valid; or everything but the start is left out; or that too."""
-    shape = (4, 4000, 64, 320)
+    shape = (70, 4000, 64, 320)
     for given in ({"bias": torch.cat([torch.zeros(1500), torch.full((2500,), -math.inf)])}, {"valid": torch.tensor([2])}):
         check(case(*shape, **given))
     nothing = {"bias": torch.full((4000,), -math.inf)}
-    loss, entropy, difference, log_sums = forward(case(*shape, **nothing, start_logit=torch.ones(4), teacher_start_logit=torch.ones(4)))
+    loss, entropy, difference, log_sums = forward(case(*shape, **nothing, start_logit=torch.ones(70), teacher_start_logit=torch.ones(70)))
     assert loss.abs().max() <= 2.0**-22 and (entropy == 0).all() and (difference == 0).all() and (log_sums[::2] - 1).abs().max() <= 2.0**-22
     loss, entropy, difference, log_sums = forward(case(*shape, **nothing))
     assert (loss == -math.inf).all() and (entropy == 0).all() and (difference == 0).all() and (log_sums[::2] == -math.inf).all()

@@ -9,6 +9,7 @@ from similarity_kernel_cases import (
     DTYPES,
     NOTHING,
     NOTHING_SHAPE,
+    ROWS,
     ULP,
     assert_accurate,
     candidates,
@@ -58,19 +59,21 @@ def test_ragged_sizes(isa, dtype, shape):
 
 
 @DTYPES
+@ROWS
 @CHOSEN
-def test_exclusions(isa, dtype, chosen):
-    shape = (3, 20, 300, 33)
+def test_exclusions(isa, dtype, chosen, rows):
+    shape = (3, rows, 300, 33)
     check(case(*shape, dtype, **chosen_options(chosen, shape, dtype)), dtype)
 
 
 @DTYPES
+@ROWS
 @pytest.mark.parametrize("width", [1, 17, 70])
-def test_values_other_than_the_keys(isa, dtype, width):
-    start = {"start_logit": torch.randn(2, 7), "start_value": torch.randn(2, 7, width).to(dtype)}
-    for a in (case(2, 7, 300, 33, dtype, **start), case(2, 7, 300, 33, dtype, shared=True)):
+def test_values_other_than_the_keys(isa, dtype, rows, width):
+    start = {"start_logit": torch.randn(2, rows), "start_value": torch.randn(2, rows, width).to(dtype)}
+    for a in (case(2, rows, 300, 33, dtype, **start), case(2, rows, 300, 33, dtype, shared=True)):
         check(a, dtype, values=torch.randn(2, 300, width).to(dtype))
-    check(case(2, 7, 300, 33, dtype, shared=True), dtype, values=torch.randn(1, 300, width).to(dtype).expand(2, -1, -1))
+    check(case(2, rows, 300, 33, dtype, shared=True), dtype, values=torch.randn(1, 300, width).to(dtype).expand(2, -1, -1))
 
 
 @pytest.mark.parametrize("keys_dtype", [torch.bfloat16, torch.float16])
@@ -84,9 +87,10 @@ def test_matrices_of_different_dtypes(isa, keys_dtype):
 
 
 @pytest.mark.parametrize(("products", "unit"), [("ieee", 2.0**-23), ("bf16x3", 2.0**-15), ("bf16", 2.0**-7)])
-def test_products_keep_what_their_name_says(isa, products, unit):
+@ROWS
+def test_products_keep_what_their_name_says(isa, rows, products, unit):
     """Scores |z| <= 20 of unit rows err by less than 20 units of the products' precision; the pooled rows by as much, relatively."""
-    a = case(1, 40, 700, 130, scale=20.0)
+    a = case(1, rows, 700, 130, scale=20.0)
     lse, pooled, _ = cpu.forward(**a, pooled=True, products=products)
     want_lse, want_pooled = formula(a)
     assert (lse - want_lse).abs().max() <= 20 * unit
@@ -140,10 +144,11 @@ def test_shared_keys_with_own_bias_labels_and_valid(isa):
     check(case(*shape, shared=True, **shared), torch.float32)
 
 
-def test_negative_and_zero_scales(isa):
-    a = case(1, 12, 70, 9)
-    a["scale"] = torch.linspace(-10, 10, 12)[None].clone()
-    a["scale"][0, 5] = 0
+@ROWS
+def test_negative_and_zero_scales(isa, rows):
+    a = case(1, rows, 70, 9)
+    a["scale"] = torch.linspace(-10, 10, rows)[None].clone()
+    a["scale"][0, rows // 2] = 0
     check(a, torch.float32)
 
 
@@ -167,32 +172,36 @@ def test_dropped_start_counts_for_nothing(isa):
 
 
 @DTYPES
-def test_low_cosine_rows_at_scale_150(isa, dtype):
+@ROWS
+def test_low_cosine_rows_at_scale_150(isa, dtype, rows):
     """Every cosine near -1: a fixed shift by the scale would underflow."""
-    a = case(1, 10, 300, 32, dtype, scale=150)
+    a = case(1, rows, 300, 32, dtype, scale=150)
     a["keys"] = torch.nn.functional.normalize(-a["query"].float().mean(1, keepdim=True) + 0.05 * torch.randn(1, 300, 32), dim=-1).to(dtype)
-    a["query"] = (-a["keys"][:, :10] + 0.01 * torch.randn(1, 10, 32)).to(dtype)
+    a["query"] = (-a["keys"][:, :rows] + 0.01 * torch.randn(1, rows, 32)).to(dtype)
     check(a, dtype)
 
 
-def test_logits_below_minus_88_with_a_ragged_bank(isa):
+@ROWS
+def test_logits_below_minus_88_with_a_ragged_bank(isa, rows):
     """The zero padding of the last panel, taken for a logit, would dominate the row."""
-    a = case(1, 9, 67, 16, scale=400)
+    a = case(1, rows, 67, 16, scale=400)
     a["keys"] = a["keys"].abs()
     a["query"] = -a["query"].abs()
     assert formula(a)[0].max() < -88
     check(a, torch.float32)
 
 
-def test_extreme_logits(isa):
-    check(case(1, 9, 100, 16, scale=1e4), torch.float32)
-    check(case(1, 9, 100, 16, scale=1e4, bias=torch.randn(1, 100) * 1e4), torch.float32)
+@ROWS
+def test_extreme_logits(isa, rows):
+    check(case(1, rows, 100, 16, scale=1e4), torch.float32)
+    check(case(1, rows, 100, 16, scale=1e4, bias=torch.randn(1, 100) * 1e4), torch.float32)
 
 
 @DTYPES
-def test_flat_softmax_over_65536_rows(isa, dtype):
+@ROWS
+def test_flat_softmax_over_65536_rows(isa, dtype, rows):
     """All weights equal: the sum and the pooled row are means of 65,536 terms."""
-    a = case(1, 2, 65536, 8, dtype, scale=1e-3)
+    a = case(1, rows, 65536, 8, dtype, scale=1e-3)
     lse, pooled, _ = cpu.forward(**a, pooled=True)
     want_lse, want_pooled = formula(a)
     assert (lse.double() - want_lse).abs().max() < 4 * ULP * 11.1
@@ -214,18 +223,19 @@ def test_nan_stays_in_its_rows(isa):
 
 
 @DTYPES
+@ROWS
 @pytest.mark.parametrize("bits", [0x7FC0, 0x7FFF, -1], ids=["plain", "all ones", "negative"])
-def test_nan_of_any_payload_in_keys_and_bias(isa, dtype, bits):
+def test_nan_of_any_payload_in_keys_and_bias(isa, dtype, rows, bits):
     payload = bits if dtype != torch.float32 else {0x7FC0: 0x7FC00000, 0x7FFF: 0x7FFFFFFF, -1: -1}[bits]
     if dtype == torch.float16 and bits == 0x7FC0:
         payload = 0x7E00
     integers = torch.int32 if dtype == torch.float32 else torch.int16
-    a = case(1, 8, 90, 20, dtype)
+    a = case(1, rows, 90, 20, dtype)
     a["keys"] = a["keys"].clone()
     a["keys"].view(integers)[0, 70, 1] = payload
     lse, pooled, _ = cpu.forward(**a, pooled=True)
     assert lse.isnan().all() and pooled.isnan().all()
-    lse, *_ = cpu.forward(**case(1, 8, 90, 20, dtype, bias=torch.zeros(1, 90).index_fill(1, torch.tensor([3]), math.nan)), pooled=True)
+    lse, *_ = cpu.forward(**case(1, rows, 90, 20, dtype, bias=torch.zeros(1, 90).index_fill(1, torch.tensor([3]), math.nan)), pooled=True)
     assert lse.isnan().all()
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from similarity_kernel_cases import CHOSEN, DTYPES, NOTHING, NOTHING_SHAPE, assert_accurate, candidates, case, chosen_options, softmax
+from similarity_kernel_cases import CHOSEN, DTYPES, NOTHING, NOTHING_SHAPE, ROWS, assert_accurate, candidates, case, chosen_options, softmax
 from torch import Tensor
 
 from kdfast._core import extension
@@ -65,21 +65,23 @@ def test_ragged_sizes(isa, dtype, shape):
 
 
 @DTYPES
+@ROWS
 @CHOSEN
-def test_exclusions(isa, dtype, chosen):
-    shape = (3, 140, 230, 33)
+def test_exclusions(isa, dtype, chosen, rows):
+    shape = (3, rows, 230, 33)
     check(case(*shape, dtype, **chosen_options(chosen, shape, dtype)), dtype)
 
 
 @DTYPES
-def test_a_limit_drops_the_pairs_that_the_forward_dropped(isa, dtype):
+@ROWS
+def test_a_limit_drops_the_pairs_that_the_forward_dropped(isa, dtype, rows):
     """Limits that are scores themselves but for rounding: else the weights of a row would not add up to 1."""
-    a = case(1, 60, 50, 300, dtype, scale=20)
-    a["limit"] = (20 * torch.einsum("bnd,bnd->bn", a["query"].float(), a["keys"][:, torch.arange(60) % 50].float())).contiguous()
-    for row in range(60):
-        only = {**a, **{k: a[k][:, row : row + 1] for k in ("query", "scale", "limit")}}
-        admits = cpu.forward(**only, pooled=False)[0].isfinite().item()
-        assert run(only, torch.ones(1, 1))[1].sum().item() == pytest.approx(float(admits), abs=1e-5)
+    a = case(1, 50, 50, 300, dtype, scale=20)
+    a["limit"] = (20 * (a["query"].float() * a["keys"].float()).sum(-1)).contiguous()
+    for row in range(0, 50, 3):
+        only = {**a, **{k: torch.cat([a[k][:, row : row + 1]] * rows, 1) for k in ("query", "scale", "limit")}}
+        admits = cpu.forward(**only, pooled=False)[0].isfinite()
+        assert run(only, torch.ones(1, rows))[1].sum().item() == pytest.approx(float(admits.sum()), abs=1e-5 * rows)
 
 
 def test_labels_are_compared_in_all_64_bits(isa):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from similarity_kernel_cases import CHOSEN, DTYPES, NOTHING, NOTHING_SHAPE, assert_accurate, candidates, case, chosen_options, softmax
+from similarity_kernel_cases import CHOSEN, DTYPES, NOTHING, NOTHING_SHAPE, ROWS, assert_accurate, candidates, case, chosen_options, softmax
 from torch import Tensor
 
 from kdfast._core import extension
@@ -70,9 +70,10 @@ def test_ragged_sizes(isa, dtype, shape, width):
 
 @over
 @DTYPES
+@ROWS
 @CHOSEN
-def test_exclusions(isa, dtype, chosen, width):
-    shape = (3, 70, 150, 33)
+def test_exclusions(isa, dtype, chosen, rows, width):
+    shape = (3, rows, 150, 33)
     a = case(*shape, dtype, **chosen_options(chosen, shape, dtype))
     check(a, upstream(a, width, dtype), dtype)
 

@@ -129,6 +129,8 @@ inline Tensor scratch(int64_t count, ScalarType type = ScalarType::Float) {
   return torch::stable::empty({count}, type, std::nullopt, std::nullopt, std::nullopt, std::nullopt);
 }
 
+inline float* floats_of(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
 // ---- threads -----------------------------------------------------------------------------------------------------------------
 
 // Threads that so many multiply-adds are worth.

@@ -4,6 +4,7 @@
 #include "similarity/distillation.h"
 #include "gather/gather.h"
 #include "similarity/info_nce.h"
+#include "similarity/matching.h"
 #include "knn/knn.h"
 #include "similarity/pairs.h"
 #include "similarity/similarity.h"
@@ -45,6 +46,8 @@ struct CpuKernels {
   void (*sigmoid)(const PairParams&, const PairTask&, float* loss, float* workspace);  // loss [task rows]
   int64_t (*sigmoid_grad_workspace)(const PairParams&, const PairSums&, int64_t rows, int64_t columns);
   void (*sigmoid_grad)(const PairParams&, const PairTask&, const float* g, const PairSums&, float* workspace);  // g [batch, rows]
+  void (*matching_losses)(const Matching&, const MatchingLosses&);
+  void (*matching_gradients)(const Matching&, const MatchingGradients&, int64_t begin, int64_t end);
   // Items begin .. end: of the N K scores, of the N rows. False: an index was outside the bank.
   bool (*gather_similarity)(const GatherParams&, int64_t begin, int64_t end);
   bool (*gather_weighted_sum)(const GatherParams&, int64_t begin, int64_t end);

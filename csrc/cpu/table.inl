@@ -17,6 +17,7 @@
 #include "sinkhorn/sinkhorn_layers.inl"
 #include "sinkhorn/sinkhorn_plan.inl"
 #include "sinkhorn/sinkhorn_replay.inl"
+#include "similarity/matching.inl"
 #include "similarity/symmetric.inl"
 #include "triplet/chosen.inl"
 #include "triplet/extrema.inl"
@@ -55,6 +56,8 @@ const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA) = {
     .sigmoid = sigmoid,
     .sigmoid_grad_workspace = sigmoid_grad_workspace,
     .sigmoid_grad = sigmoid_grad,
+    .matching_losses = matching_losses,
+    .matching_gradients = matching_gradients,
     .gather_similarity = gather_similarity,
     .gather_weighted_sum = gather_weighted_sum,
     .gather_row_statistic = gather_row_statistic,

@@ -1,15 +1,15 @@
 """Contrastive losses between views, classes and modalities: compositions of InfoNCE, and the sigmoid loss."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import checks, collectives, dtypes
 from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
-from .._ops.similarity import sigmoid_pair_loss, symmetric_lse
+from .._ops.similarity import KeyIndex, sigmoid_pair_loss, similarity_lse
+from .._ops.similarity.matching import clip_rows, sigmoid_rows, view_rows
 from .._ops.similarity.positives import dot
-from ._candidates import normalized, score_sums
+from ._candidates import inverse, normalized, score_sums
 from .info_nce import Prepared, info_nce, prepared_loss
 
 
@@ -43,10 +43,13 @@ def nt_xent(
     features = torch.cat([view1, view2])
     features = normalized(features) if normalize else features
     n = view1.shape[0]
-    rows, row_labels, offset = features, None, 0
     if labels is not None:
         labels = checks.integral("labels", labels, shape=(n,), device=view1.device).repeat(2)
-        row_labels = labels
+    if group is None and n:
+        mean = reduction == "mean" and weight is None
+        losses = view_rows(features, inverse("temperature", temperature, features), labels, mean=mean, precision=precision, impl=impl)
+        return losses if mean else reduce_rows(losses, weight=weight, reduction=reduction)
+    rows, row_labels, offset = features, labels, 0
     if group is not None:
         rows, offset = collectives.all_gather_rows(features, group)
         row_labels = None if labels is None else collectives.all_gather_rows(labels, group)[0]
@@ -91,6 +94,8 @@ def sup_con(
             if value is not None:
                 raise ValueError(f"{name} needs a bank: without one the candidates are the batch")
         features = normalized(features) if normalize else features
+        if features.dim() == 2 and len(features) and group is None and (own_index is None or own_index is True):
+            return _among_themselves(features, labels, temperature, weight, reduction, precision, impl)
         normalize, bank, bank_labels, offset = False, features, labels, 0
         if group is not None:
             bank, offset = collectives.all_gather_rows(features, group)
@@ -114,6 +119,18 @@ def sup_con(
         precision=precision,
         impl=impl,
     )
+
+
+def _among_themselves(features, labels, temperature, weight, reduction, precision, impl) -> Tensor:
+    """`sup_con` of rows [N, D] that are their own candidates: lse over the others, less the mean score of the others of the class."""
+    scale, own = inverse("temperature", temperature, features), torch.arange(len(features), device=features.device)
+    exclude = (KeyIndex(own[:, None]),)
+    lse, _ = similarity_lse(features, features, scale=scale, exclude=exclude, precision=precision, impl=impl)
+    wide, place = features.to(lse.dtype), torch.searchsorted(labels.sort().values, labels)  # a class is named by its first place in order
+    others = lse.new_zeros(len(place)).index_add(0, place, torch.ones_like(lse.detach())).index_select(0, place) - 1
+    sums = torch.zeros_like(wide).index_add(0, place, wide).index_select(0, place) - wide
+    losses = lse - scale * dot(features, sums) / others.clamp(min=1)
+    return reduce_rows(losses, counted=others > 0, weight=weight, reduction=reduction)
 
 
 def clip_loss(
@@ -160,14 +177,14 @@ def clip_loss(
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if len(image) == 0:
         return reduce_rows((image + text).sum(-1), weight=weight, reduction=reduction)
-    own = torch.arange(len(image), device=image.device)
-    image_lse, text_lse = symmetric_lse(image, text, logit_scale, labels=(own, own), precision=precision, impl=impl)  # over the other pairs
-    match = logit_scale * dot(*dtypes.autocast(image, text))
-    losses = F.softplus(torch.stack([image_lse, text_lse]) - match, threshold=40).mean(0)
+    image, text = dtypes.autocast(image, text)
+    mean = reduction == "mean" and weight is None and not label_smoothing
+    losses = clip_rows(image, text, logit_scale, mean=mean, precision=precision, impl=impl)
     if label_smoothing:
+        match = logit_scale * dot(image, text)
         spread = [score_sums(x, y, logit_scale) for x, y in ((image, text), (text, image))]
         losses = losses + label_smoothing * (match - sum(s.other / s.other_count for s in spread) / 2)
-    return reduce_rows(losses, weight=weight, reduction=reduction)
+    return losses if mean else reduce_rows(losses, weight=weight, reduction=reduction)
 
 
 def siglip_loss(
@@ -202,6 +219,11 @@ def siglip_loss(
     checks.number("logit_bias", logit_bias)
     if normalize:
         image, text = normalized(image), normalized(text)
+    if group is None and len(image):
+        image, text = dtypes.autocast(image, text)
+        mean = reduction == "mean" and weight is None
+        losses = sigmoid_rows(image, text, logit_scale, logit_bias, mean=mean, precision=precision, impl=impl)
+        return losses if mean else reduce_rows(losses, weight=weight, reduction=reduction)
     texts, offset = text, 0
     if group is not None:
         texts, offset = collectives.all_gather_rows(text, group)

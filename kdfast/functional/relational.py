@@ -97,7 +97,8 @@ def similarity_distillation(
             precision="ieee" if sharp and precision is None else precision,
             impl=impl,
         )
-    return reduce_rows(losses, counted=lse != -torch.inf, weight=weight, reduction=reduction)
+    excluded = any(x is not None for x in (given.valid, given.bias, own_column))
+    return reduce_rows(losses, counted=lse != -torch.inf if excluded else None, weight=weight, reduction=reduction)
 
 
 def wasserstein_dependency(

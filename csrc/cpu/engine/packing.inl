@@ -38,16 +38,17 @@ inline auto with_product(Precision precision, const F& f) {
     case Precision::kBFloat16x3:
       return f(TileProduct<2>{});
     case Precision::kBFloat16:
+      return f(TileProduct<1>{});
+    default:
       break;
   }
-  return f(TileProduct<1>{});
 #else
 #ifdef KDFAST_BF16_INSTRUCTIONS
   if (precision == Precision::kBFloat16) return f(BFloat16Product{});
 #endif
   (void)precision;
-  return f(Float32Product{});
 #endif
+  return f(Float32Product{});
 }
 
 // f(product), which returns whether the product could hold its operands. Parts of an infinity cannot: inf - inf is NaN. Such a call,
@@ -81,11 +82,13 @@ struct Panels {
   float* columns;  // for S = R C^T: [column / panel][steps of width][panel]; null where C is not scored
   float* rows;     // for W C: [width / panel][steps of the block][panel]; null where C is not summed
   float* staging;  // [block][row_words]: the block's packed rows
+  const float* in_place;  // the block's rows for RowProduct (in_place.inl), padded_width apart: the matrix's own or in `rows`,
+  int64_t in_place_rows;  // and how many of them there are, a multiple of kLanes
   int64_t width, padded_width, row_words, block, block_words;
 
   template <class Product>
   void plan(Product, int64_t columns_width, int64_t block_columns, bool scored, bool summed, Arena& arena) {
-    constexpr bool kStaged = !__is_same(Product, Float32Product);  // floats are staged in `rows`
+    constexpr bool kStaged = !__is_base_of(RegisterTiles<1>, Product);  // floats are staged in `rows`
     width = columns_width, padded_width = round_up(width, kLanes), row_words = Product::words(width);
     block = block_columns, block_words = Product::words(block);
     columns = scored ? arena.take(block * row_words) : nullptr;

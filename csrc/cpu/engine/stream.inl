@@ -21,10 +21,12 @@ inline int64_t rows_at_once(int64_t width, int64_t rows) {
   return smaller(round_up(target > rows_to_pack ? target : rows_to_pack, Product::kRowChunk), round_up(rows, Product::kRowMultiple));
 }
 
+// Columns of `width` numbers packed together: a block's two panels leave half of an L2 of 2 MB to rows, sums and scores.
 template <class Product>
-inline int64_t block_columns(int64_t columns) {
-  const int64_t block = Product::kBlock;
-  return smaller(block, round_up(columns, kPanel));
+inline int64_t block_columns(int64_t columns, int64_t width) {
+  constexpr int64_t kPanelWords = 3 << 16;
+  const int64_t fit = kPanelWords / (2 * Product::words(width)) / kPanel * kPanel, most = Product::kBlock;
+  return smaller(smaller(most, fit > kPanel ? fit : kPanel), round_up(columns, kPanel));
 }
 
 // ---- scratch ------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ struct KnnWorkspace {
   template <class Product>
   KnnWorkspace(Product product, const KnnScanParams& p, int64_t row_count, Arena& arena) {
     rows = rows_at_once<Product>(p.width, row_count);
-    block = block_columns<Product>(p.columns);
+    block = block_columns<Product>(p.columns, p.width);
     queries.plan(product, rows, p.width, arena);
     keys.panels.plan(product, p.width, block, true, false, arena);
     tile.plan(product, rows, block, arena);

@@ -21,8 +21,8 @@ SimilarityParams side(const char* query_name, const Tensor& query, const char* k
   STD_TORCH_CHECK(keys.dim() == 2, keys_name, " must have 2 dimensions, got ", keys.dim());
   STD_TORCH_CHECK(!key_index.has_value() || key_index->dim() == 2, "key_index must have 2 dimensions");
   SimilarityParams p{};
-  p.precision = precision_of(precision);
   p.batch = 1, p.rows = query.size(0), p.columns = keys.size(0), p.width = p.pooled_width = query.size(1);
+  p.precision = precision_for_rows(precision_of(precision), p.rows);
   p.pooled = true;
   p.query = row_matrix(query_name, query, {p.rows, p.width});
   p.keys = row_matrix(keys_name, keys, {p.columns, p.width});

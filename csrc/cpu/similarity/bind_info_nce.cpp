@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <array>
 #include <initializer_list>
 #include <tuple>
 #include <vector>
@@ -25,18 +24,6 @@ struct Batch {
   Tensor in(const Tensor& x) const { return given ? x : torch::stable::unsqueeze(x.is_contiguous() ? x : torch::stable::contiguous(x), 0); }
   OptionalTensor in(const OptionalTensor& x) const { return x.has_value() ? OptionalTensor(in(*x)) : x; }
 };
-
-float* writable(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
-
-// An op that gives kResults tensors.
-template <size_t kResults, class... Arguments>
-std::array<Tensor, kResults> call(const char* op, const Arguments&... arguments) {
-  std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
-  std::array<Tensor, kResults> results;
-  for (size_t i = 0; i < kResults; ++i) results[i] = torch::stable::detail::to<Tensor>(stack[i]);
-  return results;
-}
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
@@ -68,12 +55,6 @@ void for_rows(const InfoNceParams& p, const F& f) {
   for_each_task(workers, workers, [&](int64_t, int64_t t) { f(t * rows / workers, (t + 1) * rows / workers); });
 }
 
-float mean_of(const float* losses, int64_t count) {
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += losses[i];
-  return float(sum / double(count));
-}
-
 // ---- the ops --------------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const Tensor& keys, const Tensor& scale, const OptionalTensor& bias,
@@ -102,18 +83,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query,
   p.weights = row_data<float>("weights", w, {p.batch, p.rows, p.positives});
 
   const auto [lse, pull, lse_low] =
-      call<3>("kdfast::similarity_softmax", q, k, s, b, none, none, none, batch.in(query_labels), batch.in(key_labels),
+      call_op<3>("kdfast::similarity_softmax", q, k, s, b, none, none, none, batch.in(query_labels), batch.in(key_labels),
               batch.in(key_index), batch.in(limit), batch.in(valid), want_pull, precision);
   Tensor losses = batch.given ? output(query, {p.batch, p.rows}) : output(query, {p.rows});
   const Tensor slopes = output(query, {p.batch, p.rows, p.positives});
-  float *const out = writable(losses), *const slope = writable(slopes), *const pulls = want_pull ? writable(pull) : nullptr;
+  float *const out = floats_of(losses), *const slope = floats_of(slopes), *const pulls = want_pull ? floats_of(pull) : nullptr;
   for_rows(p, [&](int64_t begin, int64_t end) {
     kdfast::cpu_kernels().info_nce_rows(p, {begin, end, include_positive, data<float>(lse), out, slope, pulls});
   });
   if (mean) {
     const float value = mean_of(out, p.batch * p.rows);
     losses = output(query, {});
-    *writable(losses) = value;
+    *floats_of(losses) = value;
   }
   return {losses, lse, lse_low, slopes, pull};
 }
@@ -144,7 +125,7 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& lse, const Tens
   const auto wanted = [&](OptionalTensor& x, bool want, const std::vector<int64_t>& shape) -> float* {
     if (!want) return nullptr;
     x = output(query, shape);
-    return writable(*x);
+    return floats_of(*x);
   };
   d.dquery = wanted(dquery, want_query, {p.batch, p.rows, p.width});
   d.dscale = wanted(dscale, want_scale, {p.batch, p.rows});
@@ -156,15 +137,15 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& lse, const Tens
     const Tensor k = batch.in(keys);
     const OptionalTensor none;
     const auto [all_keys, all_bias, no_values] =
-        call<3>("kdfast::similarity_grad_keys", *dlse, none, lse, OptionalTensor(lse_low), q, k, s, batch.in(bias), none, batch.in(query_labels),
+        call_op<3>("kdfast::similarity_grad_keys", *dlse, none, lse, OptionalTensor(lse_low), q, k, s, batch.in(bias), none, batch.in(query_labels),
                 batch.in(key_labels), batch.in(key_index), batch.in(limit), batch.in(valid), want_keys, want_bias, false, precision);
     if (want_keys) dkeys = all_keys;
     if (want_bias) dbias = all_bias;
     if (columns.has_value()) {
       const Tensor chosen = batch.in(*columns);
       take_columns(p, chosen, k);
-      d.dcandidates = want_keys ? writable(all_keys) : nullptr;
-      d.dbias = want_bias ? writable(all_bias) : nullptr;
+      d.dcandidates = want_keys ? floats_of(all_keys) : nullptr;
+      d.dbias = want_bias ? floats_of(all_bias) : nullptr;
       kdfast::cpu_kernels().info_nce_grad_candidates(p, d);
     }
   }

@@ -76,7 +76,6 @@ std::tuple<Tensor, Tensor, Tensor> similarity_softmax(const Tensor& query, const
   if (p.batch * p.rows == 0) return {lse, out, lse_low};
 
   fold_batch(p);
-  const auto floats_of = [](const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); };
   run(p, floats_of(lse), floats_of(lse_low), floats_of(out));
   return {lse, out, lse_low};
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <initializer_list>
 #include <numeric>
 
@@ -12,6 +13,21 @@ namespace {
 
 using kdfast::SimilarityParams;
 
+// By the number of rows alone, so that a forward pass and its gradients see scores of the same bits. With few rows the cost is the packing of
+// what passes by them: up to kRowsOnVectors that of parts of floats, up to kRowsInPlace (in bf16 kBFloat16RowsInPlace) any at all.
+constexpr int64_t kRowsOnVectors = 64, kRowsInPlace = 8, kBFloat16RowsInPlace = 2;
+
+inline kdfast::Precision precision_for_rows(kdfast::Precision precision, int64_t rows) {
+  const bool few = precision == kdfast::Precision::kFloat32 && rows <= kRowsOnVectors;
+  return few ? kdfast::Precision::kFloat32Vectors : precision;
+}
+
+// The same where a bank passes by.
+inline kdfast::Precision precision_for_queries(kdfast::Precision precision, int64_t queries) {
+  const int64_t in_place = precision == kdfast::Precision::kBFloat16 ? kBFloat16RowsInPlace : kRowsInPlace;
+  return queries <= in_place ? kdfast::Precision::kFloat32Rows : precision_for_rows(precision, queries);
+}
+
 // What every op over one bank takes, checked; without start and values.
 inline SimilarityParams parameters(const Tensor& query, const Tensor& keys, const Tensor& scale, const OptionalTensor& bias,
                             const OptionalTensor& query_labels, const OptionalTensor& key_labels, const OptionalTensor& key_index,
@@ -21,11 +37,11 @@ inline SimilarityParams parameters(const Tensor& query, const Tensor& keys, cons
   const int64_t batch = query.size(0), rows = query.size(1), width = query.size(2), columns = keys.size(1);
 
   SimilarityParams p{};
-  p.precision = precision_of(precision);
   p.batch = batch, p.rows = rows, p.columns = columns, p.width = p.pooled_width = width;
   p.pooled = pooled;
   p.query = row_matrix("query", query, {batch, rows, width});
   p.keys = column_matrix("keys", keys, {batch, columns, width}, &p.keys_batch_stride);
+  p.precision = precision_for_queries(precision_of(precision), p.keys_batch_stride == 0 ? batch * rows : rows);
   p.scale = row_data<float>("scale", scale, {batch, rows});
   p.bias = column_data<float>("bias", bias, {batch, columns}, &p.bias_batch_stride);
   p.query_labels = row_data<int64_t>("query_labels", query_labels, {batch, rows});
@@ -80,6 +96,24 @@ inline Division divide(double work, int64_t batch, int64_t rows, int64_t columns
 // Parts that the keys of a batch entry are cut into where each thread owns its keys' sums.
 inline int64_t parts_of_keys(int64_t workers, int64_t batch, int64_t keys) {
   return std::clamp<int64_t>(keys / kMinKeys, 1, workers / std::gcd(workers, batch));
+}
+
+// ---- losses ------------------------------------------------------------------------------------------------------------
+
+// The results of an op that gives so many tensors.
+template <size_t kResults, class... Arguments>
+std::array<Tensor, kResults> call_op(const char* op, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  std::array<Tensor, kResults> results;
+  for (size_t i = 0; i < kResults; ++i) results[i] = torch::stable::detail::to<Tensor>(stack[i]);
+  return results;
+}
+
+inline float mean_of(const float* losses, int64_t count) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += losses[i];
+  return float(sum / double(count));
 }
 
 }  // namespace

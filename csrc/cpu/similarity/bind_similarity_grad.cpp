@@ -13,8 +13,6 @@ using kdfast::SimilarityGradRowsTask;
 using kdfast::SimilarityGradTask;
 using kdfast::SimilarityUpstream;
 
-float* floats_of(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
-
 SimilarityUpstream upstream(const SimilarityParams& p, const Tensor& slope, const OptionalTensor& h, const Tensor& lse, const OptionalTensor& lse_low) {
   SimilarityUpstream u{};
   u.slope = row_data<float>("slope", slope, {p.batch, p.rows});
@@ -115,7 +113,8 @@ std::tuple<Tensor, Tensor, Tensor> similarity_grad_keys(const Tensor& slope, con
     SimilarityGradTask task = call;
     task.batch = t / parts;
     const int64_t begin = std::min(p.columns, t % parts * step), end = std::min(p.columns, begin + step);
-    const int64_t valid_end = std::clamp(valid_columns(p, task.batch), begin, end), at = task.batch * p.columns;
+    const int64_t valid = p.rows == 0 ? 0 : valid_columns(p, task.batch);  // without queries there is nothing to add up
+    const int64_t valid_end = std::clamp(valid, begin, end), at = task.batch * p.columns;
     task.key_begin = begin, task.key_end = valid_end;
     if (begin < valid_end) kernels.similarity_grad(p, task, work + worker * words);
     const auto clear = [&](float* out, int64_t width) {

@@ -61,7 +61,7 @@ struct DistillationWorkspace {
   DistillationWorkspace(Product product, const DistillationParams& p, int64_t row_count, int64_t columns, Arena& arena) {
     const int64_t width = p.student.width, teacher_width = p.teacher.width;
     rows = rows_at_once<Product>((3 * width + teacher_width) / 2, row_count);  // beside q and its sum: u and another sum
-    block = block_columns<Product>(columns);
+    block = block_columns<Product>(columns, p.student.width);
     one_bank = p.teacher.keys.data == p.student.keys.data && p.teacher.keys.type == p.student.keys.type && width == teacher_width;
     student.plan(product, rows, width, width, arena);
     teacher.plan(product, rows, teacher_width, width, arena);

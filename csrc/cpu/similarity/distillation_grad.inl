@@ -26,7 +26,7 @@ struct DistillationGradWorkspace {
   DistillationGradWorkspace(Product product, const DistillationParams& p, int64_t row_count, Arena& arena) {
     const int64_t width = p.student.width, teacher_width = p.teacher.width;
     rows = rows_at_once<Product>(width + teacher_width / 2, row_count);
-    block = block_columns<Product>(p.student.rows);
+    block = block_columns<Product>(p.student.rows, p.student.width);
     keys.plan(product, rows, width, arena);
     teacher_keys.plan(product, rows, teacher_width, arena);
     dkeys.plan(rows, width, arena);

@@ -38,6 +38,16 @@ inline void scaled(float* to, float factor, const T* x, int64_t width) {
   }
 }
 
+// log(1 + e^x) and its derivative; beyond 40 they are x and 1.
+struct Softplus {
+  float value, slope;
+};
+inline Softplus softplus_of(float x) {
+  if (x > 40) return {x, 1};
+  const float e = __builtin_expf(x);
+  return {__builtin_log1pf(e), e / (1 + e)};
+}
+
 // Where the positive is among the candidates of the batch; -1: there is none.
 inline int64_t column_of(const InfoNceParams& p, int64_t row, int64_t j) {
   const int64_t at = row * p.positives + j;
@@ -65,10 +75,9 @@ void info_nce_rows_of(const InfoNceParams& p, const InfoNceRows& r, const Q* que
       const float bias = p.bias != nullptr ? p.bias[i / p.rows * p.bias_batch_stride + column] : 0;
       const float x = r.lse[i] - (p.scale[i] * inner_product(queries + i * p.width, candidates + candidate(p, i, column), p.width) + bias);
       const float weight = p.weights != nullptr ? p.weights[i * p.positives + j] : 1 / float(p.positives);
-      const bool linear = !r.include_positive || x > 40;  // beyond 40, log(1 + e^x) is x and its slope 1
-      const float e = linear ? 0 : __builtin_expf(x);
-      loss += weight * (linear ? x : __builtin_log1pf(e));
-      slopes[j] = weight * (linear ? 1 : e / (1 + e));
+      const Softplus f = r.include_positive ? softplus_of(x) : Softplus{x, 1};
+      loss += weight * f.value;
+      slopes[j] = weight * f.slope;
       sum += slopes[j];
     }
     r.losses[i] = loss;

@@ -82,7 +82,7 @@ struct PairWorkspace {
   template <class Product>
   PairWorkspace(Product product, const PairParams& p, int64_t row_count, int64_t columns, Arena& arena) {
     rows = rows_at_once<Product>(p.width, row_count);
-    block = block_columns<Product>(columns);
+    block = block_columns<Product>(columns, p.width);
     x.plan(product, rows, p.width, arena);
     y.panels.plan(product, p.width, block, true, false, arena);
     tile.plan(product, rows, block, arena);
@@ -295,7 +295,7 @@ inline void take_gradients(Product, const PairParams& p, const PairTask& task, c
 // f(product) with a product that holds the task's operands: sums grow as blocks pass by, so that it must be known beforehand.
 template <class F>
 inline void with_holding_product(const PairParams& p, const PairTask& task, const F& f) {
-  const bool whole = p.precision == Precision::kBFloat16 ||
+  const bool whole = p.precision == Precision::kBFloat16 || p.precision == Precision::kFloat32Vectors ||
                      (all_finite(p.x.from(task.batch * p.rows * p.width), task.row_begin, task.row_end, p.width) &&
                       all_finite(p.y.from(task.batch * p.columns * p.width), task.column_begin, task.column_end, p.width));
   if (whole) {

@@ -26,7 +26,7 @@ struct SoftmaxWorkspace {
   SoftmaxWorkspace(Product product, const SimilarityParams& p, int64_t row_count, int64_t columns, Arena& arena) {
     const bool other_values = p.pooled && p.values.data != nullptr;
     rows = rows_at_once<Product>(p.width > p.pooled_width ? p.width : p.pooled_width, row_count);
-    block = block_columns<Product>(columns);
+    block = block_columns<Product>(columns, p.width);
     queries.plan(product, rows, p.width, arena);
     pooled.plan(p.pooled ? rows : 0, p.pooled_width, arena);
     keys.panels.plan(product, p.width, block, true, p.pooled && !other_values, arena);
@@ -108,7 +108,7 @@ struct SimilarityPass {
 
 // Words of workspace for tasks of at most `rows` rows and `columns` columns.
 int64_t similarity_workspace(const SimilarityParams& p, int64_t rows, int64_t columns) {
-  return scratch_words(p.precision, [&](auto product) {
+  return similarity_words(p.precision, [&](auto product) {
     Arena arena{nullptr};
     SoftmaxWorkspace(product, p, rows, columns, arena);
     return arena.words;
@@ -116,7 +116,7 @@ int64_t similarity_workspace(const SimilarityParams& p, int64_t rows, int64_t co
 }
 
 void similarity(const SimilarityParams& p, const SimilarityTask& task, float* workspace) {
-  with_sound_product(p.precision, [&](auto product) {
+  with_similarity_product(p.precision, [&](auto product) {
     using Product = decltype(product);
     Arena arena{workspace};
     SoftmaxWorkspace w(product, p, task.row_end - task.row_begin, task.column_end - task.column_begin, arena);

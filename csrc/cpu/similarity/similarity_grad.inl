@@ -27,7 +27,7 @@ struct GradWorkspace {
   GradWorkspace(Product product, const SimilarityParams& p, const SimilarityGradTask& t, int64_t row_count, Arena& arena) {
     const bool has_h = t.upstream.h.data != nullptr, over_keys = p.values.data == nullptr;
     rows = rows_at_once<Product>(p.width > p.pooled_width ? p.width : p.pooled_width, row_count);
-    block = block_columns<Product>(p.rows);
+    block = block_columns<Product>(p.rows, p.width);
     keys.plan(product, rows, p.width, arena);
     dkeys.plan(t.dkeys != nullptr ? rows : 0, p.width, arena);
     queries.panels.plan(product, p.width, block, true, t.dkeys != nullptr, arena);
@@ -160,7 +160,7 @@ struct KeyGradientPass {
 
 // Words of workspace for tasks of at most `keys` keys that want what `like` wants.
 int64_t similarity_grad_workspace(const SimilarityParams& p, const SimilarityGradTask& like, int64_t keys) {
-  return scratch_words(p.precision, [&](auto product) {
+  return similarity_words(p.precision, [&](auto product) {
     Arena arena{nullptr};
     GradWorkspace(product, p, like, keys, arena);
     return arena.words;
@@ -168,7 +168,7 @@ int64_t similarity_grad_workspace(const SimilarityParams& p, const SimilarityGra
 }
 
 void similarity_grad(const SimilarityParams& p, const SimilarityGradTask& task, float* workspace) {
-  with_sound_product(p.precision, [&](auto product) {
+  with_similarity_product(p.precision, [&](auto product) {
     using Product = typename decltype(product)::Swapped;
     Arena arena{workspace};
     GradWorkspace w(Product{}, p, task, task.key_end - task.key_begin, arena);

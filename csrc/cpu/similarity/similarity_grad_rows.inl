@@ -27,7 +27,7 @@ struct GradRowsWorkspace {
                     Arena& arena) {
     const bool has_h = t.upstream.h.data != nullptr, other_values = p.values.data != nullptr;
     rows = rows_at_once<Product>(p.width > p.pooled_width ? p.width : p.pooled_width, row_count);
-    block = block_columns<Product>(columns);
+    block = block_columns<Product>(columns, p.width);
     queries.plan(product, rows, p.width, arena);
     sums.plan(rows, p.width, arena);
     keys.panels.plan(product, p.width, block, true, true, arena);
@@ -134,7 +134,7 @@ struct RowGradientPass {
 
 // Words of workspace for tasks of at most `rows` rows and `columns` columns, with or without h as `like`.
 int64_t similarity_grad_rows_workspace(const SimilarityParams& p, const SimilarityGradRowsTask& like, int64_t rows, int64_t columns) {
-  return scratch_words(p.precision, [&](auto product) {
+  return similarity_words(p.precision, [&](auto product) {
     Arena arena{nullptr};
     GradRowsWorkspace(product, p, like, rows, columns, arena);
     return arena.words;
@@ -142,7 +142,7 @@ int64_t similarity_grad_rows_workspace(const SimilarityParams& p, const Similari
 }
 
 void similarity_grad_rows(const SimilarityParams& p, const SimilarityGradRowsTask& task, float* workspace) {
-  with_sound_product(p.precision, [&](auto product) {
+  with_similarity_product(p.precision, [&](auto product) {
     using Product = decltype(product);
     Arena arena{workspace};
     GradRowsWorkspace w(product, p, task, task.row_end - task.row_begin, task.column_end - task.column_begin, arena);

@@ -4,12 +4,23 @@
 // Everything is in base 2: a logit is log2e scale score, plus log2e bias. Included by the passes, after the target pragma.
 #pragma once
 
-#include "engine/stream.inl"
+#include "engine/in_place.inl"
 #include "similarity/similarity.h"
 
 namespace {
 
 using kdfast::SimilarityParams;
+
+// with_sound_product and scratch_words of all products that a bank can pass by.
+template <class F>
+inline void with_similarity_product(Precision precision, const F& f) {
+  if (precision == Precision::kFloat32Rows) return void(f(RowProduct{}));
+  with_sound_product(precision, f);
+}
+template <class F>
+inline int64_t similarity_words(Precision precision, const F& f) {
+  return precision == Precision::kFloat32Rows ? f(RowProduct{}) : scratch_words(precision, f);
+}
 
 // ---- rows are queries -------------------------------------------------------------------------------------------------
 

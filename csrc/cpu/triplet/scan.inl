@@ -37,7 +37,7 @@ struct ScanWorkspace {
   ScanWorkspace(Product product, const ScanParams& p, int64_t row_count, int64_t most_rows, Arena& arena) {
     const int64_t chunks = most_rows / Product::kRowChunk;
     rows = smaller(rows_at_once<Product>(p.x.width, row_count), (chunks > 0 ? chunks : 1) * Product::kRowChunk);
-    block = block_columns<Product>(p.classes.columns);
+    block = block_columns<Product>(p.classes.columns, p.x.width);
     class_rows = 2 * kMostRowMultiple / Product::kRowMultiple * Product::kRowMultiple;
     x.plan(product, rows, p.x.width, arena);
     y.matrix = p.y.matrix;

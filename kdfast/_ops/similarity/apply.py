@@ -17,12 +17,17 @@ def needs_grad(tensors: tuple) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def through_function(tensors: tuple) -> bool:
+    """Whether a call needs its Function: something may be differentiated, or runs under a transform. (Dynamo cannot trace it otherwise.)"""
+    return needs_grad(tensors) or torch._C._are_functorch_transforms_active()
+
+
 def streaming_softmax(spec: Spec, folded: Tensors, *, pool: bool, need_pooled: bool) -> tuple[Tensor, Tensor, Tensor]:
     """lse [B, N], pooled [B, N, Dv] (empty unless asked for, or needed for a gradient) and lse_low [B, N], what lse rounded off.
 
     `pool`: pooled is differentiable too.
     """
     grad = needs_grad(folded)
-    if grad or torch._C._are_functorch_transforms_active():
+    if through_function(folded):
         return Similarity.apply(spec.impl, spec.compute, pool and grad, need_pooled or grad, *folded)
     return run_forward(spec.impl, spec.compute, need_pooled, *folded)

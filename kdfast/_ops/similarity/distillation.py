@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..._core import impls
 from . import cpu
 from .apply import needs_grad, streaming_softmax
 from .arguments import how_to_compute, problem, row_parameter
 from .autograd import _keep, _kept, _versions
+from .definition import SecondOrder
 from .exclusions import Rules
 from .first_order import start_weight
 from .positives import dot
@@ -201,7 +201,6 @@ class Gradients(Function):
         return _gradients(call, want, versions, g, student, scale, start_logit, slope, difference, log_sums, keys, *fixed)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *cotangents):
         (g, student, scale, start_logit), bank = _kept(ctx, 4)
         if ctx.versions is not None and _versions(bank) != ctx.versions:
@@ -210,16 +209,11 @@ class Gradients(Function):
                 "push to the bank after the last backward, or give the loss a clone of it"
             )
         keys, *fixed = bank
-        inputs = [None if x is None else x.detach() for x in (student, keys, scale, start_logit)]
-        at = [i for i, wanted in enumerate(ctx.want) if wanted]
-        leaves = [g.detach().requires_grad_(), *(inputs[i].requires_grad_() for i in at)]
-        with torch.enable_grad():
-            losses, _ = _composed(ctx.call, *inputs, *fixed)
-            first = torch.autograd.grad(losses, leaves[1:], leaves[0], create_graph=True)
-        along = [(x, cotangents[i]) for x, i in zip(first, at, strict=True) if cotangents[i] is not None]
-        dg, *found = torch.autograd.grad([x for x, _ in along], leaves, [u for _, u in along], allow_unused=True)
-        second = dict(zip(at, found, strict=True))
-        dstudent, dkeys, dscale, dstart = (second.get(i) for i in range(4))
+
+        def definition(*inputs):
+            return _composed(ctx.call, *inputs, *fixed)[0]
+
+        dg, dstudent, dkeys, dscale, dstart = SecondOrder.apply(definition, ctx.want, *cotangents, g, student, keys, scale, start_logit)
         return None, None, None, dg, dstudent, dscale, dstart, None, None, None, dkeys, *(None,) * 7
 
 

@@ -5,6 +5,7 @@ w_ij e^x_ij / (1 + e^x_ij), and what they pull the query by, come from the forwa
 upstream gradient. csrc/cpu/similarity/info_nce.inl states the formulas.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from . import cpu, triton
 from .apply import streaming_softmax, transformed
 from .arguments import Problem, Spec, Tensors
 from .autograd import _keep, _kept, _versions
+from .definition import SecondOrder
 from .passes import for_kernel
 from .positives import positive_logits
 
@@ -133,35 +135,18 @@ class Gradients(Function):
                 "double backward through info_nce needs the bank as the forward saw it, but it was updated in place since; "
                 "push to the bank after the last backward, or give the loss a clone of it"
             )
+        definition = partial(_definition, ctx.call, bank[2:])
         dg, dquery, dkeys, dscale, dbias, dpositive = SecondOrder.apply(
-            ctx.call, ctx.want, bank[2:], *cotangents, g, query, bank[0], scale, bank[1], positive
+            definition, ctx.want, *cotangents, g, query, bank[0], scale, bank[1], positive
         )
         return None, None, None, dg, *(None,) * 4, dquery, dscale, dpositive, dkeys, dbias, *(None,) * 7
 
 
-class SecondOrder(Function):
-    """Gradients of <cotangents, first-order gradients> in (g, query, keys, scale, bias, positive)."""
-
-    @staticmethod
-    def forward(ctx, call, want, rest, u_query, u_keys, u_scale, u_bias, u_positive, g, *inputs):
-        cotangents, (columns, weights, *rules) = (u_query, u_keys, u_scale, u_bias, u_positive), rest
-        inputs = [None if x is None else x.detach() for x in inputs]
-        at = [i for i, wanted in enumerate(want) if wanted]
-        leaves = [g.detach().requires_grad_(), *(inputs[i].requires_grad_() for i in at)]
-        query, keys, scale, bias, positive = inputs
-        with torch.enable_grad():
-            tensors = Tensors(query, keys, scale, bias, None, None, None, *rules)
-            losses, _ = _composed(Problem(call.spec, tensors), Positives(positive, columns, weights, call.include))
-            losses = losses.mean() if call.mean else losses
-            first = torch.autograd.grad(losses, leaves[1:], leaves[0], create_graph=True)
-        along = [(x, cotangents[i]) for x, i in zip(first, at, strict=True) if cotangents[i] is not None]
-        dg, *found = torch.autograd.grad([x for x, _ in along], leaves, [u for _, u in along], allow_unused=True)
-        second = dict(zip(at, found, strict=True))
-        return dg, *(second.get(i) for i in range(5))
-
-    @staticmethod
-    def backward(ctx, *cotangents):
-        raise RuntimeError("info_nce has first and second derivatives only; a third was asked for")
+def _definition(call: Call, rest: tuple, query, keys, scale, bias, positive) -> Tensor:
+    columns, weights, *rules = rest
+    tensors = Tensors(query, keys, scale, bias, None, None, None, *rules)
+    losses, _ = _composed(Problem(call.spec, tensors), Positives(positive, columns, weights, call.include))
+    return losses.mean() if call.mean else losses
 
 
 def _gradients(call, want, versions, g, lse, lse_low, slopes, pulls, query, scale, positive, keys, bias, columns, weights, *rules):

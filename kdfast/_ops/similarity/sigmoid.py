@@ -7,6 +7,7 @@ from torch.autograd import Function
 
 from ..._core import checks, impls
 from . import cpu
+from .apply import through_function
 from .arguments import how_to_compute, row_parameter
 from .autograd import fold_batch
 from .tiles import Scores, contract, contract_tangent
@@ -48,7 +49,8 @@ def sigmoid_pair_loss(
     lead = (1, rows.numel()) if keys.dim() == 2 else (batch.numel(), rows[-1])
     scale, shift = (row_parameter(name, x, query).reshape(lead) for name, x in (("scale", scale), ("shift", shift)))
     compute = how_to_compute(query, precision)
-    loss = SigmoidPairs.apply(
+    run = SigmoidPairs.apply if through_function((query, keys, scale, shift)) else _run_forward
+    loss = run(
         impls.choose("sigmoid_pair_loss", impl, device_type=query.device.type, dtype=compute.dtype),
         compute,
         query.reshape(*lead, query.shape[-1]),

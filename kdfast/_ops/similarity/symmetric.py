@@ -8,6 +8,7 @@ from torch.autograd import Function
 
 from ..._core import checks, dtypes, impls
 from . import cpu
+from .apply import through_function
 from .arguments import how_to_compute
 from .autograd import SecondOrder, fold_batch
 from .portable import _finite, _two_sum, above_nothing
@@ -62,7 +63,8 @@ def symmetric_lse(
     sides = (x, y)
     x_labels, y_labels = (None, None) if labels is None else (_labels(*pair, size) for pair in zip(labels, ("x", "y"), sides, strict=True))
     x, y = (side.reshape(size, *side.shape[-2:]) for side in sides)
-    rows, columns, _, _ = SymmetricLse.apply(impl, compute, x, y, scale, x_labels, y_labels)
+    run = SymmetricLse.apply if through_function((x, y, scale)) else _run_forward
+    rows, columns, _, _ = run(impl, compute, x, y, scale, x_labels, y_labels)
     return rows.reshape(*batch, -1), columns.reshape(*batch, -1)
 
 

@@ -18,8 +18,8 @@ def reference(x: Inputs) -> tuple[torch.Tensor, ...]:
 BANK_GRADIENT = INFO_NCE._replace(
     shapes={
         "quick": ((64, 256, 128), (256, 4096, 128)),
-        "default": ((1024, 16384, 128),),
-        "full": ((1024, 65536, 128), (4096, 16384, 256)),
+        "default": ((64, 256, 128), (1024, 16384, 128)),
+        "full": ((64, 256, 128), (1024, 65536, 128), (4096, 16384, 256)),
     },
     reference=reference,
     flop=lambda shape: 8 * math.prod(shape),

@@ -58,7 +58,11 @@ def open_clip_sigmoid():
 
 
 CLIP = Case(
-    shapes={"quick": ((256, 128),), "default": ((4096, 512),), "full": ((1024, 512), (4096, 512), (8192, 768))},
+    shapes={
+        "quick": ((64, 128), (256, 128)),
+        "default": ((64, 128), (256, 128), (4096, 512)),
+        "full": ((64, 128), (256, 128), (1024, 512), (4096, 512), (8192, 768)),
+    },
     axes="N D",
     dtypes=(torch.float32, torch.bfloat16),
     inputs=inputs,

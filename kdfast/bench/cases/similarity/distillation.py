@@ -53,8 +53,8 @@ fused = partial(similarity_distillation, student_temperature=STUDENT_TAU, teache
 DISTILLATION = Case(
     shapes={
         "quick": ((64, 1024, 32, 128),),
-        "default": ((256, 65536, 128, 512),),
-        "full": ((256, 65536, 128, 512), (1024, 65536, 128, 128)),
+        "default": ((64, 256, 128, 128), (256, 65536, 128, 512)),
+        "full": ((64, 256, 128, 128), (256, 65536, 128, 512), (1024, 65536, 128, 128)),
     },
     axes="N M Ds Dt",
     dtypes=(torch.float32, torch.bfloat16),

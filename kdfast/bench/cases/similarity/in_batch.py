@@ -70,12 +70,16 @@ def metric_learning():
 
 
 NT_XENT = Case(
-    shapes={"quick": ((128, 128),), "default": ((2048, 128),), "full": ((512, 128), (2048, 128), (4096, 256))},
+    shapes={
+        "quick": ((64, 128), (128, 128)),
+        "default": ((64, 128), (128, 128), (2048, 128)),
+        "full": ((64, 128), (128, 128), (512, 128), (2048, 128), (4096, 256)),
+    },
     axes="N D",
     dtypes=(torch.float32, torch.bfloat16),
     inputs=views,
     reference=lambda x: peers.step(nt_xent_formula, *(t.double() for t in x), leaves=2),
-    flop=lambda shape: 8 * (2 * shape[0]) ** 2 * shape[1],
+    flop=lambda shape: 6 * (2 * shape[0]) ** 2 * shape[1],  # the columns are the rows: one product has both halves of the gradient
     peers=(
         peers.steps("kdfast", partial(nt_xent, temperature=TAU), leaves=2),
         peers.steps("eager", nt_xent_formula, leaves=2),
@@ -85,7 +89,11 @@ NT_XENT = Case(
     ),
 )
 SUP_CON = NT_XENT._replace(
-    shapes={"quick": ((256, 128),), "default": ((4096, 128),), "full": ((1024, 128), (4096, 128), (8192, 256))},
+    shapes={
+        "quick": ((128, 128), (256, 128)),
+        "default": ((128, 128), (256, 128), (4096, 128)),
+        "full": ((128, 128), (256, 128), (1024, 128), (4096, 128), (8192, 256)),
+    },
     inputs=labelled,
     reference=lambda x: peers.step(sup_con_formula, x.features.double(), x.labels),
     flop=lambda shape: 8 * shape[0] ** 2 * shape[1],

@@ -77,11 +77,11 @@ INFO_NCE = Case(
 _WIDTHS = (1, 7, 17, 31, 33, 63, 100)  # around and between the vector widths
 ODD_SIZES = INFO_NCE._replace(
     shapes={
-        "quick": ((64, 512, 1), (64, 512, 17), (1, 4096, 128), (4096, 16, 64)),
+        "quick": ((64, 512, 1), (64, 512, 17), (1, 4096, 128), (8, 4096, 128), (4096, 16, 64)),
         "default": (
             *((256, 8192, width) for width in _WIDTHS),
             (64, 4096, 4096),
-            (1, 65536, 128),
+            *((queries, 65536, 128) for queries in (1, 4, 8, 16)),
             (100_000, 64, 64),
             (100_000, 1, 64),
             (16, 1_000_000, 64),

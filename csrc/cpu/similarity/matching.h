@@ -1,0 +1,36 @@
+// What the losses of matching pairs (CLIP, NT-Xent) are given beside their log-sum-exps. Plain pointers, 64-bit sizes, no torch.
+#pragma once
+
+#include "engine/element.h"
+
+namespace kdfast {
+
+// Row i of x matches row partner(i) of y: i, or, where x and y are one matrix of two views, the sample's row in the other half. Row-major,
+// contiguous, of one element type.
+struct Matching {
+  int64_t rows, width;
+  Matrix x, y;  // [rows, width]
+  float scale;
+  bool views;
+
+  int64_t partner(int64_t i) const { return !views ? i : i < rows / 2 ? i + rows / 2 : i - rows / 2; }
+};
+
+// loss_i: the mean over sides of log(1 + e^(lse_i - scale x_i.y_partner)); slopes: its derivatives in the lse_i. [rows] each.
+struct MatchingLosses {
+  int64_t sides;  // 1 or 2
+  const float* lse[2];
+  float* losses;
+  float* slopes[2];
+};
+
+// With pull_i = -dloss / d(scale x_i.y_partner) and sums over the other pairs as symmetric_grad leaves them, gradients of x and y in the elements'
+// type. Null: not wanted.
+struct MatchingGradients {
+  const float* pull;             // [rows]
+  const float *x_sums, *y_sums;  // [rows, width]
+  void *dx, *dy;                 // [rows, width]
+  float* dscale;                 // [rows]
+};
+
+}  // namespace kdfast

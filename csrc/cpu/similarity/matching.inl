@@ -1,0 +1,66 @@
+// Losses in which every row has one match among the columns (CLIP, NT-Xent), once the log-sum-exps over the other pairs are known.
+//
+// With z_i = s x_i.y_i, y_i the row's match, loss_i is the mean over sides of log(1 + e^(lse_i - z_i)), slope_i that side's derivative in lse_i.
+// With the sums over the other pairs (symmetric.inl) and pull_i = g_i times the sum of the slopes,
+//   dx_i = s (sum_j W_ij y_j - pull_i y_i),   dy_i = sum_j W_ji s x_j - pull_i s x_i,   ds = sum_i x_i.(sum_j W_ij y_j - pull_i y_i).
+//
+// Included by isa_*.cpp after the target pragma.
+#pragma once
+
+#include "similarity/info_nce.inl"
+#include "similarity/matching.h"
+
+namespace {
+
+using kdfast::Matching;
+using kdfast::MatchingGradients;
+using kdfast::MatchingLosses;
+
+template <class T>
+void matching_losses_of(const Matching& m, const MatchingLosses& out, const T* x) {
+  const T* const y = static_cast<const T*>(m.y.data);
+  for (int64_t i = 0; i < m.rows; ++i) {
+    const float match = m.scale * inner_product(x + i * m.width, y + m.partner(i) * m.width, m.width);
+    out.losses[i] = 0;
+    for (int64_t side = 0; side < out.sides; ++side) {
+      const Softplus f = softplus_of(out.lse[side][i] - match);
+      out.losses[i] += f.value / float(out.sides);
+      out.slopes[side][i] = f.slope / float(out.sides);
+    }
+  }
+}
+
+template <class T>
+void matching_gradients_of(const Matching& m, const MatchingGradients& out, int64_t begin, int64_t end, const T* x) {
+  const T* const y = static_cast<const T*>(m.y.data);
+  const Vec scale = splat(m.scale);
+  for (int64_t i = begin; i < end; ++i) {
+    const T *const xi = x + i * m.width, *const yi = y + m.partner(i) * m.width;
+    const int64_t at = i * m.width;
+    const Vec pull = splat(out.pull[i]);
+    Vec dscale = {};
+    for (int64_t d = 0; d < m.width; d += kLanes) {
+      const Vec x_d = load_row(xi, d, m.width);
+      if (out.x_sums != nullptr) {
+        const Vec sum = load_row(out.x_sums + at, d, m.width) - pull * load_row(yi, d, m.width);
+        dscale = multiply_add(x_d, sum, dscale);
+        if (out.dx != nullptr) store_row(static_cast<T*>(out.dx) + at, d, m.width, scale * sum);
+      }
+      if (out.dy != nullptr) store_row(static_cast<T*>(out.dy) + at, d, m.width, load_row(out.y_sums + at, d, m.width) - pull * scale * x_d);
+    }
+    if (out.dscale != nullptr) out.dscale[i] = total(dscale);
+  }
+}
+
+// ---- the entries of the dispatch table ------------------------------------------------------------------------------
+
+void matching_losses(const Matching& m, const MatchingLosses& out) {
+  with_elements(m.x, [&](const auto* x) { matching_losses_of(m, out, x); });
+}
+
+// Rows begin .. end.
+void matching_gradients(const Matching& m, const MatchingGradients& out, int64_t begin, int64_t end) {
+  with_elements(m.x, [&](const auto* x) { matching_gradients_of(m, out, begin, end, x); });
+}
+
+}  // namespace

@@ -1,0 +1,28 @@
+"""The second derivative of a fused loss: that of its definition in PyTorch's operations, taken twice."""
+
+import torch
+from torch.autograd import Function
+
+
+class SecondOrder(Function):
+    """Gradients of <cotangents, first-order gradients> in (g, *inputs), the first-order ones being those of <g, definition(*inputs)>.
+
+    `want`: which of the inputs have a first-order gradient. Tensors: a cotangent of each input (None: zero), g, and the inputs.
+    """
+
+    @staticmethod
+    def forward(ctx, definition, want, *tensors):
+        cotangents, g, inputs = tensors[: len(want)], tensors[len(want)], tensors[len(want) + 1 :]
+        inputs = [None if x is None else x.detach() for x in inputs]
+        at = [i for i, wanted in enumerate(want) if wanted]
+        leaves = [g.detach().requires_grad_(), *(inputs[i].requires_grad_() for i in at)]
+        with torch.enable_grad():
+            first = torch.autograd.grad(definition(*inputs), leaves[1:], leaves[0], create_graph=True)
+        along = [(x, cotangents[i]) for x, i in zip(first, at, strict=True) if cotangents[i] is not None]
+        dg, *found = torch.autograd.grad([x for x, _ in along], leaves, [u for _, u in along], allow_unused=True)
+        second = dict(zip(at, found, strict=True))
+        return dg, *(second.get(i) for i in range(len(want)))
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        raise RuntimeError("this loss has first and second derivatives only; a third was asked for")

@@ -1,0 +1,143 @@
+"""Losses in which every row has one match among the columns, and the others are its negatives: CLIP's, NT-Xent's and SigLIP's.
+
+With z_i the logit of row i and its match, a side's loss is log(1 + e^(lse_i - z_i)), lse_i over the pairs that are not left out; the
+sigmoid loss adds up all pairs of a row. On the CPU a call is one op, and its gradient another (csrc/cpu/similarity/matching.inl).
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from ..._core import impls
+from . import cpu
+from .apply import streaming_softmax, transformed
+from .arguments import how_to_compute, problem
+from .definition import SecondOrder
+from .exclusions import SameLabel
+from .positives import dot
+from .sigmoid import sigmoid_pair_loss
+from .symmetric import symmetric_lse
+
+impls.register("matching_loss", impls.Implementation("cpu", cpu.missing, cpu.refuses))
+
+
+class Call(NamedTuple):
+    """What a call is beside its differentiable tensors x, y, scale and shift."""
+
+    labels: Tensor | None  # int64 [2N] of two views: pairs of equal labels are left out; None: those of a sample
+    mean: bool  # the mean of the losses instead of them
+    precision: str | None
+    impl: str | None
+    products: int  # the kernels' number for how they are formed
+
+
+def clip_rows(x: Tensor, y: Tensor, scale: float | Tensor, *, mean: bool, precision: str | None, impl: str | None) -> Tensor:
+    """Of z = scale x y^T with row i matching column i, the mean of both sides' losses: [N], or [] with `mean`.
+
+    x, y: [N, D] of one dtype, N >= 1. scale: a float or 0-d.
+    """
+    return _losses(x, y, scale, None, None, mean, precision, impl)
+
+
+def sigmoid_rows(
+    x: Tensor, y: Tensor, scale: float | Tensor, shift: float | Tensor, *, mean: bool, precision: str | None, impl: str | None
+) -> Tensor:
+    """`sigmoid_pair_loss` of x and y [N, D], row i matching column i: [N], or [] with `mean`. scale, shift: floats or 0-d."""
+    return _losses(x, y, scale, shift, None, mean, precision, impl)
+
+
+def view_rows(x: Tensor, scale: float | Tensor, labels: Tensor | None, *, mean: bool, precision: str | None, impl: str | None) -> Tensor:
+    """The losses of the rows of x [2N, D], two views of N >= 1 samples, among each other: [2N], or [] with `mean`.
+
+    scale: a float, 0-d or [2N]. labels: int64 [2N], equal for the views of a sample.
+    """
+    return _losses(x, None, scale, None, labels, mean, precision, impl)
+
+
+def _losses(x, y, scale, shift, labels, mean, precision, impl) -> Tensor:
+    compute = how_to_compute(x, precision)
+    call = Call(labels, mean, precision, impl, cpu.product_number(compute.products, x))
+    if impl is None or impl == "cpu":  # another serves the pass over all pairs, within the definition
+        impl = impls.choose("matching_loss", impl, device_type=x.device.type, dtype=compute.dtype)
+    if impl != "cpu" or transformed() or any(isinstance(t, Tensor) and t.dim() for t in (scale, shift)):
+        return _definition(call, x, y, scale, shift)
+    scale, shift = (None if t is None else torch.as_tensor(t, dtype=torch.float32, device=x.device) for t in (scale, shift))
+    return MatchingLoss.apply(call, x, y, scale, shift)
+
+
+def _definition(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor, shift: float | Tensor | None) -> Tensor:
+    """In PyTorch's operations around the pass over all pairs, for any device and transform, and for derivatives of the second order."""
+    labels, mean, precision, impl, _ = call
+    own = torch.arange(len(x), device=x.device)
+    if shift is not None:
+        losses = sigmoid_pair_loss(x, y, scale, shift, own, precision=precision, impl=impl)
+    elif y is None:
+        half = len(x) // 2
+        labels = own % half if labels is None else labels
+        spec, tensors = problem(x, x, scale, None, None, None, (SameLabel(labels, labels),), None, precision, impl)
+        lse, *_ = streaming_softmax(spec, tensors.folded(spec), pool=False, need_pooled=False)
+        losses = F.softplus(lse[0] - scale * dot(x, x.roll(half, 0)), threshold=40)  # beyond 40, log(1 + e^x) is x in float64 too
+    else:
+        sides = symmetric_lse(x, y, scale, labels=(own, own), precision=precision, impl=impl)
+        losses = F.softplus(torch.stack(sides) - scale * dot(x, y), threshold=40).mean(0)
+    return losses.mean() if mean else losses
+
+
+class MatchingLoss(Function):
+    """The same by fused kernels, outside transforms."""
+
+    @staticmethod
+    def forward(ctx, call, x, y, scale, shift):
+        x, y = x.contiguous(), None if y is None else y.contiguous()
+        losses, statistics = torch.ops.kdfast.matching_loss(x, y, scale, shift, call.labels, call.mean, call.products)
+        ctx.call = call
+        ctx.save_for_backward(statistics, x, y, scale, shift)
+        ctx.set_materialize_grads(False)
+        return losses
+
+    @staticmethod
+    def backward(ctx, g):
+        if g is None:
+            return (None,) * 5
+        run = MatchingGradients.apply if torch.is_grad_enabled() else _gradients
+        return None, *run(ctx.call, ctx.needs_input_grad[1:], g, *ctx.saved_tensors)
+
+
+class MatchingGradients(Function):
+    """`_gradients`, and their derivative."""
+
+    @staticmethod
+    def forward(ctx, call, want, g, statistics, *inputs):
+        ctx.call, ctx.want = call, want
+        ctx.save_for_backward(g, *inputs)
+        ctx.set_materialize_grads(False)
+        return _gradients(call, want, g, statistics, *inputs)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        dg, *dinputs = SecondOrder.apply(partial(_definition, ctx.call), ctx.want, *cotangents, *ctx.saved_tensors)
+        return None, None, dg, None, *dinputs
+
+
+def _gradients(call, want, g, statistics, x, y, scale, shift) -> tuple[Tensor | None, ...]:
+    """The gradients of <g, losses> in (x, y, scale, shift), None where not wanted."""
+    found = iter(torch.ops.kdfast.matching_loss_grad(g.contiguous(), statistics, x, y, scale, shift, call.labels, *want, call.products))
+    return tuple([next(found) if wanted else None for wanted in want])
+
+
+def _loss_fake(x, y, scale, shift, labels, mean, products):
+    sides = 0 if shift is not None else 1 if y is None else 2
+    return scale.new_empty(() if mean else x.shape[:1]), scale.new_empty((3 * sides, len(x)))
+
+
+def _grad_fake(g, statistics, x, y, scale, shift, labels, *want_and_products):
+    return [torch.empty_like(t) for t, wanted in zip((x, y, scale, shift), want_and_products[:4], strict=True) if wanted]
+
+
+if cpu.missing() is None:
+    torch.library.register_fake("kdfast::matching_loss", _loss_fake)
+    torch.library.register_fake("kdfast::matching_loss_grad", _grad_fake)

@@ -1,0 +1,197 @@
+"""clip_loss, nt_xent and siglip_loss as one op each way: against the formulas, in every dtype and under every instruction set."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from similarity_cases import assert_as_good_as
+from torch import Tensor
+
+from kdfast._core import impls
+from kdfast.functional import clip_loss, nt_xent, siglip_loss
+
+pytestmark = pytest.mark.skipif(impls.table()["matching_loss"]["cpu"] is not None, reason="no compiled kernels")
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+# a lone pair; around vector (16, 8, 4) and panel widths; on both sides of 64 rows, where floats change from vectors to tiles; many rows
+SIZES = pytest.mark.parametrize("size", [(1, 1), (3, 7), (64, 33), (65, 128), (257, 65)], ids=lambda s: "x".join(map(str, s)))
+
+
+def clip(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+    z, own = scale * (x @ y.T).to(scale.dtype), torch.arange(len(x))
+    return (F.cross_entropy(z, own, reduction="none") + F.cross_entropy(z.T, own, reduction="none")) / 2
+
+
+def two_views(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+    features = torch.cat([x, y])
+    z = scale * (features @ features.T).to(scale.dtype)
+    return F.cross_entropy(z.fill_diagonal_(-torch.inf), torch.arange(len(z)).roll(len(x)), reduction="none")
+
+
+def sigmoid(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    z = scale * (x @ y.T).to(scale.dtype) + shift
+    return -F.logsigmoid((2 * torch.eye(len(x), dtype=z.dtype) - 1) * z).sum(1)
+
+
+def fused_clip(x, y, scale, shift=None, **options):
+    return clip_loss(x, y, scale, impl="cpu", **options)
+
+
+def fused_two_views(x, y, scale, shift=None, **options):
+    return nt_xent(x, y, temperature=1 / scale, normalize=False, impl="cpu", **options)
+
+
+def fused_sigmoid(x, y, scale, shift, **options):
+    return siglip_loss(x, y, scale, shift, impl="cpu", **options)
+
+
+LOSSES = pytest.mark.parametrize(
+    ("fused", "formula"), [(fused_clip, clip), (fused_two_views, two_views), (fused_sigmoid, sigmoid)], ids=["clip", "nt_xent", "siglip"]
+)
+
+
+def problem(n: int, d: int, dtype=torch.float32) -> tuple[Tensor, ...]:
+    x, noise = (F.normalize(torch.randn(n, d, dtype=torch.float64), dim=-1) for _ in range(2))
+    y = F.normalize(x + noise, dim=-1)
+    return x.to(dtype), y.to(dtype), torch.tensor(8.0), torch.tensor(-3.0)
+
+
+def gradients(loss, inputs, g, dtype=None) -> tuple[Tensor, ...]:
+    """Row losses and gradients in whatever they depend on, of the matrices cast to `dtype`."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    leaves = [t.detach().to(dtype or t.dtype) if t.dim() else t.detach().to(wide) for t in inputs]
+    leaves = [t.requires_grad_() for t in leaves]
+    losses = loss(*leaves)
+    found = torch.autograd.grad(losses, leaves, g.to(losses.dtype), allow_unused=True)
+    return losses, *(x for x in found if x is not None)
+
+
+@DTYPES
+@SIZES
+@LOSSES
+def test_as_accurate_as_the_formula(isa, fused, formula, size, dtype):
+    inputs = problem(*size, dtype)
+    g = torch.randn(len(formula(*inputs)))
+    ours = gradients(lambda *leaves: fused(*leaves, reduction="none"), inputs, g)
+    for x, naive, truth in zip(ours, gradients(formula, inputs, g, dtype), gradients(formula, inputs, g, torch.float64), strict=True):
+        assert_as_good_as(x, naive, truth)
+
+
+@LOSSES
+def test_reductions(fused, formula):
+    inputs = problem(20, 16)
+    rows = fused(*inputs, reduction="none")
+    weight = torch.rand(len(rows))
+    torch.testing.assert_close(fused(*inputs), rows.mean())
+    torch.testing.assert_close(fused(*inputs, reduction="sum"), rows.sum())
+    torch.testing.assert_close(fused(*inputs, weight=weight), (rows * weight).sum() / weight.sum())
+    g = torch.full_like(rows, 1 / len(rows))
+    of_mean = gradients(lambda *leaves: fused(*leaves).expand(len(rows)), inputs, g)[1:]  # stride 0 on the way up
+    for x, y in zip(of_mean, gradients(lambda *leaves: fused(*leaves, reduction="none"), inputs, g)[1:], strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@LOSSES
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivatives_and_a_graph_kept(fused, formula, reduction):
+    inputs = problem(6, 9)
+    used = inputs if formula is sigmoid else inputs[:3]
+    directions = [torch.randn_like(t) for t in used]
+
+    def second(loss, dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+        value, wanted = loss(*leaves), leaves[: len(used)]
+        once = torch.autograd.grad(value.sum(), wanted, retain_graph=True)
+        first = torch.autograd.grad(value.sum(), wanted, create_graph=True)
+        assert all(torch.equal(x, y) for x, y in zip(once, first, strict=True))
+        along = sum((x * v.to(dtype)).sum() for x, v in zip(first, directions, strict=True))
+        return (*first, *torch.autograd.grad(along, wanted))
+
+    definition = lambda *leaves: formula(*leaves).mean() if reduction == "mean" else formula(*leaves)
+    ours = second(lambda *leaves: fused(*leaves, reduction=reduction), torch.float32)
+    for x, y in zip(ours, second(definition, torch.float64), strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4)
+
+
+@LOSSES
+def test_only_what_is_wanted(fused, formula):
+    inputs = problem(70, 12)
+    everything = gradients(fused, inputs, torch.ones(()))[1:]
+    for at, expected in enumerate(everything):
+        leaves = [t.detach().requires_grad_(i == at) for i, t in enumerate(inputs)]
+        (alone,) = torch.autograd.grad(fused(*leaves), leaves[at])
+        torch.testing.assert_close(alone, expected)
+    assert not fused(*inputs).requires_grad
+
+
+@LOSSES
+def test_inputs_that_are_not_contiguous(fused, formula):
+    x, y, scale, shift = problem(12, 20)
+    spread = [torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0].requires_grad_() for t in (x, y)]
+    ours = torch.autograd.grad(fused(*spread, scale, shift), spread)
+    for a, b in zip(ours, gradients(fused, (x, y, scale, shift), torch.ones(()))[1:3], strict=True):
+        assert torch.equal(a, b)
+
+
+@LOSSES
+def test_nan_and_infinity_are_lost_as_in_the_formula(fused, formula):
+    for bad in (torch.nan, torch.inf):
+        x, y, scale, shift = problem(70, 20)
+        x[3, 4] = bad
+        lost = ~formula(x, y, scale, shift).isfinite()
+        assert torch.equal(fused(x, y, scale, shift, reduction="none").isfinite(), ~lost)
+
+
+def test_views_of_samples_of_one_class_are_left_out():
+    x, y, scale, _ = problem(70, 12)
+    classes = torch.arange(70) // 3
+    features, labels = torch.cat([x, y]).double(), classes.repeat(2)
+    z = scale * features @ features.T
+    match = z[torch.arange(140), torch.arange(140).roll(70)]
+    others = z.masked_fill(labels[:, None] == labels, -torch.inf).logsumexp(-1)
+    ours = nt_xent(x, y, temperature=1 / scale, normalize=False, labels=classes, reduction="none", impl="cpu")
+    torch.testing.assert_close(ours.double(), F.softplus(others - match), rtol=1e-5, atol=1e-5)
+
+
+@LOSSES
+def test_same_bits_every_time(fused, formula, threads):
+    inputs = problem(400, 130)
+    runs = [gradients(fused, inputs, torch.ones(())) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@LOSSES
+def test_transforms_give_the_same(fused, formula):
+    x, y, scale, shift = problem(7, 9)
+    loss = lambda x: fused(x, y, scale, shift)
+    (expected,) = torch.autograd.grad(loss(leaf := x.clone().requires_grad_()), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+    torch.testing.assert_close(torch.compile(loss, backend="aot_eager", fullgraph=True)(x), loss(x))
+
+
+def test_the_ops_are_described_to_the_compiler():
+    x, y, scale, shift = problem(6, 9)
+    for given in ((y, scale, None, None), (None, scale, None, torch.arange(6) % 3), (y, scale, shift, None)):
+        for mean in (True, False):
+            statistics = torch.ops.kdfast.matching_loss(x, *given, mean, 0)[1]
+            torch.library.opcheck(torch.ops.kdfast.matching_loss, (x, *given, mean, 0))
+            g = torch.ones(()) if mean else torch.ones(6)
+            want = (True, given[0] is not None, True, given[2] is not None)
+            torch.library.opcheck(torch.ops.kdfast.matching_loss_grad, (g, statistics, x, *given, *want, 0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(6)}, "x must have 2 dimensions"),
+        ({"y": torch.ones(5, 9)}, "y has size 5"),
+        ({"y": torch.ones(6, 9, dtype=torch.bfloat16)}, "dtype of x"),
+        ({"y": None, "x": torch.ones(5, 9)}, "as many rows of one view"),
+        ({"scale": torch.ones(6)}, "scale must have 0 dimensions"),
+        ({"labels": torch.zeros(5, dtype=torch.long)}, "labels has size 5"),
+        ({"y": None, "shift": torch.zeros(())}, "shift needs y"),
+    ],
+)
+def test_bad_tensors_are_refused(change, message):
+    arguments = {"x": torch.ones(6, 9), "y": torch.ones(6, 9), "scale": torch.ones(())} | dict.fromkeys(("shift", "labels")) | change
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.kdfast.matching_loss(*arguments.values(), True, 0)
