@@ -60,6 +60,9 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "int iterations, float? tol, str method, float? anneal_start, float? anneal_factor) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("sinkhorn_assign(Tensor scores, Tensor? v, Tensor inverse_epsilon, bool codes) -> Tensor");
   m.def("sinkhorn_normalize(Tensor logits, Tensor? gradient, int iterations, float eps) -> Tensor");
+  m.def("gaussian_sums(Tensor x, Tensor y, float[] sigmas, bool same, bool gradient) -> (Tensor, Tensor)");
+  m.def("rkd_distance(Tensor student, Tensor teacher, bool gradient) -> (Tensor, Tensor)");
+  m.def("rkd_angle(Tensor student, Tensor teacher, bool gradient) -> (Tensor, Tensor)");
   m.def(
       "knn_scan(Tensor query, Tensor keys, Tensor factor, Tensor offset, Tensor? query_labels, Tensor? key_labels, bool only_same, Tensor? own, "
       "int first, int kept, Tensor(a!) rank, Tensor(b!) index, Tensor(c!) count, Tensor(d!) threshold, int precision) -> ()");

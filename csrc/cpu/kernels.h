@@ -7,6 +7,8 @@
 #include "similarity/matching.h"
 #include "knn/knn.h"
 #include "similarity/pairs.h"
+#include "relations/angles.h"
+#include "relations/pair_sums.h"
 #include "similarity/similarity.h"
 #include "sinkhorn/sinkhorn.h"
 #include "triplet/chosen.h"
@@ -82,6 +84,22 @@ struct CpuKernels {
   int64_t (*sinkhorn_normalize_workspace_double)(const SinkhornNormalize<double>&);
   void (*sinkhorn_normalize)(const SinkhornNormalize<float>&, int64_t begin, int64_t end, float* workspace);  // matrices
   void (*sinkhorn_normalize_double)(const SinkhornNormalize<double>&, int64_t begin, int64_t end, double* workspace);
+  double (*angle_unit)(const Matrix& x, int64_t rows, int64_t width);
+  int64_t (*angle_distances_workspace)(int64_t width);  // floats
+  // Rows `first` and on, kAngleBlock of them, of one side's squared distances, in units of `unit`.
+  void (*angle_distances)(const AngleParams&, const Matrix& x, int64_t width, int64_t first, double unit, const AngleDistances&, float* workspace);
+  int64_t (*angle_workspace)();  // floats
+  double (*angle_losses)(const AngleParams&, int64_t j0, int64_t k0, float* workspace);  // between two blocks
+  int64_t (*angle_gradient_lanes)();                                                      // rows of a call
+  int64_t (*angle_gradient_workspace)(const AngleParams&);                                // floats
+  void (*angle_gradient)(const AngleParams&, const Matrix& x, int64_t width, int64_t first, float factor, float* out, float* workspace);
+  void (*row_squares)(const float* x, int64_t rows, int64_t width, float* to);
+  int64_t (*pair_sums_workspace)(const PairSumParams&, bool gradient, int64_t rows);  // floats, for calls of at most so many rows
+  void (*pair_gaussians)(const PairSumParams&, int64_t count, const float* rate, const float* weight, const PairResults&, int64_t begin,
+                         int64_t end, float* workspace);
+  void (*pair_distances)(const PairSumParams&, const PairResults&, int64_t begin, int64_t end, float* workspace);
+  void (*pair_distance_losses)(const PairSumParams&, float inverse_mean, float teacher_inverse_mean, const PairResults&, int64_t begin,
+                               int64_t end, float* workspace);
   int64_t (*knn_workspace)(const KnnScanParams&, int64_t rows);  // floats, for tasks up to this size
   void (*knn_scan)(const KnnScanParams&, int64_t begin, int64_t end, float* workspace);
   void (*knn_refine)(const KnnRefineParams&, int64_t begin, int64_t end);

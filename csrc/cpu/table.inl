@@ -9,6 +9,8 @@
 #include "similarity/info_nce.inl"
 #include "knn/knn.inl"
 #include "engine/probe.inl"
+#include "relations/angles.inl"
+#include "relations/pair_sums.inl"
 #include "similarity/sigmoid.inl"
 #include "similarity/similarity.inl"
 #include "similarity/similarity_grad.inl"
@@ -88,6 +90,19 @@ const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA) = {
     .sinkhorn_normalize_workspace_double = sinkhorn_normalize_workspace<double>,
     .sinkhorn_normalize = sinkhorn_normalize<float>,
     .sinkhorn_normalize_double = sinkhorn_normalize<double>,
+    .angle_unit = angle_unit,
+    .angle_distances_workspace = angle_distances_workspace,
+    .angle_distances = angle_distances,
+    .angle_workspace = angle_workspace,
+    .angle_losses = angle_losses,
+    .angle_gradient_lanes = angle_gradient_lanes,
+    .angle_gradient_workspace = angle_gradient_workspace,
+    .angle_gradient = angle_gradient,
+    .row_squares = row_squares,
+    .pair_sums_workspace = pair_sums_workspace,
+    .pair_gaussians = pair_gaussians,
+    .pair_distances = pair_distances,
+    .pair_distance_losses = pair_distance_losses,
     .knn_workspace = knn_workspace,
     .knn_scan = knn_scan,
     .knn_refine = knn_refine,

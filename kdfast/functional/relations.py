@@ -6,9 +6,9 @@ from numbers import Real
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._core import checks, dtypes
+from .._core import checks
 from .._ops import triplet as op
-from .._ops.triplet import distances, relations
+from .._ops.triplet import fused, relations, relations_cpu
 
 
 def mmd_rbf(x: Tensor, y: Tensor, *, sigmas: Sequence[float], normalize: bool = False, impl: str | None = None) -> Tensor:
@@ -34,14 +34,14 @@ def mmd_rbf(x: Tensor, y: Tensor, *, sigmas: Sequence[float], normalize: bool = 
         raise ValueError(f"sigmas must be a sequence of at least one float, got {sigmas!r}")
     for sigma in sigmas:
         checks.positive_number("sigmas", sigma)
-    op.choose("mmd_rbf", impl, x)
+    sigmas = tuple(float(sigma) for sigma in sigmas)
+    impl = op.choose("mmd_rbf", impl, x)
     with op.full_precision(x):
-        x, y = _ready(x), _ready(y)
         if normalize:
-            x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
-        sigmas = tuple(float(sigma) for sigma in sigmas)
-        within = relations.kernel_mean(x, None, sigmas) + relations.kernel_mean(y, None, sigmas)
-        return (within - 2 * relations.kernel_mean(x, y, sigmas)).to(x.dtype)
+            x, y = (F.normalize(relations.ready(t), dim=-1) for t in (x, y))
+        if impl == "cpu":
+            return fused.loss(relations_cpu.MMD, (sigmas,), x, y)
+        return relations.mmd(x, y, sigmas)
 
 
 def rkd_distance(student: Tensor, teacher: Tensor, *, impl: str | None = None) -> Tensor:
@@ -54,22 +54,18 @@ def rkd_distance(student: Tensor, teacher: Tensor, *, impl: str | None = None) -
     Raises: ValueError, TypeError naming the argument. Source: Park et al. 2019, eq. 5-7.
     """
     _pair(student, teacher)
-    op.choose("rkd_distance", impl, student)
+    impl = op.choose("rkd_distance", impl, student)
     with op.full_precision(student):
-        student, teacher = _ready(student), _ready(teacher.detach())
-        n = student.shape[0]
-        if n == 0:
-            return student.sum()
-        student, teacher = _centred(student), _centred(teacher)
-        means = relations.mean_distance(student), relations.mean_distance(teacher)
-        return relations.distance_rows(student, teacher, *means).sum() / n**2
+        if impl == "cpu":
+            return fused.loss(relations_cpu.DISTANCE, (), student, teacher.detach())
+        return relations.distance_loss(student, teacher.detach())
 
 
 def rkd_angle(student: Tensor, teacher: Tensor, *, impl: str | None = None) -> Tensor:
     """Smooth L1 between the cosines of the angles of all triples (at i, between j and k); mean over all N^3.
 
     The cosine is 0 where j or k coincides with i. Never N^3 numbers, and N^3 operations rather than N^3 D: with the
-    Gram matrix G of centred rows, (x_j - x_i).(x_k - x_i) = G_jk - G_ij - G_ik + G_ii.
+    Gram matrix G of centred rows, (x_j - x_i).(x_k - x_i) = G_jk - G_ij - G_ik + G_ii. On a CPU seven N x N matrices of floats.
 
     Args:
         student: [N, D]. teacher: [N, D'], detached; the widths may differ. Rows are taken as they are.
@@ -78,21 +74,11 @@ def rkd_angle(student: Tensor, teacher: Tensor, *, impl: str | None = None) -> T
     Raises: ValueError, TypeError naming the argument. Source: Park et al. 2019, eq. 8-10.
     """
     _pair(student, teacher)
-    op.choose("rkd_angle", impl, student)
+    impl = op.choose("rkd_angle", impl, student)
     with op.full_precision(student):
-        student, teacher = _ready(student), _ready(teacher.detach())
-        n = student.shape[0]
-        if n == 0:
-            return student.sum()
-        return (relations.angle_rows(_centred(student), _centred(teacher)).sum() / n**3).to(student.dtype)
-
-
-def _ready(x: Tensor) -> Tensor:
-    return x.to(dtypes.accumulator(x.dtype))
-
-
-def _centred(x: Tensor) -> Tensor:
-    return distances.centred(x, x)[0]
+        if impl == "cpu":
+            return fused.loss(relations_cpu.ANGLE, (), student, teacher.detach())
+        return relations.angle_loss(student, teacher.detach())
 
 
 def _pair(student: Tensor, teacher: Tensor) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..._core import impls
-from . import cpu, distances, extrema, inputs
+from . import cpu, distances, extrema, inputs, relations_cpu
 
 __all__ = ["Extreme", "RowExtrema", "row_extrema"]
 
@@ -19,13 +19,12 @@ OPS = (
     "margin_loss",
     "contrastive_loss",
     "angular_loss",
-    "mmd_rbf",
-    "rkd_distance",
-    "rkd_angle",
 )
 _IN_CPP = ("row_extrema", "triplet_loss", "mine_triplets")
 for _op in OPS:
     impls.register(_op, *([impls.Implementation("cpu", cpu.missing, cpu.refuses)] if _op in _IN_CPP else []))
+for _op in ("mmd_rbf", "rkd_distance", "rkd_angle"):
+    impls.register(_op, impls.Implementation("cpu", relations_cpu.missing, relations_cpu.refuses))
 
 
 def choose(op: str, impl: str | None, x: Tensor, **facts) -> str:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._core import dtypes
 from . import distances
 from .blocks import Block, budget, plan, row_sums, whole
 
@@ -17,6 +18,20 @@ class Kernel(NamedTuple):
 
 class Angles(NamedTuple):
     """Constants of rkd_angle's block function: none."""
+
+
+def ready(x: Tensor) -> Tensor:
+    return x.to(dtypes.accumulator(x.dtype))
+
+
+def centred(x: Tensor) -> Tensor:
+    return distances.centred(x, x)[0]
+
+
+def mmd(x: Tensor, y: Tensor, sigmas: tuple[float, ...]) -> Tensor:
+    """mean K_xx + mean K_yy - 2 mean K_xy."""
+    x, y = ready(x), ready(y)
+    return (kernel_mean(x, None, sigmas) + kernel_mean(y, None, sigmas) - 2 * kernel_mean(x, y, sigmas)).to(x.dtype)
 
 
 def kernel_mean(x: Tensor, y: Tensor | None, sigmas: tuple[float, ...]) -> Tensor:
@@ -37,6 +52,16 @@ def _kernel(s, block, rows, shared, fixed_rows, fixed):
         sq = torch.where(row[:, None] == torch.arange(y.shape[0], device=y.device), torch.zeros_like(sq), sq)
     total = sum((sq / (-2 * sigma**2)).exp().sum(-1) for sigma in s.sigmas)
     return total[:, None], torch.zeros_like(row)[:, None]
+
+
+def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over all pairs of smooth_l1 of the distances, each side's over the mean of its nonzero ones."""
+    n = student.shape[0]
+    student, teacher = ready(student), ready(teacher)
+    if n == 0:
+        return student.sum()
+    student, teacher = centred(student), centred(teacher)
+    return distance_rows(student, teacher, mean_distance(student), mean_distance(teacher)).sum() / n**2
 
 
 def mean_distance(x: Tensor) -> Tensor:
@@ -72,8 +97,17 @@ def _distance_loss(s, block, rows, shared, fixed_rows, fixed):
     return loss.sum(-1, keepdim=True), torch.zeros_like(row)[:, None]
 
 
+def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over i, j, k of smooth_l1(cos of the angle at i between j and k)."""
+    n = student.shape[0]
+    student, teacher = ready(student), ready(teacher)
+    if n == 0:
+        return student.sum()
+    return (angle_rows(centred(student), centred(teacher)).sum() / n**3).to(student.dtype)
+
+
 def angle_rows(student: Tensor, teacher: Tensor) -> Tensor:
-    """[N] sums over j, k of smooth_l1(cos of the angle at i between j and k)."""
+    """[N] sums over j, k."""
     n = student.shape[0]
     side = max(1, int((budget(student.device) // max(n, 1)) ** 0.5))  # square blocks reuse the Gram tiles best
     blocks = tuple(b for i in range(0, max(n, 1), side) for b in _shifted(i, n, side))
