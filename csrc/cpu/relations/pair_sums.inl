@@ -46,7 +46,7 @@ struct PairSumWorkspace {
   PairSumWorkspace(Product product, const PairSumParams& p, bool summed, int64_t row_count, Arena& arena) {
     const bool taught = p.teacher.width > 0;
     rows = rows_at_once<Product>(p.side.width + p.teacher.width, row_count);
-    block = block_columns<Product>(p.columns);
+    block = block_columns<Product>(p.columns, p.side.width + p.teacher.width);
     x.plan(product, rows, p.side.width, arena);
     y.panels.plan(product, p.side.width, block, true, summed, arena);
     sums.plan(summed ? rows : 0, p.side.width, arena);
