@@ -101,6 +101,24 @@ def test_threads(isa, method, tol):
     torch.testing.assert_close(single[1], first[1], rtol=1e-5, atol=1e-6)
 
 
+def test_threads_of_the_unrolled_gradient(isa):
+    """As above, columns that moved far in the first steps and a row without weight among them."""
+    before, leaves, results = torch.get_num_threads(), (torch.rand(5, 300, 200), torch.rand(1, 900, 700) * 3), []
+    given = [weights(n, dtype=torch.float32).masked_fill(torch.arange(n) == 3, 0.0) for n in (300, 900)]
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        results.append([])
+        for cost, a in zip(leaves, given, strict=True):
+            a, cost = (a / a.sum()).requires_grad_(), cost.requires_grad_()
+            r = sinkhorn(cost, a=a, epsilon=0.05, max_iters=8, method="log", grad="unrolled", impl="cpu")
+            results[-1] += torch.autograd.grad(r.f.square().sum() + r.g.exp().sum(), (cost, a))
+    torch.set_num_threads(before)
+    single, first, second = results
+    assert all(map(torch.equal, first, second)) and all(map(torch.equal, single[:2], first[:2]))
+    for u, v in zip(single[2:], first[2:], strict=True):
+        torch.testing.assert_close(u, v, rtol=1e-3, atol=1e-3 * float(u.abs().max()))
+
+
 # Widths where squared distances are sums of differences (3), of products (5, 40), and where the cost is kept (100).
 @pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine"])
 @pytest.mark.parametrize("n, m, width", [(1, 1, 3), (5, 17, 5), (18, 63, 40), (7, 130, 100)], ids=lambda v: str(v))

@@ -332,6 +332,20 @@ def test_ragged_apply(source, grad):
         assert not ours[0].masked_select(padding[..., None]).any()
 
 
+@pytest.mark.parametrize("grad", ["implicit", "unrolled"])
+@pytest.mark.parametrize("source", ["cost", "sqeuclidean"])
+def test_ragged_plan(source, grad):
+    """The upstream gradient at padding of the plan is NaN: it reaches nothing."""
+    given, (rows, cols) = problem(source, n=5, m=6), (torch.tensor([3, 5]), torch.tensor([6, 4]))
+    plan = sinkhorn(**given, max_iters=5, lengths=(rows, cols), grad=grad).plan()
+    outside = (torch.arange(5) >= rows[:, None])[..., None] | (torch.arange(6) >= cols[:, None])[:, None]
+    assert not plan[outside].any()
+    truth = torch.autograd.grad(plan.square().sum(), tuple(given.values()), retain_graph=True)
+    ours = torch.autograd.grad(plan, tuple(given.values()), (2 * plan).detach().masked_fill(outside, torch.nan))
+    for u, t in zip(ours, truth, strict=True):
+        torch.testing.assert_close(u, t)
+
+
 def test_apply_is_differentiable_in_its_argument():
     given, v = problem(), torch.randn(2, 5, dtype=F64, requires_grad=True)
     r = sinkhorn(**{k: t.detach() for k, t in given.items()})
@@ -413,17 +427,34 @@ def test_vmap(grad):
 
 
 @pytest.mark.parametrize("grad", ["envelope", "implicit", "unrolled", "detached"])
-def test_compile(grad):
-    x, y = torch.randn(2, 9, 3, requires_grad=True), torch.randn(2, 7, 3)
+@pytest.mark.parametrize(
+    "options",
+    [{"x": 3}, {"x": 3, "rho": (0.5, None)}, {}, {"method": "kernel", "anneal": (1.0, 0.5)}, {"method": "proximal"}],
+    ids=lambda o: "-".join(o) or "cost",
+)
+def test_compile(grad, options):
+    """In one graph, with gradients and without: potentials, plan and products too."""
+    width, options = options.get("x"), {k: v for k, v in options.items() if k != "x"}
+    if grad == "implicit" and options.get("method") == "proximal":
+        options["epsilon"] = 5.0  # or its last epsilon, a twentieth, is far from converged
+    leaf = torch.rand(2, 9, 7 if width is None else width, requires_grad=True)
+    other = None if width is None else torch.rand(2, 7, width)
 
-    def loss(x, y):
-        r = sinkhorn(x=x, y=y, epsilon=0.3, max_iters=20, grad=grad)
-        return (r.transport_cost if grad == "detached" else r.value).sum()
+    def outputs(leaf):
+        source = {"cost": leaf} if width is None else {"x": leaf, "y": other}
+        r = sinkhorn(**source, **({"epsilon": 0.3, "max_iters": 20} | options), grad=grad)
+        return r.value, r.transport_cost, r.f, r.g, r.plan(), r.apply(torch.ones(2, 7)), r.error
 
-    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    eager, got = loss(x, y), compiled(x, y)
+    def loss(leaf):
+        value, transport_cost, *_ = outputs(leaf)
+        return (transport_cost if grad == "detached" else value).sum()
+
+    torch._dynamo.reset()
+    eager, got = loss(leaf), torch.compile(loss, backend="aot_eager", fullgraph=True)(leaf)
     torch.testing.assert_close(got, eager)
-    torch.testing.assert_close(torch.autograd.grad(got, x)[0], torch.autograd.grad(eager, x)[0])
+    torch.testing.assert_close(torch.autograd.grad(got, leaf)[0], torch.autograd.grad(eager, leaf)[0])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(outputs, backend="aot_eager", fullgraph=True)(leaf), outputs(leaf))
 
 
 def test_never_counts_on_the_tile_size(monkeypatch):

@@ -6,6 +6,7 @@ import torch
 from kdfast import functional as F
 from kdfast._core import extension
 from kdfast._ops.sinkhorn import normalize
+from kdfast.bench.cases.sinkhorn import layers
 
 _C, REASON = extension.load("_C")
 pytestmark = pytest.mark.skipif(_C is None, reason=str(REASON))
@@ -27,6 +28,15 @@ def test_assign_of_apart_rows_and_extreme_scores(isa):
         ours, truth = (F.sinkhorn_assign(s, iters=4, impl=impl) for s, impl in ((scores, "cpu"), (scores.double(), "torch")))
         torch.testing.assert_close(ours.double(), truth, rtol=2e-2, atol=1e-6)  # scores of 20,000 nats
         torch.testing.assert_close(ours.sum(-1), torch.ones(len(ours)))
+
+
+@pytest.mark.parametrize("n, k", [(256, 300), (33, 65)], ids=str)
+def test_assign_is_as_exact_as_the_loop(isa, n, k):
+    """At an epsilon of 0.05, where scores are twenty nats: potentials are kept as differences."""
+    scores = (torch.randn(n, k) * 0.2).clamp(-1, 1)
+    truth, naive = (layers.published_assign(s, 3) for s in (scores.double(), scores))
+    error, allowed = ((codes.double() - truth).abs().max() for codes in (F.sinkhorn_assign(scores, epsilon=0.05, impl="cpu"), naive))
+    assert error <= 2 * allowed + 4 * torch.finfo(torch.float32).eps * truth.max()
 
 
 def test_assign_threads(isa, threads):

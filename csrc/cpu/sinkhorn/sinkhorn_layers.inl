@@ -15,7 +15,7 @@ constexpr int64_t kFarBytes = 4 << 20;  // codes beyond this are written past th
 
 template <class Real>
 int64_t sinkhorn_assign_workspace(const SinkhornAssign<Real>& p) {
-  return 2 * round_up(p.columns, kWidth<Real>) + kAssignRows * round_up(p.columns, kWidth<Real>);
+  return 2 * round_up(p.columns, kWidth<Real>) + kTogether * round_up(p.columns, kWidth<Real>);
 }
 
 // Largest and sum_n 2^(k s_nj - largest) of each column over some rows: a group of rows moves the maximum once.
@@ -59,37 +59,53 @@ inline void scale_row(const Real* e, Real weight, int64_t m, bool far, Real* to)
   });
 }
 
-// Rows begin ... end: added to the column sums, or written as codes.
+// Rows added to the column sums. While some are weighed the largest of those that follow are found: these are read from memory
+// then, and from the cache afterwards.
+template <class Real, class T>
+void assign_sums(const SinkhornAssign<Real>& p, const CostRows<Real, T>& rows, const Real* ones, int64_t padded, Real* entries) {
+  VecOf<Real> lanes[kTogether], most[kTogether];
+  Real weights[kTogether] = {}, u[kTogether];
+  const WeightedRows<Real> old{entries, padded, weights, p.sums};
+  for (int64_t j = 0; j < padded; ++j) p.sums[j] = 0;
+  for (int64_t j = 0; j < kTogether * padded; ++j) entries[j] = 0;
+  int64_t i = p.begin;
+  for (int64_t r = 0; r < kTogether && i + kTogether <= p.end; ++r) u[r] = least_exponent(rows.from(i + r));
+  for (; i + kTogether <= p.end; i += kTogether) {
+    const int64_t next = i + 2 * kTogether <= p.end ? i + kTogether : i;
+    weigh_costs<kTogether, true, true>(rows.from(i), u, ones, entries, old, lanes, rows.from(next), most);
+    for (int r = 0; r < kTogether; ++r) weights[r] = 1 / sum_lanes(lanes[r]), u[r] = against<Real>(most[r]);
+  }
+  add_rows(old, kTogether, p.columns);
+  for (; i < p.end; ++i) {
+    u[0] = least_exponent(rows.from(i));
+    weigh_costs<1, false>(rows.from(i), u, ones, entries, old, lanes);
+    weights[0] = 1 / sum_lanes(lanes[0]);
+    add_rows(old, 1, p.columns);
+  }
+}
+
+// Rows written as codes; again each is read from memory for its largest while the one before is weighed.
+template <class Real, class T>
+void assign_codes(const SinkhornAssign<Real>& p, const CostRows<Real, T>& rows, const Real* ones, Real* entries) {
+  const bool far = (p.end - p.begin) * p.columns * int64_t(sizeof(Real)) > kFarBytes;
+  VecOf<Real> lanes, most;
+  Real u = p.begin < p.end ? least_exponent(rows.from(p.begin)) : Real(0);
+  for (int64_t i = p.begin; i < p.end; ++i) {
+    weigh_costs<1, false, true>(rows.from(i), &u, ones, entries, WeightedRows<Real>{}, &lanes, rows.from(smaller(i + 1, p.end - 1)), &most);
+    u = against<Real>(most);
+    scale_row(entries, 1 / sum_lanes(lanes), p.columns, far, p.codes + i * p.columns);
+  }
+  if (far) store_fence();
+}
+
 template <class Real, class T>
 void assign_rows(const SinkhornAssign<Real>& p, const T* scores, Real* work) {
   const int64_t padded = round_up(p.columns, kWidth<Real>);
   Real *const exponent = work, *const ones = work + padded, *const entries = work + 2 * padded;
-  for (int64_t j = 0; j < padded; ++j) {
-    exponent[j] = j < p.columns ? Real(kBitsPerNat) * p.v[j] : Real(-__builtin_inf());
-    ones[j] = 1;
-    if (p.sums != nullptr) p.sums[j] = 0;
-  }
-  const bool far = p.codes != nullptr && (p.end - p.begin) * p.columns * int64_t(sizeof(Real)) > kFarBytes;
-  for (int64_t i = p.begin, rows = 0; i < p.end; i += rows) {
-    rows = smaller(kAssignRows, p.end - i);
-    const CostRows<Real, T> costs{scores + i * p.stride, p.stride, exponent, Real(-p.factor), p.columns};
-    VecOf<Real> lanes[kAssignRows];
-    Real weights[kAssignRows], u[kAssignRows];
-    for (int64_t r = 0; r < rows; ++r) u[r] = least_exponent(costs.from(r));
-    if (p.sums != nullptr) {
-      each_rows(rows, [&](int64_t r, auto together) {
-        weigh_costs<decltype(together)::value, false>(costs.from(r), u + r, ones, entries + r * padded, WeightedRows<Real>{}, lanes + r);
-      });
-      for (int64_t r = 0; r < rows; ++r) weights[r] = 1 / sum_lanes(lanes[r]);
-      add_rows(WeightedRows<Real>{entries, padded, weights, p.sums}, rows, p.columns);
-      continue;
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      weigh_costs<1, false>(costs.from(r), u + r, ones, entries, WeightedRows<Real>{}, lanes);
-      scale_row(entries, 1 / sum_lanes(lanes[0]), p.columns, far, p.codes + (i + r) * p.columns);
-    }
-  }
-  if (far) store_fence();
+  for (int64_t j = 0; j < padded; ++j) exponent[j] = j < p.columns ? Real(kBitsPerNat) * p.v[j] : Real(-__builtin_inf()), ones[j] = 1;
+  const CostRows<Real, T> rows{scores, p.stride, exponent, Real(-p.factor), p.columns};
+  if (p.sums != nullptr) return assign_sums(p, rows, ones, padded, entries);
+  assign_codes(p, rows, ones, entries);
 }
 
 template <class Real, class T>

@@ -15,12 +15,13 @@ int64_t sinkhorn_plan_workspace(const SinkhornProblem<Real>& p) {
   return (2 + kPlanRows) * round_up(p.m, kPanelWidth<Real>) + PointSums<Real>::space(p);
 }
 
-// to_j = (or +=) weight b_j 2^(u + x_j), over c_j where asked.
+// to_j = (or +=) weight b_j 2^(u + x_j) bounded, over c_j where asked.
 template <class Real, class T>
 inline void plan_row(const SinkhornPlan<Real>& plan, const CostRows<Real, T>& row, const Real* b, Real u, Real weight, Real* to) {
-  const VecOf<Real> zero = {}, shift = splat(u);
+  const VecOf<Real> zero = {}, shift = splat(u), most = splat(Real(kLargestExponent));
   each_vector<Real>(row.m, [&](int64_t j, int, int64_t count) {
-    VecOf<Real> out = exp2(row.at(0, j, count, shift)) * (weight * load(b + j));
+    const VecOf<Real> t = row.at(0, j, count, shift);
+    VecOf<Real> out = exp2(t > most ? most : t) * (weight * load(b + j));
     if (plan.over_cost) {
       const VecOf<Real> cost = load_count<Real>(row.c + j, count);
       out = cost > zero ? out / cost : zero;

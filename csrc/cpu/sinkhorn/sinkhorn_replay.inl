@@ -4,8 +4,9 @@
 //
 //   y = lambda_b G / (E^T a),   h = E y,   x = lambda_a (F - a h) / (R b),   dC_ij += a_i y_j E_ij + b_j x_i R_ij,   G <- -b R^T x
 //
-// in two passes, of which the second visits rows four at a time: weighed, then added to the columns and the gradient while in cache.
-// R's rows are normalised, so that where no column moved far R is E with its columns rescaled: one exponential an entry a pass.
+// R's rows are normalised, so that where no column moved far R is E with its columns rescaled, and so, with its rows rescaled, is the E
+// of the step before, whose E^T a is summed on the way: one pass and one exponential an entry a step. dC of many steps is E times a
+// product of low rank, sum_s left_is right_sj, and is formed once for all steps near one reference.
 #pragma once
 
 #include "sinkhorn/sinkhorn.inl"
@@ -14,18 +15,20 @@ namespace {
 
 using kdfast::SinkhornReplay;
 
-constexpr int64_t kReplayRows = 4;
+constexpr int64_t kRank = 64;  // rows of `right` at most: two a step
 
-// The arrays of one replay, columns padded to whole panels.
+// The arrays of one replay, columns padded to whole panels, rows to whole groups.
 template <class Real>
 struct ReplayArrays {
-  int64_t m;
-  Real *b, *y, *start, *scale, *weighted_scale, *exponent, *row_exponent, *to_g, *older, *to_f, *h, *columns, *entries, *shares;
+  int64_t n, m;
+  Real *b, *y, *start, *scale, *weighted_scale, *exponent, *row_exponent, *to_g, *older, *sums, *through, *back_exponent, *back_scale, *reference_g, *right;
+  Real *to_f, *h, *u, *moved, *back_u, *back_a, *reference_f, *left;
+  Real *columns, *entries, *shares;
   int64_t worker_columns, worker_entries;
 
   int64_t place(const SinkhornProblem<Real>& p, int64_t workers, Real* work) {
-    m = round_up(p.m, kPanelWidth<Real>);
-    worker_columns = 2 * m, worker_entries = 2 * kReplayRows * m;
+    n = round_up(p.n, 16), m = round_up(p.m, kPanelWidth<Real>);
+    worker_columns = 3 * m, worker_entries = (kTogether + 1) * m;
     int64_t used = 0;
     const auto take = [&](int64_t count) {
       Real* const at = work + used;
@@ -33,11 +36,49 @@ struct ReplayArrays {
       return at;
     };
     b = take(m), y = take(m), start = take(m), scale = take(m), weighted_scale = take(m), exponent = take(m), row_exponent = take(m);
-    to_g = take(m), older = take(m), to_f = take(p.n), h = take(p.n);
+    to_g = take(m), older = take(m), sums = take(m), through = take(m), back_exponent = take(m), back_scale = take(m), reference_g = take(m), right = take(kRank * m);
+    to_f = take(n), h = take(n), u = take(n), moved = take(n), back_u = take(n), back_a = take(n), reference_f = take(n), left = take(n * kRank);
     columns = take(workers * worker_columns), entries = take(workers * worker_entries), shares = take(workers * kShare);
     return used;
   }
 };
+
+// Sums of rows of exponentials.
+template <class Real>
+struct RowSums {
+  Real with_y[kTogether], with_weight[kTogether], cost_y[kTogether], cost_weight[kTogether];  // sum_j e_j y_j, e_j weight_j, and times c_j
+};
+
+// e_rj = 2^(u_r + x_j) bounded, rows vector by vector as in WeightedRows, and their sums from `first` on; with kCost those with the cost too.
+template <int kRows, bool kCost, class Real, class T>
+inline void weigh_pair(const CostRows<Real, T>& rows, const Real* u, const Real* y, const Real* weight, Real* e, int64_t first, RowSums<Real>* sums) {
+  using V = VecOf<Real>;
+  const V most = splat(Real(kLargestExponent)), largest = splat(kLargestCost<Real>);
+  V lanes[(kCost ? 4 : 2) * kRows] = {}, shift[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) shift[r] = splat(u[r]);
+  each_vector<Real, 1>(rows.m, [&](int64_t j, int, int64_t count) {
+    const V first = load(y + j), second = load(weight + j);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const V t = rows.at(r, j, count, shift[r]), x = exp2(t > most ? most : t);
+      store(e + kRows * j + r * kWidth<Real>, x);
+      lanes[r] = multiply_add(x, first, lanes[r]);
+      lanes[kRows + r] = multiply_add(x, second, lanes[kRows + r]);
+      if constexpr (kCost) {
+        const V c = load_count<Real>(rows.c + r * rows.stride + j, count), xc = x * (c > largest ? largest : c);
+        lanes[2 * kRows + r] = multiply_add(xc, first, lanes[2 * kRows + r]);
+        lanes[3 * kRows + r] = multiply_add(xc, second, lanes[3 * kRows + r]);
+      }
+    }
+  });
+  Real totals[16];
+  sum_lanes_of(lanes, (kCost ? 4 : 2) * kRows, totals);
+  for (int64_t r = 0; r < kRows; ++r) {
+    sums->with_y[first + r] = totals[r], sums->with_weight[first + r] = totals[kRows + r];
+    sums->cost_y[first + r] = kCost ? totals[2 * kRows + r] : Real(0), sums->cost_weight[first + r] = kCost ? totals[3 * kRows + r] : Real(0);
+  }
+}
 
 template <class Real, class T>
 class SinkhornReplayer {
@@ -47,7 +88,10 @@ class SinkhornReplayer {
 
   void run() {
     const FlushDenormals flush;
-    for (int64_t i = 0; i < p_.n; ++i) w_.to_f[i] = r_.to_f[i], r_.a[i] = 0;
+    for (int64_t i = 0; i < p_.n; ++i) {
+      w_.to_f[i] = r_.to_f[i], r_.a[i] = 0;
+      weightless_ |= !(p_.a[i] > 0);
+    }
     for (int64_t j = 0; j < w_.m; ++j) {
       const bool inside = j < p_.m;
       w_.b[j] = inside ? p_.b[j] : Real(0);
@@ -57,6 +101,7 @@ class SinkhornReplayer {
     }
     double to_epsilon = 0;
     for (int64_t t = r_.done; t > 0; --t) to_epsilon += step(t);
+    if (r_.done > 0) add_product();
     *r_.epsilon = Real(to_epsilon);
   }
 
@@ -70,45 +115,129 @@ class SinkhornReplayer {
   const ReplayArrays<Real> w_;
 
   const Real *f_ = nullptr, *g_ = nullptr;  // after the step
+  double epsilon_ = 0;
   Real k_ = 0, damp_a_ = 1, damp_b_ = 1;
-  bool far_ = false;    // some column moved far in this step
-  bool first_ = false;  // nothing is in the gradient yet
+  bool weightless_ = false;  // some row has no weight
+  bool far_ = false;         // some column moved far in this step
+  bool summed_ = false;      // sums hold E^T a of the step
+  bool carries_ = false;     // this step sums those of the one before
+  bool written_ = false;     // something is in the gradient
+  int64_t rank_ = 0;         // rows of right in use, at exponents reference_f and reference_g
+
+  // Whether |shift(j, count)|, a vector, stays below kDrift in 0 ... size; NaN does not.
+  template <class F>
+  static bool near(int64_t size, const F& shift) {
+    const V zero = {}, drift = splat(Real(kDrift));
+    V beyond = {};
+    each_vector<Real, 1>(size, [&](int64_t j, int, int64_t count) {
+      const V x = shift(j, count);
+      beyond += (x < drift) & (x > -drift) ? zero : zero + 1;
+    });
+    return sum_lanes(beyond) == 0;
+  }
 
   // Returns what the step adds to the gradient in epsilon.
   double step(int64_t t) {
-    const double epsilon = epsilon_at(p_.epsilon, r_.schedule, t);
-    k_ = Real(kBitsPerNat / epsilon);
-    damp_a_ = Real(damping(p_.rho_a, epsilon)), damp_b_ = Real(damping(p_.rho_b, epsilon));
+    const double before = epsilon_;
+    epsilon_ = epsilon_at(p_.epsilon, r_.schedule, t);
+    k_ = Real(kBitsPerNat / epsilon_);
+    damp_a_ = Real(damping(p_.rho_a, epsilon_)), damp_b_ = Real(damping(p_.rho_b, epsilon_));
     f_ = r_.history_f + (t - 1) * r_.history_f_stride, g_ = r_.history_g + (t - 1) * r_.history_g_stride;
-    const Real* const previous = t > 1 ? g_ - r_.history_g_stride : r_.start_g;
     const StartWeights start = start_weights(r_.schedule, t);
-    first_ = t == r_.done;
-    far_ = false;
-    for (int64_t j = 0; j < p_.m; ++j) {
-      w_.start[j] = Real(start.now) * previous[j] + (start.older != 0 ? Real(start.older) * (g_ - 2 * r_.history_g_stride)[j] : Real(0));
-      far_ |= !(__builtin_fabs(double(k_ * (w_.start[j] - g_[j] / damp_b_))) < kDrift);
+    place_rows(f_, w_.u);
+    place_columns(t > 1 ? g_ - r_.history_g_stride : r_.start_g, start);
+    refer(epsilon_ != before);
+    carry(t);
+    if ((far_ || weightless_) && !written_) clear();
+
+    if (!summed_) {
+      run_team<&SinkhornReplayer::sum_columns>();
+      for (int64_t j = 0; j < w_.m; ++j) w_.sums[j] = total(0, j);
     }
-    const Real none = Real(-__builtin_inf());
-    for (int64_t j = 0; j < w_.m; ++j) {
-      const bool inside = j < p_.m;
-      w_.exponent[j] = inside ? k_ * (g_[j] / damp_b_) : none;
-      w_.row_exponent[j] = w_.b[j] > 0 ? k_ * w_.start[j] : none;
-      w_.scale[j] = inside && !far_ ? k_ * (w_.start[j] - g_[j] / damp_b_) : Real(0);
-    }
+    Real *const with_y = w_.right + rank_ * w_.m, *const with_scale = with_y + w_.m;
     for (int64_t j = 0; j < w_.m; j += kW) {
-      const V scale = exp2(load(w_.scale + j));
+      const V moved = exp2(load(w_.exponent + j) - load(w_.reference_g + j)), y = damp_b_ * load(w_.to_g + j) / larger(load(w_.sums + j), splat(Real(1e-30)));
+      store(w_.y + j, y);
+      store(with_y + j, moved * y);
+      store(with_scale + j, moved * load(w_.weighted_scale + j));
+    }
+    each_vector<Real, 1>(p_.n, [&](int64_t i, int, int64_t count) {
+      store(w_.moved + i, load_count<Real>(p_.a + i, count) > V{} ? exp2(load(w_.u + i) - load(w_.reference_f + i)) : V{});
+    });
+    rank_ += 2;
+    run_team<&SinkhornReplayer::pull>();
+    return finish(start, r_.schedule.method == SinkhornMethod::kProximal ? 1 / double(t) : double(epsilon_ == p_.epsilon));
+  }
+
+  template <void (SinkhornReplayer::*kPart)(int64_t)>
+  void run_team() {
+    team_.run(team_.size, [](void* self, int64_t worker) { (static_cast<SinkhornReplayer*>(self)->*kPart)(worker); }, this);
+  }
+
+  // u = k f. What E's rows, and columns, are rescaled by elsewhere are differences of such rounded exponents: to E's rounding, which is
+  // alike along a row and large beside 1e-7 where costs are many epsilons, sums and products must hold.
+  void place_rows(const Real* f, Real* u) const {
+    each_vector<Real, 1>(p_.n, [&](int64_t i, int, int64_t count) { store(u + i, k_ * load_count<Real>(f + i, count)); });
+  }
+
+  // Where the columns start from, what E and R make of it, and R from E.
+  void place_columns(const Real* previous, const StartWeights& start) {
+    const V zero = {}, none = splat(Real(-__builtin_inf()));
+    far_ = !near(p_.m, [&](int64_t j, int64_t count) {
+      V from = Real(start.now) * load_count<Real>(previous + j, count);
+      if (start.older != 0) from += Real(start.older) * load_count<Real>(g_ - 2 * r_.history_g_stride + j, count);
+      const V g = load_count<Real>(g_ + j, count) / damp_b_, shift = k_ * (from - g);
+      store(w_.start + j, from);
+      store(w_.exponent + j, k_ * g);
+      store(w_.row_exponent + j, load(w_.b + j) > zero ? k_ * from : none);
+      store(w_.scale + j, shift);
+      return shift;
+    });
+    for (int64_t j = p_.m; j < w_.m; ++j) w_.exponent[j] = w_.row_exponent[j] = none[0], w_.scale[j] = 0;
+    for (int64_t j = 0; j < w_.m; j += kW) {
+      const V scale = far_ ? zero + 1 : exp2(load(w_.scale + j));
       store(w_.scale + j, scale);
       store(w_.weighted_scale + j, scale * load(w_.b + j));
     }
-
-    team_.run(team_.size, [](void* self, int64_t worker) { static_cast<SinkhornReplayer*>(self)->sum_columns(worker); }, this);
-    for (int64_t j = 0; j < w_.m; ++j) {
-      const Real sum = total(0, j);
-      w_.y[j] = j < p_.m ? damp_b_ * w_.to_g[j] / (sum < Real(1e-30) ? Real(1e-30) : sum) : Real(0);
-    }
-    team_.run(team_.size, [](void* self, int64_t worker) { static_cast<SinkhornReplayer*>(self)->pull(worker); }, this);
-    return finish(epsilon, start, r_.schedule.method == SinkhornMethod::kProximal ? 1 / double(t) : double(epsilon == p_.epsilon));
   }
+
+  // Makes room in the product, and these potentials its reference where they left the one there is.
+  void refer(bool fresh) {
+    if (!fresh && rank_ > 0 && rank_ + 2 <= kRank && near(p_.n, [&](int64_t i, int64_t count) { return shift_of_row(i, count, w_.u, w_.reference_f); }) &&
+        near(p_.m, [&](int64_t j, int64_t count) { return shift_of_column(j, count, w_.exponent, w_.reference_g); }))
+      return;
+    if (rank_ > 0) add_product();
+    copy(w_.reference_f, w_.u, p_.n);
+    copy(w_.reference_g, w_.exponent, w_.m);
+    reference_k_ = k_;
+  }
+
+  // Rows without weight do not matter; nor do lanes past the last row or column.
+  V shift_of_row(int64_t i, int64_t count, const Real* to, const Real* from) const {
+    return load_count<Real>(p_.a + i, count) > V{} ? load(to + i) - load(from + i) : V{};
+  }
+  static V shift_of_column(int64_t j, int64_t count, const Real* to, const Real* from) { return load_count<Real>(to + j, count) - load_count<Real>(from + j, count); }
+
+  // Whether the column sums of the step before can be had from this one's entries, and what takes them there.
+  void carry(int64_t t) {
+    carries_ = t > 1 && epsilon_at(p_.epsilon, r_.schedule, t - 1) == epsilon_;
+    if (!carries_) return;
+    const Real* const g = g_ - r_.history_g_stride;
+    place_rows(f_ - r_.history_f_stride, w_.back_u);
+    each_vector<Real, 1>(p_.m, [&](int64_t j, int, int64_t count) { store(w_.back_exponent + j, k_ * (load_count<Real>(g + j, count) / damp_b_)); });
+    carries_ = near(p_.n, [&](int64_t i, int64_t count) {
+      const V shift = shift_of_row(i, count, w_.back_u, w_.u);
+      store(w_.back_a + i, load_count<Real>(p_.a + i, count) * exp2(shift));
+      return shift;
+    });
+    carries_ &= near(p_.m, [&](int64_t j, int64_t count) {
+      const V shift = shift_of_column(j, count, w_.back_exponent, w_.exponent);
+      store(w_.back_scale + j, exp2(shift));
+      return shift;
+    });
+  }
+
+  static void copy(Real* to, const Real* from, int64_t count) { __builtin_memcpy(to, from, size_t(count) * sizeof(Real)); }
 
   Real total(int64_t which, int64_t j) const {
     Real sum = 0;
@@ -117,33 +246,45 @@ class SinkhornReplayer {
   }
 
   // The gradients in weights and epsilon, and the cotangents of the step before.
-  double finish(double epsilon, const StartWeights& start, double share) {
+  double finish(const StartWeights& start, double share) {
+    for (int64_t j = 0; j < w_.m; ++j) {
+      w_.through[j] = w_.scale[j] * total(0, j) + total(2, j);
+      if (carries_) w_.sums[j] = w_.back_scale[j] * total(1, j);
+    }
+    summed_ = carries_;
+    const double out = r_.to_epsilon ? share * to_epsilon() : 0;
+    const Real epsilon = Real(epsilon_), now = Real(start.now), older = Real(start.older);
+    for (int64_t i = 0; i < p_.n; ++i) r_.a[i] -= epsilon * w_.h[i], w_.to_f[i] = 0;
+    for (int64_t j = 0; j < p_.m; ++j) {
+      const Real back = -w_.b[j] * w_.through[j];
+      r_.b[j] -= epsilon * w_.through[j];
+      w_.to_g[j] = w_.older[j] + now * back;
+      w_.older[j] = older * back;
+    }
+    return out;
+  }
+
+  double to_epsilon() const {
     double pairing = 0, with_f = 0, with_g = 0;
     for (int64_t i = 0; i < p_.n; ++i) {
       const double pulled = double(p_.a[i]) * double(w_.h[i]);
       with_f += (double(w_.to_f[i]) - pulled) * double(f_[i]);
       pairing += pulled * double(f_[i]);
-      r_.a[i] -= Real(epsilon) * w_.h[i];
-      w_.to_f[i] = 0;
     }
     for (int64_t j = 0; j < p_.m; ++j) {
-      const Real through = w_.scale[j] * total(0, j) + total(1, j), back = -w_.b[j] * through;
       with_g += double(w_.to_g[j]) * double(g_[j]);
-      pairing -= double(back) * double(w_.start[j]);
-      r_.b[j] -= Real(epsilon) * through;
-      w_.to_g[j] = w_.older[j] + Real(start.now) * back;
-      w_.older[j] = Real(start.older) * back;
+      pairing += double(w_.b[j]) * double(w_.through[j]) * double(w_.start[j]);
     }
     for (int64_t worker = 0; worker < team_.size; ++worker) pairing -= double(w_.shares[worker * kShare]);
-    if (!r_.to_epsilon) return 0;
-    double out = (pairing + with_f + with_g) / epsilon;
-    if (p_.rho_a > 0) out -= with_f / (p_.rho_a + epsilon);
-    if (p_.rho_b > 0) out -= with_g / (p_.rho_b + epsilon);
-    return share * out;
+    double out = (pairing + with_f + with_g) / epsilon_;
+    if (p_.rho_a > 0) out -= with_f / (p_.rho_a + epsilon_);
+    if (p_.rho_b > 0) out -= with_g / (p_.rho_b + epsilon_);
+    return out;
   }
 
-  const T* cost(int64_t i) const { return static_cast<const T*>(p_.cost) + i * p_.cost_stride; }
-  CostRows<Real, T> rows_at(int64_t i, const Real* exponent) const { return {cost(i), p_.cost_stride, exponent, k_, p_.m}; }
+  CostRows<Real, T> rows_at(int64_t i, const Real* exponent) const {
+    return {static_cast<const T*>(p_.cost) + i * p_.cost_stride, p_.cost_stride, exponent, k_, p_.m};
+  }
   int64_t first_row(int64_t worker) const { return worker * p_.n / team_.size; }
 
   // E^T a
@@ -151,83 +292,122 @@ class SinkhornReplayer {
     const FlushDenormals flush;
     Real* const columns = w_.columns + worker * w_.worker_columns;
     for (int64_t j = 0; j < w_.m; ++j) columns[j] = 0;
-    Real u[kReplayRows];
     const int64_t end = first_row(worker + 1);
     for (int64_t i = first_row(worker), rows = 0; i < end; i += rows) {
-      rows = smaller(kReplayRows, end - i);
-      for (int64_t r = 0; r < rows; ++r) u[r] = k_ * f_[i + r];
+      rows = smaller(kTogether, end - i);
       const CostRows<Real, T> costs = rows_at(i, w_.exponent);
       each_rows(rows, [&](int64_t r, auto together) {
-        add_costs<decltype(together)::value, false>(costs.from(r), u + r, w_.b, p_.a + i + r, columns, static_cast<V*>(nullptr), static_cast<V*>(nullptr));
+        add_costs<decltype(together)::value, false, Real>(costs.from(r), w_.u + i + r, w_.b, p_.a + i + r, columns, nullptr, nullptr);
       });
     }
   }
 
-  // e_j = 2^(u + exponent_j - k c_j) clamped, its sums with y and with `weight`.
-  static void weigh_twice(const CostRows<Real, T>& row, Real u, const Real* y, const Real* weight, Real* e, Real* with_y, Real* with_weight) {
-    V first[4] = {}, second[4] = {};
-    each_vector<Real>(row.m, [&](int64_t j, int lane, int64_t count) {
-      const V t = row.at(0, j, count, splat(u)), most = splat(Real(kLargestExponent));
-      const V x = exp2(t > most ? most : t);
-      store(e + j, x);
-      first[lane] = multiply_add(x, load(y + j), first[lane]);
-      second[lane] = multiply_add(x, load(weight + j), second[lane]);
-    });
-    *with_y = sum_lanes((first[0] + first[1]) + (first[2] + first[3]));
-    *with_weight = sum_lanes((second[0] + second[1]) + (second[2] + second[3]));
-  }
-
-  // Adds one row to the gradient and the columns: dC_j += e_j (x b_j scale_j + a y_j), columns_j += x e_j; where R's row is kept apart in
-  // `own`, x counts there instead. Returns sum_j dC_j C_j of what was added, where it is wanted.
-  template <bool kApart, bool kCost>
-  Real pull_row(const T* c, const Real* e, const Real* own, Real x, Real a, Real* columns, Real* to) const {
-    const V zero = {}, slope = splat(x), weight = splat(a);
-    V pairing = {};
-    const Real* const scale = kApart ? w_.b : w_.weighted_scale;
-    each_vector<Real>(p_.m, [&](int64_t j, int, int64_t count) {
-      const V entry = load(e + j), other = kApart ? load(own + j) : entry;
-      V w = entry * (weight * load(w_.y + j));
-      w = multiply_add(other, slope * load(scale + j), w);
-      store(columns + j, multiply_add(other, slope, load(columns + j)));
-      if constexpr (kCost) pairing += w == zero ? zero : w * load_count<Real>(c + j, count);
-      store_count(to + j, first_ ? w : w + load_count<Real>(to + j, count), count);
-    });
-    return sum_lanes(pairing);
-  }
-
   void pull(int64_t worker) {
     const FlushDenormals flush;
-    Real *const columns = w_.columns + worker * w_.worker_columns, *const own_columns = columns + w_.m;
-    Real *const e = w_.entries + worker * w_.worker_entries, *const own = e + kReplayRows * w_.m;
-    for (int64_t j = 0; j < w_.m; ++j) columns[j] = own_columns[j] = 0;
+    Real *const columns = w_.columns + worker * w_.worker_columns, *const e = w_.entries + worker * w_.worker_entries, *const own = e + kTogether * w_.m;
+    for (int64_t j = 0; j < 3 * w_.m; ++j) columns[j] = 0;
     double at_cost = 0;
     const int64_t end = first_row(worker + 1);
     for (int64_t i = first_row(worker), rows = 0; i < end; i += rows) {
-      rows = smaller(kReplayRows, end - i);
-      Real sums[kReplayRows];
-      bool apart[kReplayRows];
-      for (int64_t r = 0; r < rows; ++r) {
-        const Real u = k_ * f_[i + r], row_u = k_ * (f_[i + r] / damp_a_);
-        Real unused;
-        apart[r] = far_ || !(p_.a[i + r] > 0);
-        weigh_twice(rows_at(i + r, w_.exponent), u, w_.y, w_.weighted_scale, e + r * w_.m, &w_.h[i + r], &sums[r]);
-        if (apart[r]) weigh_twice(rows_at(i + r, w_.row_exponent), row_u, w_.b, w_.b, own + r * w_.m, &unused, &sums[r]);
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        const Real a = p_.a[i + r], x = damp_a_ * (w_.to_f[i + r] - a * w_.h[i + r]) / (sums[r] < Real(1e-30) ? Real(1e-30) : sums[r]);
-        const T* const c = cost(i + r);
-        const Real *const entries = e + r * w_.m, *const others = own + r * w_.m;
-        Real* const to = r_.cost + (i + r) * r_.cost_stride;
-        if (apart[r]) {
-          at_cost += double(r_.to_epsilon ? pull_row<true, true>(c, entries, others, x, a, own_columns, to)
-                                          : pull_row<true, false>(c, entries, others, x, a, own_columns, to));
+      rows = smaller(kTogether, end - i);
+      Real slopes[kTogether];
+      RowSums<Real> sums;
+      const CostRows<Real, T> costs = rows_at(i, w_.exponent);
+      each_rows(rows, [&](int64_t r, auto together) {
+        constexpr int kRows = decltype(together)::value;
+        if (r_.to_epsilon) {
+          weigh_pair<kRows, true>(costs.from(r), w_.u + i + r, w_.y, w_.weighted_scale, e + r * w_.m, r, &sums);
         } else {
-          at_cost += double(r_.to_epsilon ? pull_row<false, true>(c, entries, others, x, a, columns, to)
-                                          : pull_row<false, false>(c, entries, others, x, a, columns, to));
+          weigh_pair<kRows, false>(costs.from(r), w_.u + i + r, w_.y, w_.weighted_scale, e + r * w_.m, r, &sums);
         }
+      });
+      for (int64_t r = 0; r < rows; ++r) {
+        const Real a = p_.a[i + r];
+        const bool apart = far_ || !(a > 0);
+        w_.h[i + r] = sums.with_y[r];
+        slopes[r] = apart ? Real(0) : slope(i + r, sums.with_weight[r]);
+        if (a > 0) at_cost += double(a) * double(sums.cost_y[r]) + double(slopes[r]) * double(sums.cost_weight[r]);
+        if (apart) at_cost += pull_apart(i + r, own, columns + 2 * w_.m);
+        w_.left[(i + r) * kRank + rank_ - 2] = a * w_.moved[i + r];
+        w_.left[(i + r) * kRank + rank_ - 1] = slopes[r] * w_.moved[i + r];
       }
+      add_rows(WeightedRows<Real>{e, w_.m, slopes, columns}, rows, p_.m);
+      if (carries_) add_rows(WeightedRows<Real>{e, w_.m, w_.back_a + i, columns + w_.m}, rows, p_.m);
     }
     w_.shares[worker * kShare] = Real(at_cost);
+  }
+
+  // x_i, given sum_j b_j R_ij
+  Real slope(int64_t i, Real sum) const { return damp_a_ * (w_.to_f[i] - p_.a[i] * w_.h[i]) / (sum < Real(1e-30) ? Real(1e-30) : sum); }
+
+  // A row whose R is not E rescaled: its part of R^T x to the columns, and b_j x R_j to the gradient. Returns sum_j b_j x R_j C_j.
+  double pull_apart(int64_t i, Real* own, Real* columns) const {
+    const Real u = k_ * (f_[i] / damp_a_);
+    RowSums<Real> sums;
+    weigh_pair<1, true>(rows_at(i, w_.row_exponent), &u, w_.b, w_.b, own, 0, &sums);
+    const Real x = slope(i, sums.with_weight[0]);
+    add_rows(WeightedRows<Real>{own, w_.m, &x, columns}, 1, p_.m);
+    Real* const to = r_.cost + i * r_.cost_stride;
+    each_vector<Real>(p_.m, [&](int64_t j, int, int64_t count) {
+      store_count(to + j, multiply_add(load(own + j), splat(x) * load(w_.b + j), load_count<Real>(to + j, count)), count);
+    });
+    return double(x) * double(sums.cost_weight[0]);
+  }
+
+  // ---- the gradient in the cost -----------------------------------------------------------------------------------------
+
+  Real reference_k_ = 0;
+
+  void clear() {
+    for (int64_t i = 0; i < p_.n; ++i) __builtin_memset(r_.cost + i * r_.cost_stride, 0, size_t(p_.m) * sizeof(Real));
+    written_ = true;
+  }
+
+  // dC_ij += E_ij sum_s left_is right_sj at the reference.
+  void add_product() {
+    run_team<&SinkhornReplayer::multiply>();
+    written_ = true;
+    rank_ = 0;
+  }
+
+  void multiply(int64_t worker) {
+    const FlushDenormals flush;
+    const int64_t end = first_row(worker + 1);
+    for (int64_t i = first_row(worker), rows = 0; i < end; i += rows) {
+      rows = smaller(kTogether, end - i);
+      each_rows(rows, [&](int64_t r, auto together) {
+        for (int64_t j = 0; j < p_.m; j += kPanelWidth<Real>) multiply_tile<decltype(together)::value>(i + r, j);
+      });
+    }
+  }
+
+  template <int kRows>
+  void multiply_tile(int64_t i, int64_t j) const {
+    V sum[kRows][kVecs] = {};
+    const Real *const left = w_.left + i * kRank, *right = w_.right + j;
+    for (int64_t s = 0; s < rank_; ++s, right += w_.m) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const V factor = splat(left[r * kRank + s]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) sum[r][v] = multiply_add(factor, load(right + v * kW), sum[r][v]);
+      }
+    }
+    const V most = splat(Real(kLargestExponent));
+    CostRows<Real, T> rows = rows_at(i, w_.reference_g);
+    rows.k = reference_k_;
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      Real* const to = r_.cost + (i + r) * r_.cost_stride;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        const int64_t at = j + v * kW, count = smaller(kW, p_.m - at);
+        if (count <= 0) continue;
+        const V t = rows.at(r, at, count, splat(w_.reference_f[i + r]));
+        const V out = exp2(t > most ? most : t) * sum[r][v];
+        store_count(to + at, written_ ? out + load_count<Real>(to + at, count) : out, count);
+      }
+    }
   }
 };
 

@@ -63,28 +63,40 @@ struct WeightedRows {
   WeightedRows from(int64_t row) const { return {e + row * width, width, weight + row, columns}; }
 };
 
-// The u that makes a row's largest exponential 1; 0 where there is nothing to sum.
-template <class Real, class T>
-inline Real least_exponent(const CostRows<Real, T>& row) {
-  const Real none = Real(-__builtin_inf());
-  VecOf<Real> most[4] = {splat(none), splat(none), splat(none), splat(none)};
-  each_vector<Real>(row.m, [&](int64_t j, int lane, int64_t count) { most[lane] = larger(most[lane], row.at(0, j, count, VecOf<Real>{})); });
-  const Real largest = largest_lane(larger(larger(most[0], most[1]), larger(most[2], most[3])));
-  return largest == none ? Real(0) : -largest;
+// The u that makes 1 of the largest of exponents by lanes; 0 where there is nothing to sum.
+template <class Real>
+inline Real against(VecOf<Real> most) {
+  const Real largest = largest_lane(most);
+  return largest == Real(-__builtin_inf()) ? Real(0) : -largest;
 }
 
-// e_rj = 2^(u_r + x_j) for kRows rows, and sum_j b_j e_rj by lanes. With kAdd `old`, which may lie where e does, goes to its columns.
-template <int kRows, bool kAdd, class Real, class T>
-inline void weigh_costs(const CostRows<Real, T>& rows, const Real* u, const Real* b, Real* e, const WeightedRows<Real>& old, VecOf<Real>* sums) {
-  VecOf<Real> sum[kRows][2] = {}, shift[kRows], weight[kRows];
+// That of a row.
+template <class Real, class T>
+inline Real least_exponent(const CostRows<Real, T>& row) {
+  const VecOf<Real> none = splat(Real(-__builtin_inf()));
+  VecOf<Real> most[4] = {none, none, none, none};
+  each_vector<Real>(row.m, [&](int64_t j, int lane, int64_t count) { most[lane] = larger(most[lane], row.at(0, j, count, VecOf<Real>{})); });
+  return against<Real>(larger(larger(most[0], most[1]), larger(most[2], most[3])));
+}
+
+// e_rj = 2^(u_r + x_j) for kRows rows, and sum_j b_j e_rj by lanes. With kAdd `old`, which may lie where e does, goes to its columns;
+// with kPeek the largest exponents of as many rows at `next` go to `most`, by lanes.
+template <int kRows, bool kAdd, bool kPeek = false, class Real, class T>
+inline void weigh_costs(const CostRows<Real, T>& rows, const Real* u, const Real* b, Real* e, const WeightedRows<Real>& old, VecOf<Real>* sums,
+                        const CostRows<Real, T>& next = {}, VecOf<Real>* most = nullptr) {
+  VecOf<Real> sum[kRows][2] = {}, shift[kRows], weight[kRows], largest[kRows];
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) shift[r] = splat(u[r]), weight[r] = splat(kAdd ? old.weight[r] : Real(0));
+  for (int r = 0; r < kRows; ++r) {
+    shift[r] = splat(u[r]), weight[r] = splat(kAdd ? old.weight[r] : Real(0));
+    largest[r] = splat(Real(-__builtin_inf()));
+  }
   each_vector<Real, 2>(rows.m, [&](int64_t j, int lane, int64_t count) {
     const VecOf<Real> share = load(b + j);
     VecOf<Real> column = kAdd ? load(old.columns + j) : VecOf<Real>{};
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       if constexpr (kAdd) column = multiply_add(load(old.e + kRows * j + r * kWidth<Real>), weight[r], column);
+      if constexpr (kPeek) largest[r] = larger(largest[r], next.at(r, j, count, VecOf<Real>{}));
       const VecOf<Real> x = exp2(rows.at(r, j, count, shift[r]));
       store(e + kRows * j + r * kWidth<Real>, x);
       sum[r][lane] = multiply_add(x, share, sum[r][lane]);
@@ -92,7 +104,10 @@ inline void weigh_costs(const CostRows<Real, T>& rows, const Real* u, const Real
     if constexpr (kAdd) store(old.columns + j, column);
   });
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) sums[r] = sum[r][0] + sum[r][1];
+  for (int r = 0; r < kRows; ++r) {
+    sums[r] = sum[r][0] + sum[r][1];
+    if constexpr (kPeek) most[r] = largest[r];
+  }
 }
 
 // The same of exponentials that are stored, and any v in place of b.

@@ -7,7 +7,7 @@ from kdfast._core import checks, impls
 from kdfast._core import precision as precisions
 
 from . import arguments, cpu
-from .autograd import DualValue, Potentials, TransportCost, followed, refuse
+from .autograd import DualValue, Potentials, TransportCost, applied, followed, refuse
 from .geometry import Problem
 from .result import PlanState, SinkhornResult, refusal, zero_outside
 
@@ -114,22 +114,25 @@ def _start(init, p: Problem, batch: tuple[int, ...], inside: Tensor | None, meth
 def _solve(p: Problem, g0: Tensor, schedule, grad: str, batch: tuple[int, ...], inside) -> SinkhornResult:
     unrolled = grad == "unrolled" and followed(*p[:6])
     source = Problem(*(None if t is None else t.detach() for t in p[:8]), *p[8:]) if grad == "detached" else p
-    f, g, row, col, transport, error, done, *_ = Potentials.apply(*source.split, g0, tuple(schedule), unrolled)
+    f, g, row, col, transport, error, done, *_ = applied(Potentials, *source.split, g0, tuple(schedule), unrolled)
     proximal = schedule.method == "proximal"
     if proximal:
         p = p._replace(epsilon=p.epsilon / done.clamp_min(1))
+
+    def refused(*named: tuple[str, Tensor]) -> tuple[Tensor, ...]:
+        return refuse(tuple(t for _, t in named), tuple(refusal(grad, name) for name, _ in named), p[:6])
+
     if grad == "envelope":
-        value = DualValue.apply(f, g, row, col, transport, *p.split, False, proximal)
-        reported = (refuse(t, refusal(grad, name), p[:6]) for name, t in (("f", f), ("g", g), ("transport_cost", transport)))
-        out_f, out_g, cost = reported
+        value = applied(DualValue, f, g, row, col, transport, *p.split, False, proximal)
+        out_f, out_g, cost = refused(("f", f), ("g", g), ("transport_cost", transport))
     elif grad == "detached":
-        cost = TransportCost.apply(f, g, transport, *p.split, True)
-        dual = DualValue.apply(f, g, row, col, transport, *source._replace(epsilon=p.epsilon.detach()).split, False, proximal)
-        value, out_f, out_g = (refuse(t, refusal(grad, name), p[:6]) for name, t in (("value", dual), ("f", f), ("g", g)))
+        cost = applied(TransportCost, f, g, transport, *p.split, True)
+        dual = applied(DualValue, f, g, row, col, transport, *source._replace(epsilon=p.epsilon.detach()).split, False, proximal)
+        value, out_f, out_g = refused(("value", dual), ("f", f), ("g", g))
     else:
         out_f, out_g = f, g
-        cost = TransportCost.apply(f, g, transport, *p.split, False)
-        value = cost if proximal else DualValue.apply(f, g, row, col, transport, *p.split, True, False)
+        cost = applied(TransportCost, f, g, transport, *p.split, False)
+        value = cost if proximal else applied(DualValue, f, g, row, col, transport, *p.split, True, False)
     out_f, out_g = map(zero_outside, inside, (out_f, out_g))
     converged = None if schedule.tol is None else (error <= schedule.tol) | (done < schedule.iterations)
     return SinkhornResult(

@@ -94,8 +94,8 @@ class _Adjoint:
         x, h = torch.empty_like(to_f), torch.empty_like(to_f)
         for rows, c in self.tiles:
             if self.tiles.whole is None:
-                e_col = exponential(f[:, rows], g_hat, c, eps)
-            e_row = exponential(f_hat[:, rows], start, c, eps)
+                e_col = exponential(p, f[:, rows], g_hat, c, eps)
+            e_row = exponential(p, f_hat[:, rows], start, c, eps)
             e_row /= times(e_row, p.b).clamp_min(TINY)[..., None]
             h[:, rows] = times(e_col, y)
             x[:, rows] = damp_a * (to_f - p.a * h)[:, rows]
@@ -181,16 +181,23 @@ def _solve_adjoint(p: Problem, tiles: Tiles, eps, f, g, f_hat, g_hat, to_f, to_g
     free = c > 0  # a column without weight keeps y = to_g
     row_factor, col_factor = torch.exp((f_hat - f) / eps[:, None]), torch.exp((g - g_hat) / eps[:, None])
 
-    def through(y: Tensor, plus: Tensor | None) -> Tensor:
-        """A^T (plus - lambda_b B y), or A^T B y, in one pass; without relaxation A is B with its rows and columns rescaled."""
-        out = torch.zeros_like(y)
+    def jacobians():
+        """(rows, B over a, A over b or None): without relaxation A is B with its rows and columns rescaled."""
         for rows, e, cost in exponentials(p, tiles, f, g_hat, eps):
+            yield rows, e, None if balanced else exponential(p, f_hat[:, rows], g, cost, eps)
+
+    kept = None if tiles.whole is None else list(jacobians())
+
+    def through(y: Tensor, plus: Tensor | None) -> Tensor:
+        """A^T (plus - lambda_b B y), or A^T B y, in one pass."""
+        out = torch.zeros_like(y)
+        for rows, e, other in kept or jacobians():
             x = p.a[:, rows] * times(e, y)
             x = x if plus is None else plus[:, rows] - damp_b * x
             if balanced:
                 out += col_factor * times(e.mT, row_factor[:, rows] * x)
             else:
-                out += times(exponential(f_hat[:, rows], g, cost, eps).mT, x)
+                out += times(other.mT, x)
         return p.b * out
 
     residual = torch.where(free, to_g - damp_a * through(torch.where(free, 0.0, to_g), to_f), 0.0)

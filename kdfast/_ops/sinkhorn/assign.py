@@ -16,14 +16,15 @@ def assign(scores: Tensor, epsilon: Tensor, iters: int, group, impl: str | None)
     """Codes [B, N, K] of scores [B, N, K], epsilon [], in the accumulator's dtype: `iters` reads more than one, one write.
 
     With column potentials v (nats), rows are softmax(s/epsilon + v), so only v is kept: first v = -LSE over all samples,
-    then each pass adds -log of the rows' column sums (which cannot underflow: at least 1/K of their target).
+    then each pass adds -log of the rows' column sums (which cannot underflow: at least 1/K of their target). Its mean is free:
+    without it v is as small, and as exact, as columns differ.
     """
     impl = impls.choose("sinkhorn_assign", impl, device_type=scores.device.type)
     one_pass = cpu.assign_pass if impl == "cpu" else _pass
     inverse = 1 / epsilon
-    v = -_total_lse(one_pass(scores, None, inverse, codes=False), group)
+    v = _centred(-_total_lse(one_pass(scores, None, inverse, codes=False), group))
     for _ in range(iters - 1):
-        v = v - _total(one_pass(scores, v, inverse, codes=False), group).log()
+        v = _centred(v - _total(one_pass(scores, v, inverse, codes=False), group).log())
     return one_pass(scores, v, inverse, codes=True)
 
 
@@ -43,6 +44,10 @@ def _pass(scores: Tensor, v: Tensor | None, inverse: Tensor, *, codes: bool) -> 
         else:
             out += (z + v[:, None]).softmax(-1).sum(-2)
     return out
+
+
+def _centred(v: Tensor) -> Tensor:
+    return v - v.mean(-1, keepdim=True)
 
 
 def _total_lse(lse: Tensor, group) -> Tensor:

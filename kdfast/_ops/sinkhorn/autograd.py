@@ -5,6 +5,7 @@ Each Function takes a Problem as its eight tensors and `static`, the rest. (Sign
 """
 
 import functools
+import inspect
 
 import torch
 from torch import Tensor
@@ -39,6 +40,18 @@ def followed(*tensors: Tensor | None) -> bool:
     return any(t.requires_grad for t in present) or not (torch.compiler.is_compiling() or all(map(checks.readable, present)))
 
 
+def applied(function: type[Function], *arguments):
+    """function.apply(*arguments), or its forward alone where nobody can ask for gradients: apply takes 50 microseconds to look around."""
+    follows = followed(*(t for t in arguments if isinstance(t, Tensor)))
+    return function.apply(*arguments) if follows else function.forward(*arguments)
+
+
+def _signed(function: type[Function]) -> type[Function]:
+    """`function` with the signature of its forward at hand, which apply otherwise works out at every call."""
+    function.forward.__signature__ = inspect.signature(function.forward)
+    return function
+
+
 def _none(gradient: Tensor, source: Tensor | None) -> Tensor | None:
     return None if source is None else gradient
 
@@ -57,11 +70,14 @@ def _once(backward):
         with torch.no_grad():
             gradients = backward(ctx, *upstream)
         sources = (*upstream, *ctx.saved_tensors)
-        return tuple(None if t is None else refuse(t, _ONCE, sources) for t in gradients)
+        kept = tuple(t for t in gradients if t is not None)
+        refused = iter(refuse(kept, (_ONCE,) * len(kept), sources))
+        return tuple(None if t is None else next(refused) for t in gradients)
 
     return first_order
 
 
+@_signed
 class Potentials(Function):
     """A Problem, g0 [B, m], a Schedule as a tuple, `unrolled` -> the fields of a Solution, of which f and g are differentiable."""
 
@@ -94,6 +110,7 @@ class Potentials(Function):
         return *(_none(d, s) for d, s in zip(pulled, tensors[:6], strict=True)), *(None,) * 6
 
 
+@_signed
 class DualValue(Function):
     """(f, g, row, col, transport), a Problem, `exact`, `proximal` -> value [B].
 
@@ -133,16 +150,19 @@ class DualValue(Function):
             source = library.plan_gradient(*p, f, g, w, None)[:3]
         else:
             source = (None, None, None)
+        to_a, to_b, to_epsilon = ctx.needs_input_grad[8:11]
         slope_f, slope_g = conjugate_slope(p.rho_a, f), conjugate_slope(p.rho_b, g)
         s, t = (row, col) if ctx.exact else (slope_f, slope_g)
         mass_a, mass_b, eps, v = p.a.sum(-1), p.b.sum(-1), p.epsilon[:, None], w[:, None]
-        da = v * (conjugate(p.rho_a, f) - eps * (s - mass_b[:, None]))
-        db = v * (conjugate(p.rho_b, g) - eps * (t - mass_a[:, None]))
-        pairing = (p.a * s * f).sum(-1) + (p.b * t * g).sum(-1) - transport  # eps <P, log P/(a b)>
-        deps = w * (pairing / p.epsilon - (p.a * s).sum(-1) + mass_a * mass_b)
+        da = v * (conjugate(p.rho_a, f) - eps * (s - mass_b[:, None])) if to_a else None
+        db = v * (conjugate(p.rho_b, g) - eps * (t - mass_a[:, None])) if to_b else None
+        deps = torch.zeros_like(w) if to_epsilon else None
+        if to_epsilon and not ctx.proximal:
+            pairing = (p.a * s * f).sum(-1) + (p.b * t * g).sum(-1) - transport  # eps <P, log P/(a b)>
+            deps = w * (pairing / p.epsilon - (p.a * s).sum(-1) + mass_a * mass_b)
         df, dg = (v * p.a * (slope_f - row), v * p.b * (slope_g - col)) if ctx.exact else (None, None)
         source = (_none(d, t) for d, t in zip(source, tensors[:3], strict=True))
-        return df, dg, None, None, None, *source, da, db, torch.zeros_like(deps) if ctx.proximal else deps, *(None,) * 5
+        return df, dg, None, None, None, *source, da, db, deps, *(None,) * 5
 
 
 def _dense_pull(p: Problem, w: Tensor, c: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -151,6 +171,7 @@ def _dense_pull(p: Problem, w: Tensor, c: Tensor) -> tuple[Tensor | None, Tensor
     return (w.sum(0) if p.cost.dim() == 2 else w).to(p.cost.dtype), None, None
 
 
+@_signed
 class TransportCost(Function):
     """(f, g, transport), a Problem, `constant` -> <P, C> [B]; with a constant plan only C gets a gradient."""
 
@@ -184,6 +205,7 @@ class TransportCost(Function):
         return v * weighted_row, v * weighted_col, None, *source, w[:, None] * row, w[:, None] * col, deps, *(None,) * 4
 
 
+@_signed
 class PlanProduct(Function):
     """v [B, m, d], f, g, a Problem, `transpose` -> P v (or P^T v), differentiable in v alone."""
 
@@ -204,27 +226,30 @@ class PlanProduct(Function):
         return back, *(None,) * 12
 
 
+@_signed
 class Refusal(Function):
-    """The values of a tensor whose use in a graph is an error."""
+    """The values of tensors whose use in a graph is an error, told by a message for each."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(values, message, *sources):
-        return values.clone()
+    def forward(messages, *values_and_sources):
+        return tuple(values.clone() for values in values_and_sources[: len(messages)])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.message = inputs[1]
+        ctx.set_materialize_grads(False)
+        ctx.messages = inputs[0]
 
     @staticmethod
-    def backward(ctx, gradient):
-        raise RuntimeError(ctx.message)
+    def backward(ctx, *gradients):
+        raise RuntimeError(next(message for message, gradient in zip(ctx.messages, gradients, strict=True) if gradient is not None))
 
 
-def refuse(values: Tensor, message: str, sources: tuple[Tensor | None, ...]) -> Tensor:
-    """`values` without gradient; backward through them raises RuntimeError(message). (Compiled code cannot raise: a constant.)"""
-    values = values.detach()
-    if torch.compiler.is_compiling():
+def refuse(values: tuple[Tensor, ...], messages: tuple[str, ...], sources: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """`values` without gradient; backward through one raises RuntimeError(its message). (Compiled code cannot raise: a constant.)"""
+    values = tuple(v.detach() for v in values)
+    sources = tuple(s for s in sources if s is not None)
+    if torch.compiler.is_compiling() or not followed(*sources):
         return values
-    return Refusal.apply(values, message, *(s for s in sources if s is not None))
+    return Refusal.apply(messages, *values, *sources)

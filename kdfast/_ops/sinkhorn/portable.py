@@ -120,11 +120,17 @@ def row_error(p: Problem, f: Tensor, row: Tensor) -> Tensor:
 def exponentials(p: Problem, tiles: Tiles, f: Tensor, g: Tensor, eps: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows, E = exp((f_i + g_j - C_ij)/eps) [B, r, m], C) over the tiles; E may be overwritten."""
     for rows, c in tiles:
-        yield rows, exponential(f[:, rows], g, c, eps), c
+        yield rows, exponential(p, f[:, rows], g, c, eps), c
 
 
-def exponential(f: Tensor, g: Tensor, c: Tensor, eps: Tensor) -> Tensor:
-    """exp((f_i + g_j - C_ij)/eps) [B, r, m] for f [B, r], g [B, m], c [B, r, m] or [r, m]."""
+def exponential(p: Problem, f: Tensor, g: Tensor, c: Tensor, eps: Tensor) -> Tensor:
+    """exp((f_i + g_j - C_ij)/eps) [B, r, m] for f [B, r], g [B, m], c [B, r, m] or [r, m], as p.impl forms it."""
+    if p.impl == "cpu":
+        c = c if c.stride(-1) == 1 else c.contiguous()
+        eps = eps.contiguous()
+        ones = [t.new_ones(t.shape) for t in (f, g, eps)]
+        source = (c, None, None, *ones[:2], eps, None, None, "given", None, None)
+        return torch.ops.kdfast.sinkhorn_plan(*source, f.contiguous(), g.contiguous(), ones[2], False, False, 0, f.shape[1])
     inverse = 1 / eps[:, None]
     e = torch.addcmul((g * inverse)[:, None], c, -inverse[..., None])
     return e.add_((f * inverse)[..., None]).clamp_(max=MAX_EXPONENT).exp_()

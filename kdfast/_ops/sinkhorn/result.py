@@ -47,14 +47,16 @@ class SinkhornResult(NamedTuple):
 
     def plan(self) -> Tensor:
         """P [*B, n, m]; this is where a tensor of that size is made."""
-        p, f, g, batch, grad, *_ = self.state
+        p, f, g, batch, grad, _, (kept_rows, kept_cols) = self.state
         if grad in ("implicit", "unrolled"):
             plan = autograd.dense_plan(p, f, g)
         else:
             with torch.no_grad():
                 plan = autograd.dense_plan(p, f, g)
             if grad == "envelope":
-                plan = autograd.refuse(plan, _REFUSALS[grad].format("plan()"), p[:6])
+                (plan,) = autograd.refuse((plan,), (refusal(grad, "plan()"),), p[:6])
+        if kept_rows is not None:  # zero as it is, but upstream gradients there may be NaN
+            plan = torch.where(kept_rows[..., None] & kept_cols[:, None], plan, torch.zeros_like(plan))
         return plan.reshape(*batch, *plan.shape[1:])
 
     def apply(self, v: Tensor) -> Tensor:
@@ -99,9 +101,9 @@ class SinkhornResult(NamedTuple):
             product = (plan.mT if transpose else plan) @ columns
         else:
             fixed = (None if t is None else t.detach() for t in (f, g, *p[:8]))
-            product = autograd.PlanProduct.apply(columns, *fixed, p[8:], transpose)
+            product = autograd.applied(autograd.PlanProduct, columns, *fixed, p[8:], transpose)
             if follows and grad == "envelope":
-                product = autograd.refuse(product, _REFUSALS[grad].format("apply()"), p[:6])
+                (product,) = autograd.refuse((product,), (refusal(grad, "apply()"),), p[:6])
         product = zero_outside(kept_rows, product)  # zero as it is, but upstream gradients there may be NaN
         return product.reshape(*batch, product.shape[1], *v.shape[len(batch) + 1 :])
 

@@ -1,6 +1,6 @@
 """Entropic optimal transport: solving, its gradients, point clouds, and the layers made of its iterations."""
 
-from .gradient import UNROLLED, VALUE
+from .gradient import IMPLICIT, UNROLLED, VALUE
 from .layers import ASSIGN, NORMALIZE
 from .points import POINTS
 from .solve import GROWTH, SOLVE
@@ -9,6 +9,7 @@ CASES = {
     "solve": SOLVE,
     "value_gradient": VALUE,
     "unrolled": UNROLLED,
+    "implicit": IMPLICIT,
     "points": POINTS,
     "assign": ASSIGN,
     "normalize": NORMALIZE,

@@ -1,4 +1,4 @@
-"""Gradients by a given cost: of the value (the plan itself), and of the transport cost through the iterations done.
+"""Gradients by a given cost: of the value (the plan itself), and of the transport cost, through the iterations or at their fixed point.
 
 "kdfast, backward alone" is the backward pass of a graph that is kept. With t its time and s that of forward and backward, an
 iteration takes (s - t)/T.
@@ -84,5 +84,18 @@ UNROLLED = Case(
         Peer("eager", partial(gradient, through_iterations)),
         Peer("kdfast, backward alone", partial(backward_alone, partial(total, "unrolled"))),
         Peer("torch.compile", partial(compiled, through_iterations), missing=peers.no_compiler, quick=False),
+    ),
+)
+# After so many iterations the fixed point's gradient is that of the iterations.
+IMPLICIT = UNROLLED._replace(
+    shapes={
+        "quick": ((1, 200, 200, 60), (8, 64, 64, 60)),
+        "default": ((1, 1000, 1000, 60), (64, 128, 128, 60)),
+        "full": ((1, 2000, 2000, 60), (64, 128, 128, 60)),
+    },
+    peers=(
+        Peer("kdfast", partial(gradient, partial(total, "implicit"))),
+        Peer("eager", partial(gradient, through_iterations)),
+        Peer("kdfast, backward alone", partial(backward_alone, partial(total, "implicit"))),
     ),
 )
