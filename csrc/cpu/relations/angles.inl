@@ -114,8 +114,8 @@ void angle_distances(const AngleParams& p, const Matrix& x, int64_t width, int64
 
 constexpr int64_t kAngleVectors = kAngleBlock / kLanes;
 
-// Squared distances of one block of j to one of k, and the sums of l' r_ij r_ik over the anchors: for each j the student's high and low, the
-// teacher's, and the sums, kAngleBlock each.
+// Squared distances of one block of j to one of k, and the sums of l' r_ij r_ik over some anchors, so few that little is rounded off: for each
+// j the student's high and low, the teacher's, and the sums, kAngleBlock each.
 struct AngleTile {
   float* rows;
 
@@ -183,19 +183,17 @@ inline double angle_tile(const AngleParams& p, int64_t j0, int64_t k0, float* wo
   const AngleTile tile{workspace};
   const int64_t rows = smaller(kAngleBlock, p.rows - j0);
   const float* const from[4] = {p.student.high, p.student.low, p.teacher.high, p.teacher.low};
-  for (int64_t j = 0; j < rows; ++j) {
+  for (int64_t j = 0; j < rows; ++j)
     for (int side = 0; side < 4; ++side)
       __builtin_memcpy(tile.row(j) + side * kAngleBlock, from[side] + p.at(j0 + j, k0), 4 * kAngleBlock);
-    __builtin_memset(tile.row(j) + AngleTile::kSums, 0, 4 * kAngleBlock);
-  }
   const float times = j0 == k0 ? 1 : 2;
   WideVec losses = {};
-  for (int64_t begin = 0; begin < p.rows; begin += kAngleAnchors)
+  for (int64_t begin = 0; begin < p.rows; begin += kAngleAnchors) {
+    for (int64_t j = 0; j < rows; ++j) __builtin_memset(tile.row(j) + AngleTile::kSums, 0, 4 * kAngleBlock);
     for (int64_t j = 0; j < rows; j += kAngleGroup)
       for (int64_t i = begin; i < smaller(begin + kAngleAnchors, p.rows); ++i)
         angle_group<kSlopes>(p, i, j0, j, smaller(kAngleGroup, rows - j), k0, times, tile, &losses);
-  if constexpr (kSlopes) {
-    for (int64_t j = 0; j < rows; ++j) {
+    for (int64_t j = 0; kSlopes && j < rows; ++j) {
       float* const to = p.slopes + (j0 + j) * p.stride() + k0;
       for (int64_t k = 0; k < kAngleBlock; k += kLanes)
         store(to + k, load(to + k) - splat(times) * load(tile.row(j) + AngleTile::kSums + k));
@@ -237,10 +235,15 @@ void angle_gradient(const AngleParams& p, const Matrix& x, int64_t width, int64_
       for (int64_t d = 0; d < width; d += kLanes) {
         Vec own[4], sums[4] = {};
         for (int r = 0; r < 4; ++r) own[r] = load_row(elements + (first + row[r]) * width, d, width);
-        for (int64_t b = 0; b < p.rows; ++b) {
-          const Vec other = load_row(elements + b * width, d, width);
+        for (int64_t begin = 0; begin < p.rows; begin += kAngleBlock) {
+          Vec part[4] = {};
+          for (int64_t b = begin; b < smaller(begin + kAngleBlock, p.rows); ++b) {
+            const Vec other = load_row(elements + b * width, d, width);
 #pragma GCC unroll 4
-          for (int r = 0; r < 4; ++r) sums[r] = multiply_add(splat(w[r][b]), own[r] - other, sums[r]);
+            for (int r = 0; r < 4; ++r) part[r] = multiply_add(splat(w[r][b]), own[r] - other, part[r]);
+          }
+#pragma GCC unroll 4
+          for (int r = 0; r < 4; ++r) sums[r] += part[r];
         }
         for (int r = 0; r < 4 && a + r < count; ++r) store_row(out + (first + a + r) * width, d, width, sums[r] * times);
       }
