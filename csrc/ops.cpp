@@ -86,4 +86,23 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def(
       "triplet_chosen_grad(Tensor g, Tensor factors, Tensor x_scale, Tensor y_scale, Tensor x, Tensor? y, Tensor positive, Tensor negative, "
       "bool normalize, int metric, bool want_x, bool want_y) -> (Tensor, Tensor)");
+  m.def(
+      "triplet_hinges(Tensor x, Tensor? y, Tensor first, Tensor last, Tensor own, Tensor columns, int metric, int positives, int mining, "
+      "float sign, float margin, float epsilon) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "triplet_hinges_grad(Tensor g, Tensor nearest, Tensor tiles, Tensor x, Tensor? y, Tensor first, Tensor last, Tensor own, Tensor columns, "
+      "int metric, int positives, int mining, float sign, float margin, float epsilon, bool want_x, bool want_y) -> (Tensor, Tensor)");
+  m.def(
+      "pair_hinges(Tensor x, Tensor? y, Tensor first, Tensor last, Tensor own, Tensor columns, Tensor levels, int metric) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "pair_hinges_grad(Tensor g, Tensor tiles, Tensor x, Tensor? y, Tensor first, Tensor last, Tensor own, Tensor columns, Tensor levels, "
+      "int metric, bool want_x, bool want_y) -> (Tensor, Tensor)");
+  m.def(
+      "multi_similarity(Tensor x, Tensor? y, Tensor first, Tensor last, Tensor own, Tensor columns, float alpha, float beta, float base, "
+      "float epsilon) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "multi_similarity_grad(Tensor g, Tensor nearest, Tensor positive_log, Tensor negative_log, Tensor tiles, Tensor x, Tensor? y, "
+      "Tensor first, Tensor last, Tensor own, Tensor columns, float alpha, float beta, float base, float epsilon, bool want_x, bool want_y) "
+      "-> (Tensor, Tensor)");
 }

@@ -22,8 +22,10 @@
 #include "similarity/matching.inl"
 #include "similarity/symmetric.inl"
 #include "triplet/chosen.inl"
+#include "triplet/dense_sorted.inl"
 #include "triplet/extrema.inl"
 #include "triplet/facenet.inl"
+#include "triplet/multi_similarity.inl"
 #include "triplet/weighted.inl"
 
 #define KDFAST_PASTE_(a, b) a##b
@@ -116,6 +118,26 @@ const CpuKernels KDFAST_PASTE(kernels_, KDFAST_ISA) = {
     .triplet_chosen = triplet_chosen,
     .triplet_chosen_grad_x = triplet_chosen_grad_x,
     .triplet_chosen_grad_y = triplet_chosen_grad_y,
+    .dense_squares = dense_squares,
+    .dense_positives = dense_positives,
+    .dense_finish_rows = dense_finish_rows,
+    .dense_finish_columns = dense_finish_columns,
+    .triplet_hinges_workspace = triplet_hinges_workspace,
+    .triplet_hinges = triplet_hinges,
+    .triplet_hinges_grad_workspace = triplet_hinges_grad_workspace,
+    .triplet_hinges_grad = triplet_hinges_grad,
+    .sorted_hinges_workspace = sorted_hinges_workspace,
+    .sorted_hinges = sorted_hinges,
+    .sorted_hinges_grad_workspace = sorted_hinges_grad_workspace,
+    .sorted_hinges_grad = sorted_hinges_grad,
+    .triplet_hinges_pull = triplet_hinges_pull,
+    .pull_hinges = pull_hinges,
+    .pull_hinges_pull = pull_hinges_pull,
+    .multi_similarity_workspace = multi_similarity_workspace,
+    .multi_similarity = multi_similarity,
+    .multi_similarity_grad_workspace = multi_similarity_grad_workspace,
+    .multi_similarity_grad = multi_similarity_grad,
+    .multi_similarity_pull = multi_similarity_pull,
     .fma_probe = fma_probe,
 };
 }  // namespace kdfast

@@ -211,7 +211,9 @@ def _problem(
     metric, normalize = sources["metric"], sources["normalize"]
     on = batch if sample_on is None else _mined_on(sample_on, name, batch, sources)
     others = tuple(t.dtype for t in (*batch.layers, *batch.refs, *on.layers, *on.refs))
-    impl = op.choose(name_of_op, impl, batch.layers[0], others=others, mined=name, bounded=max_positives is not None)
+    simple = not (settings.get("soft") or settings.get("swap") or sample_on is not None)
+    facts = dict(others=others, mined=name, bounded=max_positives is not None, separates=simple and name_of_op == "triplet_loss")
+    impl = op.choose(name_of_op, impl, batch.layers[0], **facts)
     if impl == "torch" or batch.layers[0].shape[0] == 0:
         batch = batch.ready(metric, normalize)
         on = batch if sample_on is None else on.ready(metric, normalize)

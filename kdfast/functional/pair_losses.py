@@ -8,7 +8,7 @@ from torch import Tensor
 from .._core import checks
 from .._core.reduction import reduce_rows
 from .._ops import triplet as op
-from .._ops.triplet import classes, distances, inputs, pairs
+from .._ops.triplet import classes, dense, distances, inputs, pairs
 
 _REDUCTIONS = ("mean_nonzero", "mean", "sum", "none")
 
@@ -51,11 +51,12 @@ def multi_similarity_loss(
     if epsilon is not None:
         _float("epsilon", epsilon)
         checks.nonnegative_number("epsilon", epsilon)
-    b = _collect("multi_similarity_loss", impl, embeddings, labels, ref, ref_labels, ref_valid, own_index, "euclidean", normalize)
+    b, impl = _collect("multi_similarity_loss", impl, embeddings, labels, ref, ref_labels, ref_valid, own_index, "euclidean", normalize)
     with op.full_precision(b.layers[0]):
         if _empty(b):
             return op.portable.nothing(b.layers, reduction)
-        return reduce_rows(pairs.multi_similarity_rows(b, pairs.MultiSimilarity(alpha, beta, base, epsilon)), reduction=reduction)
+        rows = (dense if impl == "cpu" else pairs).multi_similarity_rows(b, pairs.MultiSimilarity(alpha, beta, base, epsilon))
+        return reduce_rows(rows, reduction=reduction)
 
 
 def margin_loss(
@@ -86,7 +87,7 @@ def margin_loss(
     checks.choice("reduction", reduction, _REDUCTIONS)
     _float("margin", margin)
     checks.nonnegative_number("margin", margin)
-    b = _collect("margin_loss", impl, embeddings, labels, ref, ref_labels, ref_valid, own_index, metric, normalize)
+    b, impl = _collect("margin_loss", impl, embeddings, labels, ref, ref_labels, ref_valid, own_index, metric, normalize)
     x = b.layers[0]
     with op.full_precision(x):
         if isinstance(beta, Tensor):
@@ -103,8 +104,10 @@ def margin_loss(
             beta = torch.full((), beta, dtype=x.dtype, device=x.device)
         if _empty(b):
             return op.portable.nothing((x, beta.expand(0)[:, None]), reduction)
-        loss, valid, nonzero = pairs.margin_rows(b, pairs.Margin(metric, margin), beta.expand(x.shape[0]))
-        return op.portable.finish(op.portable.Rows(loss, valid, nonzero), reduction)
+        levels = torch.stack([beta - margin, beta + margin], -1).expand(x.shape[0], 2)
+        (pull, push), (positives, negatives, pulled, pushed) = _pair_hinges(impl, b, metric, levels)
+        rows = op.portable.Rows(negatives * pull + positives * push, positives * negatives, negatives * pulled + positives * pushed)
+        return op.portable.finish(rows, reduction)
 
 
 def contrastive_loss(
@@ -136,15 +139,13 @@ def contrastive_loss(
     checks.choice("reduction", reduction, _REDUCTIONS)
     for name, value in (("pos_margin", pos_margin), ("neg_margin", neg_margin)):
         _float(name, value)
-    b = _collect("contrastive_loss", impl, embeddings, labels, ref, ref_labels, ref_valid, own_index, metric, normalize)
+    b, impl = _collect("contrastive_loss", impl, embeddings, labels, ref, ref_labels, ref_valid, own_index, metric, normalize)
     with op.full_precision(b.layers[0]):
         if _empty(b):
             return op.portable.nothing(b.layers, reduction)
-        sums, valid, nonzero = pairs.contrastive_rows(b, pairs.Contrastive(metric, pos_margin, neg_margin))
-        if reduction == "none":
-            return sums.sum(-1)
-        kinds = (op.portable.finish(op.portable.Rows(sums[:, k], valid[:, k], nonzero[:, k]), reduction) for k in range(2))
-        return sum(kinds)
+        levels = b.layers[0].new_tensor([pos_margin, neg_margin]).expand(b.layers[0].shape[0], 2)
+        sums, counts = _pair_hinges(impl, b, metric, levels)
+        return sum(op.portable.finish(op.portable.Rows(*kind), reduction) for kind in zip(sums, counts[:2], counts[2:], strict=True))
 
 
 def angular_loss(
@@ -178,7 +179,7 @@ def angular_loss(
         raise ValueError(f"alpha must be an angle in (0, 90) degrees, got {alpha}")
     if max_positives is not None:
         checks.count("max_positives", max_positives)
-    b = _collect("angular_loss", impl, embeddings, labels, ref, ref_labels, ref_valid, own_index, "euclidean", normalize)
+    b, _ = _collect("angular_loss", impl, embeddings, labels, ref, ref_labels, ref_valid, own_index, "euclidean", normalize)
     with op.full_precision(b.layers[0]):
         if _empty(b):
             return op.portable.nothing(b.layers, reduction)
@@ -192,7 +193,8 @@ def _float(name: str, value) -> None:
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
 
 
-def _collect(name, impl, embeddings, labels, ref, ref_labels, ref_valid, own_index, metric, normalize) -> inputs.Batch:
+def _collect(name, impl, embeddings, labels, ref, ref_labels, ref_valid, own_index, metric, normalize) -> tuple[inputs.Batch, str]:
+    """Arguments checked and arranged, and the implementation that serves them."""
     checks.floating("embeddings", embeddings, ndim=2)
     batch = inputs.collect(
         embeddings,
@@ -204,8 +206,13 @@ def _collect(name, impl, embeddings, labels, ref, ref_labels, ref_valid, own_ind
         metric=metric,
         normalize=normalize,
     )
-    op.choose(name, impl, embeddings)
-    return batch
+    return batch, op.choose(name, impl, batch.layers[0])
+
+
+def _pair_hinges(impl: str, b: inputs.Batch, metric: str, levels: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Columns of pairs.pair_hinges."""
+    sums, counts = (dense if impl == "cpu" else pairs).pair_hinges(b, pairs.Hinges(metric), levels)
+    return sums.unbind(-1), counts.unbind(-1)
 
 
 def _empty(b: inputs.Batch) -> bool:

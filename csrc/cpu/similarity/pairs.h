@@ -11,7 +11,7 @@ struct PairParams {
   int64_t batch, rows, columns, width;
   Matrix x;                  // [batch, rows, width]
   Matrix y;                  // [batch, columns, width]
-  const float* scale;        // [batch, rows]
+  const float* scale;        // [batch, rows]; null: 1, in gradients of weights that need none
   const float* shift;        // [batch, rows]
   const int64_t* x_labels;   // [batch, rows]: pairs of equal labels are left out
   const int64_t* y_labels;   // [batch, columns]

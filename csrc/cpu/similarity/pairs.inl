@@ -163,6 +163,7 @@ struct PairGradientWorkspace {
 //   begin_rows(first, count)
 //   begin_block(block)
 //   weigh(block, i, scores)         replaces row i's scores by its weights; what becomes of the columns that do not exist is no matter
+//   kKnowsIdle                      whether it has idle(block, row, rows): all weights of a chunk are 0
 template <class Product, class Weights>
 struct PairGradientPass {
   const PairParams& p;
@@ -178,7 +179,7 @@ struct PairGradientPass {
     const Matrix x = p.x.from(task.batch * p.rows * p.width);
     for (int64_t i = 0; i < count; ++i) {
       Packing<Product>::pack_row(x, first + i, p.width, false, w.x.at(i));
-      w.scale[i] = p.scale[task.batch * p.rows + first + i];
+      w.scale[i] = p.scale != nullptr ? p.scale[task.batch * p.rows + first + i] : 1;
     }
     __builtin_memset(w.x.at(count), 0, size_t(4 * (padded_rows() - count) * w.x.stride));
     for (int64_t i = count; i < round_up(count, Product::kRowChunk); ++i) w.scale[i] = 0;
@@ -210,8 +211,10 @@ struct PairGradientPass {
   }
 
   void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
-    score_rows(Product{}, w.x.at(row), w.x.stride, rows, w.y.panels, block.padded, w.tile.scores(0), w.tile.stride);
     const int64_t exist = smaller(rows, count - row);
+    if constexpr (Weights::kKnowsIdle)
+      if (out.y_sums == nullptr && weights.idle(block, row, exist)) return;
+    score_rows(Product{}, w.x.at(row), w.x.stride, rows, w.y.panels, block.padded, w.tile.scores(0), w.tile.stride);
     for (int64_t i = 0; i < round_up(rows, 2 * kLanes); ++i) {
       float* const scores = w.tile.scores(i);
       if (i < exist) weights.weigh(block, row + i, scores);

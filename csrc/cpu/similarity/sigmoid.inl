@@ -83,6 +83,7 @@ struct SigmoidStatistic {
 };
 
 struct SigmoidWeights {
+  static constexpr bool kKnowsIdle = false;
   const PairParams& p;
   const PairTask& task;
   const float* g;  // [batch, rows]

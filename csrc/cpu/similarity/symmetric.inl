@@ -186,6 +186,7 @@ struct SymmetricSide {
 };
 
 struct SymmetricWeights {
+  static constexpr bool kKnowsIdle = false;
   const PairParams& p;
   const PairTask& task;
   const SymmetricUpstream& upstream;

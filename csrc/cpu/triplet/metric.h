@@ -5,7 +5,11 @@
 
 namespace kdfast {
 
-enum class Metric : int32_t { kEuclidean, kSquaredEuclidean, kCosine };  // the cosine's distance is 1 - cos
+// The cosine's distance is 1 - cos, that of kProduct -x.y.
+enum class Metric : int32_t { kEuclidean, kSquaredEuclidean, kCosine, kProduct };
+
+// Whether distances are formed from the inner product alone: their gradient in x is then along y, not x - y.
+constexpr bool of_product(Metric metric) { return metric == Metric::kCosine || metric == Metric::kProduct; }
 
 // Rows [count, width], contiguous, before they are brought to unit length (where asked for) and moved by -centre.
 struct MetricRows {

@@ -68,13 +68,18 @@ def row_sums(
     fn(settings, block, rows, shared, fixed_rows, fixed) -> (sums [R, C], counts [R, K]) for one block.
     """
     spec = Spec(fn, settings, blocks, len(rows), len(shared), len(fixed_rows))
-    tensors: list[Tensor] = []
-    for t in (*rows, *shared, *fixed_rows, *fixed):  # in batch both sides are one tensor, which Dynamo refuses to see twice
-        tensors.append(t.view_as(t) if any(t is other for other in tensors) else t)
-    return _call(_RowSums, spec, *tensors)
+    return call(_RowSums, spec, *distinct(*rows, *shared, *fixed_rows, *fixed))
 
 
-def _call(function: type[torch.autograd.Function], *args):
+def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, views in place of repeated ones: in batch both sides are one tensor, which Dynamo refuses to see twice."""
+    out: list[Tensor | None] = []
+    for t in tensors:
+        out.append(t.view_as(t) if t is not None and any(t is other for other in out) else t)
+    return out
+
+
+def call(function: type[torch.autograd.Function], *args):
     """function.apply, or its forward where nothing is recorded: Dynamo cannot call a forward of variable arity there."""
     recorded = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
     return (function.apply if recorded else function.forward)(*args)
@@ -139,7 +144,7 @@ class _RowSums(torch.autograd.Function):
         if grad is not None:
             moving = ctx.spec.rows + ctx.spec.shared
             wanted = tuple(i for i in range(moving) if ctx.needs_input_grad[1 + i])
-            for i, g in zip(wanted, _call(_RowGradients, ctx.spec, wanted, grad.contiguous(), *tensors), strict=True):
+            for i, g in zip(wanted, call(_RowGradients, ctx.spec, wanted, grad.contiguous(), *tensors), strict=True):
                 grads[i] = g
         return None, *grads
 
@@ -183,17 +188,26 @@ class _RowGradients(torch.autograd.Function):
     def backward(ctx, *bars):
         spec, wanted = ctx.spec, ctx.wanted
         grad, *tensors = ctx.saved_tensors
-        constant = tuple(tensors[spec.rows + spec.shared :])
-        totals = [_Total(True), *(_Total(i < spec.rows) for i in wanted)]
-        with _full_precision(tensors):
-            for block in spec.blocks:
-                cut = _cut(spec, block, tensors)
-                pull = _pullback(spec, block, wanted, cut, constant)
-                bar = tuple(bars[k][block.start : block.stop] if i < spec.rows else bars[k] for k, i in enumerate(wanted))
-                parts = torch.func.vjp(pull, grad[block.start : block.stop], *(cut[i] for i in wanted))[1](bar)
-                for total, part in zip(totals, parts, strict=True):
-                    total.add(block, part)
+        to_grad, to_wanted = second_order(spec, wanted, bars, grad, tuple(tensors))
         grads = [None] * len(tensors)
-        for i, total in zip(wanted, totals[1:], strict=True):
-            grads[i] = total.tensor()
-        return None, None, totals[0].tensor(), *grads
+        for i, total in zip(wanted, to_wanted, strict=True):
+            grads[i] = total
+        return None, None, to_grad, *grads
+
+
+def second_order(
+    spec: Spec, wanted: tuple[int, ...], bars: tuple[Tensor, ...], grad: Tensor, tensors: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Gradients, in `grad` and in the `wanted` of `tensors`, of <bars, the gradients in the wanted> that grad [N, C] pulls back to."""
+    constant = tensors[spec.rows + spec.shared :]
+    totals = [_Total(True), *(_Total(i < spec.rows) for i in wanted)]
+    with _full_precision(tensors):
+        for block in spec.blocks:
+            cut = _cut(spec, block, tensors)
+            pull = _pullback(spec, block, wanted, cut, constant)
+            bar = tuple(bars[k][block.start : block.stop] if i < spec.rows else bars[k] for k, i in enumerate(wanted))
+            parts = torch.func.vjp(pull, grad[block.start : block.stop], *(cut[i] for i in wanted))[1](bar)
+            for total, part in zip(totals, parts, strict=True):
+                total.add(block, part)
+    to_grad, *to_wanted = (total.tensor() for total in totals)
+    return to_grad, tuple(to_wanted)

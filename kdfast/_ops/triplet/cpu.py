@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._core import extension
 from ..._core.centre import middle
-from . import chosen, classes, distances, mining, sampling
+from . import chosen, classes, dense, distances, mining, sampling
 from .classes import Anchors, References
 from .mining import Settings
 from .portable import Mined, Problem, Rows
@@ -36,10 +36,11 @@ def refuses(
     others: tuple[torch.dtype, ...] = (),
     mined: str = "batch_hard",
     bounded: bool = True,
+    separates: bool = True,
 ) -> str | None:
     """Why they cannot serve a call on this device type and these dtypes, with this mining (None: they can).
 
-    `bounded`: the caller says how many positives an anchor has at most.
+    `bounded`: the caller says how many positives an anchor has at most. `separates`: the loss is a sum over pairs, see portable.separates.
     """
     if device_type != "cpu":
         return f"it runs on CPU tensors, these are on {device_type}"
@@ -48,8 +49,8 @@ def refuses(
             return f"it takes float32, bfloat16 or float16, not {given}"
     if mined in mining.PER_PAIR and torch.compiler.is_compiling() and not bounded:
         return f"compiled without max_positives it would reserve room for every reference as a positive of mining={mined!r}"
-    if mined not in (*mining.PER_ANCHOR, *mining.PER_PAIR):
-        return f"it does not take mining={mined!r}"
+    if mined in mining.SETS and not separates:
+        return f"with mining={mined!r} it sums plain hinges mined on the embeddings: no soft, swap, sample_on, and no list of triplets"
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "it does not run under the transforms of torch.func"
     return None
@@ -118,6 +119,8 @@ def _mined_pairs(s: Settings, p: Problem, seed: Tensor) -> tuple[Tensor, Tensor,
 
 def triplet_rows(s: Settings, p: Problem, seed: Tensor) -> Rows:
     """Losses per anchor of a problem whose rows are as given."""
+    if s.mining in mining.SETS:
+        return dense.triplet_rows(s, p)
     positive, negative, unordered = _mined(s, p, seed)
     valid = (positive >= 0) & (negative >= 0)
     pairs = zip(p.layers, p.refs, strict=True)

@@ -20,15 +20,8 @@ class MultiSimilarity(NamedTuple):
     epsilon: float | None
 
 
-class Margin(NamedTuple):
+class Hinges(NamedTuple):
     metric: str
-    margin: float
-
-
-class Contrastive(NamedTuple):
-    metric: str
-    pos_margin: float
-    neg_margin: float
 
 
 class Angular(NamedTuple):
@@ -37,19 +30,15 @@ class Angular(NamedTuple):
 
 def multi_similarity_rows(b: Batch, settings: MultiSimilarity) -> Tensor:
     """[N] losses; an anchor without a kept pair has 0."""
-    return _run(_multi_similarity, settings, b)[0][:, 0]
+    return _run(multi_similarity, settings, b)[0][:, 0]
 
 
-def margin_rows(b: Batch, settings: Margin, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[N] sums over triplets, number of triplets, number of hinges > 0; beta [N]."""
-    sums, counts = _run(_margin, settings, b, beta)
-    return sums[:, 0], counts[:, 0], counts[:, 1]
+def pair_hinges(b: Batch, settings: Hinges, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums [N, 2] of relu(d_ap - levels_0) over positives and relu(levels_1 - d_an) over negatives, levels [N, 2].
 
-
-def contrastive_rows(b: Batch, settings: Contrastive) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, 2] sums over positive and negative pairs, numbers of pairs, numbers of hinges > 0."""
-    sums, counts = _run(_contrastive, settings, b)
-    return sums, counts[:, :2], counts[:, 2:]
+    Counts [N, 4]: the pairs of either kind, those of either kind whose hinge is > 0.
+    """
+    return _run(hinges, settings, b, levels)
 
 
 def angular_rows(b: Batch, alpha: float, positives: int) -> tuple[Tensor, Tensor]:
@@ -74,7 +63,7 @@ def _log1p_sum_exp(f: Tensor, mask: Tensor) -> Tensor:
     return F.pad(torch.where(mask, f, -torch.inf), (1, 0)).logsumexp(-1)
 
 
-def _multi_similarity(s, block, rows, shared, fixed_rows, fixed):
+def multi_similarity(s, block, rows, shared, fixed_rows, fixed):
     (x,), (y,) = rows, shared
     similarity = x @ y.mT
     with torch.no_grad():
@@ -93,30 +82,16 @@ def _multi_similarity(s, block, rows, shared, fixed_rows, fixed):
     return (loss + distances.nan_where(poisoned, loss.detach()))[:, None], (positive.sum(-1) + negative.sum(-1))[:, None]
 
 
-def _margin(s, block, rows, shared, fixed_rows, fixed):
-    """Over all triplets the two hinges separate: n_neg sum_p relu(d_ap - beta + m) + n_pos sum_n relu(beta - d_an + m)."""
-    (x, beta), (y,) = rows, shared
-    d = distances.tile(x, y, s.metric)
-    positive, negative = classes.same(Anchors(*fixed_rows), References(*fixed))
-    positives, negatives = positive.sum(-1), negative.sum(-1)
-    pull = _hinges(d - beta[:, None] + s.margin, positive)
-    push = _hinges(beta[:, None] - d + s.margin, negative)
-    poisoned = mining.unordered(d.detach(), positive, negative)
-    sums = negatives * pull.sum(-1) + positives * push.sum(-1)
-    counts = torch.stack([positives * negatives, negatives * (pull > 0).sum(-1) + positives * (push > 0).sum(-1)], -1)
-    return (sums + distances.nan_where(poisoned, sums.detach()))[:, None], counts
-
-
-def _contrastive(s, block, rows, shared, fixed_rows, fixed):
-    (x,), (y,) = rows, shared
+def hinges(s, block, rows, shared, fixed_rows, fixed):
+    (x, levels), (y,) = rows, shared
     d = distances.tile(x, y, s.metric)
     sides = classes.same(Anchors(*fixed_rows), References(*fixed))
-    losses = _hinges(d - s.pos_margin, sides[0]), _hinges(s.neg_margin - d, sides[1])
+    losses = _relu(d - levels[:, :1], sides[0]), _relu(levels[:, 1:] - d, sides[1])
     counts = torch.stack([*(mask.sum(-1) for mask in sides), *((loss > 0).sum(-1) for loss in losses)], -1)
     return torch.stack([loss.sum(-1) for loss in losses], -1), counts
 
 
-def _hinges(z: Tensor, mask: Tensor) -> Tensor:
+def _relu(z: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, z.relu(), torch.zeros_like(z))
 
 

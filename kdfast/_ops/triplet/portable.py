@@ -47,13 +47,18 @@ def triplet_rows(s: Settings, p: Problem, seed: Tensor) -> Rows:
         fn, blocks = _sparse, plan(n, p.positives, m, sum(x.shape[1] for x in layers), limit)
     else:
         layers, refs = zip(*(distances.centred(x, y, s.metric) for x, y in zip(layers, refs, strict=True)), strict=True)
-        if s.soft or s.swap or p.separate or len(layers) > 1:
-            gathered = max(y.shape[1] for y in refs) if s.swap else 0  # a positive's row, to take d_pn from
-            fn, blocks = _cube, plan(n, p.positives, m, max(m, gathered), limit)
-        else:
-            fn, blocks = _separable, whole(n, p.positives, m, limit)
+        if separates(s, p):
+            sums, counts = row_sums(separable, s, whole(n, p.positives, m, limit), layers, refs, tuple(p.anchors), tuple(p.classes))
+            return Rows(sums[:, 0], counts[:, 0], counts[:, 1])
+        gathered = max(y.shape[1] for y in refs) if s.swap else 0  # a positive's row, to take d_pn from
+        fn, blocks = _cube, plan(n, p.positives, m, max(m, gathered), limit)
     sums, counts = row_sums(fn, s, blocks, layers, refs, (p.mine, *p.anchors), (p.mine_ref, *p.classes, seed))
     return Rows(sums[:, 0], counts[:, 0], counts[:, 1])
+
+
+def separates(s: Settings, p: Problem) -> bool:
+    """Whether the loss of a set mining is a sum over pairs: each distance times the triplets in which it is active."""
+    return not (s.soft or s.swap or p.separate or len(p.layers) > 1)
 
 
 def _hinge(s: Settings, d_ap: Tensor, d_an: Tensor) -> Tensor:
@@ -129,10 +134,10 @@ def _summed(loss: Tensor, valid: Tensor, poisoned: Tensor, dims: tuple[int, ...]
     return (sums + distances.nan_where(poisoned, sums.detach()))[:, None], counts
 
 
-def _separable(s, block, layers, refs, fixed_rows, fixed):
+def separable(s, block, layers, refs, fixed_rows, fixed):
     """Set minings with a plain hinge: sum over active triplets of +-(d_ap - d_an) + margin = sum_p c_p d_ap - sum_n c_n d_an + margin c."""
     (x,), (y,) = layers, refs
-    anchors, classes_ = Anchors(*fixed_rows[1:]), References(*fixed[1:-1])
+    anchors, classes_ = Anchors(*fixed_rows), References(*fixed)
     d = distances.tile(x, y, s.metric)
     with torch.no_grad():
         c = mining.candidates(s, d.detach(), anchors, classes_, block.first, block.last)

@@ -1,0 +1,162 @@
+// Hinges of triplets and of pairs over all negatives on the CPU, and their gradients: checks, registration.
+
+#include <torch/csrc/stable/library.h>
+
+#include "triplet/bind_dense.h"
+
+namespace {
+
+kdfast::HingeRule rule_of(int64_t mining, double sign, double margin, double epsilon) {
+  STD_TORCH_CHECK(mining >= 0 && mining <= 2, "mining must be 0, 1 or 2, got ", mining);
+  STD_TORCH_CHECK(sign == 1 || sign == -1, "sign must be 1 or -1, got ", sign);
+  return {kdfast::Mining(mining), float(sign), float(epsilon), margin, nullptr};
+}
+
+constexpr int64_t kFewWindows = 16;  // windows of a row that are compared with every level; more are sorted
+
+bool sorts(const Dense& dense, const kdfast::HingeRule& rule) { return rule.threshold == nullptr && dense.most > kFewWindows; }
+
+void run_hinges(const Dense& dense, const kdfast::HingeRule& rule, const kdfast::HingeResult& out) {
+  const CpuKernels& kernels = dense.kernels;
+  const DenseParams& p = dense.p;
+  if (sorts(dense, rule)) {
+    dense.for_each_rows([&](int64_t n, int64_t) { return kernels.sorted_hinges_workspace(p, n, dense.most); },
+                        [&](int64_t begin, int64_t end, int64_t, float* work) { kernels.sorted_hinges(p, rule, out, begin, end, dense.most, work); });
+  } else {
+    dense.for_each_rows([&](int64_t n, int64_t slots) { return kernels.triplet_hinges_workspace(p, n, slots); },
+                        [&](int64_t begin, int64_t end, int64_t, float* work) { kernels.triplet_hinges(p, rule, out, begin, end, work); });
+  }
+}
+
+// Sums of the columns that each thread keeps for itself, added up in the order of threads.
+struct ColumnSums {
+  int64_t size, columns, threads;
+  Tensor sums, weights;
+
+  ColumnSums(const Dense& dense, bool wanted)
+      : size(wanted ? dense.p.pairs.columns * dense.p.pairs.width : 0), columns(wanted ? dense.p.pairs.columns : 0), threads(dense.threads()),
+        sums(zeros<float>(size * threads, ScalarType::Float)), weights(zeros<double>(columns * threads, ScalarType::Double)) {}
+  float* sums_of(int64_t worker) const { return size > 0 ? memory<float>(sums) + worker * size : nullptr; }
+  double* weights_of(int64_t worker) const { return size > 0 ? memory<double>(weights) + worker * columns : nullptr; }
+  void add_to(float* to_sums, double* to_weights) const {
+    for (int64_t worker = 0; worker < threads; ++worker) {
+      for (int64_t i = 0; i < size; ++i) to_sums[i] += sums_of(worker)[i];
+      for (int64_t j = 0; j < columns; ++j) to_weights[j] += weights_of(worker)[j];
+    }
+  }
+};
+
+// Weights of the rows alone: in batch, what a pair weighs in its other role is a sum of the columns.
+void run_sorted_grad(DenseGradients& gradients, const kdfast::HingeRule& rule, const kdfast::HingeUpstream& upstream) {
+  const Dense& dense = gradients.dense;
+  const CpuKernels& kernels = dense.kernels;
+  const DenseParams& p = dense.p;
+  const ColumnSums columns(dense, p.in_batch || gradients.sums.y_sums != nullptr);
+  const auto sums_of = [&](int64_t worker) { return PairSums{gradients.sums.x_sums, columns.sums_of(worker), nullptr}; };
+  dense.for_each_rows([&](int64_t n, int64_t) { return kernels.sorted_hinges_grad_workspace(p, sums_of(0), n, dense.most); },
+                      [&](int64_t begin, int64_t end, int64_t worker, float* work) {
+                        kdfast::HingeUpstream own = upstream;
+                        own.y_weight = columns.weights_of(worker);
+                        kernels.sorted_hinges_grad(p, rule, own, sums_of(worker), begin, end, dense.most, work);
+                      });
+  if (p.in_batch) {
+    columns.add_to(gradients.sums.x_sums, upstream.x_weight);
+  } else {
+    columns.add_to(gradients.sums.y_sums, upstream.y_weight);
+  }
+}
+
+void run_hinges_grad(DenseGradients& gradients, const kdfast::HingeRule& rule, const kdfast::HingeUpstream& upstream) {
+  const Dense& dense = gradients.dense;
+  const PairSums& sums = gradients.sums;
+  if (sorts(dense, rule)) return run_sorted_grad(gradients, rule, upstream);
+  const int64_t most = std::max<int64_t>(dense.most, 1);
+  dense.for_each_rectangle(
+      sums, [&](int64_t n, int64_t m) { return dense.kernels.triplet_hinges_grad_workspace(dense.p, sums, n, m, most); },
+      [&](const PairTask& task, float* work) { dense.kernels.triplet_hinges_grad(dense.p, rule, upstream, task, sums, most, work); });
+}
+
+// counts [N, pairs of columns] from `pairs` vectors of N.
+Tensor columns_of(const Tensor& like, const std::vector<const int64_t*>& columns, int64_t rows) {
+  const int64_t number = int64_t(columns.size());
+  Tensor to = output(like, {rows, number}, ScalarType::Long);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < number; ++c) memory<int64_t>(to)[i * number + c] = columns[size_t(c)][i];
+  return to;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> triplet_hinges(const Tensor& x, const OptionalTensor& y, const Tensor& first, const Tensor& last,
+                                                          const Tensor& own, const Tensor& columns, int64_t metric, int64_t positives,
+                                                          int64_t mining, double sign, double margin, double epsilon) {
+  const Dense dense(x, y, first, last, own, columns, metric, positives);
+  const int64_t rows = dense.rows();
+  Tensor sums = output(x, {rows, 1}), nearest = output(x, {rows}), tiles = no_tiles(x, dense.p);
+  std::vector<int64_t> mined(size_t(rows), 0), active(size_t(rows), 0);
+  run_hinges(dense, rule_of(mining, sign, margin, epsilon),
+             {memory<float>(sums), mined.data(), active.data(), memory<float>(nearest), memory<uint8_t>(tiles)});
+  return {sums, columns_of(x, {mined.data(), active.data()}, rows), nearest, tiles};
+}
+
+std::tuple<Tensor, Tensor> triplet_hinges_grad(const Tensor& g, const Tensor& nearest, const Tensor& tiles, const Tensor& x,
+                                               const OptionalTensor& y, const Tensor& first, const Tensor& last, const Tensor& own,
+                                               const Tensor& columns, int64_t metric, int64_t positives, int64_t mining, double sign,
+                                               double margin, double epsilon, bool want_x, bool want_y) {
+  const Dense dense(x, y, first, last, own, columns, metric, positives);
+  const int64_t rows = dense.rows();
+  DenseGradients gradients(dense, x, want_x, want_y);
+  const Tensor upstream_g = padded(packed<float>("g", g, {rows, 1}), 1, rows), active = zeros<int32_t>(dense.slots, ScalarType::Int);
+  const kdfast::HingeRule rule = rule_of(mining, sign, margin, epsilon);
+  const kdfast::HingeUpstream upstream{memory<float>(upstream_g), packed<float>("nearest", nearest, {rows}), tiles_data(tiles, dense.p),
+                                       memory<int32_t>(active), memory<double>(gradients.x_weight),
+                                       want_y ? memory<double>(gradients.y_weight) : nullptr};
+  run_hinges_grad(gradients, rule, upstream);
+  return gradients.finish([&](int64_t begin, int64_t end, float* pull) {
+    dense.kernels.triplet_hinges_pull(dense.p, rule, upstream, pull, begin, end);
+  });
+}
+
+// ---- hinges of pairs: d_ap - level 0 of the positives, level 1 - d_an of the negatives --------------------------------------------
+
+kdfast::HingeRule pair_rule(const Tensor& threshold) { return {kdfast::Mining::kBatchAll, 1, 0, 0, memory<float>(threshold)}; }
+
+std::tuple<Tensor, Tensor, Tensor> pair_hinges(const Tensor& x, const OptionalTensor& y, const Tensor& first, const Tensor& last,
+                                               const Tensor& own, const Tensor& columns, const Tensor& levels, int64_t metric) {
+  const Dense dense(x, y, first, last, own, columns, metric, INT64_MAX);
+  const int64_t rows = dense.rows();
+  const float* const level = packed<float>("levels", levels, {rows, 2});
+  const Tensor pull_level = padded(level, 2, rows), push_level = padded(level + 1, 2, rows);
+  Tensor sums = output(x, {rows, 2}), tiles = no_tiles(x, dense.p);
+  const Tensor pull = scratch(rows), push = scratch(rows), nearest = scratch(rows);
+  std::vector<int64_t> positives(size_t(rows), 0), negatives(size_t(rows), 0), pulled(size_t(rows), 0), pushed(size_t(rows), 0);
+  for (int64_t i = 0; i < rows; ++i) positives[size_t(i)] = dense.p.all_positives(i);
+  run_hinges(dense, pair_rule(push_level), {memory<float>(push), negatives.data(), pushed.data(), memory<float>(nearest), memory<uint8_t>(tiles)});
+  dense.kernels.pull_hinges(dense.p, {memory<float>(pull_level), memory<float>(pull), pulled.data()}, 0, rows);
+  for (int64_t i = 0; i < rows; ++i) memory<float>(sums)[2 * i] = memory<float>(pull)[i], memory<float>(sums)[2 * i + 1] = memory<float>(push)[i];
+  return {sums, columns_of(x, {positives.data(), negatives.data(), pulled.data(), pushed.data()}, rows), tiles};
+}
+
+std::tuple<Tensor, Tensor> pair_hinges_grad(const Tensor& g, const Tensor& tiles, const Tensor& x, const OptionalTensor& y, const Tensor& first,
+                                            const Tensor& last, const Tensor& own, const Tensor& columns, const Tensor& levels, int64_t metric,
+                                            bool want_x, bool want_y) {
+  const Dense dense(x, y, first, last, own, columns, metric, INT64_MAX);
+  const int64_t rows = dense.rows();
+  DenseGradients gradients(dense, x, want_x, want_y);
+  const float *const level = packed<float>("levels", levels, {rows, 2}), *const upstream_g = packed<float>("g", g, {rows, 2});
+  const Tensor pull_level = padded(level, 2, rows), push_level = padded(level + 1, 2, rows);
+  const Tensor pull_g = padded(upstream_g, 2, rows), push_g = padded(upstream_g + 1, 2, rows);
+  run_hinges_grad(gradients, pair_rule(push_level),
+                  {memory<float>(push_g), nullptr, tiles_data(tiles, dense.p), nullptr, memory<double>(gradients.x_weight),
+                   want_y ? memory<double>(gradients.y_weight) : nullptr});
+  return gradients.finish([&](int64_t begin, int64_t end, float* pull) {
+    dense.kernels.pull_hinges_pull(dense.p, memory<float>(pull_level), memory<float>(pull_g), pull, begin, end);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("triplet_hinges", TORCH_BOX(&triplet_hinges));
+  m.impl("triplet_hinges_grad", TORCH_BOX(&triplet_hinges_grad));
+  m.impl("pair_hinges", TORCH_BOX(&pair_hinges));
+  m.impl("pair_hinges_grad", TORCH_BOX(&pair_hinges_grad));
+}

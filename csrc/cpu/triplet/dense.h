@@ -1,0 +1,94 @@
+// What the kernels of losses over all negatives are given: anchors and references sorted by label. Plain pointers, no torch.
+#pragma once
+
+#include "similarity/pairs.h"
+#include "triplet/metric.h"
+
+namespace kdfast {
+
+// Anchors are the rows and references the columns of `pairs`, both sorted by label, ready for the metric (unit length, moved to the centre).
+// The references of a row's class are columns first .. last; its positives are the first `positives` of them at most, its own row left out.
+// Numbers of a row's positives, `slots`, lie in groups of kSlotRows rows: [group][positive][row of the group].
+struct DenseParams {
+  PairParams pairs;
+  Metric metric;
+  bool in_batch;             // the references are the anchors
+  int64_t columns;           // references that exist, which come first
+  int64_t positives;         // taken of a row, at most
+  const int64_t *first, *last, *own;  // [rows]; own: the column of the row itself, -1 for none
+  const int64_t* group;      // [groups + 1]: where a group's slots begin, in vectors of kSlotRows
+  const float *x_square, *y_square;   // squared lengths, [rows] and [columns], zeros up to a multiple of a panel
+  float* distance;           // slots: of the positives
+  float* farthest;           // [rows]: the largest of all positives' distances, -inf where there is none; zeros as above
+
+  static constexpr int64_t kSlotRows = 16;
+
+  bool own_inside(int64_t row) const { return own[row] >= first[row] && own[row] < last[row]; }
+  int64_t all_positives(int64_t row) const { return last[row] - first[row] - (own_inside(row) ? 1 : 0); }
+  int64_t count(int64_t row) const { return all_positives(row) < positives ? all_positives(row) : positives; }
+  int64_t negatives(int64_t row) const {
+    const bool own_outside = !own_inside(row) && own[row] >= 0 && own[row] < columns;
+    return columns - (last[row] - first[row]) - (own_outside ? 1 : 0);
+  }
+  // The column of positive number k, and the number of a column among the positives.
+  int64_t column(int64_t row, int64_t k) const { return first[row] + k + (own_inside(row) && first[row] + k >= own[row] ? 1 : 0); }
+  int64_t number(int64_t row, int64_t column) const { return column - first[row] - (own_inside(row) && column > own[row] ? 1 : 0); }
+  int64_t slot(int64_t row, int64_t k) const { return (group[row / kSlotRows] + k) * kSlotRows + row % kSlotRows; }
+};
+
+constexpr int64_t kTileColumns = 256;
+
+// Marks [groups][tile_columns] of tiles in which some negative of a row of the group has a gradient.
+inline int64_t tile_columns(const DenseParams& p) { return (p.pairs.columns + kTileColumns - 1) / kTileColumns; }
+
+enum class Mining : int32_t { kBatchAll, kSemiHard, kMultiSimilarity };
+
+// Hinges sign (d_ap - d_an) + margin of mined triplets. With `threshold`, those of pairs instead: threshold - d_an of every negative.
+struct HingeRule {
+  Mining mining;
+  float sign, epsilon;
+  double margin;
+  const float* threshold;     // [rows], padded as DenseParams.farthest is; null: triplets
+};
+
+struct HingeResult {
+  float* loss;                // [rows]
+  int64_t *mined, *active;    // [rows]: triplets (pairs), those with a hinge > 0
+  float* nearest;             // [rows]: the smallest distance of a negative; for multi-similarity mining alone
+  uint8_t* tiles;
+};
+
+struct HingeUpstream {
+  const float* g;             // [rows], zeros up to a multiple of a panel
+  const float* nearest;
+  const uint8_t* tiles;
+  int32_t* active;            // slots: active triplets of each positive; null: not counted
+  double *x_weight, *y_weight;  // [rows], [columns]: sums of the weights; the columns' null: not wanted
+};
+
+// Hinges d_ap - level of all positives: their sums and the number of those > 0.
+struct PullHinges {
+  const float* level;         // [rows]
+  float* sum;                 // [rows]
+  int64_t* active;            // [rows]
+};
+
+// See multi_similarity.inl. epsilon inf: every pair is kept.
+struct MultiSimilarityRule {
+  double alpha, beta;
+  float base, epsilon;
+};
+
+struct MultiSimilarityResult {
+  float *loss, *nearest;               // [rows]
+  double *positive_log, *negative_log; // [rows]: log(1 + sum), inf in rows that do not count
+  uint8_t* tiles;
+};
+
+struct MultiSimilarityUpstream {
+  const float *g, *nearest;
+  const double *positive_log, *negative_log;
+  const uint8_t* tiles;
+};
+
+}  // namespace kdfast

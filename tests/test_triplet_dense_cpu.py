@@ -1,0 +1,244 @@
+"""The C++ kernels of losses over all negatives against the portable formula in float64, under every instruction set of this machine."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from similarity_kernel_cases import assert_accurate
+
+from kdfast._core import extension
+from kdfast._ops.triplet import classes, dense, distances, mining
+from kdfast.functional import triplet_loss
+
+_C, REASON = extension.load("_C")
+pytestmark = pytest.mark.skipif(_C is None, reason=str(REASON))
+OPS = torch.ops.kdfast
+REDUCTIONS = ("mean_nonzero", "mean", "sum", "none")
+
+
+def case(n, m, width, classes, *, metric="euclidean", valid=0) -> dict:
+    """Rows of small integers: their distances are exact, so that every implementation counts the same triplets. m None: in batch."""
+    a = {"x": torch.randint(-2, 3, (n, width)).float(), "labels": torch.randint(0, classes, (n,)), "metric": metric}
+    if m is not None:
+        own = torch.where(torch.rand(n) < 0.5, torch.randint(0, m, (n,)), -1)
+        a |= {"ref": torch.randint(-2, 3, (m, width)).float(), "ref_labels": torch.randint(0, classes, (m,)), "own_index": own}
+        a |= {"ref_valid": m - valid}
+    return a
+
+
+def loss_of(a: dict, impl: str, dtype=torch.float32, **how) -> tuple[torch.Tensor, ...]:
+    """The loss and its gradients in x and ref."""
+    leaves = {name: a[name].to(dtype).requires_grad_() for name in ("x", "ref") if name in a}
+    rest = {name: value for name, value in a.items() if name not in ("x", "labels", "ref")}
+    normalize = how.pop("normalize", False)
+    more = {"ref": leaves["ref"]} if "ref" in leaves else {}
+    loss = triplet_loss(leaves["x"], a["labels"], **rest, **more, normalize=normalize, impl=impl, **how)
+    upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    return loss.detach(), *torch.autograd.grad(loss, tuple(leaves.values()), upstream)
+
+
+def check(a: dict, **how) -> None:
+    got, naive, want = loss_of(a, "cpu", **how), loss_of(a, "torch", **how), loss_of(a, "torch", torch.float64, **how)
+    for g, n, w in zip(got, naive, want, strict=True):
+        assert_accurate(g, w, n)
+
+
+@pytest.mark.parametrize("direction", ["cluster", "confuse"])
+@pytest.mark.parametrize("name", mining.SETS)
+@pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean"])
+@pytest.mark.parametrize("bank", [False, True], ids=["in_batch", "bank"])
+def test_every_mining(isa, name, metric, direction, bank):
+    a = case(90, 150 if bank else None, 9, 12, metric=metric, valid=20)
+    for reduction in REDUCTIONS:
+        check(a, mining=name, margin=1.3, epsilon=0.7, direction=direction, reduction=reduction)
+
+
+@pytest.mark.parametrize("name", mining.SETS)
+def test_cosine_and_unit_rows(isa, name):
+    a = case(40, 70, 21, 5)
+    a |= {"x": torch.randn(40, 21), "ref": torch.randn(70, 21)}
+    for metric in distances.METRICS:
+        check(a | {"metric": metric}, mining=name, margin=0.2, normalize=True)
+
+
+# a lone row; beside a vector of lanes and a group of slots; beside a panel and a chunk of rows; several blocks of columns
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 15, 2), (17, 65, 3), (65, 63, 65), (257, 300, 130), (40, 600, 33)], ids=lambda s: "x".join(map(str, s))
+)
+def test_ragged_sizes(isa, shape):
+    n, m, width = shape
+    for a in (case(n, m, width, 7), case(n, None, width, 7)):
+        check(a, mining="batch_all", margin=1.3, reduction="sum")
+
+
+@pytest.mark.parametrize("direction", ["cluster", "confuse"])
+@pytest.mark.parametrize("bank", [False, True], ids=["in_batch", "bank"])
+def test_large_classes(isa, direction, bank):
+    """More positives than are compared one by one: 17, 40 and some 200."""
+    for n, m, number in ((70, 60, 4), (200, 130, 4), (420, 300, 2)):
+        a = case(n, m if bank else None, 12, number)
+        for name in mining.SETS:
+            check(a, mining=name, margin=1.3, epsilon=0.7, direction=direction)
+
+
+@pytest.mark.parametrize("bound", [1, 5, 30])
+def test_a_bound_on_positives(isa, bound):
+    a = case(200, None, 12, 4)
+    for name in mining.SETS:
+        check(a, mining=name, margin=1.3, epsilon=0.7, max_positives=bound)
+
+
+def test_large_classes_in_parts(isa, threads):
+    """Rows in several tasks, whose sums of columns meet."""
+    a = case(1100, None, 6, 2)
+    check(a, mining="batch_all", margin=0.3)
+    assert all(torch.equal(x, y) for x, y in zip(*(loss_of(a, "cpu", mining="batch_all") for _ in range(2)), strict=True))
+
+
+def test_tiles_without_an_active_triplet_are_skipped(isa):
+    n = 800
+    x = 100 * torch.randint(-2, 3, (4, 8)).float().repeat_interleave(n // 4, 0) + torch.randint(-2, 3, (n, 8))
+    a = {"x": x, "labels": torch.arange(n) // 5, "metric": "euclidean"}
+    check(a, mining="batch_all", margin=1.3, reduction="sum")
+    order = dense.by_label(*_related(a["labels"]), True)
+    tiles = OPS.triplet_hinges(x, None, order.first, order.last, order.own, order.exist, 0, 4, 0, 1.0, 1.3, 0.0)[-1]
+    assert 0 < tiles.float().mean() < 0.8
+
+
+def _related(labels):
+    return classes.relate(labels, labels, torch.arange(labels.numel()))
+
+
+@pytest.mark.parametrize("name", mining.SETS)
+@pytest.mark.parametrize("labels", [[0, 0, 0, 0], [0, 1, 2, 3], [0]], ids=["no_negative", "no_positive", "one"])
+def test_no_triplet_is_zero_with_a_graph(name, labels):
+    a = {"x": torch.randn(len(labels), 3), "labels": torch.tensor(labels), "metric": "euclidean"}
+    for reduction in REDUCTIONS:
+        assert all((t == 0).all() for t in loss_of(a, "cpu", mining=name, reduction=reduction))
+
+
+@pytest.mark.parametrize("name", mining.SETS)
+def test_nan_reaches_the_loss_of_its_anchors_only(isa, name):
+    for (rows, at), number, direction in itertools.product((("x", 4), ("ref", 11)), (8, 3), ("cluster", "confuse")):
+        a = case(40, 70, 9, number)
+        poisoned = a | {rows: a[rows].clone()}
+        poisoned[rows][at, 2] = math.nan
+        how = dict(mining=name, margin=1.3, direction=direction, reduction="none")
+        got, want = loss_of(poisoned, "cpu", **how)[0], loss_of(poisoned, "torch", torch.float64, **how)[0]
+        assert torch.equal(got.isnan(), want.isnan())
+        torch.testing.assert_close(got.double(), want, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bank", [False, True], ids=["in_batch", "bank"])
+def test_second_derivative_is_that_of_the_portable_formula(bank):
+    a = case(12, 20 if bank else None, 5, 3)
+
+    def twice(impl):
+        x = a["x"].clone().requires_grad_()
+        more = {k: a[k] for k in ("ref", "ref_labels", "own_index") if bank}
+        loss = triplet_loss(x, a["labels"], **more, mining="batch_all", normalize=False, margin=1.3, impl=impl)
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        return first, *torch.autograd.grad(first.square().sum(), x)
+
+    for got, want in zip(twice("cpu"), twice("torch"), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_only_references_need_gradients():
+    a = case(30, 50, 6, 4)
+    ref = a["ref"].requires_grad_()
+    loss = triplet_loss(a["x"], a["labels"], ref=ref, ref_labels=a["ref_labels"], mining="batch_all", normalize=False, impl="cpu")
+    (got,) = torch.autograd.grad(loss, ref)
+    loss = triplet_loss(a["x"], a["labels"], ref=ref, ref_labels=a["ref_labels"], mining="batch_all", normalize=False, impl="torch")
+    torch.testing.assert_close(got, torch.autograd.grad(loss, ref)[0])
+
+
+@pytest.mark.parametrize("bank", [False, True], ids=["in_batch", "bank"])
+def test_threads_agree_and_repeat(threads, bank):
+    a = case(500, 700 if bank else None, 40, 60)
+    how = dict(mining="batch_all", margin=1.3)
+    check(a, **how)
+    assert all(torch.equal(x, y) for x, y in zip(loss_of(a, "cpu", **how), loss_of(a, "cpu", **how), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_rows_are_computed_as_floats(dtype):
+    a = case(60, 80, 9, 8)
+    got, want = loss_of(a, "cpu", dtype, mining="semi_hard", margin=1.3), loss_of(a, "cpu", mining="semi_hard", margin=1.3)
+    assert torch.equal(got[0], want[0])
+    for g, w in zip(got[1:], want[1:], strict=True):
+        assert g.dtype == dtype
+        torch.testing.assert_close(g, w.to(dtype))
+
+
+def test_layouts_and_a_graph_kept():
+    a = case(33, None, 12, 4)
+    x = a["x"].t().contiguous().t().requires_grad_()
+    loss = triplet_loss(x, a["labels"], mining="batch_all", reduction="none", impl="cpu")
+    first, again = (torch.autograd.grad(loss, x, torch.ones(()).expand(33), retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    expanded = torch.randn(1, 6).expand(9, 6)
+    assert triplet_loss(expanded, torch.arange(9) % 2, mining="batch_all", margin=0.5, impl="cpu") == 0.5
+
+
+@pytest.mark.parametrize("name", mining.SETS)
+def test_compiles_whole(name):
+    x, labels = torch.randint(-2, 3, (30, 4)).float().requires_grad_(), torch.arange(30) % 7
+
+    def loss(x):
+        return triplet_loss(x, labels, mining=name, normalize=False, impl="cpu", margin=1.3)
+
+    torch._dynamo.reset()
+    (want,) = torch.autograd.grad(loss(x), x)
+    (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
+    torch.testing.assert_close(got, want)
+
+
+def test_functional_transforms_take_the_portable_path():
+    x, labels = torch.randn(9, 4), torch.arange(9) % 3
+    assert torch.func.grad(lambda x: triplet_loss(x, labels, mining="batch_all"))(x).isfinite().all()
+    with pytest.raises(ValueError, match=r"torch\.func"):
+        torch.func.grad(lambda x: triplet_loss(x, labels, mining="batch_all", impl="cpu"))(x)
+
+
+@pytest.mark.parametrize(
+    "how", [{"soft": True}, {"swap": True}, {"mining": "semi_hard", "sample_on": torch.ones(9, 2)}], ids=lambda h: [*h][-1]
+)
+def test_losses_that_do_not_separate_are_refused(how):
+    x, labels = torch.randn(9, 4), torch.arange(9) % 3
+    with pytest.raises(ValueError, match="it sums plain hinges"):
+        triplet_loss(x, labels, **{"mining": "batch_all", **how}, impl="cpu")
+
+
+def arguments(n=12, m=20, width=5) -> tuple:
+    """x, y and what is known of their classes: two classes, the references in order."""
+    first, last = torch.tensor([0, m // 2]).repeat_interleave(n // 2), torch.tensor([m // 2, m]).repeat_interleave(n // 2)
+    return torch.randn(n, width), torch.randn(m, width), first, last, torch.full((n,), -1), torch.tensor(m)
+
+
+def test_opcheck():
+    rule = (0, 20, 0, 1.0, 0.5, 0.1)
+    x, y, *runs = arguments()
+    own = torch.arange(12)
+    for a in ((x, y, *runs), (x, None, *(t // 2 for t in runs[:2]), own, torch.tensor(10))):
+        torch.library.opcheck(OPS.triplet_hinges.default, (*a, *rule))
+        *_, nearest, tiles = OPS.triplet_hinges(*a, *rule)
+        for want in ((True, False), *([(True, True), (False, True)] if a[1] is not None else [])):
+            torch.library.opcheck(OPS.triplet_hinges_grad.default, (torch.rand(12, 1), nearest, tiles, *a, *rule, *want))
+
+
+def test_bad_arguments():
+    x, y, first, last, own, exist = arguments()
+    rule = (0, 20, 0, 1.0, 0.5, 0.1)
+    for change, message in (
+        ((x.double(), y, first, last, own, exist), "x has dtype"),
+        ((x, y[:, :4].contiguous(), first, last, own, exist), "y has size"),
+        ((x, y, first, last + 1, own, exist), "out of range"),
+        ((x, y, first, last, own + 30, exist), "out of range"),
+        ((x, y, first, last, own, exist + 1), "columns must be in"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            OPS.triplet_hinges(*change, *rule)
+    with pytest.raises(RuntimeError, match="mining must be"):
+        OPS.triplet_hinges(x, y, first, last, own, exist, 0, 20, 3, 1.0, 0.5, 0.1)
