@@ -8,12 +8,12 @@ from similarity_kernel_cases import assert_accurate
 
 from kdfast._core import extension
 from kdfast._ops.triplet import dense  # noqa: F401  (fakes)
-from kdfast.functional import contrastive_loss, margin_loss, multi_similarity_loss
+from kdfast.functional import angular_loss, contrastive_loss, margin_loss, multi_similarity_loss
 
 _C, REASON = extension.load("_C")
 pytestmark = pytest.mark.skipif(_C is None, reason=str(REASON))
 OPS = torch.ops.kdfast
-LOSSES = (multi_similarity_loss, margin_loss, contrastive_loss)
+LOSSES = (multi_similarity_loss, margin_loss, contrastive_loss, angular_loss)
 METRICS = ("euclidean", "sqeuclidean", "cosine")
 
 
@@ -47,6 +47,8 @@ def grid(loss):
     if loss is multi_similarity_loss:
         options = [{"epsilon": 0.1}, {"epsilon": None, "base": 0.2, "alpha": 5.0}, {"epsilon": 0.0, "beta": 8.0}]
         return [o | {"reduction": r} for o, r in zip(options, ("mean", "sum", "none"), strict=True)]
+    if loss is angular_loss:
+        return [{"reduction": "mean"}, {"reduction": "none", "alpha": 20.0}, {"reduction": "sum", "max_positives": 2}]
     options = [{"metric": m, "reduction": r} for m, r in zip(METRICS, ("mean_nonzero", "none", "mean"), strict=True)]
     if loss is margin_loss:
         return [o | {"beta": b} for o, b in zip(options, (1.2, torch.tensor(1.1), torch.linspace(0.2, 1.2, 9)), strict=True)]
@@ -138,6 +140,12 @@ def test_compiles_whole(loss):
     (want,) = torch.autograd.grad(loss(x, labels, impl="cpu"), x)
     (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x, labels, impl="cpu"), x)
     torch.testing.assert_close(got, want)
+
+
+def test_rows_too_many_to_gather_are_refused():
+    x, labels = torch.randn(2**13, 16), torch.arange(2**13) // 2**10
+    with pytest.raises(ValueError, match="it would gather the rows of all positives"):
+        angular_loss(x, labels, impl="cpu")
 
 
 def test_opcheck():

@@ -1,13 +1,16 @@
 """Metric-learning losses over all pairs of a batch or a bank: multi-similarity, margin, contrastive, angular."""
 
+import math
 from numbers import Real
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import checks
 from .._core.reduction import reduce_rows
 from .._ops import triplet as op
+from .._ops.similarity import KeyIndex, SameLabel, similarity_lse
 from .._ops.triplet import classes, dense, distances, inputs, pairs
 
 _REDUCTIONS = ("mean_nonzero", "mean", "sum", "none")
@@ -179,13 +182,35 @@ def angular_loss(
         raise ValueError(f"alpha must be an angle in (0, 90) degrees, got {alpha}")
     if max_positives is not None:
         checks.count("max_positives", max_positives)
-    b, _ = _collect("angular_loss", impl, embeddings, labels, ref, ref_labels, ref_valid, own_index, "euclidean", normalize)
+    b = _arranged(embeddings, labels, ref, ref_labels, ref_valid, own_index, "euclidean", normalize)
+    positives = max_positives or classes.largest(b.anchors, b.refs[0].shape[0])
+    impl = op.choose("angular_loss", impl, b.layers[0], gathered=b.layers[0].numel() * positives)
     with op.full_precision(b.layers[0]):
         if _empty(b):
             return op.portable.nothing(b.layers, reduction)
-        positives = max_positives or classes.largest(b.anchors, b.refs[0].shape[0])
-        loss, valid = pairs.angular_rows(b, alpha, positives)
+        loss, valid = (_angular_queries if impl == "cpu" else pairs.angular_rows)(b, alpha, positives)
         return op.portable.finish(op.portable.Rows(loss, valid, valid), reduction)
+
+
+def _angular_queries(b: inputs.Batch, alpha: float, positives: int) -> tuple[Tensor, Tensor]:
+    """As pairs.angular_rows: each x_a + x_p is a query of the streaming softmax over the negatives."""
+    (x,), (y,) = b.layers, b.refs
+    column, exists = classes.positives(b.anchors, b.classes, 0, positives)  # [N, P]
+    x_p = distances.gather(y, column)  # [N, P, D]
+    tan2 = math.tan(math.radians(alpha)) ** 2
+    label, own = (t[:, None].expand(column.shape).flatten() for t in (b.anchors.label, b.anchors.own))
+    lse, _ = similarity_lse(
+        (x[:, None] + x_p).flatten(0, 1),
+        y,
+        scale=4 * tan2,
+        bias=torch.zeros_like(y[:, 0]).masked_fill(~b.classes.exists, -torch.inf),
+        exclude=(SameLabel(label, b.classes.label), KeyIndex(own)),
+        impl="cpu",
+    )
+    lse = lse.view(column.shape)
+    exists = exists & (lse > -torch.inf).logical_or(lse.isnan())
+    loss = F.softplus(lse - 2 * (1 + tan2) * (x[:, None] * x_p).sum(-1), threshold=50)
+    return torch.where(exists, loss, torch.zeros_like(loss)).sum(-1), exists.sum(-1)
 
 
 def _float(name: str, value) -> None:
@@ -193,10 +218,15 @@ def _float(name: str, value) -> None:
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
 
 
-def _collect(name, impl, embeddings, labels, ref, ref_labels, ref_valid, own_index, metric, normalize) -> tuple[inputs.Batch, str]:
+def _collect(name, impl, *arguments) -> tuple[inputs.Batch, str]:
     """Arguments checked and arranged, and the implementation that serves them."""
+    batch = _arranged(*arguments)
+    return batch, op.choose(name, impl, batch.layers[0])
+
+
+def _arranged(embeddings, labels, ref, ref_labels, ref_valid, own_index, metric, normalize) -> inputs.Batch:
     checks.floating("embeddings", embeddings, ndim=2)
-    batch = inputs.collect(
+    return inputs.collect(
         embeddings,
         labels,
         ref=ref,
@@ -206,7 +236,6 @@ def _collect(name, impl, embeddings, labels, ref, ref_labels, ref_valid, own_ind
         metric=metric,
         normalize=normalize,
     )
-    return batch, op.choose(name, impl, batch.layers[0])
 
 
 def _pair_hinges(impl: str, b: inputs.Batch, metric: str, levels: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -1,10 +1,11 @@
 // Hinges of every triplet where rows have many positives: a row's windows are sorted, and each level is looked up among them.
 //
-// Sorted by distance, the positives whose window holds a level v are a run: those from rank(v) on, the number of upper ends that are not
-// above v, up to the number of lower ends that are not. So c and S of a level are two differences,
-//   c = r - r',   S = T(r') - T(r) + c (t0 - v),   T(r) = sum over k >= r of (t_k - t0),
-// where t0 keeps T small; in double, for the terms nearly cancel where windows are narrow. A rank takes log2 K comparisons: the first among 15 splitters in a register, the rest gathered. Rows are taken so
-// few at a time that their tables stay in L2. In the gradient each row counts its levels by rank; sums of these are the c of its positives.
+// Sorted by distance, the positives whose window holds a level v are a run r .. r': from the number of upper ends that are not above v to
+// the number of lower ends that are not. So c and S of a level are two differences,
+//   c = r' - r,   S = T(r) - T(r') + c (t0 - v),   T(r) = sum over k >= r of (t_k - t0),
+// in double, for the terms nearly cancel where windows are narrow. A rank takes log2 K comparisons: the first four with splitters in a
+// register, the rest with gathered ends. Rows are taken so few at a time that their tables stay near. In the gradient each row counts its
+// levels by rank; running sums of these are the c of its positives.
 //
 // Included by isa_*.cpp after the target pragma.
 #pragma once
@@ -83,7 +84,7 @@ struct SortedWindows {
   int depth;
   float *high, *low;
   double *suffix, *start;  // T, and t0 of each row
-  int32_t *order, *taken;              // numbers of the sorted positives; how many
+  int32_t *order, *taken;  // numbers of the sorted positives; how many
   float* sorted;
   uint64_t *words, *other;
 

@@ -20,7 +20,7 @@ OPS = (
     "contrastive_loss",
     "angular_loss",
 )
-_IN_CPP = ("row_extrema", "triplet_loss", "mine_triplets", "multi_similarity_loss", "margin_loss", "contrastive_loss")
+_IN_CPP = ("row_extrema", "triplet_loss", "mine_triplets", "multi_similarity_loss", "margin_loss", "contrastive_loss", "angular_loss")
 for _op in OPS:
     impls.register(_op, *([impls.Implementation("cpu", cpu.missing, cpu.refuses)] if _op in _IN_CPP else []))
 for _op in ("mmd_rbf", "rkd_distance", "rkd_angle"):

@@ -16,6 +16,8 @@ from .mining import Settings
 from .portable import Mined, Problem, Rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: numbers in the gathered rows of all positives, at most: 256 MB
+GATHERED = 2**26
 _FLOAT_PRODUCTS = 0
 #: which positive a negative must be farther than
 _BEYOND = {"hardest_positive": 1, "easiest_positive": 2}
@@ -37,10 +39,12 @@ def refuses(
     mined: str = "batch_hard",
     bounded: bool = True,
     separates: bool = True,
+    gathered: int = 0,
 ) -> str | None:
     """Why they cannot serve a call on this device type and these dtypes, with this mining (None: they can).
 
     `bounded`: the caller says how many positives an anchor has at most. `separates`: the loss is a sum over pairs, see portable.separates.
+    `gathered`: numbers in the rows of all positives, where they are gathered.
     """
     if device_type != "cpu":
         return f"it runs on CPU tensors, these are on {device_type}"
@@ -51,6 +55,8 @@ def refuses(
         return f"compiled without max_positives it would reserve room for every reference as a positive of mining={mined!r}"
     if mined in mining.SETS and not separates:
         return f"with mining={mined!r} it sums plain hinges mined on the embeddings: no soft, swap, sample_on, and no list of triplets"
+    if gathered > GATHERED:
+        return f"it would gather the rows of all positives, {gathered} numbers, more than {GATHERED}"
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "it does not run under the transforms of torch.func"
     return None

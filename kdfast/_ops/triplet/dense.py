@@ -53,7 +53,7 @@ class Loss(NamedTuple):
     rule: tuple  # the numbers its ops take
     block: Callable  # the same sums as a block function of `portable` or `pairs`, with its settings
     settings: NamedTuple
-    positives: int
+    positives: int  # of an anchor, at most
 
 
 def rows(loss: Loss, x: Tensor, y: Tensor, levels: Tensor | None, anchors: Anchors, refs: References) -> tuple[Tensor, Tensor]:
