@@ -16,8 +16,8 @@ from .mining import Settings
 from .portable import Mined, Problem, Rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: numbers in the gathered rows of all positives, at most: 256 MB
-GATHERED = 2**26
+#: numbers in the gathered rows of all positives, at most: 32 MB
+GATHERED = 2**23
 _FLOAT_PRODUCTS = 0
 #: which positive a negative must be farther than
 _BEYOND = {"hardest_positive": 1, "easiest_positive": 2}
