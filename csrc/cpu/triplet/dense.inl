@@ -94,7 +94,7 @@ struct HingeStatistic {
       for (int i = 0; i < kLanes; ++i) active[slot - base + i] += counted[i], found += counted[i];
       if (with_ties) add_across(lanes, ties + row - task.row_begin);
     }
-    if (found != 0) out.tiles[row / kSlotRows * tile_columns(p) + block.first / kTileColumns] = 1;
+    if (found != 0) mark_tiles(p, out.tiles, row, block);
   }
 
   void level_row(const Block& block, int64_t row, float* scores, int64_t i) const {

@@ -38,6 +38,12 @@ struct DenseRows {
   }
 };
 
+// Marks the tiles of a row and a block.
+inline void mark_tiles(const DenseParams& p, uint8_t* tiles, int64_t row, const Block& block) {
+  uint8_t* const of_row = tiles + row / kSlotRows * tile_columns(p);
+  for (int64_t t = block.first / kTileColumns; t * kTileColumns < block.first + block.columns; ++t) of_row[t] = 1;
+}
+
 // What a gradient in a distance d is multiplied with to be the weight of x - y (or of -y).
 inline float weight_factor(Metric metric, float d) {
   if (metric == Metric::kEuclidean) return d == 0 ? 0 : 1 / d;

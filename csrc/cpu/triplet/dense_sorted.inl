@@ -203,7 +203,7 @@ struct SortedStatistic {
     }
     for (const double hinges : part) sum[i] += hinges;
     active[i] += double(total(number));
-    if (total(number) != 0) out.tiles[row / kSlotRows * tile_columns(p) + block.first / kTileColumns] = 1;
+    if (total(number) != 0) mark_tiles(p, out.tiles, row, block);
   }
 
   // How many windows end at v exactly.

@@ -93,7 +93,7 @@ struct SimilarityStatistic {
     }
     const float terms = total(part);
     sum[at] += double(terms) * double(shift.factor);
-    if (!(terms == 0)) out.tiles[row / kSlotRows * tile_columns(p) + block.first / kTileColumns] = 1;
+    if (!(terms == 0)) mark_tiles(p, out.tiles, row, block);
   }
 
   void finish(int64_t row) const {
