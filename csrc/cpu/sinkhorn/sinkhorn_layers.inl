@@ -15,17 +15,17 @@ constexpr int64_t kFarBytes = 4 << 20;  // codes beyond this are written past th
 
 template <class Real>
 int64_t sinkhorn_assign_workspace(const SinkhornAssign<Real>& p) {
-  return 2 * round_up(p.columns, kWidth<Real>) + kTogether * round_up(p.columns, kWidth<Real>);
+  return (3 + kTogether) * round_up(p.columns, kWidth<Real>);
 }
 
-// Largest and sum_n 2^(k s_nj - largest) of each column over some rows: a group of rows moves the maximum once.
+constexpr int64_t kAssignChunk = 128;  // rows whose columns are summed apart, for the sake of rounding
+
+// Largest and sum_n 2^(k s_nj - largest) of each column over rows first ... end: a group of rows moves the maximum once.
 template <class Real, class T>
-void assign_columns(const SinkhornAssign<Real>& p, const T* scores, Real* largest, Real* sums) {
+void assign_chunk(const SinkhornAssign<Real>& p, const T* scores, int64_t first, int64_t end, Real* largest, Real* sums) {
   const VecOf<Real> k = splat(Real(p.factor));
-  const int64_t padded = round_up(p.columns, kWidth<Real>);
-  for (int64_t j = 0; j < padded; ++j) largest[j] = Real(-1e30), sums[j] = 0;
-  for (int64_t i = p.begin, rows = 0; i < p.end; i += rows) {
-    rows = smaller(kAssignRows, p.end - i);
+  for (int64_t i = first, rows = 0; i < end; i += rows) {
+    rows = smaller(kAssignRows, end - i);
     const T* const from = scores + i * p.stride;
     each_vector<Real>(p.columns, [&](int64_t j, int, int64_t count) {
       VecOf<Real> x[kAssignRows], most = load(largest + j);
@@ -41,6 +41,23 @@ void assign_columns(const SinkhornAssign<Real>& p, const T* scores, Real* larges
       store(sums + j, sum);
     });
   }
+}
+
+template <class Real, class T>
+void assign_columns(const SinkhornAssign<Real>& p, const T* scores, Real* work) {
+  const int64_t padded = round_up(p.columns, kWidth<Real>);
+  Real *const total = work, *const total_largest = work + padded;
+  for (int64_t j = 0; j < padded; ++j) p.largest[j] = total_largest[j] = Real(-1e30), total[j] = 0;
+  for (int64_t i = p.begin; i < p.end; i += kAssignChunk) {
+    for (int64_t j = 0; j < padded; ++j) p.sums[j] = 0;
+    assign_chunk(p, scores, i, smaller(i + kAssignChunk, p.end), p.largest, p.sums);
+    for (int64_t j = 0; j < padded; j += kWidth<Real>) {
+      const VecOf<Real> most = load(p.largest + j);
+      store(total + j, multiply_add(load(total + j), exp2(load(total_largest + j) - most), load(p.sums + j)));
+      store(total_largest + j, most);
+    }
+  }
+  __builtin_memcpy(p.sums, total, size_t(padded) * sizeof(Real));
 }
 
 // to_j = weight e_j; `far`: past the caches, which would first read the lines to be written.
@@ -65,8 +82,12 @@ template <class Real, class T>
 void assign_sums(const SinkhornAssign<Real>& p, const CostRows<Real, T>& rows, const Real* ones, int64_t padded, Real* entries) {
   VecOf<Real> lanes[kTogether], most[kTogether];
   Real weights[kTogether] = {}, u[kTogether];
-  const WeightedRows<Real> old{entries, padded, weights, p.sums};
-  for (int64_t j = 0; j < padded; ++j) p.sums[j] = 0;
+  Real* const chunk = entries + kTogether * padded;
+  const WeightedRows<Real> old{entries, padded, weights, chunk};
+  const auto add_chunk = [&] {
+    for (int64_t j = 0; j < padded; ++j) p.sums[j] += chunk[j], chunk[j] = 0;
+  };
+  for (int64_t j = 0; j < padded; ++j) p.sums[j] = chunk[j] = 0;
   for (int64_t j = 0; j < kTogether * padded; ++j) entries[j] = 0;
   int64_t i = p.begin;
   for (int64_t r = 0; r < kTogether && i + kTogether <= p.end; ++r) u[r] = least_exponent(rows.from(i + r));
@@ -74,6 +95,7 @@ void assign_sums(const SinkhornAssign<Real>& p, const CostRows<Real, T>& rows, c
     const int64_t next = i + 2 * kTogether <= p.end ? i + kTogether : i;
     weigh_costs<kTogether, true, true>(rows.from(i), u, ones, entries, old, lanes, rows.from(next), most);
     for (int r = 0; r < kTogether; ++r) weights[r] = 1 / sum_lanes(lanes[r]), u[r] = against<Real>(most[r]);
+    if ((i - p.begin) % kAssignChunk == 0) add_chunk();
   }
   add_rows(old, kTogether, p.columns);
   for (; i < p.end; ++i) {
@@ -82,6 +104,7 @@ void assign_sums(const SinkhornAssign<Real>& p, const CostRows<Real, T>& rows, c
     weights[0] = 1 / sum_lanes(lanes[0]);
     add_rows(old, 1, p.columns);
   }
+  add_chunk();
 }
 
 // Rows written as codes; again each is read from memory for its largest while the one before is weighed.
@@ -112,7 +135,7 @@ template <class Real, class T>
 void assign(const SinkhornAssign<Real>& p, Real* work) {
   const T* const scores = static_cast<const T*>(p.scores);
   if (p.v == nullptr) {
-    assign_columns(p, scores, p.largest, p.sums);
+    assign_columns(p, scores, work);
   } else {
     assign_rows(p, scores, work);
   }

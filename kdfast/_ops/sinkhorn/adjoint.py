@@ -54,7 +54,7 @@ def plan_gradient(p: Problem, f: Tensor, g: Tensor, w0: Tensor, w1: Tensor | Non
                 col[block] += times(ec.mT, q.a[:, rows])
                 square[block] += (times(weighted(ec, c), q.b) * q.a[:, rows]).sum(-1)
                 slopes = w1[block, None] * q.a[:, rows]
-                out.add(q, block, rows, (e * weights[..., None] + ec * slopes[..., None]) * q.b[:, None], c)
+                out.add(q, block, rows, e.mul_(weights[..., None]).addcmul_(ec, slopes[..., None]).mul_(q.b[:, None]), c)
     return Moments(*out.outputs(p), row, col, square)
 
 

@@ -143,7 +143,7 @@ def times(matrix: Tensor, vector: Tensor) -> Tensor:
 
 def weighted(e: Tensor, c: Tensor) -> Tensor:
     """e c [B, r, m], 0 where e is 0 even if the cost is infinite (a forbidden pair)."""
-    return torch.where(e == 0, e, e * c)
+    return e * c.clamp_max(torch.finfo(c.dtype).max)
 
 
 def marginals(p: Problem, tiles: Tiles, f: Tensor, g: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
