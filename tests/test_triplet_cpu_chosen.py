@@ -99,6 +99,14 @@ def test_coinciding_and_zero_rows_have_gradient_zero_and_finite(isa):
     check(mining.Settings("batch_hard", "euclidean", False, margin=9.0), x, y, *index)
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_an_infinite_distance_makes_an_infinite_loss_and_nan_nan(soft, isa):
+    x, y = torch.zeros(2, 3), torch.tensor([[torch.inf, 0, 0], [1.0, 0, 0], [torch.nan, 0, 0]])
+    index = torch.tensor([[0], [2]], dtype=torch.int32), torch.tensor([[1], [1]], dtype=torch.int32)
+    loss = chosen.losses(mining.Settings("batch_hard", "euclidean", False, soft=soft), x, y, *index)
+    assert loss[0].item() == torch.inf and loss[1].isnan()
+
+
 @pytest.mark.parametrize("name", mining.PER_ANCHOR)
 def test_the_loss_is_that_of_the_portable_path(name, isa):
     x, y = torch.randn(40, 30, requires_grad=True), torch.randn(90, 30, requires_grad=True)

@@ -119,6 +119,17 @@ def test_what_is_not_finite_is_mined_as_portably(bad, name, isa):
     torch.testing.assert_close(*rows, equal_nan=True)
 
 
+def test_rows_that_do_not_exist_may_hold_anything(isa):
+    """Those of sample_on reach the kernels as they are, NaN and all."""
+    x, y, labels, ref_labels = problem()
+    y[200:] = torch.nan
+    on = torch.randn(40, 6), torch.cat([torch.randn(200, 6), torch.full((100, 6), torch.inf)])
+    for name in (*mining.PER_ANCHOR, *mining.PER_PAIR):
+        given = dict(ref=y, ref_labels=ref_labels, ref_valid=200, mining=name, sample_on=on, generator=torch.tensor(1))
+        got, want = (triplet_loss(x, labels, impl=impl, **given) for impl in ("cpu", "torch"))
+        torch.testing.assert_close(got, want)
+
+
 def test_the_same_bits_for_any_number_of_threads(isa):
     x, y, labels, ref_labels = problem(n=333, m=700, d=48)
     before, found = torch.get_num_threads(), []

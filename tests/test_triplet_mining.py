@@ -174,6 +174,23 @@ def test_row_extrema(metric):
     assert (one.hardest_positive.index == 4).all() and one.hardest_positive.value.isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_no_anchors_have_no_triplets(dtype):
+    """An impl="cpu" would have no references to take the middle of, the portable path no tile."""
+    for name in mining.MININGS:
+        per_pair = 2 if name in mining.SETS else None
+        got = mine_triplets(torch.empty(0, 3, dtype=dtype), torch.empty(0, dtype=torch.int64), mining=name, per_pair=per_pair)
+        assert got.valid.shape == got.negative.shape and got.valid.shape[0] == 0
+    found = row_extrema(torch.empty(0, 3, dtype=dtype), torch.ones(2, 3, dtype=dtype), torch.empty(0, dtype=torch.int64), torch.arange(2))
+    assert all(e.value.shape == e.index.shape == (0,) for e in found)
+
+
+@pytest.mark.parametrize("name", ["batch_hard", "semi_hard_facenet", "focal"])
+def test_rows_of_no_elements_coincide(name):
+    x, labels = torch.empty(4, 0), torch.arange(4) % 2
+    assert triplet_loss(x, labels, mining=name, margin=0.5, generator=torch.tensor(1), normalize=False).item() == 0.5
+
+
 def test_an_infinite_distance_is_a_distance():
     x, y = torch.zeros(1, 2), torch.tensor([[0.0, 0.0], [torch.inf, 0.0]])
     found = row_extrema(x, y, torch.tensor([0]), torch.tensor([0, 1]))

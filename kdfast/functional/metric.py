@@ -91,6 +91,7 @@ def triplet_loss(
 
     Cost: O(N M D) time, memory of a block of anchors. Soft, swapped, `sample_on` or several layers visit every triplet of
     batch_all, semi_hard and multi_similarity (N P M); otherwise these cost N M (D + log P).
+    impl="cpu" keeps about 20 bytes for each triplet of the minings with one negative an anchor or a pair.
 
     Raises: ValueError, TypeError, IndexError naming the argument. Sources: Hermans et al. 2017 (batch_hard, batch_all), Schroff et
     al. 2015 (FaceNet), Wu et al. 2017 (distance weighting), Wang et al. 2019 (multi-similarity), Balntas et al. 2016 (swap).
@@ -171,6 +172,9 @@ def mine_triplets(
     if max_positives is None and not per_anchor:
         counts = problem.anchors.count
         problem = problem._replace(positives=max(1, int(counts.max())) if counts.numel() else 1)
+    if problem.mine.shape[0] == 0:
+        none = problem.anchors.row.new_empty((0,) if per_anchor else (0, problem.positives, *([per_pair] if draws else [])))
+        return Triplets(none, none, none, none.bool())
     with op.full_precision(problem.mine):
         m = cpu.mine(settings, problem, seed) if impl == "cpu" else portable.mine(settings, problem, seed, per_pair)
     anchor = problem.anchors.row.view(-1, *[1] * (m.valid.dim() - 1)).expand(m.valid.shape)
@@ -210,10 +214,10 @@ def _problem(
     batch = inputs.collect(embeddings, labels, ready=False, **sources)
     metric, normalize = sources["metric"], sources["normalize"]
     on = batch if sample_on is None else _mined_on(sample_on, name, batch, sources)
-    others = tuple(t.dtype for t in (*batch.layers, *batch.refs, *on.layers, *on.refs))
+    rows = (*batch.layers, *batch.refs, *on.layers, *on.refs)
     simple = not (settings.get("soft") or settings.get("swap") or sample_on is not None)
-    facts = dict(others=others, mined=name, bounded=max_positives is not None, separates=simple and name_of_op == "triplet_loss")
-    impl = op.choose(name_of_op, impl, batch.layers[0], **facts)
+    facts = dict(others=tuple(t.dtype for t in rows), width=min(t.shape[1] for t in rows), mined=name, bounded=max_positives is not None)
+    impl = op.choose(name_of_op, impl, batch.layers[0], separates=simple and name_of_op == "triplet_loss", **facts)
     if impl == "torch" or batch.layers[0].shape[0] == 0:
         batch = batch.ready(metric, normalize)
         on = batch if sample_on is None else on.ready(metric, normalize)

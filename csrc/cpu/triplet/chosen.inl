@@ -38,10 +38,14 @@ inline void for_pair(const ScaledRow& u, const ScaledRow& v, int64_t width, cons
   });
 }
 
+// The sum of the lanes, by halves.
 inline double wide_total(Vec x) {
-  double sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += double(x[i]);
-  return sum;
+  double sum[kLanes];
+  for (int i = 0; i < kLanes; ++i) sum[i] = double(x[i]);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+  return sum[0];
 }
 
 // In double: distances are subtracted from each other.
@@ -129,7 +133,7 @@ void triplet_chosen(const ChosenParams& p, const ChosenLosses& out, int64_t begi
     float slope = z > 0 ? 1 : z == z ? 0 : z;
     if (p.soft) {
       const float e = __builtin_expf(-__builtin_fabsf(z));  // neither overflows
-      out.loss[t] = (z > 0 ? z : 0) + __builtin_log1pf(e) + (z - z);
+      out.loss[t] = (z > 0 || z != z ? z : 0) + __builtin_log1pf(e);
       slope = (z > 0 ? 1 : e) / (1 + e);
     } else {
       out.loss[t] = z > 0 || z != z ? z : 0;

@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int64_t kFewPositives = 24;  // below, looking through a block costs less than a table lookup for each negative
+constexpr int64_t kFewPositives = 48;  // up to which looking through a block costs less than a table lookup for each negative
 constexpr int64_t kCells = 1024;       // of a table
 
 struct Threshold {
@@ -104,10 +104,10 @@ struct FacenetVisitor {
     const int64_t size = this->size(i);
     const int32_t* const above = table.above + i * (kCells + 1) + 1;
     for (int64_t j = 0; j < block.padded; j += kLanes) {
-      const Vec x = c.at(j);
-      const IntVec cell = __builtin_convertvector(table.cells[i].at(x), IntVec);
+      float x[kLanes], cell[kLanes];
+      store(x, c.at(j)), store(cell, table.cells[i].at(c.at(j)));
       for (int lane = 0; lane < kLanes; ++lane) {
-        int64_t k = above[cell[lane]];
+        int64_t k = above[int32_t(cell[lane])];
         while (k < size && t[k].closeness > x[lane]) ++k;
         if (k > 0 && x[lane] > found[k - 1].closeness) found[k - 1] = {x[lane], block.first + j + lane};
       }
@@ -145,15 +145,18 @@ inline auto facenet_visitor(const PairsParams& p) {
   };
 }
 
+// Tables of 4 KB an anchor stay in 2 MB too.
+inline int64_t rows_for_thresholds(int64_t each) { return smaller(rows_for_pairs(each), each > kFewPositives ? 512 : INT64_MAX); }
+
 // ---- the entries of the dispatch table --------------------------------------------------------------------------------
 
 int64_t triplet_facenet_workspace(const PairsParams& p, int64_t rows) {
-  return scan_workspace(p.scan, rows, rows_for_pairs(p.each), facenet_visitor(p));
+  return scan_workspace(p.scan, rows, rows_for_thresholds(p.each), facenet_visitor(p));
 }
 
 // Anchors at positions begin .. end of the sequence.
 void triplet_facenet(const PairsParams& p, int64_t begin, int64_t end, float* workspace) {
-  scan(p.scan, begin, end, rows_for_pairs(p.each), workspace, facenet_visitor(p));
+  scan(p.scan, begin, end, rows_for_thresholds(p.each), workspace, facenet_visitor(p));
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ namespace {
 using kdfast::PairsParams;
 
 // Anchors taken at a time: what is kept of their pairs stays in a few MB.
-inline int64_t rows_for_pairs(int64_t each) { return (int64_t(1) << 17) / (each > 32 ? each > 512 ? each : 512 : 32); }
+inline int64_t rows_for_pairs(int64_t each) { return (int64_t(1) << 17) / (each < 32 ? 32 : each); }
 
 // Which positive of the anchor is at `at` in its class, where its own row may be too; and the column of the k-th.
 inline int64_t number_of_positive(const PairsParams& p, int64_t anchor, int64_t at) {

@@ -19,7 +19,8 @@ namespace {
 using kdfast::ScanParams;
 
 constexpr float kLargestFloat = 0x1.fffffep127f;
-constexpr int64_t kMostRowMultiple = 16;
+constexpr int64_t kSampled = 128;   // columns of a sampling block, by definition (kdfast/_ops/triplet/sampling.py)
+constexpr int64_t kClassRows = 32;  // anchors, as whole tiles, whose classes are gathered together
 
 inline bool finite(float x) { return x - x == 0; }
 
@@ -37,8 +38,9 @@ struct ScanWorkspace {
   ScanWorkspace(Product product, const ScanParams& p, int64_t row_count, int64_t most_rows, Arena& arena) {
     const int64_t chunks = most_rows / Product::kRowChunk;
     rows = smaller(rows_at_once<Product>(p.x.width, row_count), (chunks > 0 ? chunks : 1) * Product::kRowChunk);
-    block = block_columns<Product>(p.classes.columns, p.x.width);
-    class_rows = 2 * kMostRowMultiple / Product::kRowMultiple * Product::kRowMultiple;
+    // whole sampling blocks (weighted.inl), or all columns
+    block = smaller(round_up(block_columns<Product>(p.classes.columns, p.x.width), kSampled), round_up(p.classes.columns, kPanel));
+    class_rows = kClassRows / Product::kRowMultiple * Product::kRowMultiple;
     x.plan(product, rows, p.x.width, arena);
     y.matrix = p.y.matrix;
     y.panels.plan(product, p.x.width, block, true, false, arena);
@@ -75,7 +77,7 @@ struct ScanPass {
       w.cursor[i] = p.classes.first[anchor(i)];
     }
     __builtin_memset(w.zeros, 0, size_t(w.block) * 4);
-    const int64_t padded_rows = round_up(count, Product::kRowMultiple);
+    const int64_t padded_rows = round_up(count, Product::kRowMultiple), chunk_rows = Product::kRowChunk;
     __builtin_memset(w.x.at(count), 0, size_t(4 * w.x.stride * (padded_rows - count)));
     for (int64_t i = 0; i < count; i += w.class_rows) sound &= classes(i, smaller(w.class_rows, count - i));
     for (int64_t i = 0; i < count; ++i) visitor.prepare(i);
@@ -85,8 +87,8 @@ struct ScanPass {
       sound &= pack(block, [&](int64_t j) { return first + j; });
       const bool wild = leave_out_absent(block);
       const Prefetch next = after_block(w.y, block, w.block, p.classes.columns, padded_rows);
-      for (int64_t row = 0; row < padded_rows; row += Product::kRowChunk)
-        chunk(block, row, smaller(padded_rows - row, Product::kRowChunk), wild, next);
+      for (int64_t row = 0; row < padded_rows; row += chunk_rows)
+        chunk(block, row, smaller(padded_rows - row, chunk_rows), wild, next);
     }
     return sound;
   }
@@ -166,7 +168,7 @@ struct ScanPass {
   template <class Needs>
   void again(float* gathered, const Needs& needs) const {
     for (int64_t i = 0; i < count; ++i) w.cursor[i] = p.classes.first[anchor(i)];
-    int64_t at[2 * kMostRowMultiple], found = 0;
+    int64_t at[kClassRows], found = 0;
     for (int64_t first = 0; first < p.classes.columns; first += w.block) {
       const int64_t columns = smaller(w.block, p.classes.columns - first);
       const Block block{first, columns, round_up(columns, kPanel)};

@@ -16,24 +16,44 @@ namespace {
 
 using kdfast::WeightedParams;
 
-constexpr int64_t kSampled = 128;  // columns of a block, by definition (kdfast/_ops/triplet/sampling.py)
-
 // A block's weights: their sum relative to the largest, 2^level.
 struct BlockMass {
   float sum, level;
 };
 
-// Where a draw falls: so far into this block, in units of its sum.
+// A draw that falls so far into its block, in units of its sum, and the anchor's next draw from that block; -1: none.
 struct Draw {
   double rest;
-  int64_t block;  // -1: nothing to look for
+  int64_t next;
 };
+
+// How many of the ascending `at` come before the first for which past(it).
+template <class T, class Past>
+inline int64_t bisect(const T* at, int64_t size, const Past& past) {
+  int64_t low = 0;
+  while (size > 0) {
+    const int64_t half = size / 2;
+    if (past(at[low + half])) {
+      size = half;
+    } else {
+      low += half + 1, size -= half + 1;
+    }
+  }
+  return low;
+}
+
+// How many cumulative weights are not above x.
+inline int64_t not_above(const double* cumulative, int64_t size, double x) {
+  return bisect(cumulative, size, [&](double sum) { return sum > x; });
+}
 
 struct WeightedVisitor {
   const WeightedParams& p;
   const ScanWorkspace& w;
   BlockMass* masses;  // [rows, blocks]
+  int32_t* drawn;     // [rows, blocks]: the first draw from a block; -1: none
   Draw* draws;        // [rows, each]
+  double* units;      // [blocks]: of an anchor, what its sum counts
   double* cumulative; // [blocks], or of a block
   float* gathered;    // packed rows
   PairFlags flags;
@@ -60,7 +80,7 @@ struct WeightedVisitor {
         Vec sum = {};
         for (int64_t k = 0; k < columns && top > -kInfinity; k += kLanes) sum += exp2_nonpositive(load(levels + k) - splat(top));
         masses[i * blocks + at] = {total(sum), top};
-      } else if (draws_from(i, at, at + 1)) {
+      } else if (drawn[i * blocks + at] >= 0) {
         find(i, at, columns, levels, weigh(i, c, j, columns, levels));
       }
     }
@@ -84,26 +104,18 @@ struct WeightedVisitor {
     return largest(top);
   }
 
-  bool draws_from(int64_t i, int64_t first, int64_t last) const {
-    for (int64_t k = 0; k < size(i); ++k)
-      if (const int64_t block = draws[i * each() + k].block; block >= first && block < last) return true;
-    return false;
-  }
-
   // The anchor's draws from block `at`, whose weights have the logarithms `levels`: the first column whose cumulative weight exceeds the rest.
   void find(int64_t i, int64_t at, int64_t columns, float* levels, float top) const {
-    double sum = 0;
-    int64_t last = 0;  // with a weight
     for (int64_t k = 0; k < columns; k += kLanes) store(levels + k, exp2_nonpositive(load(levels + k) - splat(top)));
+    double sum = 0;
+    int64_t weighty = 0;  // columns up to the last with a weight
     for (int64_t k = 0; k < columns; ++k) {
       cumulative[k] = sum += levels[k];
-      if (levels[k] > 0) last = k;
+      if (levels[k] > 0) weighty = k + 1;
     }
-    for (int64_t k = 0; k < size(i); ++k) {
-      const Draw& draw = draws[i * each() + k];
-      if (draw.block != at) continue;
-      int64_t column = 0;
-      while (column < last && cumulative[column] <= draw.rest) ++column;
+    const Draw* const own = draws + i * each();
+    for (int64_t k = drawn[i * blocks + at]; k >= 0; k = own[k].next) {
+      const int64_t column = smaller(not_above(cumulative, weighty, own[k].rest), weighty - 1);
       p.pairs.negative[anchor(i) * each() + k] = int32_t(at * kSampled + column);
     }
   }
@@ -113,7 +125,9 @@ struct WeightedVisitor {
     for (int64_t i = 0; i < count; ++i) draw(i);
     drawing = true;
     pass.again(gathered, [&](int64_t i, const Block& block) {
-      return draws_from(i, block.first / kSampled, (block.first + block.columns + kSampled - 1) / kSampled);
+      bool any = false;
+      for (int64_t b = block.first / kSampled; b * kSampled < block.first + block.columns; ++b) any |= drawn[i * blocks + b] >= 0;
+      return any;
     });
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = anchor(i);
@@ -127,64 +141,53 @@ struct WeightedVisitor {
     const BlockMass* const mass = masses + i * blocks;
     const int64_t row = anchor(i);
     int32_t* const negative = p.pairs.negative + row * each();
-    for (int64_t k = 0; k < each(); ++k) negative[k] = -1, draws[i * each() + k].block = -1;
+    for (int64_t k = 0; k < each(); ++k) negative[k] = -1;
+    for (int64_t b = 0; b < blocks; ++b) drawn[i * blocks + b] = -1;
     float top = -kInfinity;
     for (int64_t b = 0; b < blocks; ++b) top = mass[b].level > top ? mass[b].level : top;
-    const int64_t all = top > -kInfinity || !p.fallback ? 0 : negatives_before(row, p.pairs.scan.classes.columns);
-    if (top == -kInfinity && all == 0) return;
+    if (top == -kInfinity) {
+      if (p.fallback) draw_evenly(row, size(i), negative);
+      return;
+    }
     double sum = 0;
-    if (all == 0)
-      for (int64_t b = 0; b < blocks; ++b) cumulative[b] = sum += mass[b].sum * unit(mass[b], top);
+    int64_t weighty = 0;  // blocks up to the last with a weight
+    for (int64_t b = 0; b < blocks; ++b) {
+      units[b] = mass[b].sum > 0 ? __builtin_exp2(double(mass[b].level) - double(top)) : 0;
+      cumulative[b] = sum += mass[b].sum * units[b];
+      if (units[b] > 0) weighty = b + 1;
+    }
     for (int64_t k = 0; k < size(i); ++k) {
-      const double u = uniform(p.seed, row, column_of_positive(p.pairs, row, k));
-      if (all > 0) {
-        negative[k] = int32_t(negative_number(row, smaller(int64_t(u * double(all)), all - 1)));
-        continue;
-      }
-      const double target = u * sum;
-      int64_t b = 0;
-      while (b < blocks - 1 && cumulative[b] <= target) ++b;
-      while (b > 0 && mass[b].sum == 0) --b;
-      draws[i * each() + k] = {(target - (b > 0 ? cumulative[b - 1] : 0)) / unit(mass[b], top), b};
+      const double target = uniform(p.seed, row, column_of_positive(p.pairs, row, k)) * sum;
+      const int64_t b = smaller(not_above(cumulative, weighty, target), weighty - 1);
+      draws[i * each() + k] = {(target - (b > 0 ? cumulative[b - 1] : 0)) / units[b], drawn[i * blocks + b]};
+      drawn[i * blocks + b] = int32_t(k);
     }
   }
 
-  static double unit(const BlockMass& mass, float top) { return mass.sum > 0 ? __builtin_exp2(double(mass.level) - double(top)) : 0; }
+  void draw_evenly(int64_t row, int64_t size, int32_t* negative) const {
+    const int64_t all = negatives_before(row, p.pairs.scan.classes.columns);
+    for (int64_t k = 0; k < size && all > 0; ++k) {
+      const double u = uniform(p.seed, row, column_of_positive(p.pairs, row, k));
+      negative[k] = int32_t(negative_number(row, smaller(int64_t(u * double(all)), all - 1)));
+    }
+  }
 
   // The anchor's negatives among the columns before `column`.
   int64_t negatives_before(int64_t row, int64_t column) const {
     const auto& c = p.pairs.scan.classes;
     const int64_t first = c.first[row], end = first + c.size(row), own = c.own[row];
     const bool own_apart = own >= 0 && own < column && c.skip[row] >= c.columns && c.exists[own];
-    return column - before(c.order + first, end - first, column) - before(c.order + p.existing, c.columns - p.existing, column) - own_apart;
+    const auto before = [&](int64_t from, int64_t to) {
+      return bisect(c.order + from, to - from, [&](int64_t other) { return other >= column; });
+    };
+    return column - before(first, end) - before(p.existing, c.columns) - own_apart;
   }
 
-  // The column of the anchor's negative number `number`.
+  // The column of the anchor's negative number `number`: as far on as there are other columns up to it.
   int64_t negative_number(int64_t row, int64_t number) const {
-    int64_t low = 0, high = p.pairs.scan.classes.columns - 1;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (negatives_before(row, middle + 1) > number) {
-        high = middle;
-      } else {
-        low = middle + 1;
-      }
-    }
-    return low;
-  }
-
-  // How many of the ascending `at` are before `column`.
-  static int64_t before(const int64_t* at, int64_t size, int64_t column) {
-    int64_t low = 0;
-    while (size > 0) {
-      const int64_t half = size / 2;
-      if (at[low + half] < column) {
-        low += half + 1, size -= half + 1;
-      } else {
-        size = half;
-      }
-    }
-    return low;
+    int64_t column = number;
+    for (int64_t missing; (missing = number + 1 - negatives_before(row, column + 1)) > 0;) column += missing;
+    return column;
   }
 };
 
@@ -194,7 +197,9 @@ inline auto weighted_visitor(const WeightedParams& p) {
     WeightedVisitor v{p,
                       w,
                       take<BlockMass>(arena, w.rows * blocks),
+                      take<int32_t>(arena, w.rows * blocks),
                       take<Draw>(arena, w.rows * p.pairs.each),
+                      take<double>(arena, blocks),
                       take<double>(arena, blocks > kSampled ? blocks : kSampled),
                       arena.take(w.class_rows * w.x.stride),
                       PairFlags(arena, w.rows),

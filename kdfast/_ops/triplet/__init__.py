@@ -88,7 +88,7 @@ def row_extrema(
         names=inputs.Names("x", "labels_x", "y", "labels_y", "valid"),
     )
     (x,), (y,) = b.layers, b.refs
-    impl = choose("row_extrema", impl, x, others=(y.dtype,))
+    impl = choose("row_extrema", impl, x, others=(y.dtype,), width=x.shape[1])
     with full_precision(x):
         if impl == "cpu":
             columns, _ = cpu.extremes(x, y, b.anchors, b.classes, metric, normalize, farthest_negative=True)

@@ -36,12 +36,13 @@ def refuses(
     device_type: str = "cpu",
     dtype: torch.dtype = torch.float32,
     others: tuple[torch.dtype, ...] = (),
+    width: int = 1,
     mined: str = "batch_hard",
     bounded: bool = True,
     separates: bool = True,
     gathered: int = 0,
 ) -> str | None:
-    """Why they cannot serve a call on this device type and these dtypes, with this mining (None: they can).
+    """Why they cannot serve a call on this device type, with these dtypes and this width and mining (None: they can).
 
     `bounded`: the caller says how many positives an anchor has at most. `separates`: the loss is a sum over pairs, see portable.separates.
     `gathered`: numbers in the rows of all positives, where they are gathered.
@@ -51,6 +52,8 @@ def refuses(
     for given in (dtype, *others):
         if given not in DTYPES:
             return f"it takes float32, bfloat16 or float16, not {given}"
+    if width == 0:
+        return "it takes rows of at least one element"
     if mined in mining.PER_PAIR and torch.compiler.is_compiling() and not bounded:
         return f"compiled without max_positives it would reserve room for every reference as a positive of mining={mined!r}"
     if mined in mining.SETS and not separates:
@@ -93,8 +96,8 @@ def _scan(x: Tensor, y: Tensor, anchors: Anchors, refs: References, metric: str,
 
 
 def _centre(y: Tensor, metric: str, normalize: bool) -> Tensor | None:
-    """About the mean of y [M, D], from a sample of its rows. None for the cosine."""
-    if metric == "cosine":
+    """About the mean of y [M, D], from a sample of its rows. None for the cosine, and of no rows."""
+    if metric == "cosine" or y.shape[0] == 0:
         return None
     sample = y[:: max(1, y.shape[0] // _CENTRE_ROWS)].float()
     return middle(F.normalize(sample, dim=-1) if normalize else sample)

@@ -44,6 +44,8 @@ def scan(
 ) -> tuple[Extreme, ...]:
     """The extremes named in `kinds`; with `beyond` [N] only references strictly farther than it compete."""
     n, m = x.shape[0], y.shape[0]
+    if n == 0:
+        return (Extreme(x.new_empty(0), anchors.row),) * len(kinds)
     tall = max(1, min(n, TILE_ROWS))
     wide = max(1, budget(x.device) // tall)
     parts = []
