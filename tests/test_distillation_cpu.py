@@ -110,6 +110,16 @@ def check(a: dict) -> None:
         assert_accurate(got, want, naive, share)
 
 
+def test_the_own_key_at_a_temperature_of_1e_4(isa):
+    """The teacher is then one-hot at its own key, whose logit, 10^4, must be the same wherever it is compared."""
+    a = case(9, 130, 24, 24, teacher_scale=torch.full((9,), 1e4), start_logit=torch.rand(9) * 5)
+    a["teacher_start_logit"] = 1e4 * (a["teacher"] * a["teacher"]).sum(-1)
+    check(a)
+    loss, entropy, _, log_sums = forward(a)
+    torch.testing.assert_close(loss, log_sums[0] - a["start_logit"], rtol=1e-6, atol=1e-6)
+    assert entropy.abs().max() < 1e-6
+
+
 # 1: a lone row, column or element; 6, 7, 15, 17: beside a tile of rows; 63, 65: beside a vector and a panel; 129, 257, 513: beside a block
 # of columns; 97, 193: beside a chunk of rows; 130: beside a chunk of steps; 520: many panels.
 SHAPES = [

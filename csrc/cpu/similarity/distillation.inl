@@ -153,8 +153,10 @@ struct DistillationPass {
     for (int64_t i = 0; i < padded_rows; ++i) {
       sound &= w.student.begin_row(Product{}, p.student, i, first + i, i < count, start);
       sound &= w.teacher.begin_row(Product{}, p.teacher, i, first + i, i < count, start);
-      w.level[i] = start && w.teacher.softmax.sum[i * kLanes] > 0 ? w.teacher.softmax.maximum[i] : 0;
+      const float first_weight = w.teacher.softmax.sum[i * kLanes];
+      w.level[i] = first_weight > 0 ? w.teacher.softmax.maximum[i] : 0;
       __builtin_memset(w.fall + i * kLanes, 0, 4 * kLanes);
+      if (first_weight > 0) w.fall[i * kLanes] = first_weight * float(__builtin_log2(double(first_weight)));
       __builtin_memset(w.bias + i * kLanes, 0, 4 * kLanes);
     }
     sound &= stream_blocks(Product{}, w.block, padded_rows, task.column_begin, task.column_end, *this, w.keys, w.teacher_keys);

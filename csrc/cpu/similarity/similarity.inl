@@ -70,10 +70,10 @@ struct SimilarityPass {
     w.softmax.begin(i, scale);
     // with the sign of the scale, so that the largest score is always the largest logit
     const bool sound = Packing<Product>::pack_row(p.query, first + i, p.width, scale < 0, w.queries.at(i));
-    if (!task.start || !w.softmax.start(i, p.start_logit[first + i])) return sound;
-    if (!p.pooled || p.start_value.data == nullptr) return sound;
+    const float weight = task.start ? w.softmax.start(i, p.start_logit[first + i]) : 0;
+    if (weight == 0 || !p.pooled || p.start_value.data == nullptr) return sound;
     with_elements(p.start_value.from((first + i) * p.pooled_width), [&](const auto* value) {
-      for (int64_t d = 0; d < p.pooled_width; d += kLanes) store(w.pooled.at(i) + d, load_row(value, d, p.pooled_width));
+      for (int64_t d = 0; d < p.pooled_width; d += kLanes) store(w.pooled.at(i) + d, splat(weight) * load_row(value, d, p.pooled_width));
     });
     return sound;
   }

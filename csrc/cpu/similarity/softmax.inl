@@ -74,6 +74,8 @@ struct ColumnTerms {
   }
 };
 
+constexpr double kLog2eExact = 0x1.71547652b82fep0;
+
 // The state of every row: maximum m of its logits, sum l of 2^(logit - m), by lanes, and of the last block the correction 2^(m - m').
 struct RunningSoftmax {
   float *maximum, *multiplier, *correction;
@@ -90,12 +92,14 @@ struct RunningSoftmax {
     __builtin_memset(sum + i * kLanes, 0, 4 * kLanes);
   }
 
-  // A first candidate with this logit, in base e; false: it has no weight.
-  bool start(int64_t i, float logit) const {
-    if (logit == -kInfinity) return false;
-    maximum[i] = kLog2e * logit;
-    sum[i * kLanes] = 1;
-    return true;
+  // A first candidate with this logit, in base e; returns its weight, 2 to the power of what the maximum rounds off.
+  float start(int64_t i, float logit) const {
+    if (logit == -kInfinity) return 0;
+    const double exact = kLog2eExact * double(logit);
+    maximum[i] = float(exact);
+    const float weight = __builtin_fabsf(maximum[i]) < kInfinity ? float(__builtin_exp2(exact - double(maximum[i]))) : 1;
+    sum[i * kLanes] = weight;
+    return weight;
   }
 };
 
