@@ -156,6 +156,14 @@ def _sigmoid_pair_loss(impl: str) -> Iterator[Pair]:
     )
 
 
+def _matching_loss(impl: str) -> Iterator[Pair]:
+    def plain(x, y):
+        logits, own = 10.0 * x @ y.T, torch.arange(N)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+    return _agree(lambda x, y: functional.clip_loss(x, y, 10.0, impl=impl), plain, impl, _rows(N, 1), _rows(N, 2))
+
+
 def _gather_similarity(impl: str) -> Iterator[Pair]:
     from ._ops.gather import reference
 
@@ -281,6 +289,7 @@ CHECKS: dict[str, Callable[[str], Iterator[Pair]]] = {
     "similarity_softmax": _similarity_softmax,
     "symmetric_lse": _symmetric_lse,
     "sigmoid_pair_loss": _sigmoid_pair_loss,
+    "matching_loss": _matching_loss,
     "info_nce": _info_nce,
     "similarity_distillation": _similarity_distillation,
     "gather_similarity": _gather_similarity,
