@@ -32,8 +32,7 @@ struct PairFlags {
 
   PairFlags(Arena& arena, int64_t rows) : positive(take<bool>(arena, rows)), negative(take<bool>(arena, rows)) {}
   void clear(int64_t rows) const {
-    __builtin_memset(positive, 0, size_t(rows));
-    __builtin_memset(negative, 0, size_t(rows));
+    for (int64_t i = 0; i < rows; ++i) positive[i] = negative[i] = false;
   }
   bool unordered(int64_t i) const { return positive[i] || negative[i]; }
 };
