@@ -93,6 +93,34 @@ def level_of(lse, lse_low):
 
 
 @triton.jit
+def row_side(
+    query, scale, limit, query_labels, key_index, b, first, rows, width,
+    LIMITED: tl.constexpr, LABELLED: tl.constexpr, INDICES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """What a tile of rows brings to its logits, and `at`, where it is in what has one number a row."""
+    row = first + tl.arange(0, ROWS)
+    exists = row < rows
+    at = b * rows + row
+    q = tile(query + b * rows * width, first, rows, width, ROWS, WIDTH, EVEN, True, DOT)
+    s = tl.load(scale + at, mask=exists, other=0.0)
+    most = tl.load(limit + at, mask=exists, other=0.0) if LIMITED else s
+    own = tl.load(query_labels + at, mask=exists, other=0) if LABELLED else row
+    return at, exists, q, s, s * LOG2E, most, own, key_index + at * INDICES
+
+
+@triton.jit
+def share_of_columns(columns, valid, split, split_columns, COUNTED: tl.constexpr, COLUMNS: tl.constexpr):
+    """First column of a split, the last whole tile's end, and its end."""
+    count = columns
+    if COUNTED:
+        count = tl.minimum(columns, tl.load(valid).to(tl.int32))
+    begin = split * split_columns
+    end = tl.minimum(begin + split_columns, count)
+    return begin, begin + tl.maximum(end - begin, 0) // COLUMNS * COLUMNS, end
+
+
+@triton.jit
 def column_logits(
     q, key_base, bias_base, label_base, first, end, width, factor, s, most, own, index, exists,
     BIASED: tl.constexpr, LABELLED: tl.constexpr, INDICES: tl.constexpr, LIMITED: tl.constexpr, EVEN: tl.constexpr,
@@ -139,21 +167,10 @@ def forward(
     """A tile of rows over the columns of its split: lse and pooled, or with SPLIT the parts of them that `merge` joins."""
     split, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     first_row = tl.program_id(0) * ROWS
-    row = first_row + tl.arange(0, ROWS)
-    exists = row < rows
-    at = b * rows + row  # of this row in what has one number a row
-    q = tile(query + b * rows * width, first_row, rows, width, ROWS, WIDTH, EVEN, True, DOT)
-    s = tl.load(scale + at, mask=exists, other=0.0)
-    factor = s * LOG2E
-    most = tl.load(limit + at, mask=exists, other=0.0) if LIMITED else s
-    own = tl.load(query_labels + at, mask=exists, other=0) if LABELLED else row
-    index = key_index + at * INDICES
-
-    count = columns
-    if COUNTED:
-        count = tl.minimum(columns, tl.load(valid + b * valid_stride).to(tl.int32))
-    begin = split * split_columns
-    end = tl.minimum(begin + split_columns, count)
+    at, exists, q, s, factor, most, own, index = row_side(
+        query, scale, limit, query_labels, key_index, b, first_row, rows, width, LIMITED, LABELLED, INDICES, ROWS, WIDTH, EVEN, DOT
+    )
+    begin, whole, end = share_of_columns(columns, valid + b * valid_stride, split, split_columns, COUNTED, COLUMNS)
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -172,21 +189,14 @@ def forward(
 
     key_base, value_base = keys + b * keys_stride, values + b * values_stride
     bias_base, label_base = bias + b * bias_stride, key_labels + b * labels_stride
-    whole = begin + tl.maximum(end - begin, 0) // COLUMNS * COLUMNS
-    for first in tl.range(begin, whole, COLUMNS, num_stages=STAGES):
-        k, z = column_logits(
-            q, key_base, bias_base, label_base, first, end, width, factor, s, most, own, index, exists,
-            BIASED, LABELLED, INDICES, LIMITED, EVEN, False, ROWS, COLUMNS, WIDTH, DOT, PRECISION, INTERPRETED,
-        )  # fmt: skip
-        v = k if OVER_KEYS else tile(value_base, first, end, value_width, COLUMNS, VALUE_WIDTH, EVEN_VALUES, False, DOT)
-        top, total, acc = absorb(z, v, top, total, acc, POOLED, DOT, PRECISION, INTERPRETED)
-    if whole < end:
-        k, z = column_logits(
-            q, key_base, bias_base, label_base, whole, end, width, factor, s, most, own, index, exists,
-            BIASED, LABELLED, INDICES, LIMITED, EVEN, True, ROWS, COLUMNS, WIDTH, DOT, PRECISION, INTERPRETED,
-        )  # fmt: skip
-        v = k if OVER_KEYS else tile(value_base, whole, end, value_width, COLUMNS, VALUE_WIDTH, EVEN_VALUES, True, DOT)
-        top, total, acc = absorb(z, v, top, total, acc, POOLED, DOT, PRECISION, INTERPRETED)
+    for ragged in tl.static_range(2):  # whole tiles, then a ragged one
+        for first in tl.range(whole if ragged else begin, end if ragged else whole, COLUMNS, num_stages=1 if ragged else STAGES):
+            k, z = column_logits(
+                q, key_base, bias_base, label_base, first, end, width, factor, s, most, own, index, exists,
+                BIASED, LABELLED, INDICES, LIMITED, EVEN, ragged == 1, ROWS, COLUMNS, WIDTH, DOT, PRECISION, INTERPRETED,
+            )  # fmt: skip
+            v = k if OVER_KEYS else tile(value_base, first, end, value_width, COLUMNS, VALUE_WIDTH, EVEN_VALUES, ragged == 1, DOT)
+            top, total, acc = absorb(z, v, top, total, acc, POOLED, DOT, PRECISION, INTERPRETED)
 
     d = tl.arange(0, VALUE_WIDTH)
     inside = exists[:, None] & (d < value_width)[None, :]
@@ -263,47 +273,33 @@ def grad_rows(
     """sum_j dz_ij k_j, sum_j p_ij and sum_j dz_ij of a tile of rows over the columns of its split, dz_ij = p_ij (slope_i + h_i.v_j)."""
     split, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     first_row = tl.program_id(0) * ROWS
-    row = first_row + tl.arange(0, ROWS)
-    exists = row < rows
-    at = b * rows + row
-    q = tile(query + b * rows * width, first_row, rows, width, ROWS, WIDTH, EVEN, True, DOT)
-    s = tl.load(scale + at, mask=exists, other=0.0)
-    factor = s * LOG2E
-    most = tl.load(limit + at, mask=exists, other=0.0) if LIMITED else s
-    own = tl.load(query_labels + at, mask=exists, other=0) if LABELLED else row
-    index = key_index + at * INDICES
+    at, exists, q, s, factor, most, own, index = row_side(
+        query, scale, limit, query_labels, key_index, b, first_row, rows, width, LIMITED, LABELLED, INDICES, ROWS, WIDTH, EVEN, DOT
+    )
     level, correction = level_of(tl.load(lse + at, mask=exists, other=0.0), tl.load(lse_low + at, mask=exists, other=0.0))
     g = tl.load(slope + at, mask=exists, other=0.0)
     toward = q  # not read without h
     if WITH_H:
         toward = tile(h + b * rows * value_width, first_row, rows, value_width, ROWS, VALUE_WIDTH, EVEN_VALUES, True, DOT)
-
-    count = columns
-    if COUNTED:
-        count = tl.minimum(columns, tl.load(valid + b * valid_stride).to(tl.int32))
-    begin = split * split_columns
-    end = tl.minimum(begin + split_columns, count)
+    begin, whole, end = share_of_columns(columns, valid + b * valid_stride, split, split_columns, COUNTED, COLUMNS)
 
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     key_base, value_base = keys + b * keys_stride, values + b * values_stride
     bias_base, label_base = bias + b * bias_stride, key_labels + b * labels_stride
-    whole = begin + tl.maximum(end - begin, 0) // COLUMNS * COLUMNS
-    for first in tl.range(begin, whole, COLUMNS, num_stages=STAGES):
-        k, z = column_logits(
-            q, key_base, bias_base, label_base, first, end, width, factor, s, most, own, index, exists,
-            BIASED, LABELLED, INDICES, LIMITED, EVEN, False, ROWS, COLUMNS, WIDTH, DOT, PRECISION, INTERPRETED,
-        )  # fmt: skip
-        v = tile(value_base, first, end, value_width, COLUMNS, VALUE_WIDTH, EVEN_VALUES, False, DOT) if WITH_H and not OVER_KEYS else k
-        acc, mass, total = add_columns(z, k, v, level, g, toward, acc, mass, total, WITH_H, ROWS, COLUMNS, DOT, PRECISION, INTERPRETED)
-    if whole < end:
-        k, z = column_logits(
-            q, key_base, bias_base, label_base, whole, end, width, factor, s, most, own, index, exists,
-            BIASED, LABELLED, INDICES, LIMITED, EVEN, True, ROWS, COLUMNS, WIDTH, DOT, PRECISION, INTERPRETED,
-        )  # fmt: skip
-        v = tile(value_base, whole, end, value_width, COLUMNS, VALUE_WIDTH, EVEN_VALUES, True, DOT) if WITH_H and not OVER_KEYS else k
-        acc, mass, total = add_columns(z, k, v, level, g, toward, acc, mass, total, WITH_H, ROWS, COLUMNS, DOT, PRECISION, INTERPRETED)
+    for ragged in tl.static_range(2):  # whole tiles, then a ragged one
+        for first in tl.range(whole if ragged else begin, end if ragged else whole, COLUMNS, num_stages=1 if ragged else STAGES):
+            k, z = column_logits(
+                q, key_base, bias_base, label_base, first, end, width, factor, s, most, own, index, exists,
+                BIASED, LABELLED, INDICES, LIMITED, EVEN, ragged == 1, ROWS, COLUMNS, WIDTH, DOT, PRECISION, INTERPRETED,
+            )  # fmt: skip
+            v = (
+                tile(value_base, first, end, value_width, COLUMNS, VALUE_WIDTH, EVEN_VALUES, ragged == 1, DOT)
+                if WITH_H and not OVER_KEYS
+                else k
+            )
+            acc, mass, total = add_columns(z, k, v, level, g, toward, acc, mass, total, WITH_H, ROWS, COLUMNS, DOT, PRECISION, INTERPRETED)
     if not WITH_H:
         acc *= g[:, None]
         total = mass * g
@@ -344,15 +340,9 @@ def grad_keys(
     value_acc = tl.zeros([COLUMNS, VALUE_WIDTH], tl.float32)
     bias_acc = tl.zeros([COLUMNS], tl.float32)
     for first in tl.range(0, rows, ROWS, num_stages=STAGES):
-        row = first + tl.arange(0, ROWS)
-        exists = row < rows
-        at = b * rows + row
-        q = tile(query + b * rows * width, first, rows, width, ROWS, WIDTH, EVEN, True, DOT)
-        s = tl.load(scale + at, mask=exists, other=0.0)
-        factor = s * LOG2E
-        most = tl.load(limit + at, mask=exists, other=0.0) if LIMITED else s
-        own = tl.load(query_labels + at, mask=exists, other=0) if LABELLED else row
-        index = key_index + at * INDICES
+        at, exists, q, s, factor, most, own, index = row_side(
+            query, scale, limit, query_labels, key_index, b, first, rows, width, LIMITED, LABELLED, INDICES, ROWS, WIDTH, EVEN, DOT
+        )
         level, correction = level_of(tl.load(lse + at, mask=exists, other=float("-inf")), tl.load(lse_low + at, mask=exists, other=0.0))
         g = tl.load(slope + at, mask=exists, other=0.0)
         score = product(k, tl.trans(q), tl.zeros([COLUMNS, ROWS], tl.float32), PRECISION, INTERPRETED)  # columns by rows
