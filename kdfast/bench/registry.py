@@ -29,7 +29,7 @@ class Peer(NamedTuple):
     dtypes: tuple[torch.dtype, ...] | None = None  # those it is measured in (None: all of the case's)
     floor: Callable[[Any], tuple[Tensor, ...]] | None = None  # bare arithmetic alone, and its float64 result: error shown, not gated
     quick: bool = True  # measured under --quick
-    allowance: float = 0.0  # error it may have in any case: of a library that adds up millions of terms one after another
+    allowance: float = 0.0  # error it may have in any case: adds up millions of terms one after another, or takes other steps
 
 
 class Case(NamedTuple):

@@ -84,7 +84,7 @@ SOLVE = Case(
         _compiled("torch.compile, kernel", kernel_domain, problem.kernel_iteration),
         Peer("POT", partial(pot, "log_sinkhorn"), missing=peers.installed("ot", "POT")),
         Peer("POT, kernel", partial(pot, "sinkhorn"), missing=peers.installed("ot", "POT")),
-        Peer("OTT-JAX", ott, missing=peers.installed("ott", "ott-jax")),
+        Peer("OTT-JAX", ott, missing=peers.installed("ott", "ott-jax"), dtypes=(torch.float32,)),
     ),
 )
 GROWTH = SOLVE._replace(
