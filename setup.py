@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent
 REASON = ROOT / "kdfast" / "_build_failure.txt"
 #: LibTorch stable ABI of torch 2.10: the binary serves that version and later ones
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-#: instruction sets are chosen by the files themselves (csrc/cpu/isa_*.cpp), so no -march; NaN and inf must behave, so no -ffast-math
+#: instruction sets are chosen by the files themselves (csrc/cpu/isa), so no -march; NaN and inf must behave, so no -ffast-math
 FLAGS = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
@@ -26,6 +26,21 @@ def give_up(reason: str) -> None:
         raise SystemExit(f"kdfast: the extension is required (KDFAST_REQUIRE_EXT=1) and was not built: {reason}")
     REASON.write_text(reason + "\n")
     print(f"kdfast: installing without compiled kernels: {reason}", file=sys.stderr)
+
+
+def kernel_units() -> list[Path]:
+    """A file for each unit of kernels (csrc/cpu/*/*_kernels.inl) and instruction set (csrc/cpu/isa), written where it is new."""
+    paths = []
+    for isa in ("base", "avx2", "avx512", "avx512_bf16", "avx512_amx"):
+        for unit in sorted((ROOT / "csrc/cpu").glob("*/*_kernels.inl")):
+            path = ROOT / "build" / "kernels" / f"{unit.stem}_{isa}.cpp"
+            lines = [f'#include "isa/{isa}.h"', "#ifdef KDFAST_UNIT", f'#include "{unit.parent.name}/{unit.name}"']
+            text = "\n".join([*lines, '#include "isa/end.h"', "#endif", ""])
+            if not path.is_file() or path.read_text() != text:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+            paths.append(path)
+    return paths
 
 
 def extension() -> dict:
@@ -56,9 +71,10 @@ def extension() -> dict:
                     shutil.copy(REASON, target)
 
     flags = [*FLAGS, *DEFINES]
+    sources = [*sorted(ROOT.glob("csrc/*.cpp")), *sorted(ROOT.glob("csrc/cpu/**/*.cpp")), *kernel_units()]
     module = CppExtension(
         "kdfast._C",
-        [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/**/*.cpp"))],
+        [str(path.relative_to(ROOT)) for path in sources],
         include_dirs=[pybind11.get_include(), str(ROOT / "csrc/cpu")],
         depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cpu/**/*.h")) + sorted(ROOT.glob("csrc/cpu/**/*.inl"))],
         extra_compile_args=[*flags, f'-DKDFAST_FLAGS="{" ".join(flags)}"'],

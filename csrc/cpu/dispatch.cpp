@@ -1,5 +1,7 @@
 #include "dispatch.h"
 
+#include "isa/support.h"
+
 #include <atomic>
 #include <stdexcept>
 
@@ -11,13 +13,41 @@
 
 namespace kdfast {
 
-#if defined(__x86_64__)
-extern const CpuKernels kernels_avx512_bf16, kernels_avx512, kernels_avx2;
+// Each unit compiled once for every instruction set, in the order of CpuKernels' bases.
+#define KDFAST_UNITS(X, isa)                      \
+  X(SimilarityKernels, similarity, isa)           \
+  X(DistillationKernels, distillation, isa)       \
+  X(PairsKernels, pairs, isa)                     \
+  X(InfoNceKernels, info_nce, isa)                \
+  X(MatchingKernels, matching, isa)               \
+  X(GatherKernels, gather, isa)                   \
+  X(SinkhornKernels, sinkhorn, isa)               \
+  X(SinkhornLayersKernels, sinkhorn_layers, isa)  \
+  X(AnglesKernels, angles, isa)                   \
+  X(PairSumsKernels, pair_sums, isa)              \
+  X(KnnKernels, knn, isa)                         \
+  X(MiningKernels, mining, isa)                   \
+  X(ChosenKernels, chosen, isa)                   \
+  X(DenseKernels, dense, isa)                     \
+  X(ProbeKernels, probe, isa)
+#define KDFAST_DECLARE(Kernels, unit, isa) extern const Kernels unit##_kernels_##isa;
+#define KDFAST_ENTRY(Kernels, unit, isa) unit##_kernels_##isa,
+#define KDFAST_TABLE(isa)                                                \
+  KDFAST_UNITS(KDFAST_DECLARE, isa)                                      \
+  static const CpuKernels& isa##_kernels() {                             \
+    static const CpuKernels table{KDFAST_UNITS(KDFAST_ENTRY, isa) #isa}; \
+    return table;                                                        \
+  }
+
+KDFAST_TABLE(base)
+#if KDFAST_HAS_X86
+KDFAST_TABLE(avx2)
+KDFAST_TABLE(avx512)
+KDFAST_TABLE(avx512_bf16)
 #endif
 #if KDFAST_HAS_AMX
-extern const CpuKernels kernels_avx512_amx;
+KDFAST_TABLE(avx512_amx)
 #endif
-extern const CpuKernels kernels_base;
 
 namespace {
 
@@ -41,22 +71,22 @@ bool amx_granted() {
 const std::vector<Candidate>& candidates() {
   static const std::vector<Candidate> table = [] {
     std::vector<Candidate> t;
-#if defined(__x86_64__)
+#if KDFAST_HAS_X86
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    const Candidate bf16{&kernels_avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16")}, plain{&kernels_avx512, avx512};
+    const Candidate bf16{&avx512_bf16_kernels(), avx512 && __builtin_cpu_supports("avx512bf16")}, plain{&avx512_kernels(), avx512};
 #if KDFAST_HAS_AMX
-    t.push_back({&kernels_avx512_amx, bf16.available && amx_granted()});
+    t.push_back({&avx512_amx_kernels(), bf16.available && amx_granted()});
 #endif
     // Intel's vdpbf16ps runs at half the rate of two vfmadd or less: there widening bf16 to float is faster, and more exact.
     const bool widen = __builtin_cpu_is("intel");
     t.push_back(widen ? plain : bf16);
     t.push_back(widen ? bf16 : plain);
-    t.push_back({&kernels_avx2, avx2});
+    t.push_back({&avx2_kernels(), avx2});
 #endif
-    t.push_back({&kernels_base, true});
+    t.push_back({&base_kernels(), true});
     return t;
   }();
   return table;
@@ -65,7 +95,7 @@ const std::vector<Candidate>& candidates() {
 const CpuKernels* best() {
   for (const Candidate& c : candidates())
     if (c.available) return c.kernels;
-  return &kernels_base;
+  return &base_kernels();
 }
 
 std::atomic<const CpuKernels*> forced{nullptr};

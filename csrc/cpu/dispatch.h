@@ -4,9 +4,41 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "engine/probe.h"
+#include "gather/gather.h"
+#include "knn/knn.h"
+#include "relations/angles.h"
+#include "relations/pair_sums.h"
+#include "similarity/distillation.h"
+#include "similarity/info_nce.h"
+#include "similarity/matching.h"
+#include "similarity/pairs.h"
+#include "similarity/similarity.h"
+#include "sinkhorn/sinkhorn.h"
+#include "triplet/chosen.h"
+#include "triplet/dense.h"
+#include "triplet/mining.h"
 
 namespace kdfast {
+
+// All kernels, as one instruction set has them.
+struct CpuKernels : SimilarityKernels,
+                    DistillationKernels,
+                    PairsKernels,
+                    InfoNceKernels,
+                    MatchingKernels,
+                    GatherKernels,
+                    SinkhornKernels,
+                    SinkhornLayersKernels,
+                    AnglesKernels,
+                    PairSumsKernels,
+                    KnnKernels,
+                    MiningKernels,
+                    ChosenKernels,
+                    DenseKernels,
+                    ProbeKernels {
+  const char* isa;
+};
 
 // The kernels in force: those forced, else the best this machine can run.
 const CpuKernels& cpu_kernels();

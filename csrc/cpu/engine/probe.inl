@@ -10,17 +10,6 @@ namespace {
 
 constexpr int kChains = 12;  // two a cycle at a latency of 4 need 8; 12 fit the 16 registers of AVX2
 
-// A value the compiler must take as new, so that it neither merges equal chains nor hoists their product.
-inline void make_opaque(Vec& x) {
-#if defined(__x86_64__) && KDFAST_LANES == 16
-  asm volatile("" : "+v"(x));
-#elif defined(__x86_64__)
-  asm volatile("" : "+x"(x));
-#else
-  asm volatile("" : "+w"(x));
-#endif
-}
-
 // Runs `steps` rounds of the chains; returns the floating-point operations done.
 template <class Product>
 double probe(Product, int64_t steps) {
@@ -34,9 +23,9 @@ double probe(Product, int64_t steps) {
   for (int64_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 12
     for (int c = 0; c < kChains; ++c) {
-      make_opaque(a);
+      a = opaque(a);
       acc[c] = Product::multiply_add(a, b, acc[c]);
-      make_opaque(acc[c]);
+      acc[c] = opaque(acc[c]);
     }
   }
   Vec sum = {};

@@ -1,6 +1,6 @@
 // Norms and distances of single rows of any element type.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "engine/simd.h"
@@ -17,12 +17,15 @@ inline float row_square(const T* x, int64_t width) {
   return total(sum);
 }
 
+// Elements times a scale, rounded: contracted into a difference, one of two equal products would keep what the other lost.
+inline Vec scaled(Vec x, Vec scale) { return opaque(x * scale); }
+
 // ||a x - b y||^2, from differences: equal rows are at distance exactly 0.
 template <class T, class U>
 inline float row_distance(const T* x, float a, const U* y, float b, int64_t width) {
   Vec sum = {};
   for (int64_t d = 0; d < width; d += kLanes) {
-    const Vec v = load_row(x, d, width) * splat(a) - load_row(y, d, width) * splat(b);
+    const Vec v = scaled(load_row(x, d, width), splat(a)) - scaled(load_row(y, d, width), splat(b));
     sum = multiply_add(v, v, sum);
   }
   return total(sum);

@@ -1,7 +1,6 @@
 // Vectors of one instruction set: loads with conversion, maximum, transpose, exp2.
 //
-// Included by similarity.inl inside isa_*.cpp, after the target pragma and after KDFAST_LANES and KDFAST_VECS are
-// defined. Everything is in an anonymous namespace, so each instruction set keeps its own copy, and no header of the
+// Included after an instruction set's header (isa/), which defines KDFAST_LANES and KDFAST_VECS. Everything is in an anonymous namespace, so each instruction set keeps its own copy, and no header of the
 // C++ library is included here: the linker could keep an AVX-512 copy of one of its inline functions for everybody.
 #pragma once
 
@@ -31,6 +30,18 @@ inline void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
 
 // x - 0 is x for every x, so the compiler is left with one broadcast (x + 0 is not: it turns -0 into +0).
 inline Vec splat(float x) { return x - Vec{}; }
+
+// A value the compiler must take as new: an equal computation is not merged with it, nor a product contracted into a sum.
+inline Vec opaque(Vec x) {
+#if defined(__x86_64__) && KDFAST_LANES == 16
+  asm volatile("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm volatile("" : "+x"(x));
+#else
+  asm volatile("" : "+w"(x));
+#endif
+  return x;
+}
 
 // ---- what differs between instruction sets: maximum, conversion, transpose -------------------------------------
 

@@ -1,6 +1,6 @@
 // softplus and its derivative on vectors.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "engine/stream.inl"

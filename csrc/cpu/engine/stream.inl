@@ -10,6 +10,7 @@
 namespace {
 
 constexpr float kLog2e = 0x1.715476p0f;
+constexpr double kLn2 = 0x1.62e42fefa39efp-1;
 constexpr float kInfinity = __builtin_inff();
 
 // Rows of `width` numbers taken through the whole column range together: enough for the packing of a block to be small beside the

@@ -52,4 +52,21 @@ struct ScatterParams {
   void* out;                       // [M, D]
 };
 
+// One instruction set's.
+struct GatherKernels {
+  // Items begin .. end: of the N K scores, of the N rows. False: an index was outside the bank.
+  bool (*gather_similarity)(const GatherParams&, int64_t begin, int64_t end);
+  bool (*gather_weighted_sum)(const GatherParams&, int64_t begin, int64_t end);
+  // The statistic of one row of scores, which become weights; and of rows begin .. end with their weighted sums.
+  void (*gather_row_statistic)(const GatherParams&, const RowStatistic&, int64_t row, float* scores, int64_t positive);
+  bool (*gather_statistic)(const GatherParams&, const RowStatistic&, int64_t begin, int64_t end, float* scores);
+  int64_t (*gather_block)(const GatherParams&);  // bank rows in a block, 0 where single rows are faster
+  int64_t (*gather_blocks_workspace)(const GatherParams&, const GatherBlocks&);  // floats
+  // Blocks first .. last: scores added to the samples' values; the sums of their samples into sums [rows, width].
+  void (*gather_blocks_scores)(const GatherParams&, const GatherBlocks&, int64_t first, int64_t last, float* workspace);
+  void (*gather_blocks_sums)(const GatherParams&, const GatherBlocks&, int64_t first, int64_t last, float* workspace, float* sums);
+  int64_t (*gather_scatter_workspace)(const ScatterParams&);  // floats
+  void (*gather_scatter)(const ScatterParams&, int64_t first, int64_t last, float* workspace);  // blocks first .. last
+};
+
 }  // namespace kdfast

@@ -3,7 +3,7 @@
 // Every sampled row is read once, straight into registers. The rows lie anywhere, so the time is that of cache misses:
 // a vector's worth of rows is scored together and the rows `ahead` of them are requested while they are.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "gather/gather.h"

@@ -4,7 +4,7 @@
 // queries that drew it: these are few, and stay in cache. A thread owns its blocks, so there are no atomics, each element of the
 // result is written once, and the sums have the same bits for any number of threads.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "gather/gather.inl"

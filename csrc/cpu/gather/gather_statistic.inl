@@ -1,6 +1,6 @@
 // Statistics of a row of scores, and their derivatives: log-sum-exp, and the noise-contrastive loss.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "gather/gather.inl"

@@ -48,4 +48,11 @@ struct KnnRefineParams {
   bool* doubtful;      // [rows]: a column that was not kept could be nearer
 };
 
+// One instruction set's.
+struct KnnKernels {
+  int64_t (*knn_workspace)(const KnnScanParams&, int64_t rows);  // floats, for tasks up to this size
+  void (*knn_scan)(const KnnScanParams&, int64_t begin, int64_t end, float* workspace);
+  void (*knn_refine)(const KnnRefineParams&, int64_t begin, int64_t end);
+};
+
 }  // namespace kdfast

@@ -4,7 +4,7 @@
 // the buffer is full its best are selected and the threshold falls. Of M columns in random order about kept ln(M / kept) are ever
 // appended, so nearly all the work is one comparison a score.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "knn/knn.h"

@@ -24,4 +24,17 @@ struct AngleParams {
   int64_t at(int64_t i, int64_t j) const { return (i * blocks + j / kAngleBlock) * kArrays * kAngleBlock + j % kAngleBlock; }
 };
 
+// One instruction set's.
+struct AnglesKernels {
+  double (*angle_unit)(const Matrix& x, int64_t rows, int64_t width);
+  int64_t (*angle_distances_workspace)(int64_t width);  // floats
+  // Rows `first` and on, kAngleBlock of them, of one side's squared distances, in units of `unit`.
+  void (*angle_distances)(const AngleParams&, const Matrix& x, int64_t width, int64_t first, double unit, const AngleDistances&, float* workspace);
+  int64_t (*angle_workspace)();  // floats
+  double (*angle_losses)(const AngleParams&, int64_t j0, int64_t k0, float* workspace);  // between two blocks
+  int64_t (*angle_gradient_lanes)();                                                      // rows of a call
+  int64_t (*angle_gradient_workspace)(const AngleParams&);                                // floats
+  void (*angle_gradient)(const AngleParams&, const Matrix& x, int64_t width, int64_t first, float factor, float* out, float* workspace);
+};
+
 }  // namespace kdfast

@@ -10,7 +10,7 @@
 // Tasks are blocks of j against blocks of k, k's not before j's: each holds for (k, j) too. One pass makes the value and the slopes D, and
 // dx_a = 2 sum_b (D_ab + D_ba) (x_a - x_b). A vector of k takes 25 operations for each i and j, N^3 / 2 / kLanes times.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "relations/angles.h"

@@ -25,4 +25,15 @@ struct PairSumParams {
   PairSide side, teacher;
 };
 
+// One instruction set's.
+struct PairSumsKernels {
+  void (*row_squares)(const float* x, int64_t rows, int64_t width, float* to);
+  int64_t (*pair_sums_workspace)(const PairSumParams&, bool gradient, int64_t rows);  // floats, for calls of at most so many rows
+  void (*pair_gaussians)(const PairSumParams&, int64_t count, const float* rate, const float* weight, const PairResults&, int64_t begin,
+                         int64_t end, float* workspace);
+  void (*pair_distances)(const PairSumParams&, const PairResults&, int64_t begin, int64_t end, float* workspace);
+  void (*pair_distance_losses)(const PairSumParams&, float inverse_mean, float teacher_inverse_mean, const PairResults&, int64_t begin,
+                               int64_t end, float* workspace);
+};
+
 }  // namespace kdfast

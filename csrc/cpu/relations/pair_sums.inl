@@ -5,7 +5,7 @@
 //   d/dx_i sum_j f(q_ij) = sum_j W_ij (y_j - x_i) = sum_j W_ij y_j - x_i sum_j W_ij,
 // 4 N M D in all. A function may use the same pair's distance between two other rows, the teacher's: 2 N M D' more.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "relations/pair_sums.h"

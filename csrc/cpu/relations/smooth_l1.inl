@@ -1,6 +1,6 @@
 // The smooth L1 loss and its derivative on vectors.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "engine/simd.h"

@@ -46,4 +46,13 @@ struct DistillationGradTask {
   float* dkeys;           // [columns, width]: sum_i g_i s_i (p^S_ij - p^T_ij) q_i
 };
 
+// One instruction set's.
+struct DistillationKernels {
+  int64_t (*distillation_workspace)(const DistillationParams&, int64_t rows, int64_t columns);  // floats, for tasks up to this size
+  void (*distillation)(const DistillationParams&, const DistillationTask&, float* workspace);
+  void (*distillation_merge)(const DistillationParams&, const DistillationMerge&);
+  int64_t (*distillation_grad_workspace)(const DistillationParams&, int64_t keys);  // floats, for tasks up to this size
+  void (*distillation_grad)(const DistillationParams&, const DistillationGradTask&, float* workspace);
+};
+
 }  // namespace kdfast

@@ -6,7 +6,7 @@
 // so that both pooled rows are sums of the same panels. The teacher's entropy, log l - F / l, comes from its fall F = sum_j w_j log w_j
 // over the weights w_j = e^(z^T_j - m), whose sum is l.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "similarity/distillation.h"
@@ -18,8 +18,6 @@ using kdfast::DistillationMerge;
 using kdfast::DistillationParams;
 using kdfast::DistillationTask;
 using kdfast::kDistillationStatistics;
-
-constexpr double kLn2 = 0x1.62e42fefa39efp-1;
 
 // What is kept of the student's rows, or of the teacher's.
 struct Side {

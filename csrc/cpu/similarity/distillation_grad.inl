@@ -3,7 +3,7 @@
 // As in similarity_grad.inl keys are the rows and queries the columns, here with the scores of both sides at hand: their difference is one
 // weight, so that rows of equal softmaxes cancel before they are summed.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "similarity/distillation.h"

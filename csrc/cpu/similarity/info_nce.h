@@ -45,4 +45,11 @@ struct InfoNceGradients {
   float* dbias;         // [batch, count]: added to
 };
 
+// One instruction set's.
+struct InfoNceKernels {
+  void (*info_nce_rows)(const InfoNceParams&, const InfoNceRows&);
+  void (*info_nce_grad_rows)(const InfoNceParams&, const InfoNceGradients&, int64_t begin, int64_t end);
+  void (*info_nce_grad_candidates)(const InfoNceParams&, const InfoNceGradients&);
+};
+
 }  // namespace kdfast

@@ -5,7 +5,7 @@
 // (without the positive in the denominator sum_j w_ij x_ij and w_ij), so that with t_i = sum_j slope_ij and O_i = sum_j p_ij k_j
 //   dloss_i / d(s_i q_i) = t_i O_i - sum_j slope_ij k+_ij,   dloss_i / dk+_ij = -slope_ij s_i q_i,   dloss_i / dlse_i = t_i.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "similarity/info_nce.h"

@@ -33,4 +33,10 @@ struct MatchingGradients {
   float* dscale;                 // [rows]
 };
 
+// One instruction set's.
+struct MatchingKernels {
+  void (*matching_losses)(const Matching&, const MatchingLosses&);
+  void (*matching_gradients)(const Matching&, const MatchingGradients&, int64_t begin, int64_t end);
+};
+
 }  // namespace kdfast

@@ -4,7 +4,7 @@
 // With the sums over the other pairs (symmetric.inl) and pull_i = g_i times the sum of the slopes,
 //   dx_i = s (sum_j W_ij y_j - pull_i y_i),   dy_i = sum_j W_ji s x_j - pull_i s x_i,   ds = sum_i x_i.(sum_j W_ij y_j - pull_i y_i).
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "similarity/info_nce.inl"

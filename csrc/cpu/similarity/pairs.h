@@ -46,4 +46,16 @@ struct PairSums {
   float* weights;  // [batch, rows], sum_j W_ij; for the sigmoid pair loss alone
 };
 
+// One instruction set's.
+struct PairsKernels {
+  int64_t (*symmetric_workspace)(const PairParams&, int64_t rows, int64_t columns);  // floats, for tasks up to this size
+  void (*symmetric)(const PairParams&, const PairTask&, const SymmetricStatistics&, float* workspace);
+  int64_t (*symmetric_grad_workspace)(const PairParams&, const PairSums&, int64_t rows, int64_t columns);
+  void (*symmetric_grad)(const PairParams&, const PairTask&, const SymmetricUpstream&, const PairSums&, float* workspace);
+  int64_t (*sigmoid_workspace)(const PairParams&, int64_t rows, int64_t columns);
+  void (*sigmoid)(const PairParams&, const PairTask&, float* loss, float* workspace);  // loss [task rows]
+  int64_t (*sigmoid_grad_workspace)(const PairParams&, const PairSums&, int64_t rows, int64_t columns);
+  void (*sigmoid_grad)(const PairParams&, const PairTask&, const float* g, const PairSums&, float* workspace);  // g [batch, rows]
+};
+
 }  // namespace kdfast

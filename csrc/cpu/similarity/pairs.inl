@@ -3,7 +3,7 @@
 // Rows X and columns Y of stream.inl. A gradient makes weights W of a tile of scores and adds W Y to dX and W^T X to dY: 6 N M D. For the
 // second product the weights of kTransposedRows rows are collected transposed; docs/cpu-kernels.md derives the sizes.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "similarity/pairs.h"

@@ -2,7 +2,7 @@
 //
 // z_ij = s_i x_i.y_j + c_i. A pair loses softplus(z), the row's positive softplus(-z); W = g sigmoid(z), at the positive -g sigmoid(-z).
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "engine/softplus.inl"

@@ -92,4 +92,15 @@ struct SimilarityMerge {
   float* pooled;
 };
 
+// One instruction set's.
+struct SimilarityKernels {
+  int64_t (*similarity_workspace)(const SimilarityParams&, int64_t rows, int64_t columns);  // floats, for tasks up to this size
+  void (*similarity)(const SimilarityParams&, const SimilarityTask&, float* workspace);
+  void (*similarity_merge)(const SimilarityMerge&);
+  int64_t (*similarity_grad_workspace)(const SimilarityParams&, const SimilarityGradTask& like, int64_t keys);
+  void (*similarity_grad)(const SimilarityParams&, const SimilarityGradTask&, float* workspace);
+  int64_t (*similarity_grad_rows_workspace)(const SimilarityParams&, const SimilarityGradRowsTask& like, int64_t rows, int64_t columns);
+  void (*similarity_grad_rows)(const SimilarityParams&, const SimilarityGradRowsTask&, float* workspace);
+};
+
 }  // namespace kdfast

@@ -2,7 +2,7 @@
 //
 // Queries are the rows, keys (and values, where these are others) the columns of stream.inl; the weights are an online softmax.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "similarity/softmax.inl"

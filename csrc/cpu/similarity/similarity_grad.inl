@@ -4,7 +4,7 @@
 // The roles are exchanged: keys (and values) are the rows, queries (and h) the columns of stream.inl, so a thread owns its keys' sums. Scores
 // are added up in the same order as in the forward pass (Product::Swapped), so a limit drops the same pairs.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "similarity/softmax.inl"

@@ -3,7 +3,7 @@
 // Queries (and h) are the rows, keys (and values) the columns of stream.inl. Where the keys are the values, one packed block serves both
 // products of scores, q.k and h.k, and the sum.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "similarity/softmax.inl"

@@ -4,7 +4,7 @@
 // its column; in the gradient W_ij = g^r_i 2^(z_ij - L^r_i) + g^c_j 2^(z_ij - L^c_j) = e_ij (u_i + v_j), u_i = g^r_i 2^(a - L^r_i) and v_j
 // likewise. Where rows or columns lie further from a than 2^kReach, each side has its own exponential. Logits are in base 2 here.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "similarity/pairs.inl"

@@ -93,4 +93,33 @@ struct SinkhornTeam {
   void (*run)(int64_t size, void (*body)(void* self, int64_t worker), void* self);
 };
 
+// One instruction set's.
+struct SinkhornKernels {
+  // Elements of workspace for problems up to this size; the solution of one.
+  int64_t (*sinkhorn_workspace)(const SinkhornProblem<float>&, const SinkhornSchedule&, int64_t workers);
+  int64_t (*sinkhorn_workspace_double)(const SinkhornProblem<double>&, const SinkhornSchedule&, int64_t workers);
+  void (*sinkhorn_solve)(const SinkhornProblem<float>&, const SinkhornSchedule&, const SinkhornTeam&, const SinkhornSolution<float>&, float* workspace);
+  void (*sinkhorn_solve_double)(const SinkhornProblem<double>&, const SinkhornSchedule&, const SinkhornTeam&, const SinkhornSolution<double>&, double* workspace);
+  int64_t (*sinkhorn_plan_workspace)(const SinkhornProblem<float>&);
+  int64_t (*sinkhorn_plan_workspace_double)(const SinkhornProblem<double>&);
+  void (*sinkhorn_plan)(const SinkhornProblem<float>&, const SinkhornPlan<float>&, float* workspace);
+  void (*sinkhorn_plan_double)(const SinkhornProblem<double>&, const SinkhornPlan<double>&, double* workspace);
+  int64_t (*sinkhorn_replay_workspace)(const SinkhornProblem<float>&, int64_t workers);
+  int64_t (*sinkhorn_replay_workspace_double)(const SinkhornProblem<double>&, int64_t workers);
+  void (*sinkhorn_replay)(const SinkhornProblem<float>&, const SinkhornReplay<float>&, const SinkhornTeam&, float* workspace);
+  void (*sinkhorn_replay_double)(const SinkhornProblem<double>&, const SinkhornReplay<double>&, const SinkhornTeam&, double* workspace);
+};
+
+// One instruction set's.
+struct SinkhornLayersKernels {
+  int64_t (*sinkhorn_assign_workspace)(const SinkhornAssign<float>&);
+  int64_t (*sinkhorn_assign_workspace_double)(const SinkhornAssign<double>&);
+  void (*sinkhorn_assign)(const SinkhornAssign<float>&, float* workspace);
+  void (*sinkhorn_assign_double)(const SinkhornAssign<double>&, double* workspace);
+  int64_t (*sinkhorn_normalize_workspace)(const SinkhornNormalize<float>&);
+  int64_t (*sinkhorn_normalize_workspace_double)(const SinkhornNormalize<double>&);
+  void (*sinkhorn_normalize)(const SinkhornNormalize<float>&, int64_t begin, int64_t end, float* workspace);  // matrices
+  void (*sinkhorn_normalize_double)(const SinkhornNormalize<double>&, int64_t begin, int64_t end, double* workspace);
+};
+
 }  // namespace kdfast

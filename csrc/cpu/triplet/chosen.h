@@ -32,4 +32,12 @@ struct ChosenGradients {
   float* dy;       // [columns, width], not in batch
 };
 
+// One instruction set's.
+struct ChosenKernels {
+  void (*row_scales)(const MetricRows&, int64_t begin, int64_t end, float* scale);
+  void (*triplet_chosen)(const ChosenParams&, const ChosenLosses&, int64_t begin, int64_t end);  // anchors
+  void (*triplet_chosen_grad_x)(const ChosenParams&, const ChosenGradients&, int64_t begin, int64_t end);
+  void (*triplet_chosen_grad_y)(const ChosenParams&, const ChosenGradients&, int64_t begin, int64_t end, bool* touched);
+};
+
 }  // namespace kdfast

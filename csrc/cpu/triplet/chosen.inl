@@ -6,7 +6,7 @@
 //
 // A task owns rows of the gradient and adds to them what all triplets give, in their order: the same bits for any number of tasks.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "triplet/chosen.h"
@@ -33,7 +33,7 @@ inline void for_pair(const ScaledRow& u, const ScaledRow& v, int64_t width, cons
   const Vec u_scale = splat(u.scale), v_scale = splat(v.scale);
   with_elements(u.elements, [&](const auto* ue) {
     with_elements(v.elements, [&](const auto* ve) {
-      for (int64_t d = 0; d < width; d += kLanes) f(load_row(ue, d, width) * u_scale, load_row(ve, d, width) * v_scale, d);
+      for (int64_t d = 0; d < width; d += kLanes) f(scaled(load_row(ue, d, width), u_scale), scaled(load_row(ve, d, width), v_scale), d);
     });
   });
 }

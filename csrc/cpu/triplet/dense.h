@@ -91,4 +91,34 @@ struct MultiSimilarityUpstream {
   const uint8_t* tiles;
 };
 
+// One instruction set's.
+struct DenseKernels {
+  // Losses over all negatives; rows, or columns, begin .. end.
+  void (*dense_squares)(const float* x, int64_t width, int64_t begin, int64_t end, float* square);
+  void (*dense_positives)(const DenseParams&, int64_t begin, int64_t end);
+  void (*dense_finish_rows)(const DenseParams&, const float* pull, const double* weight, float* sums, int64_t begin, int64_t end);
+  void (*dense_finish_columns)(const DenseParams&, const float* pull, double* weight, float* sums, int64_t begin, int64_t end);
+  int64_t (*triplet_hinges_workspace)(const DenseParams&, int64_t rows, int64_t slots);  // floats, for tasks up to this size
+  void (*triplet_hinges)(const DenseParams&, const HingeRule&, const HingeResult&, int64_t begin, int64_t end, float* workspace);
+  int64_t (*triplet_hinges_grad_workspace)(const DenseParams&, const PairSums&, int64_t rows, int64_t columns, int64_t most);
+  void (*triplet_hinges_grad)(const DenseParams&, const HingeRule&, const HingeUpstream&, const PairTask&, const PairSums&, int64_t most,
+                              float* workspace);
+  int64_t (*sorted_hinges_workspace)(const DenseParams&, int64_t rows, int64_t most);
+  void (*sorted_hinges)(const DenseParams&, const HingeRule&, const HingeResult&, int64_t begin, int64_t end, int64_t most, float* workspace);
+  int64_t (*sorted_hinges_grad_workspace)(const DenseParams&, const PairSums&, int64_t rows, int64_t most);
+  void (*sorted_hinges_grad)(const DenseParams&, const HingeRule&, const HingeUpstream&, const PairSums&, int64_t begin, int64_t end,
+                             int64_t most, float* workspace);
+  void (*triplet_hinges_pull)(const DenseParams&, const HingeRule&, const HingeUpstream&, float* pull, int64_t begin, int64_t end);
+  void (*pull_hinges)(const DenseParams&, const PullHinges&, int64_t begin, int64_t end);
+  void (*pull_hinges_pull)(const DenseParams&, const float* level, const float* g, float* pull, int64_t begin, int64_t end);
+  int64_t (*multi_similarity_workspace)(const DenseParams&, int64_t rows);
+  void (*multi_similarity)(const DenseParams&, const MultiSimilarityRule&, const MultiSimilarityResult&, int64_t begin, int64_t end,
+                           float* workspace);
+  int64_t (*multi_similarity_grad_workspace)(const DenseParams&, const PairSums&, int64_t rows, int64_t columns);
+  void (*multi_similarity_grad)(const DenseParams&, const MultiSimilarityRule&, const MultiSimilarityUpstream&, const PairTask&,
+                                const PairSums&, float* workspace);
+  void (*multi_similarity_pull)(const DenseParams&, const MultiSimilarityRule&, const MultiSimilarityUpstream&, float* pull, int64_t begin,
+                                int64_t end);
+};
+
 }  // namespace kdfast

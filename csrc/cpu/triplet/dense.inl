@@ -4,7 +4,7 @@
 // along a block and in double beyond. Nothing cancels. What a positive's filter needs to know of all negatives, their nearest, is
 // found in the same pass: sums are kept apart for each positive, and those not taken are dropped at the end.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "triplet/dense_positives.inl"

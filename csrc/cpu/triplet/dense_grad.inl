@@ -3,7 +3,7 @@
 // sums_i = sum_j W_ij y_j, sums_j = sum_i W_ij x_i; dense_positives.inl makes gradients of them. In batch a pair's weights in both
 // roles, W_ij + W_ji, are formed together, the windows of the columns being at hand as vectors, so that one product serves both: 4 N M D.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "triplet/dense.inl"

@@ -3,7 +3,7 @@
 // A hinge sign (d_ap - d_an) + margin is t - v with the level v = sign d_an; it is positive on an interval lo <= v < hi of levels, whatever
 // the mining. A column that is no negative of the row has level +inf, above every window. A NaN lies in all windows, so that it reaches the loss.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "engine/stream.inl"

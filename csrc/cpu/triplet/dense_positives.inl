@@ -1,6 +1,6 @@
 // The positives of the anchors, a sparse matter: exact distances, and their part of the gradient.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "similarity/symmetric.inl"

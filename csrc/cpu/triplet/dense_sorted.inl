@@ -7,7 +7,7 @@
 // register, the rest with gathered ends. Rows are taken so few at a time that their tables stay near. In the gradient each row counts its
 // levels by rank; running sums of these are the c of its positives.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "triplet/dense_grad.inl"

@@ -3,7 +3,7 @@
 // A row of 256 scores gives its maximum, one subtraction, one comparison and one maximum a vector; only where that beats what the anchor has, which
 // happens about ln(M / 256) times, is its column looked for.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "triplet/scan.inl"

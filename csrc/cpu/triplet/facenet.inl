@@ -4,7 +4,7 @@
 // sorted, and a negative belongs to the one bin between two of them whose best it may become; a table of equal cells says where to begin. What is
 // below a threshold and nearest to it is the best of its bin, or where that is empty of the next.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "triplet/extrema.inl"

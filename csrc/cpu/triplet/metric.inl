@@ -3,7 +3,7 @@
 // ||x - y||^2 = |x|^2 + |y|^2 - 2 x.y is formed from rows moved by about the mean of the references, which changes no difference and lets
 // little cancel. Rows are read in any type, scaled and moved as they are needed: no copy of a matrix is made.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "engine/packing.inl"

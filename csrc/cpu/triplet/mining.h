@@ -41,4 +41,14 @@ struct WeightedParams {
   int64_t existing;        // references that exist
 };
 
+// One instruction set's.
+struct MiningKernels {
+  int64_t (*triplet_extrema_workspace)(const ExtremaParams&, int64_t rows);  // floats, for tasks up to this size
+  void (*triplet_extrema)(const ExtremaParams&, int64_t begin, int64_t end, float* workspace);  // of the sequence
+  int64_t (*triplet_facenet_workspace)(const PairsParams&, int64_t rows);
+  void (*triplet_facenet)(const PairsParams&, int64_t begin, int64_t end, float* workspace);
+  int64_t (*triplet_weighted_workspace)(const WeightedParams&, int64_t rows);
+  void (*triplet_weighted)(const WeightedParams&, int64_t begin, int64_t end, float* workspace);
+};
+
 }  // namespace kdfast

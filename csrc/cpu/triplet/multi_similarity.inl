@@ -6,7 +6,7 @@
 // formed while they pass, relative to the largest exponent so far, at least 0 for the 1. Which positives are kept follows from the
 // nearest negative: they are summed at the end. Exponents are in base 2; what their float shifts round off goes into the factor.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "triplet/dense_grad.inl"

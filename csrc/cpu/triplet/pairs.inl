@@ -1,6 +1,6 @@
 // What minings of one negative a positive pair share.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "triplet/scan.inl"

@@ -7,7 +7,7 @@
 //
 // Where a row is not finite, closeness may be NaN. Such rows and blocks go through a slow path that shows the visitor each NaN.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "engine/stream.inl"

@@ -5,7 +5,7 @@
 // relative to the anchor's. A draw inverts a uniform number keyed by (seed, anchor, positive): first the block is found among the sums, then, as
 // these blocks pass by once more for the anchors that drew from them, the column. Scores have the same bits both times.
 //
-// Included by isa_*.cpp after the target pragma.
+// Included after an instruction set's header (isa/).
 #pragma once
 
 #include "engine/random.h"

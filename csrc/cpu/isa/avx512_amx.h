@@ -1,5 +1,5 @@
-// Kernels for AVX-512 with tile registers, AMX (Sapphire Rapids and later); floats as in isa_avx512_bf16.cpp.
-#include "kernels.h"
+// AVX-512 with tile registers, AMX (Sapphire Rapids and later); floats as in avx512_bf16.h.
+#include "isa/support.h"
 
 #if KDFAST_HAS_AMX
 
@@ -11,15 +11,10 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,avx512bf16,amx-tile,amx-bf16")
 #endif
 
-#define KDFAST_ISA avx512_amx
+#define KDFAST_UNIT(unit) unit##_kernels_avx512_amx
 #define KDFAST_LANES 16
 #define KDFAST_VECS 4
 #define KDFAST_BF16_INSTRUCTIONS
 #define KDFAST_TILE_INSTRUCTIONS
-#include "table.inl"
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
 
 #endif

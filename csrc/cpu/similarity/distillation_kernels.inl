@@ -1,0 +1,14 @@
+// A unit compiled once for each instruction set, and its part of the dispatch table.
+#include "similarity/distillation.inl"
+#include "similarity/distillation_grad.inl"
+
+namespace kdfast {
+extern const DistillationKernels KDFAST_UNIT(distillation);
+const DistillationKernels KDFAST_UNIT(distillation) = {
+    .distillation_workspace = distillation_workspace,
+    .distillation = distillation,
+    .distillation_merge = distillation_merge,
+    .distillation_grad_workspace = distillation_grad_workspace,
+    .distillation_grad = distillation_grad,
+};
+}  // namespace kdfast

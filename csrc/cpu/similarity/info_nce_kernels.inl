@@ -1,0 +1,11 @@
+// A unit compiled once for each instruction set, and its part of the dispatch table.
+#include "similarity/info_nce.inl"
+
+namespace kdfast {
+extern const InfoNceKernels KDFAST_UNIT(info_nce);
+const InfoNceKernels KDFAST_UNIT(info_nce) = {
+    .info_nce_rows = info_nce_rows,
+    .info_nce_grad_rows = info_nce_grad_rows,
+    .info_nce_grad_candidates = info_nce_grad_candidates,
+};
+}  // namespace kdfast

@@ -1,0 +1,17 @@
+// A unit compiled once for each instruction set, and its part of the dispatch table.
+#include "similarity/sigmoid.inl"
+#include "similarity/symmetric.inl"
+
+namespace kdfast {
+extern const PairsKernels KDFAST_UNIT(pairs);
+const PairsKernels KDFAST_UNIT(pairs) = {
+    .symmetric_workspace = symmetric_workspace,
+    .symmetric = symmetric,
+    .symmetric_grad_workspace = symmetric_grad_workspace,
+    .symmetric_grad = symmetric_grad,
+    .sigmoid_workspace = sigmoid_workspace,
+    .sigmoid = sigmoid,
+    .sigmoid_grad_workspace = sigmoid_grad_workspace,
+    .sigmoid_grad = sigmoid_grad,
+};
+}  // namespace kdfast

@@ -1,0 +1,16 @@
+// A unit compiled once for each instruction set, and its part of the dispatch table.
+#include "triplet/extrema.inl"
+#include "triplet/facenet.inl"
+#include "triplet/weighted.inl"
+
+namespace kdfast {
+extern const MiningKernels KDFAST_UNIT(mining);
+const MiningKernels KDFAST_UNIT(mining) = {
+    .triplet_extrema_workspace = triplet_extrema_workspace,
+    .triplet_extrema = triplet_extrema,
+    .triplet_facenet_workspace = triplet_facenet_workspace,
+    .triplet_facenet = triplet_facenet,
+    .triplet_weighted_workspace = triplet_weighted_workspace,
+    .triplet_weighted = triplet_weighted,
+};
+}  // namespace kdfast
