@@ -1,9 +1,5 @@
 """Every Triton kernel compiles for GPUs that are not here, and its object code is what the design needs."""
 
-import re
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,52 +10,10 @@ from kdfast._core import triton_runtime  # noqa: E402
 if triton_runtime.INTERPRETED:
     pytest.skip("nothing is compiled under Triton's interpreter", allow_module_level=True)
 
-import triton.language as tl  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton_code import DOT, MATRIX_INSTRUCTION, SHARED_MEMORY, Code  # noqa: E402
 
 from kdfast._ops.similarity import triton as launches  # noqa: E402
 from kdfast._ops.similarity import triton_kernels as kernels  # noqa: E402
-
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-DOT = {torch.bfloat16: (tl.bfloat16, "*bf16"), torch.float16: (tl.float16, "*fp16"), torch.float32: (tl.float32, "*fp32")}
-MATRICES = ("query", "keys", "values", "start_value")
-INTEGERS = ("query_labels", "key_labels", "key_index", "valid")
-NUMBERS = ("rows", "columns", "width", "value_width", "split_columns", "count", "splits")
-
-
-class Code:
-    """Registers, bytes of local memory, bytes of shared memory and the instructions of a kernel compiled for one architecture."""
-
-    def __init__(self, kernel, arch: int, dtype: torch.dtype, constants: dict, warps: int, tmp_path: Path):
-        signature = {name: self._type(name, constants, DOT[dtype][1]) for name in kernel.arg_names}
-        aligned = {
-            (i,): [["tt.divisibility", 16]]  # as for contiguous tensors whose width is a multiple of 16
-            for i, name in enumerate(kernel.arg_names)
-            if signature[name].startswith("*") or name in ("width", "value_width", "keys_stride", "values_stride")
-        }
-        target = GPUTarget("cuda", arch, 32)
-        compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options={"num_warps": warps})
-        cubin = tmp_path / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-        self.registers, self.stack, self.local = map(int, found.groups())
-        self.shared = compiled.metadata.shared
-        self.text = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
-
-    @staticmethod
-    def _type(name: str, constants: dict, matrix: str) -> str:
-        if name in constants:
-            return "constexpr"
-        if name in MATRICES:
-            return matrix
-        if name in INTEGERS:
-            return "*i64"
-        return "i64" if name.endswith("_stride") else "i32" if name in NUMBERS else "*fp32"
-
-    def has(self, instruction: str) -> bool:
-        return re.search(rf"\b{instruction}", self.text) is not None
 
 
 def constants(kernel, arch: int, width: int, dtype: torch.dtype, everything: bool, with_h: bool = False) -> tuple[dict, int]:
@@ -75,10 +29,6 @@ def constants(kernel, arch: int, width: int, dtype: torch.dtype, everything: boo
         "STAGES": t.stages, "INTERPRETED": False,
     }  # fmt: skip
     return {name: value for name, value in made.items() if name in kernel.arg_names}, t.warps
-
-
-MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
 NAMES = pytest.mark.parametrize("name", ["forward", "grad_rows", "grad_keys"])

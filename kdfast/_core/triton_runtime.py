@@ -3,8 +3,11 @@
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 #: kernels run on the CPU, one program after another, for tests. Triton reads it where kernels are defined: it is set before Python starts
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -51,3 +54,74 @@ def processors(device_index: int) -> int:
 def power_of_two(n: int, least: int = 16) -> int:
     """The smallest power of two that is at least `n` and `least`, the least side of a matrix product's operands."""
     return max(least, 1 << (n - 1).bit_length()) if n > 0 else least
+
+
+def splits(row_tiles: int, columns: int, tile: int, device: torch.device) -> int:
+    """Parts that columns are cut into so that few row tiles still fill the GPU; each has 4 tiles of columns at least."""
+    if INTERPRETED:
+        return max(1, min(2, columns // (4 * tile)))
+    return max(1, min(processors(device.index or 0) // max(1, row_tiles), columns // (4 * tile)))
+
+
+def share(columns: int, parts: int, tile: int) -> int:
+    """Columns of a part, whole tiles."""
+    return -(-columns // (parts * tile)) * tile
+
+
+_library = torch.library.Library("kdfast_triton", "DEF")  # the ops live as long as it does
+
+
+def register(name: str, function: Callable, fake: Callable) -> None:
+    """`function` as torch.ops.kdfast_triton.`name`, launched on the device of its first argument."""
+
+    def run(first: Tensor, *rest):
+        with torch.cuda.device_of(first):
+            return function(first, *rest)
+
+    _library.define(name + torch.library.infer_schema(function, mutates_args=()))
+    _library.impl(name, run, "CPU" if INTERPRETED else "CUDA")
+    torch.library.register_fake(f"kdfast_triton::{name}", fake, lib=_library)
+
+
+class ScoreTiles(NamedTuple):
+    """Of a launch that uses triton_scores.scores: rows, columns and depth of a tile's products, warps, stages of the pipeline."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    def options(self, parts: int) -> dict:
+        rows, columns, depth, warps, stages = self
+        return {
+            "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "STAGES": stages, "PARTS": parts, "INTERPRETED": INTERPRETED,
+            "num_warps": warps,
+        }  # fmt: skip
+
+
+def score_tiles(width: int, parts: int) -> ScoreTiles:
+    """For rows of `width` in `parts` 16-bit parts, on every GPU from compute capability 8.0.
+
+    Shared memory holds `stages` of `parts` x depth x (rows + columns) numbers: 108 KB of three parts. 32 registers of a thread hold
+    scores; twice as many columns leave what a tile's masks and keys need too few (spills before Hopper and after).
+    """
+    if INTERPRETED:
+        return ScoreTiles(32, 32, 16, 4, 1)
+    return ScoreTiles(128, 64, min(32 if parts > 1 else 64, power_of_two(width)), 8, 3)
+
+
+def split(x: Tensor, parts: int, depth: int) -> Tensor:
+    """`x` [N, D] as the sum of `parts` bfloat16 matrices, [parts, N, D'], D' the next multiple of `depth` (zeros beyond D).
+
+    0 where it is not finite: whoever ranks by such scores knows those rows by other means. With one part and 16-bit rows, they are it.
+    """
+    x = torch.nn.functional.pad(x, (0, -x.shape[1] % depth))
+    if parts == 1 and x.dtype != torch.float32:
+        return x.nan_to_num(0.0, 0.0, 0.0)[None]
+    most = torch.finfo(torch.bfloat16).max
+    rest, out = x.float().nan_to_num(0.0, 0.0, 0.0).clamp(-most, most), x.new_empty((parts, *x.shape), dtype=torch.bfloat16)
+    for part in out:
+        part.copy_(rest)
+        rest = rest - part.float()
+    return out

@@ -218,18 +218,20 @@ def _problem(
     simple = not (settings.get("soft") or settings.get("swap") or sample_on is not None)
     facts = dict(others=tuple(t.dtype for t in rows), width=min(t.shape[1] for t in rows), mined=name, bounded=max_positives is not None)
     impl = op.choose(name_of_op, impl, batch.layers[0], separates=simple and name_of_op == "triplet_loss", **facts)
-    if impl == "torch" or batch.layers[0].shape[0] == 0:
+    if impl != "cpu" or batch.layers[0].shape[0] == 0:
         batch = batch.ready(metric, normalize)
         on = batch if sample_on is None else on.ready(metric, normalize)
     mine, mine_ref = on.layers[0].detach(), on.refs[0].detach()
-    if impl == "torch":
+    if impl != "cpu":
         mine, mine_ref = distances.centred(mine, mine_ref, metric)
     bound = mine_ref.shape[0]
     if name not in mining.PER_ANCHOR:
         bound = max_positives or classes.largest(batch.anchors, bound)
     random_mining = seeded or name in sampling.RANGES
     seed = random.seed(generator, mine.device) if random_mining else torch.zeros((), dtype=torch.int64, device=mine.device)
-    chosen = mining.Settings(metric=metric, normalize=normalize, sign=1 if direction == "cluster" else -1, width=mine.shape[1], **settings)
+    chosen = mining.Settings(
+        metric=metric, normalize=normalize, sign=1 if direction == "cluster" else -1, width=mine.shape[1], impl=impl, **settings
+    )
     separate = sample_on is not None
     return impl, chosen, portable.Problem(batch.layers, batch.refs, mine, mine_ref, batch.anchors, batch.classes, bound, separate), seed
 

@@ -57,13 +57,6 @@ def tiles(width: int, dtype: torch.dtype, streams: int, arch: int) -> Tiles:
     return Tiles(rows, max(16, columns), 8, 2)
 
 
-def splits(row_tiles: int, columns: int, t: Tiles, device: torch.device) -> int:
-    """Parts the bank is cut into so that few row tiles still fill the GPU; each has 4 tiles of columns at least."""
-    if runtime.INTERPRETED:
-        return max(1, min(2, columns // (4 * t.columns)))
-    return max(1, min(runtime.processors(device.index or 0) // max(1, row_tiles), columns // (4 * t.columns)))
-
-
 class Launch(NamedTuple):
     """What a problem's launches share."""
 
@@ -136,7 +129,7 @@ def forward(
     if lse.numel() == 0:
         return lse, out, lse_low
     row_tiles = -(-rows // t.rows)
-    parts = splits(row_tiles * batch, columns, t, query.device)
+    parts = runtime.splits(row_tiles * batch, columns, t.columns, query.device)
     part_top = part_total = part_pooled = scale
     if parts > 1:
         part_top, part_total = scale.new_empty(parts, batch, rows), scale.new_empty(parts, batch, rows)
@@ -145,7 +138,7 @@ def forward(
     kernels.forward[(row_tiles, parts, batch)](
         query, keys, keys if values is None else values, scale, bias, scale if start_logit is None else start_logit,
         scale if start_value is None else start_value, *terms, lse, lse_low, out, part_top, part_total, part_pooled,
-        *launch.sizes, share(columns, parts, t.columns),
+        *launch.sizes, runtime.share(columns, parts, t.columns),
         STARTED=start_logit is not None, START_VALUE=pooled and start_value is not None, POOLED=pooled, SPLIT=parts > 1, **launch.options,
     )  # fmt: skip
     if parts > 1:
@@ -185,13 +178,13 @@ def grad_rows(
     if scale.numel() == 0:
         return slope.new_empty(query.shape), torch.empty_like(slope), torch.empty_like(slope)
     row_tiles = -(-rows // t.rows)
-    parts = splits(row_tiles * batch, columns, t, query.device)
+    parts = runtime.splits(row_tiles * batch, columns, t.columns, query.device)
     out = slope.new_empty(parts, batch, rows, width)
     mass, total = slope.new_empty(parts, batch, rows), slope.new_empty(parts, batch, rows)
     kernels.grad_rows[(row_tiles, parts, batch)](
         slope, slope if h is None else h, lse, torch.zeros_like(lse) if lse_low is None else lse_low, query, keys,
         keys if values is None else values, scale, *launch.tensors, out, mass, total,
-        *launch.sizes, share(columns, parts, t.columns), WITH_H=h is not None, **launch.options,
+        *launch.sizes, runtime.share(columns, parts, t.columns), WITH_H=h is not None, **launch.options,
     )  # fmt: skip
     return out.sum(0), mass.sum(0), total.sum(0)
 
@@ -239,22 +232,9 @@ def grad_keys(
     return dkeys, dbias, dvalues
 
 
-def share(columns: int, parts: int, tile: int) -> int:
-    """Columns of a part, whole tiles."""
-    return -(-columns // (parts * tile)) * tile
-
-
-def _register() -> torch.library.Library:
-    library = torch.library.Library("kdfast_triton", "DEF")
-    for name, function, fake in (
-        ("similarity_softmax", forward, cpu.forward_fake),
-        ("similarity_grad_rows", grad_rows, cpu.grad_rows_fake),
-        ("similarity_grad_keys", grad_keys, cpu.grad_keys_fake),
-    ):
-        library.define(name + torch.library.infer_schema(function, mutates_args=()))
-        library.impl(name, function, "CPU" if runtime.INTERPRETED else "CUDA")
-        torch.library.register_fake(f"kdfast_triton::{name}", fake, lib=library)
-    return library
-
-
-_LIBRARY = _register()  # the ops live as long as it does
+for _name, _function, _fake in (
+    ("similarity_softmax", forward, cpu.forward_fake),
+    ("similarity_grad_rows", grad_rows, cpu.grad_rows_fake),
+    ("similarity_grad_keys", grad_keys, cpu.grad_keys_fake),
+):
+    runtime.register(_name, _function, _fake)

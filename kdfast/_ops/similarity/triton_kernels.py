@@ -7,19 +7,12 @@ What stays (queries here, keys in `grad_keys`) is multiplied as it was loaded: a
 import triton
 import triton.language as tl
 
+from ..._core.triton_scores import product
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LN2_LOW: tl.constexpr = tl.constexpr(-1.904654299957768e-09)  # ln 2 less its nearest float
 LOG2E_LOW: tl.constexpr = tl.constexpr(1.9259629911266175e-08)  # log2(e) less its nearest float
-
-
-@triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """acc + a b. The interpreter has no arithmetic in 16 bits."""
-    if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..._core import impls
-from . import cpu, distances, extrema, inputs, relations_cpu
+from . import cpu, distances, extrema, inputs, relations_cpu, triton
 
 __all__ = ["Extreme", "RowExtrema", "row_extrema"]
 
@@ -20,9 +20,10 @@ OPS = (
     "contrastive_loss",
     "angular_loss",
 )
-_IN_CPP = ("row_extrema", "triplet_loss", "mine_triplets", "multi_similarity_loss", "margin_loss", "contrastive_loss", "angular_loss")
+_MINED_IN_TRITON = ("row_extrema", "triplet_loss", "mine_triplets")
+_CPU, _TRITON = (impls.Implementation(name, m.missing, m.refuses) for name, m in (("cpu", cpu), ("triton", triton)))
 for _op in OPS:
-    impls.register(_op, *([impls.Implementation("cpu", cpu.missing, cpu.refuses)] if _op in _IN_CPP else []))
+    impls.register(_op, _CPU, *([_TRITON] if _op in _MINED_IN_TRITON else []))
 for _op in ("mmd_rbf", "rkd_distance", "rkd_angle"):
     impls.register(_op, impls.Implementation("cpu", relations_cpu.missing, relations_cpu.refuses))
 
@@ -93,16 +94,16 @@ def row_extrema(
         if impl == "cpu":
             columns, _ = cpu.extremes(x, y, b.anchors, b.classes, metric, normalize, farthest_negative=True)
         else:
-            columns = _scanned(b.ready(metric, normalize), metric)
+            columns = _scanned(b.ready(metric, normalize), metric, triton.scan if impl == "triton" else extrema.scan)
         x = distances.prepare(x, metric, normalize)
         return RowExtrema(*(_exact(x, y, columns[kind], metric, normalize, farthest) for kind, (_, farthest) in extrema.KINDS.items()))
 
 
 @torch.no_grad()
-def _scanned(b: inputs.Batch, metric: str) -> dict[str, Tensor]:
+def _scanned(b: inputs.Batch, metric: str, scan) -> dict[str, Tensor]:
     """Column [N] of each of extrema.KINDS (-1: none)."""
     rows = distances.centred(b.layers[0], b.refs[0], metric)
-    found = extrema.scan(*rows, b.anchors, b.classes, metric, tuple(extrema.KINDS))
+    found = scan(*rows, b.anchors, b.classes, metric, tuple(extrema.KINDS))
     return {kind: e.index for kind, e in zip(extrema.KINDS, found, strict=True)}
 
 

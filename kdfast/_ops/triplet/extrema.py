@@ -16,6 +16,13 @@ KINDS = {
     "hardest_negative": (False, False),
     "easiest_negative": (False, True),
 }
+#: mining -> kind of positive, whether the negative must be farther than it: one triplet an anchor
+PER_ANCHOR = {
+    "batch_hard": ("hardest_positive", False),
+    "easy_positive": ("easiest_positive", False),
+    "easy_semihard": ("easiest_positive", True),
+    "hard_semihard": ("hardest_positive", True),
+}
 #: Rows of a tile; its columns follow from the budget.
 TILE_ROWS = 256
 

@@ -6,16 +6,10 @@ import torch
 from torch import Tensor
 
 from ..._core import random
-from . import classes, distances, extrema, sampling
+from . import classes, distances, extrema, sampling, triton
 from .classes import Anchors, References
+from .extrema import PER_ANCHOR
 
-#: mining -> kind of positive, whether the negative must be farther than it: one triplet an anchor
-PER_ANCHOR = {
-    "batch_hard": ("hardest_positive", False),
-    "easy_positive": ("easiest_positive", False),
-    "easy_semihard": ("easiest_positive", True),
-    "hard_semihard": ("hardest_positive", True),
-}
 #: one negative a positive pair
 PER_PAIR = ("semi_hard_facenet", "distance_weighted", "focal")
 #: every triplet that satisfies an inequality
@@ -34,6 +28,7 @@ class Settings(NamedTuple):
     fallback: str = "uniform"
     width: int = 0  # of the rows mined on
     epsilon: float = 0.1
+    impl: str = "torch"
 
 
 class Candidates(NamedTuple):
@@ -50,11 +45,12 @@ class Candidates(NamedTuple):
 def per_anchor(s: Settings, x: Tensor, y: Tensor, anchors: Anchors, refs: References) -> tuple[Tensor, Tensor, Tensor]:
     """positive, negative [N] (-1: none) and whether a distance compared was NaN [N], streaming over the references."""
     kind, beyond = PER_ANCHOR[s.mining]
+    scan = triton.scan if s.impl == "triton" else extrema.scan
     if beyond:
-        (p,) = extrema.scan(x, y, anchors, refs, s.metric, (kind,))
-        (n,) = extrema.scan(x, y, anchors, refs, s.metric, ("hardest_negative",), beyond=p.value)
+        (p,) = scan(x, y, anchors, refs, s.metric, (kind,))
+        (n,) = scan(x, y, anchors, refs, s.metric, ("hardest_negative",), beyond=p.value)
     else:
-        p, n = extrema.scan(x, y, anchors, refs, s.metric, (kind, "hardest_negative"))
+        p, n = scan(x, y, anchors, refs, s.metric, (kind, "hardest_negative"))
     return p.index, n.index, p.value.isnan() | n.value.isnan()
 
 

@@ -1,0 +1,57 @@
+"""Triton kernels compiled for GPUs that are not here, and what their object code has."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+DOT = {torch.bfloat16: (tl.bfloat16, "*bf16"), torch.float16: (tl.float16, "*fp16"), torch.float32: (tl.float32, "*fp32")}
+POINTERS = {
+    **dict.fromkeys(("query", "keys", "values", "start_value", "bank"), "matrix"),
+    **dict.fromkeys(("query_labels", "key_labels", "key_index", "valid", "label", "own", "key_label", "index"), "*i64"),
+    **dict.fromkeys(("x", "y"), "*bf16"), "exists": "*i1", "position": "*i32",
+}  # fmt: skip
+NUMBERS = ("rows", "columns", "width", "value_width", "split_columns", "count", "splits", "slots", "split_slots", "size")
+MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+
+
+class Code:
+    """Registers, bytes of local memory, bytes of shared memory and the instructions of a kernel compiled for one architecture."""
+
+    def __init__(self, kernel, arch: int, dtype: torch.dtype, constants: dict, warps: int, tmp_path: Path):
+        signature = {name: self._type(name, constants, DOT[dtype][1]) for name in kernel.arg_names}
+        aligned = {
+            (i,): [["tt.divisibility", 16]]  # as for contiguous tensors whose width is a multiple of 16
+            for i, name in enumerate(kernel.arg_names)
+            if signature[name].startswith("*") or name in ("width", "value_width", "keys_stride", "values_stride")
+        }
+        target = GPUTarget("cuda", arch, 32)
+        compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options={"num_warps": warps})
+        cubin = tmp_path / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        self.registers, self.stack, self.local = map(int, found.groups())
+        self.shared = compiled.metadata.shared
+        self.text = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+
+    @staticmethod
+    def _type(name: str, constants: dict, matrix: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name in NUMBERS:
+            return "i32"
+        if name.endswith("_stride"):
+            return "i64"
+        given = POINTERS.get(name, "*fp32")
+        return matrix if given == "matrix" else given
+
+    def has(self, instruction: str) -> bool:
+        return re.search(rf"\b{instruction}", self.text) is not None
