@@ -164,6 +164,19 @@ def _matching_loss(impl: str) -> Iterator[Pair]:
     return _agree(lambda x, y: functional.clip_loss(x, y, 10.0, impl=impl), plain, impl, _rows(N, 1), _rows(N, 2))
 
 
+def _sup_con(impl: str) -> Iterator[Pair]:
+    own, labels = torch.eye(N, dtype=torch.bool), _labels(N)
+    positive = (labels[:, None] == labels) & ~own
+
+    def plain(x):
+        log_p = (10.0 * x @ x.T).masked_fill(own, -torch.inf).log_softmax(-1)
+        return -(log_p.masked_fill(~positive, 0).sum(-1) / positive.sum(-1).clamp(min=1))[positive.any(-1)].mean()
+
+    return _agree(
+        lambda x: functional.sup_con(x, labels.to(x.device), temperature=0.1, normalize=False, impl=impl), plain, impl, _rows(N, 1)
+    )
+
+
 def _gather_similarity(impl: str) -> Iterator[Pair]:
     from ._ops.gather import reference
 
@@ -290,6 +303,7 @@ CHECKS: dict[str, Callable[[str], Iterator[Pair]]] = {
     "symmetric_lse": _symmetric_lse,
     "sigmoid_pair_loss": _sigmoid_pair_loss,
     "matching_loss": _matching_loss,
+    "sup_con": _sup_con,
     "info_nce": _info_nce,
     "similarity_distillation": _similarity_distillation,
     "gather_similarity": _gather_similarity,

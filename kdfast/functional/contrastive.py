@@ -6,9 +6,10 @@ from torch import Tensor
 from .._core import checks, collectives, dtypes
 from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
-from .._ops.similarity import KeyIndex, sigmoid_pair_loss, similarity_lse
+from .._ops.similarity import sigmoid_pair_loss
 from .._ops.similarity.matching import clip_rows, sigmoid_rows, view_rows
 from .._ops.similarity.positives import dot
+from .._ops.similarity.sup_con import sup_con_rows
 from ._candidates import inverse, normalized, score_sums
 from .info_nce import Prepared, info_nce, prepared_loss
 
@@ -88,6 +89,7 @@ def sup_con(
     Raises: ValueError, TypeError naming the argument. Source: Khosla et al. 2020, eq. 2 (L_out).
     """
     checks.floating("features", features, min_ndim=2)
+    checks.choice("reduction", reduction, REDUCTIONS)
     labels = checks.integral("labels", labels, shape=tuple(features.shape[:-1]), device=features.device)
     if bank is None:
         for name, value in (("bank_labels", bank_labels), ("bank_valid", bank_valid)):
@@ -95,7 +97,9 @@ def sup_con(
                 raise ValueError(f"{name} needs a bank: without one the candidates are the batch")
         features = normalized(features) if normalize else features
         if features.dim() == 2 and len(features) and group is None and (own_index is None or own_index is True):
-            return _among_themselves(features, labels, temperature, weight, reduction, precision, impl)
+            scale, mean = inverse("temperature", temperature, features), reduction == "mean" and weight is None
+            losses, counted = sup_con_rows(features, labels.contiguous(), scale, mean=mean, precision=precision, impl=impl)
+            return losses if mean else reduce_rows(losses, counted=counted, weight=weight, reduction=reduction)
         normalize, bank, bank_labels, offset = False, features, labels, 0
         if group is not None:
             bank, offset = collectives.all_gather_rows(features, group)
@@ -119,18 +123,6 @@ def sup_con(
         precision=precision,
         impl=impl,
     )
-
-
-def _among_themselves(features, labels, temperature, weight, reduction, precision, impl) -> Tensor:
-    """`sup_con` of rows [N, D] that are their own candidates: lse over the others, less the mean score of the others of the class."""
-    scale, own = inverse("temperature", temperature, features), torch.arange(len(features), device=features.device)
-    exclude = (KeyIndex(own[:, None]),)
-    lse, _ = similarity_lse(features, features, scale=scale, exclude=exclude, precision=precision, impl=impl)
-    wide, place = features.to(lse.dtype), torch.searchsorted(labels.sort().values, labels)  # a class is named by its first place in order
-    others = lse.new_zeros(len(place)).index_add(0, place, torch.ones_like(lse.detach())).index_select(0, place) - 1
-    sums = torch.zeros_like(wide).index_add(0, place, wide).index_select(0, place) - wide
-    losses = lse - scale * dot(features, sums) / others.clamp(min=1)
-    return reduce_rows(losses, counted=others > 0, weight=weight, reduction=reduction)
 
 
 def clip_loss(

@@ -32,11 +32,24 @@ struct SymmetricStatistics {
   float *column_maximum, *column_sum;  // [task columns]
 };
 
+// What class_statistics finds in the task's columns for each of its rows, from the task's first row on, where every row of the batch entry is a
+// column too, left out for itself by its label: base-2 maximum and sum as above, and of its class, with the row itself, the sum of the scores
+// x_i.y_j (its own as 0) and the number of rows.
+struct ClassStatistics {
+  const int64_t* classes;               // [batch, rows]
+  float *maximum, *sum, *same_count;    // [task rows]
+  double* same_sum;
+};
+
 // Upstream gradients g of the log-sum-exps L of rows and columns: W_ij = g^r_i exp(z_ij - L^r_i) + g^c_j exp(z_ij - L^c_j). L is lse + low.
 // Whole arrays.
 struct SymmetricUpstream {
   const float *row_g, *row_lse, *row_low;           // [batch, rows]
   const float *column_g, *column_lse, *column_low;  // [batch, columns]
+
+  // Null, or classes that attract: W_ij is pull^r_i + pull^c_j less where i and j are of one class. A pair left out still weighs 0.
+  const int64_t *row_class, *column_class;  // [batch, rows], [batch, columns]
+  const float *row_pull, *column_pull;
 };
 
 // What weights W_ij of the pairs are summed into: a rectangle's sums are added to these. Whole arrays; null: not wanted.
@@ -52,6 +65,8 @@ struct PairsKernels {
   void (*symmetric)(const PairParams&, const PairTask&, const SymmetricStatistics&, float* workspace);
   int64_t (*symmetric_grad_workspace)(const PairParams&, const PairSums&, int64_t rows, int64_t columns);
   void (*symmetric_grad)(const PairParams&, const PairTask&, const SymmetricUpstream&, const PairSums&, float* workspace);
+  int64_t (*class_statistics_workspace)(const PairParams&, int64_t rows, int64_t columns);
+  void (*class_statistics)(const PairParams&, const PairTask&, const ClassStatistics&, float* workspace);
   int64_t (*sigmoid_workspace)(const PairParams&, int64_t rows, int64_t columns);
   void (*sigmoid)(const PairParams&, const PairTask&, float* loss, float* workspace);  // loss [task rows]
   int64_t (*sigmoid_grad_workspace)(const PairParams&, const PairSums&, int64_t rows, int64_t columns);

@@ -50,8 +50,9 @@ struct PairLabels {
   BlockLabels halves;
   int64_t least, greatest;
 
-  void begin_block(const PairParams& p, int64_t batch, const Block& block) {
-    const int64_t* const labels = p.y_labels + batch * p.columns + block.first;
+  // `labels` of all columns of the batch entry.
+  void begin_block(const int64_t* labels, const Block& block) {
+    labels += block.first;
     halves.pack(labels, block);
     least = greatest = labels[0];
     for (int64_t j = 1; j < block.columns; ++j) {
@@ -59,15 +60,17 @@ struct PairLabels {
       greatest = labels[j] > greatest ? labels[j] : greatest;
     }
   }
-  // Scores of columns with label `own` become `replacement`.
-  void leave_out(float* scores, int64_t padded, int64_t own, float replacement) const {
+  // f(j, which of columns j .. j + kLanes have label `own`), unless none of the block can have it.
+  template <class F>
+  void for_equal(int64_t padded, int64_t own, const F& f) const {
     if (own < least || own > greatest) return;
     const IntVec low = IntVec{} + int32_t(uint32_t(own)), high = IntVec{} + int32_t(own >> 32);
+    for (int64_t j = 0; j < padded; j += kLanes) f(j, (load_int(halves.low + j) == low) & (load_int(halves.high + j) == high));
+  }
+  // Scores of columns with label `own` become `replacement`.
+  void leave_out(float* scores, int64_t padded, int64_t own, float replacement) const {
     const Vec other = splat(replacement);
-    for (int64_t j = 0; j < padded; j += kLanes) {
-      const IntVec equal = (load_int(halves.low + j) == low) & (load_int(halves.high + j) == high);
-      store(scores + j, equal ? other : load(scores + j));
-    }
+    for_equal(padded, own, [&](int64_t j, IntVec equal) { store(scores + j, equal ? other : load(scores + j)); });
   }
 };
 

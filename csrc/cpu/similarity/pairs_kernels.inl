@@ -1,6 +1,6 @@
 // A unit compiled once for each instruction set, and its part of the dispatch table.
 #include "similarity/sigmoid.inl"
-#include "similarity/symmetric.inl"
+#include "similarity/sup_con.inl"
 
 namespace kdfast {
 extern const PairsKernels KDFAST_UNIT(pairs);
@@ -9,6 +9,8 @@ const PairsKernels KDFAST_UNIT(pairs) = {
     .symmetric = symmetric,
     .symmetric_grad_workspace = symmetric_grad_workspace,
     .symmetric_grad = symmetric_grad,
+    .class_statistics_workspace = class_statistics_workspace,
+    .class_statistics = class_statistics,
     .sigmoid_workspace = sigmoid_workspace,
     .sigmoid = sigmoid,
     .sigmoid_grad_workspace = sigmoid_grad_workspace,

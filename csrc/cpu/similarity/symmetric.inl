@@ -73,7 +73,7 @@ struct SymmetricStatistic {
   void begin_rows(int64_t row) { first = row; }
 
   void begin_block(const Block& block) {
-    if (p.y_labels != nullptr) labels.begin_block(p, task.batch, block);
+    if (p.y_labels != nullptr) labels.begin_block(p.y_labels + task.batch * p.columns, block);
   }
 
   float multiplier(int64_t row) const { return base2_multiplier(p.scale[task.batch * p.rows + first + row]); }
@@ -193,16 +193,18 @@ struct SymmetricWeights {
   int64_t first;  // row, of the batch entry
   double centre;  // the reference a, a float: the mean of the rows' L
   bool block_near;
-  PairLabels labels;
+  PairLabels labels, classes;
   SymmetricSide row, column;
-  float* multiplier;  // per row
-  int32_t* near;      // per row
+  float* multiplier;   // per row
+  int32_t* near;       // per row
+  float* column_pull;  // per column
 
   void plan(int64_t rows, int64_t block, Arena& arena) {
     row.plan(rows, arena), column.plan(block, arena);
     multiplier = arena.take(rows);
     near = reinterpret_cast<int32_t*>(arena.take(rows));
-    labels.halves.plan(block, arena);
+    labels.halves.plan(block, arena), classes.halves.plan(block, arena);
+    column_pull = arena.take(block);
   }
 
   void begin() {
@@ -230,7 +232,12 @@ struct SymmetricWeights {
       block_near &= column.set(j, upstream.column_lse[at], upstream.column_low[at], upstream.column_g[at], centre);
     }
     for (int64_t j = block.columns; j < block.padded; ++j) column.set(j, 0, 0, 0, centre);
-    if (p.y_labels != nullptr) labels.begin_block(p, task.batch, block);
+    const int64_t begin = task.batch * p.columns;
+    if (p.y_labels != nullptr) labels.begin_block(p.y_labels + begin, block);
+    if (upstream.column_class == nullptr) return;
+    classes.begin_block(upstream.column_class + begin, block);
+    __builtin_memcpy(column_pull, upstream.column_pull + begin + block.first, size_t(4 * block.columns));
+    __builtin_memset(column_pull + block.columns, 0, size_t(4 * (block.padded - block.columns)));
   }
 
   void weigh(const Block& block, int64_t i, float* scores) const {
@@ -249,6 +256,18 @@ struct SymmetricWeights {
         store(scores + j, multiply_add(g, of_row, load(column.g + j) * of_column));
       }
     }
+    if (upstream.row_class != nullptr) attract(block, i, scores);
+  }
+
+  // Taken off each weight before the product: summed by themselves the two parts would lose the digits they share.
+  void attract(const Block& block, int64_t i, float* weights) const {
+    const int64_t at = task.batch * p.rows + first + i;
+    const Vec pull = splat(upstream.row_pull[at]);
+    classes.for_equal(block.padded, upstream.row_class[at], [&](int64_t j, IntVec equal) {
+      const Vec weight = load(weights + j);
+      store(weights + j, equal ? weight - (pull + load(column_pull + j)) : weight);
+    });
+    if (p.x_labels != nullptr) labels.leave_out(weights, block.padded, p.x_labels[at], 0);
   }
 };
 

@@ -1,0 +1,121 @@
+// kdfast::sup_con and kdfast::sup_con_grad on the CPU: every row against the others, which its class attracts. With n_i the number of others of
+// i's class and z = s x x^T,
+//   loss_i = lse_i - sum_same z_ij / n_i, or 0 where n_i = 0,   dx_i = s sum_j W_ij x_j,
+//   W_ij = g_i (p_ij - [same] / n_i) + g_j (p_ji - [same] / n_j) for j != i.
+
+#include <torch/csrc/stable/library.h>
+
+#include <numeric>
+#include <tuple>
+#include <vector>
+
+#include "similarity/bind_pairs.h"
+
+namespace {
+
+using kdfast::Matching;
+
+struct SupConCall {
+  PairParams p;
+  const int64_t* classes;  // [rows]
+  float scale;
+  Tensor of_rows, index;   // memory: the scale of every row; its number, by which it is left out for itself
+};
+
+SupConCall sup_con_call(const Tensor& x, const Tensor& scale, const Tensor& labels, int64_t precision) {
+  STD_TORCH_CHECK(x.dim() == 2, "x must have 2 dimensions, got ", x.dim());
+  const int64_t rows = x.size(0), width = x.size(1);
+  SupConCall call{{}, packed<int64_t>("labels", labels, {rows}), *packed<float>("scale", scale, {}), scratch(rows), scratch(rows, ScalarType::Long)};
+  std::fill_n(floats_of(call.of_rows), rows, call.scale);
+  int64_t* const own = static_cast<int64_t*>(call.index.mutable_data_ptr());
+  std::iota(own, own + rows, 0);
+  PairParams& p = call.p;
+  p.precision = precision_for_rows(precision_of(precision), rows);
+  p.batch = 1, p.rows = p.columns = rows, p.width = width;
+  p.x = p.y = row_matrix("x", x, {rows, width});
+  p.scale = floats_of(call.of_rows);
+  p.x_labels = p.y_labels = own;
+  return call;
+}
+
+double sum_of(const float* x, int64_t count) { return std::accumulate(x, x + count, 0.0); }
+
+// One row's share of a mean over those that are counted.
+double share_of(const float* inverse, int64_t rows) { return 1 / double(std::max<int64_t>(rows - std::count(inverse, inverse + rows, 0.f), 1)); }
+
+constexpr int64_t kStatistics = 3;  // log-sum-exps, their low digits and 1 / n (0: not counted), [rows] each
+
+std::tuple<Tensor, Tensor> sup_con(const Tensor& x, const Tensor& scale, const Tensor& labels, bool mean, int64_t precision) {
+  const SupConCall call = sup_con_call(x, scale, labels, precision);
+  const PairParams& p = call.p;
+  const int64_t rows = p.rows;
+  const Grid grid(p);
+  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
+  const int64_t words = kernels.class_statistics_workspace(p, longest(rows, grid.row_parts), longest(rows, grid.column_parts));
+  const Tensor workspace = scratch(words * grid.workers), counts = scratch(grid.column_parts * rows);
+  const Tensor sums = scratch(grid.column_parts * rows, ScalarType::Double);
+  const Partial parts(grid.column_parts, rows);
+  float *const work = floats_of(workspace), *const count = floats_of(counts);
+  double* const sum = static_cast<double*>(sums.mutable_data_ptr());
+  for_each_task(grid.workers, grid.tasks(), [&](int64_t worker, int64_t t) {
+    const PairTask task = grid.task(t);
+    const int64_t part = grid.column_part(t), row = task.row_begin, at = part * rows + row;
+    kernels.class_statistics(p, task, {call.classes, parts.maximum(part, row), parts.sum(part, row), count + at, sum + at}, work + worker * words);
+  });
+
+  const Tensor statistics = output(x, {kStatistics, rows}), losses = output(x, {rows});
+  float *const lse = floats_of(statistics), *const low = lse + rows, *const inverse = low + rows, *const loss = floats_of(losses);
+  parts.merge(lse, low);
+  for (int64_t i = 0; i < rows; ++i) {
+    double same = 0, others = -1;
+    for (int64_t part = 0; part < grid.column_parts; ++part) same += sum[part * rows + i], others += count[part * rows + i];
+    inverse[i] = others == 0 ? 0 : float(1 / others);
+    loss[i] = others == 0 ? 0 : float(double(lse[i]) + double(low[i]) - double(call.scale) * same / others);
+  }
+  if (!mean) return {losses, statistics};
+  const Tensor value = output(x, {});
+  *floats_of(value) = float(sum_of(loss, rows) * share_of(inverse, rows));
+  return {value, statistics};
+}
+
+// The gradients that are wanted, in the order of x, scale.
+std::vector<Tensor> sup_con_grad(const Tensor& g, const Tensor& statistics, const Tensor& x, const Tensor& scale, const Tensor& labels, bool want_x,
+                                 bool want_scale, int64_t precision) {
+  const SupConCall call = sup_con_call(x, scale, labels, precision);
+  const int64_t rows = call.p.rows, width = call.p.width;
+  const bool mean = g.dim() == 0;
+  const float* const upstream = mean ? packed<float>("g", g, {}) : packed<float>("g", g, {rows});
+  const float *const lse = packed<float>("statistics", statistics, {kStatistics, rows}), *const inverse = lse + 2 * rows;
+  const float share = float(share_of(inverse, rows));
+
+  const Tensor of_rows = scratch(3 * rows), sums = zeros(x, true, {rows, width}), dscale = output(x, {rows});
+  float *const row_g = floats_of(of_rows), *const pull = row_g + rows, *const no_match = pull + rows;
+  for (int64_t i = 0; i < rows; ++i) {
+    row_g[i] = inverse[i] == 0 ? 0 : mean ? *upstream * share : upstream[i];
+    pull[i] = row_g[i] * inverse[i];
+    no_match[i] = 0;
+  }
+  symmetric_sums(call.p, {row_g, lse, lse + rows, row_g, lse, lse + rows, call.classes, call.classes, pull, pull},
+                 {floats_of(sums), nullptr, nullptr});
+
+  std::vector<Tensor> found;
+  if (want_x) found.push_back(x.scalar_type() == ScalarType::Float ? sums : output(x, {rows, width}, x.scalar_type()));  // floats in place
+  const Matching m{rows, width, call.p.x, call.p.y, call.scale, false};
+  const kdfast::MatchingGradients d{no_match, floats_of(sums), nullptr, want_x ? found[0].mutable_data_ptr() : nullptr, nullptr, floats_of(dscale)};
+  const int64_t workers = workers_for(double(rows) * double(width) * 4);
+  for_each_task(workers, workers, [&](int64_t, int64_t t) {
+    kdfast::cpu_kernels().matching_gradients(m, d, t * rows / workers, (t + 1) * rows / workers);
+  });
+  if (want_scale) {
+    found.push_back(output(x, {}));
+    *floats_of(found.back()) = float(sum_of(floats_of(dscale), rows) / 2);  // the sums hold every pair twice
+  }
+  return found;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("sup_con", TORCH_BOX(&sup_con));
+  m.impl("sup_con_grad", TORCH_BOX(&sup_con_grad));
+}

@@ -1,0 +1,124 @@
+"""Rows of a batch among each other, attracted by the others of their class (SupCon's L_out).
+
+With z_ij = s x_i.x_j over j != i and C_i the others of i's class: loss_i = lse_i - mean of z_ij over C_i. Its gradient weighs a pair by
+p_ij - [j in C_i] / |C_i|, two numbers that are close where a row is learnt, and are subtracted before anything is summed: on the CPU a call
+is one op, and its gradient another (csrc/cpu/similarity/symmetric.inl).
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ..._core import impls
+from . import cpu
+from .apply import streaming_softmax, transformed
+from .arguments import how_to_compute, problem
+from .definition import SecondOrder
+from .exclusions import Rules
+from .positives import dot
+
+impls.register("sup_con", impls.Implementation("cpu", cpu.missing, cpu.refuses))
+
+
+class Call(NamedTuple):
+    """What a call is beside its differentiable tensors x and scale."""
+
+    labels: Tensor  # int64 [N]
+    mean: bool  # the mean of the losses that count instead of them
+    precision: str | None
+    impl: str | None
+    products: int  # the kernels' number for how they are formed
+
+
+def sup_con_rows(
+    x: Tensor, labels: Tensor, scale: float | Tensor, *, mean: bool, precision: str | None, impl: str | None
+) -> tuple[Tensor, Tensor | None]:
+    """(losses [N], whether a row counts [N]: has others of its class), or, with `mean`, (the mean of those that count [], None).
+
+    x: [N, D], N >= 1. labels: int64 [N]. scale: a float, 0-d or [N].
+    """
+    compute = how_to_compute(x, precision)
+    call = Call(labels, mean, precision, impl, cpu.product_number(compute.products, x))
+    if impl is None or impl == "cpu":  # another serves the pass over all pairs, within the definition
+        impl = impls.choose("sup_con", impl, device_type=x.device.type, dtype=compute.dtype)
+    if impl != "cpu" or transformed() or (isinstance(scale, Tensor) and scale.dim()):
+        losses, counted = _definition(call, x, scale)
+    else:
+        losses, statistics = SupCon.apply(call, x, torch.as_tensor(scale, dtype=torch.float32))
+        counted = statistics[2] > 0
+    return losses, None if mean else counted
+
+
+def _definition(call: Call, x: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+    """In PyTorch's operations around the streaming softmax, for any device and transform, and for derivatives of the second order."""
+    labels, mean, precision, impl, _ = call
+    rules = Rules(key_index=torch.arange(len(x), device=x.device)[:, None])
+    spec, tensors = problem(x, x, scale, None, None, None, rules, None, precision, impl)
+    lse, *_ = streaming_softmax(spec, tensors.folded(spec), pool=False, need_pooled=False)
+    lse = lse[0]
+    wide, place = x.to(lse.dtype), torch.searchsorted(labels.sort().values, labels)  # a class is named by its first place in order
+    others = lse.new_zeros(len(place)).index_add(0, place, torch.ones_like(lse.detach())).index_select(0, place) - 1
+    sums = torch.zeros_like(wide).index_add(0, place, wide).index_select(0, place) - wide
+    counted = others > 0
+    losses = torch.where(counted, lse - scale * dot(x, sums) / others.clamp(min=1), 0.0)
+    return losses.sum() / counted.sum().clamp(min=1) if mean else losses, counted
+
+
+class SupCon(Function):
+    """The same by fused kernels, outside transforms: (losses, statistics [3, N]: lse, its low digits, 1 / others of the class)."""
+
+    @staticmethod
+    def forward(ctx, call, x, scale):
+        x = x.contiguous()
+        losses, statistics = torch.ops.kdfast.sup_con(x, scale, call.labels, call.mean, call.products)
+        ctx.call = call
+        ctx.mark_non_differentiable(statistics)
+        ctx.save_for_backward(statistics, x, scale)
+        ctx.set_materialize_grads(False)
+        return losses, statistics
+
+    @staticmethod
+    def backward(ctx, g, _):
+        if g is None:
+            return (None,) * 3
+        run = SupConGradients.apply if torch.is_grad_enabled() else _gradients
+        return None, *run(ctx.call, ctx.needs_input_grad[1:], g, *ctx.saved_tensors)
+
+
+class SupConGradients(Function):
+    """`_gradients`, and their derivative."""
+
+    @staticmethod
+    def forward(ctx, call, want, g, statistics, x, scale):
+        ctx.call, ctx.want = call, want
+        ctx.save_for_backward(g, x, scale)
+        ctx.set_materialize_grads(False)
+        return _gradients(call, want, g, statistics, x, scale)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        definition = partial(_definition, ctx.call)
+        dg, dx, dscale = SecondOrder.apply(lambda *inputs: definition(*inputs)[0], ctx.want, *cotangents, *ctx.saved_tensors)
+        return None, None, dg, None, dx, dscale
+
+
+def _gradients(call, want, g, statistics, x, scale) -> tuple[Tensor | None, ...]:
+    """The gradients of <g, losses> in (x, scale), None where not wanted."""
+    found = iter(torch.ops.kdfast.sup_con_grad(g.contiguous(), statistics, x, scale, call.labels, *want, call.products))
+    return tuple([next(found) if wanted else None for wanted in want])
+
+
+def _sup_con_fake(x, scale, labels, mean, products):
+    return scale.new_empty(() if mean else x.shape[:1]), scale.new_empty((3, len(x)))
+
+
+def _sup_con_grad_fake(g, statistics, x, scale, labels, want_x, want_scale, products):
+    return [torch.empty_like(t) for t, wanted in ((x, want_x), (scale, want_scale)) if wanted]
+
+
+if cpu.missing() is None:
+    torch.library.register_fake("kdfast::sup_con", _sup_con_fake)
+    torch.library.register_fake("kdfast::sup_con_grad", _sup_con_grad_fake)
