@@ -52,7 +52,15 @@ def _parser() -> argparse.ArgumentParser:
     distil.add_argument(
         "--method", dest="methods", action="append", default=[], metavar="NAME", help="one method (may be repeated; default: all)"
     )
-    distil.add_argument("--data", choices=("digits",), default="digits", help="what to learn (default: %(default)s)")
+    distil.add_argument(
+        "--data",
+        choices=("digits", "mnist1d", "text"),
+        default="digits",
+        help="what to learn, offline (default: %(default)s)",
+    )
+    distil.add_argument(
+        "--tune", action="store_true", help="compare a tenth, the whole and ten times each method's weight, on samples kept for validation"
+    )
     distil.add_argument("--seeds", type=_positive, default=3, metavar="N", help="students a method (default: %(default)s)")
     distil.add_argument("--steps", type=_positive, default=400, metavar="N", help="batches a student (default: %(default)s)")
     distil.add_argument("--output", type=Path, default=Path("runs/distill"), metavar="DIR", help="results (default: %(default)s)")
@@ -92,5 +100,6 @@ def _demo(given: argparse.Namespace) -> int:
 def _distill(given: argparse.Namespace) -> int:
     from . import study
 
-    study.run(given.methods, given.output, data=given.data, seeds=given.seeds, steps=given.steps)
+    command = study.tune if given.tune else study.run
+    command(given.methods, given.output, data=given.data, seeds=given.seeds, steps=given.steps)
     return 0

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kdfast.study.digits import Tokens
+from kdfast.study.network import SelfSupervised, Tokens
 from kdfast.study.recipes import Recipe, Setting
 from kdfast.study.training import Data, Trainer
 
@@ -35,10 +35,13 @@ class Net(nn.Module):
         self.tokens, self.pool = Tokens(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.fc = nn.Linear(channels, classes)
 
-    def forward(self, x):
+    def pooled(self, x):
         maps = self.maps(self.early(x))
         self.tokens(maps)
-        return self.fc(self.pool(maps))
+        return self.pool(maps)
+
+    def forward(self, x):
+        return self.fc(self.pooled(x))
 
 
 @functools.cache
@@ -52,13 +55,16 @@ def problem() -> Data:
         x, y = points[:TRAIN], labels[:TRAIN]
         one, two = (_taught(Net(width), x, y) for width in (24, 20))
         halves = [_taught(Net(width, CLASSES // 2), x[y // 2 == i], y[y // 2 == i] - 2 * i) for i, width in enumerate((24, 20))]
-        teachers = {"one": one, "two": [one, two], "halves": halves, "random": Net(24).eval()}
+        sides = _taught(Net(24, 2), x, (x[:, 0] > 0).long())
+        teachers = {"one": one, "two": [one, two], "halves": halves, "other": sides, "random": Net(24).eval()}
+        teachers["self-supervised"] = SelfSupervised(one, 16).eval()
 
     def view(name, index, generator):
         return x[index] + 0.2 * torch.randn(len(index), 8, generator=generator)
 
     setting = Setting(y, CLASSES, student_dim=12, teacher_dim=24, queue=96, negatives=32, dim=16)
-    return Data(x, y, points[TRAIN:], labels[TRAIN:], view, lambda: Net(12), teachers, setting)
+    rest = points[TRAIN:], labels[TRAIN:]
+    return Data(x, y, TRAIN, rest, rest, view, lambda: Net(12), teachers, setting)
 
 
 def _taught(net: Net, x, y) -> Net:

@@ -69,6 +69,8 @@ def test_sskd_keeps_the_best_ranked_of_the_wrong_rows(kept):
     same_value_and_gradient(value, expected, *(s[i][part] for i in range(4) for part in ("logits", "feat")), affine.weight)
     named = {name: s[i] for i, name in enumerate(("plain", "rotated1", "rotated2", "rotated3"))}
     torch.testing.assert_close(loss(named, t, labels=y), value)
+    stacked = [{part: torch.cat([x[i][part] for i in range(4)]) for part in ("logits", "feat")} for x in (s, t)]
+    torch.testing.assert_close(loss(*stacked, labels=y), value)
 
 
 def test_cone_neighbours_and_votes():
@@ -283,6 +285,7 @@ def test_bad_input_is_named():
         (lambda: SSKD()({i: both for i in range(4)}, {i: both for i in range(4)}), "labels must be given for SSKD"),
         (lambda: SSKD()({i: x for i in range(4)}, both, labels=y), "student must have logits and feat in every view"),
         (lambda: SSKD()({i: both for i in range(3)}, both, labels=y), "student must have the views plain"),
+        (lambda: SSKD()({"logits": x[:3], "feat": x[:3]}, both, labels=y), "student must have 4 N rows"),
         (lambda: CoNe(votes, votes), "bank must be made with labels=True"),
         (lambda: CoNe(labelled, QueueBank(8, 3)), "normalize=False"),
         (lambda: CoNe(labelled, votes)(both, both), "labels must be given"),

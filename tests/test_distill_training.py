@@ -20,7 +20,7 @@ def alone() -> float:
     run = trainer(ALONE)
     for _ in range(STEPS):
         run.step()
-    return accuracy(run.student, run.data)
+    return accuracy(run.student, run.data.test)
 
 
 @every_method
@@ -38,7 +38,7 @@ def test_it_does_not_hurt(recipe, alone):
     run = trainer(recipe._replace(weight=recipe.weight / 10, task_weight=1.0))
     for _ in range(STEPS):
         run.step()
-    assert accuracy(run.student, run.data) >= alone - 0.03, alone
+    assert accuracy(run.student, run.data.test) >= alone - 0.03, alone
 
 
 @every_method

@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,23 @@ def peak_extra(build: Callable[..., Callable[[], Any]], *args, warm: tuple | Non
     `build` is a module-level function (it is sent to a fresh process). `build(*warm)()` runs first, where given: a small
     call that loads the code, so that only memory which grows with the size is measured.
     """
+    with fresh_process() as pool:
+        return peak_in(pool, build, *args, warm=warm)
+
+
+def peak_in(pool: ProcessPoolExecutor, build: Callable[..., Callable[[], Any]], *args, warm: tuple | None = None) -> int:
+    """`peak_extra` in a process that may measure several calls and keep what they share."""
+    return pool.submit(_measure, build, args, warm).result()
+
+
+@contextlib.contextmanager
+def fresh_process() -> Iterator[ProcessPoolExecutor]:
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload(["torch._dynamo", "kdfast.distill"])  # imported once, by the server
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_measure, build, args, warm).result()
+        yield pool
 
 
 def _measure(build: Callable[..., Callable[[], Any]], args: tuple, warm: tuple | None) -> int:

@@ -1,7 +1,8 @@
 """How each method of kdfast.distill is used on an image classifier: what it is made of, where it looks, with which weight.
 
 Models have modules of one set of names: "early" and "maps" (feature maps), "tokens" [N, L, D], "pool" [N, D]; their output is
-logits. Weights are for short runs of a small student; the methods' docstrings give the published ones.
+logits. One setting for all data. Weights are for short runs of a small student: the published one, or the tenth or hundredth of it that
+keeps the task in sight, compared by `kdfast distill --tune` on the digits kept for validation. Docstrings give the published ones.
 """
 
 from collections.abc import Callable
@@ -37,16 +38,21 @@ class Recipe(NamedTuple):
     weight: float = 1.0
     task_weight: float = 1.0
     views: tuple[str, ...] = ()  # of the student; () is the batch itself
+    stacked: bool = False  # the student's views in one batch, the first view first
     teacher_views: tuple[str, ...] = ()  # () is what the student sees
-    teachers: str = "one"  # "two", "halves" (of the classes), "random", "average" of the student, "averages" (two), "none"
+    teachers: str = "one"  # or another of subject.prepare; "average" of the student, "averages" (two), "none"
 
 
 LOGITS_AND_FEATURES = {"logits": None, "feat": "pool"}
-_ROTATIONS = ("plain", "rotated1", "rotated2", "rotated3")
+VIEWS = ("plain", "turned1", "turned2", "turned3")
 
 
 def _student_queue(s: Setting, **options) -> QueueBank:
     return s.keys(s.student_dim, **options)
+
+
+def _inverted(s: Setting) -> nn.Module:
+    return distill.MSE(Projector(invert=True))
 
 
 def _cka(s: Setting, **options) -> nn.Module:
@@ -57,30 +63,40 @@ RECIPES = {
     "KD": Recipe(lambda s: distill.KD(T=4), weight=0.9, task_weight=0.1),
     "DIST": Recipe(lambda s: distill.DIST(temperature=4)),
     "CKD": Recipe(lambda s: distill.CKD(), weight=10.0),
-    "MultiHeadKD": Recipe(lambda s: distill.MultiHeadKD(num_heads=2, num_classes=s.num_classes), at=(["maps", "pool"], None)),
+    "MultiHeadKD": Recipe(lambda s: distill.MultiHeadKD(num_heads=2, num_classes=s.num_classes), at=(["maps", "pool"], None), weight=0.1),
     "PESFKD": Recipe(lambda s: distill.PESFKD()),
     "FacultyOT": Recipe(lambda s: distill.FacultyOT()),
     "TWIST": Recipe(lambda s: distill.TWIST(), views=("a", "b"), teachers="none", weight=0.2),
     "MSE": Recipe(lambda s: distill.MSE("linear"), at="pool"),
-    "MSE inverted": Recipe(lambda s: distill.MSE(Projector(invert=True)), at="maps"),
-    "MSE inverted, random teacher": Recipe(lambda s: distill.MSE(Projector(invert=True)), at="maps", teachers="random"),
+    "MSE inverted": Recipe(_inverted, at="maps", weight=0.1),
+    "MSE, other task": Recipe(lambda s: distill.MSE("linear"), at="maps", teachers="other", weight=0.1),
+    "MSE inverted, other task": Recipe(_inverted, at="maps", teachers="other", weight=0.1),
+    "MSE, random teacher": Recipe(lambda s: distill.MSE("linear"), at="maps", teachers="random", weight=0.1),
+    "MSE inverted, random teacher": Recipe(_inverted, at="maps", teachers="random", weight=0.1),
     "Cosine": Recipe(lambda s: distill.Cosine("linear"), at="pool"),
     "SRD": Recipe(lambda s: distill.SRD(), at=LOGITS_AND_FEATURES),
     "ICKD": Recipe(lambda s: distill.ICKD(), at="maps"),
     "HybridDistill": Recipe(lambda s: distill.HybridDistill(), at={"tokens": "tokens", "values": "early"}, teachers="two"),
-    "SpectralTail": Recipe(lambda s: distill.SpectralTail(rank=max(1, s.student_dim // 2)), at="pool", teachers="none"),
-    "RKD": Recipe(lambda s: distill.RKD(), at="pool", weight=0.1),
-    "MLKD": Recipe(lambda s: distill.MLKD(), at=LOGITS_AND_FEATURES),
+    "SpectralTail": Recipe(lambda s: distill.SpectralTail(rank=max(1, s.student_dim // 2)), at="pool", teachers="none", weight=0.1),
+    "RKD": Recipe(lambda s: distill.RKD(), at="pool"),
+    "MLKD": Recipe(lambda s: distill.MLKD(), at=LOGITS_AND_FEATURES, weight=0.1),
     "REFILLED": Recipe(lambda s: distill.REFILLED(), at="pool", weight=0.1),
-    "REFILLED, stage 2": Recipe(lambda s: distill.REFILLED(2), at=(None, "pool"), weight=0.02),
-    "SSKD": Recipe(lambda s: distill.SSKD(), at=LOGITS_AND_FEATURES, views=_ROTATIONS, task_weight=0.0),
-    "WCL": Recipe(lambda s: distill.WCL(), at={"instance": "pool", "graph": "pool"}, views=("a", "b"), teachers="none", weight=0.1),
+    "REFILLED, stage 2": Recipe(lambda s: distill.REFILLED(2), at=(None, "pool"), weight=0.2),
+    "SSKD": Recipe(
+        lambda s: distill.SSKD(),
+        at=(LOGITS_AND_FEATURES, {"logits": None, "feat": "head"}),
+        views=VIEWS,
+        stacked=True,
+        teachers="self-supervised",
+        task_weight=0.0,
+    ),
+    "WCL": Recipe(lambda s: distill.WCL(), at={"instance": "pool", "graph": "pool"}, views=("a", "b"), teachers="none", weight=0.01),
     "SwAV": Recipe(
         lambda s: distill.SwAV(s.negatives, s.student_dim, banks=[_student_queue(s), _student_queue(s)]),
         at="pool",
         views=("a", "b"),
         teachers="none",
-        weight=0.1,
+        weight=0.01,
     ),
     "IAA": Recipe(lambda s: distill.IAA(s.num_classes, s.student_dim), at="pool", teachers="none", weight=0.1),
     "CRD": Recipe(lambda s: distill.CRD(len(s.labels), dim=s.dim, num_negatives=s.negatives, labels=s.labels), at="pool", weight=0.1),
@@ -109,6 +125,9 @@ RECIPES = {
         lambda s: distill.CoNe(_student_queue(s, labels=True), s.keys(s.num_classes, normalize=False), neighbors=s.queue // 2),
         at=LOGITS_AND_FEATURES,
         teachers="average",
+    ),
+    "CKA, soft targets alone": Recipe(
+        lambda s: _cka(s, weights={"intra": 0, "inter": 0, "align": 0}), at=LOGITS_AND_FEATURES, teachers="halves", task_weight=0.0
     ),
     "CKA": Recipe(_cka, at=LOGITS_AND_FEATURES, teachers="halves", task_weight=0.0),
     "CKA, bank and transport": Recipe(

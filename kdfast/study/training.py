@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..distill import Distiller, DistillLoss, Term
 from .recipes import Recipe, Setting
 
+_UNLABELLED = -100
 _DECAY = 0.9  # of the student's averages: a run has hundreds of steps, not a million
 
 
@@ -18,9 +19,10 @@ class Data(NamedTuple):
     """What a student learns from and is measured on."""
 
     x: Tensor
-    y: Tensor
-    test_x: Tensor
-    test_y: Tensor
+    y: Tensor  # the classes of the first `labelled` samples, a teacher's answers for the others
+    labelled: int
+    validation: tuple[Tensor, Tensor]  # samples and their classes, for choosing weights
+    test: tuple[Tensor, Tensor]
     view: Callable[[str, Tensor, Generator], Tensor]  # (name, index [N], generator) -> that view of the samples
     student: Callable[[], nn.Module]
     teachers: Mapping[str, nn.Module | list[nn.Module]]  # by the names of Recipe.teachers
@@ -55,19 +57,27 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
 
     def batch(self) -> tuple:
-        """(input, the teachers' input, targets [N], index [N])."""
-        index = torch.randperm(len(self.data.x), generator=self.generator)[: self.batch_size]
+        """(input, the teachers' input, classes [N], index [N]); half of it labelled where some samples are not."""
+        labelled, rest = self.data.labelled, len(self.data.x) - self.data.labelled
+        known = self.batch_size // 2 if rest else self.batch_size
+        index = torch.randperm(labelled, generator=self.generator)[:known]
+        if rest:
+            others = torch.randperm(rest, generator=self.generator)[: self.batch_size - known]
+            index = torch.cat([index, labelled + others])
 
         def seen(views: tuple[str, ...]) -> dict[str, Tensor]:
             return {name: self.data.view(name, index, self.generator) for name in views}
 
         x = seen(self.recipe.views) or self.data.view("a", index, self.generator)
+        if self.recipe.stacked:
+            x = torch.cat(list(x.values()))
         return x, seen(self.recipe.teacher_views) or None, self.data.y[index], index
 
     def forward(self) -> tuple[Tensor, dict[str, Tensor]]:
         x, teacher_input, y, index = self.batch()
-        options = {"labels": y, "task": F.cross_entropy, "task_weight": self.recipe.task_weight}
-        return self.distiller(x, y, index=index, teacher_input=teacher_input, **options)
+        targets = y.where(index < self.data.labelled, _UNLABELLED)
+        options = {"labels": y, "task": _cross_entropy, "task_weight": self.recipe.task_weight}
+        return self.distiller(x, targets, index=index, teacher_input=teacher_input, **options)
 
     def step(self) -> float:
         loss, parts = self.forward()
@@ -80,11 +90,17 @@ class Trainer:
         return float(parts["method"])
 
 
-def accuracy(student: nn.Module, data: Data) -> float:
-    """The share of test samples that the student's output classifies rightly."""
+def _cross_entropy(output: Tensor, targets: Tensor) -> Tensor:
+    """Over the labelled samples; of stacked views the plain one, which is the first."""
+    return F.cross_entropy(output[: len(targets)], targets, ignore_index=_UNLABELLED)
+
+
+def accuracy(student: nn.Module, samples: tuple[Tensor, Tensor]) -> float:
+    """The share of samples that the student's output classifies rightly."""
     training = student.training
     student.eval()
+    x, y = samples
     with torch.no_grad():
-        right = student(data.test_x).argmax(1) == data.test_y
+        right = student(x).argmax(1) == y
     student.train(training)
     return float(right.float().mean())
