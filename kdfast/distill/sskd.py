@@ -19,10 +19,10 @@ class SSKD(DistillLoss):
     """Classes, softened logits of plain and rotated images, and which plain image a rotated one came from.
 
     `loss(student, teacher, labels=y)` with dicts of "logits" and "feat" ([4 N, D], or maps that are averaged), as from
-    at={"logits": None, "feat": "avgpool"} on torch.cat([torch.rot90(x, i, (2, 3)) for i in range(4)]): the N plain images first, in one
-    batch with the rotated ones, so that BatchNorm knows what it will meet. Or dicts of four views (plain, rotated1, rotated2, rotated3,
-    or 0 ... 3), each such a dict of N rows, for networks without BatchNorm. The teacher's "feat" is its embedding under a self-supervision head trained
-    beforehand, the student's passes `projector`; both are l2-normalised here.
+    at={"logits": None, "feat": "avgpool"} on torch.cat([torch.rot90(x, i, (2, 3)) for i in range(4)]): the N plain images first, in
+    one batch with the rotated ones, so that BatchNorm knows what it will meet. Or dicts of four views (plain, rotated1, rotated2,
+    rotated3, or 0 ... 3), each such a dict of N rows, for networks without BatchNorm. The teacher's "feat" is its embedding under a
+    self-supervision head trained beforehand, the student's passes `projector`; both are l2-normalised here.
         loss = ce_weight CE(plain) + kd_weight KD_T(plain) + rotated_weight KD_T(rotated) + contrast_weight contrast.
     Contrast: with scores cos / temperature of the 3 N rotated rows against the N plain columns, temperature^2
     KL(softmax(teacher's) || softmax(student's)), the mean over the rows kept: those whose source the teacher ranks first and, of
