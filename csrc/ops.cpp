@@ -55,7 +55,8 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "bool history) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "sinkhorn_plan(Tensor? cost, Tensor? x, Tensor? y, Tensor a, Tensor b, Tensor epsilon, Tensor? rows, Tensor? cols, str metric, "
-      "float? rho_a, float? rho_b, Tensor? f, Tensor? g, Tensor? weight, bool over_cost, bool sum, int begin, int end) -> Tensor");
+      "float? rho_a, float? rho_b, Tensor? f, Tensor? g, Tensor? weight, Tensor? slope, bool over_cost, bool sum, "
+      "int begin, int end) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "sinkhorn_replay(Tensor? cost, Tensor? x, Tensor? y, Tensor a, Tensor b, Tensor epsilon, Tensor? rows, Tensor? cols, str metric, "
       "float? rho_a, float? rho_b, Tensor g, Tensor history_f, Tensor history_g, Tensor done, Tensor to_f, Tensor to_g, bool to_epsilon, "

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kdfast._core import extension
-from kdfast._ops.sinkhorn import reference
+from kdfast._ops.sinkhorn import adjoint, cpu, reference
 from kdfast.ops import sinkhorn
 
 _C, REASON = extension.load("_C")
@@ -171,6 +171,31 @@ def test_gradient_in_the_cost(isa, dtype, shape):
     torch.testing.assert_close(gradient.double(), wanted.sum(0) if len(shape) == 2 else wanted, rtol=unit, atol=unit * 1e-2)
 
 
+# The second and the third are cut by rows for two threads.
+@pytest.mark.parametrize(
+    "source, batch, n", [("given", 3, 200), ("given", 1, 3200), ("shared", 3, 1100), ("sqeuclidean", 3, 200), ("euclidean", 3, 200)]
+)
+def test_moments_of_the_plan(isa, source, batch, n):
+    """P (w0 + w1 C) and the moments of C, with a forbidden pair, weights of zero and lengths."""
+    m, given = 129, source in ("given", "shared")
+    a, b = weights(batch, n, dtype=torch.float32), weights(batch, m, dtype=torch.float32)
+    a[:, 2], b[:, 4] = 0, 0
+    cost = torch.rand(*(() if source == "shared" else (batch,)), n, m)
+    cost[..., 5, 7] = torch.inf
+    points = {} if given else {"x": torch.randn(batch, n, 5), "y": torch.randn(batch, m, 5), "metric": source}
+    lengths = (torch.tensor([n, 300, 1]), torch.tensor([m, 1, m - 1])) if source == "shared" else None
+    r = sinkhorn(cost if given else None, **points, a=a, b=b, epsilon=0.5, max_iters=5, lengths=lengths, impl="cpu")
+    p, f, g, *_ = r.state
+    w0, w1 = torch.rand(batch), torch.rand(batch)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    ours = cpu.plan_gradient(p, f, g, w0, w1)
+    torch.set_num_threads(before)
+    high = p._replace(**{k: t.double() for k, t in p._asdict().items() if isinstance(t, Tensor) and t.is_floating_point()}, impl="torch")
+    for u, v in zip(ours, adjoint.plan_gradient(high, f.double(), g.double(), w0.double(), w1.double()), strict=True):
+        torch.testing.assert_close(u.double(), v, rtol=2e-5, atol=2e-5 * float(v.abs().max()) if v.numel() else 0)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"epsilon": 0.01}, {"rho": (0.5, None)}, {"anneal": (1.0, 0.5)}, {"tol": 1e-3}, {"method": "proximal", "epsilon": 1.0}],
@@ -232,7 +257,8 @@ def test_the_operator_checks_its_arguments(change, message):
         "history": True,
     }
     torch.library.opcheck(torch.ops.kdfast.sinkhorn_solve.default, tuple(arguments.values()))
-    rows = (torch.rand(1, 3), torch.rand(1, 4), torch.ones(1), False, False, 1, 3)
-    torch.library.opcheck(torch.ops.kdfast.sinkhorn_plan.default, (*list(arguments.values())[:11], *rows))
+    for slope in (None, torch.ones(1)):
+        rows = (torch.rand(1, 3), torch.rand(1, 4), torch.ones(1), slope, False, False, 1, 3)
+        torch.library.opcheck(torch.ops.kdfast.sinkhorn_plan.default, (*list(arguments.values())[:11], *rows))
     with pytest.raises(RuntimeError, match=message):
         torch.ops.kdfast.sinkhorn_solve(**(arguments | change))

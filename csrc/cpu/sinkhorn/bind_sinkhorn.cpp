@@ -150,18 +150,27 @@ int64_t plan_workspace(const SinkhornProblem<double>& p) { return kdfast::cpu_ke
 void plan_one(const SinkhornProblem<float>& p, const SinkhornPlan<float>& plan, float* work) { kdfast::cpu_kernels().sinkhorn_plan(p, plan, work); }
 void plan_one(const SinkhornProblem<double>& p, const SinkhornPlan<double>& plan, double* work) { kdfast::cpu_kernels().sinkhorn_plan_double(p, plan, work); }
 
+using Planned = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
 template <class Real>
-Tensor plan(const Problems<Real>& problems, const Tensor& a, const OptionalTensor& f, const OptionalTensor& g, const OptionalTensor& weight, bool over_cost,
-            bool sum, int64_t begin, int64_t end) {
+Planned plan(const Problems<Real>& problems, const Tensor& a, const OptionalTensor& f, const OptionalTensor& g, const OptionalTensor& weight,
+             const OptionalTensor& slope, bool over_cost, bool sum, int64_t begin, int64_t end) {
   const auto [batch, n, m] = std::tuple(problems.batch, problems.n, problems.m);
   STD_TORCH_CHECK(0 <= begin && begin <= end && end <= n, "begin and end must be in order within ", n, " rows, got ", begin, " and ", end);
   STD_TORCH_CHECK(f.has_value() == g.has_value() && f.has_value() == weight.has_value(), "f, g and weight must be given together");
+  STD_TORCH_CHECK(f.has_value() || !slope.has_value(), "slope needs f, g and weight");
   const Real *const from_f = f ? packed<Real>("f", *f, {batch, n}) : nullptr, *const from_g = f ? packed<Real>("g", *g, {batch, m}) : nullptr;
-  const Real* const weights = f ? packed<Real>("weight", *weight, {batch}) : nullptr;
+  const Real *const weights = f ? packed<Real>("weight", *weight, {batch}) : nullptr, *const slopes = slope ? packed<Real>("slope", *slope, {batch}) : nullptr;
   const int64_t rows = end - begin;
   Tensor out = on_large_pages(sum ? torch::stable::new_empty(a, {rows, m}) : torch::stable::new_empty(a, {batch, rows, m}));
   if (problems.rows != nullptr || batch == 0) torch::stable::zero_(out);  // padding
-  if (batch * rows == 0) return out;
+  const auto moments = [&](std::initializer_list<int64_t> shape) {
+    Tensor out = slope ? torch::stable::new_empty(a, shape) : torch::stable::new_empty(a, {0});
+    return torch::stable::zero_(out);
+  };
+  Tensor row = moments({batch, rows}), col = moments({batch, m}), square = moments({batch});  // 0 at padding
+  const Planned planned{out, row, col, square};
+  if (batch * rows == 0) return planned;
   Real* const to = values<Real>(out);
 
   // Row ranges of problems are tasks of their own, but problems that are summed.
@@ -169,9 +178,9 @@ Tensor plan(const Problems<Real>& problems, const Tensor& a, const OptionalTenso
   const double entries = double(rows) * double(m) * double(batch);
   const int64_t workers = std::clamp<int64_t>(int64_t(entries / kEntriesAThread), 1, std::min(threads, batch * rows));
   const int64_t parts = sum || batch < workers ? std::min(rows, workers) : 1, tasks = sum ? parts : batch * parts;
-  const int64_t space = plan_workspace(problems.first_padded());
-  Tensor work = torch::stable::new_empty(a, {workers * space});
-  Real* const scratch = values<Real>(work);
+  const int64_t space = plan_workspace(problems.first_padded()), shares = slope ? parts * batch : 0;  // every part's moments of every problem
+  Tensor work = torch::stable::new_empty(a, {workers * space + shares * (m + 1)});
+  Real *const scratch = values<Real>(work), *const cols = scratch + workers * space, *const squares = cols + shares * m;
   for_each_task(workers, tasks, [&](int64_t worker, int64_t task) {
     const int64_t part = task % parts;
     for (int64_t i = sum ? 0 : task / parts; i < (sum ? batch : task / parts + 1); ++i) {
@@ -181,18 +190,30 @@ Tensor plan(const Problems<Real>& problems, const Tensor& a, const OptionalTenso
       if (f) s.f = from_f + i * n, s.g = from_g + i * m, s.weight = double(weights[i]);
       s.over_cost = over_cost, s.add = sum && (i > 0 || problems.rows != nullptr);
       s.out = to + ((sum ? 0 : i) * rows + s.begin - begin) * m, s.out_stride = m;
+      if (slope) {
+        const int64_t share = part * batch + i;
+        s.slope = double(slopes[i]), s.row = values<Real>(row) + i * rows + s.begin - begin, s.col = cols + share * m, s.square = squares + share;
+      }
       plan_one(p, s, scratch + worker * space);
     }
   });
-  return out;
+  for (int64_t i = 0; i < batch && slope; ++i) {
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t share = part * batch + i;
+      for (int64_t j = 0; j < problems.at(i).m; ++j) values<Real>(col)[i * m + j] += cols[share * m + j];
+      values<Real>(square)[i] += squares[share];
+    }
+  }
+  return planned;
 }
 
-Tensor sinkhorn_plan(const OptionalTensor& cost, const OptionalTensor& x, const OptionalTensor& y, const Tensor& a, const Tensor& b, const Tensor& epsilon,
-                     const OptionalTensor& rows, const OptionalTensor& cols, std::string metric, std::optional<double> rho_a, std::optional<double> rho_b,
-                     const OptionalTensor& f, const OptionalTensor& g, const OptionalTensor& weight, bool over_cost, bool sum, int64_t begin, int64_t end) {
+Planned sinkhorn_plan(const OptionalTensor& cost, const OptionalTensor& x, const OptionalTensor& y, const Tensor& a, const Tensor& b, const Tensor& epsilon,
+                      const OptionalTensor& rows, const OptionalTensor& cols, std::string metric, std::optional<double> rho_a, std::optional<double> rho_b,
+                      const OptionalTensor& f, const OptionalTensor& g, const OptionalTensor& weight, const OptionalTensor& slope, bool over_cost, bool sum,
+                      int64_t begin, int64_t end) {
   if (a.scalar_type() == ScalarType::Double)
-    return plan<double>({cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b}, a, f, g, weight, over_cost, sum, begin, end);
-  return plan<float>({cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b}, a, f, g, weight, over_cost, sum, begin, end);
+    return plan<double>({cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b}, a, f, g, weight, slope, over_cost, sum, begin, end);
+  return plan<float>({cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b}, a, f, g, weight, slope, over_cost, sum, begin, end);
 }
 
 }  // namespace

@@ -54,7 +54,7 @@ struct SinkhornReplay {
   int64_t cost_stride;
 };
 
-// Rows of weight a_i b_j E_ij at some potentials; f null: of the cost.
+// Rows of (weight + slope C_ij) P_ij, P_ij = a_i b_j E_ij at some potentials; f null: of the cost.
 template <class Real>
 struct SinkhornPlan {
   const Real *f, *g;  // [n], [m]
@@ -64,6 +64,8 @@ struct SinkhornPlan {
   int64_t begin, end;  // rows
   Real* out;           // [end - begin, m]
   int64_t out_stride;
+  double slope;            // only with moments
+  Real *row, *col, *square;  // null, or moments of these rows: sum_j b_j E_ij C_ij [end - begin], sum_i a_i E_ij C_ij [m], sum_ij P_ij C_ij^2
 };
 
 // One pass over rows begin ... end of scores [rows, columns]; factor = log2(e)/epsilon. Without v: the largest factor s of each column

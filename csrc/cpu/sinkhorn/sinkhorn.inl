@@ -29,7 +29,6 @@ constexpr int64_t kGroupBytes = 16384;  // of their entries: two groups are most
 constexpr int64_t kKeptBytes = 1 << 20; // points: the cost is kept where it fits in half of L2,
 constexpr int64_t kKeptWidth = 92;      // or where forming it anew takes longer than reading it from memory
 constexpr int64_t kShare = 64;          // elements between what workers report: no cache line in common
-constexpr int64_t kChunk = 128;         // rows whose columns are summed apart, for the sake of rounding
 
 // Epsilon of iteration t >= 1.
 inline double epsilon_at(double epsilon, const SinkhornSchedule& schedule, int64_t t) {
@@ -266,19 +265,12 @@ class SinkhornSolver {
       if (keep_) __builtin_memcpy(w_.stored_u + i, used, size_t(rows) * sizeof(Real));
       error += update_rows(i, rows, sums, used, next);
       old = {e, w_.m, next, chunk}, waiting = rows;
-      if ((q + 1) * step / kChunk != q * step / kChunk) add_chunk(columns, chunk);
+      if ((q + 1) * step / kChunk != q * step / kChunk) add_chunk(columns, chunk, w_.m);
     }
     add_rows(old, waiting, p_.m);
-    add_chunk(columns, chunk);
+    add_chunk(columns, chunk, w_.m);
     Real* const share = w_.shares + worker * kShare;
     share[0] = error, share[1] = doubtful ? Real(1) : Real(0);
-  }
-
-  void add_chunk(Real* columns, Real* chunk) const {
-    for (int64_t j = 0; j < w_.m; j += kW) {
-      store(columns + j, load(columns + j) + load(chunk + j));
-      store(chunk + j, V{});
-    }
   }
 
   // sums_r = sum_j b_j e_rj of rows i ... i + rows, at the exponents `used`, adding as many rows of `old`, where given, to
@@ -429,9 +421,9 @@ class SinkhornSolver {
         transport += double(a) * double(cost[r]);
         error += __builtin_fabs(double(a) * (double(mass[r]) - wanted));
       }
-      if ((i - begin) / kChunk != (i + rows - begin) / kChunk) add_chunk(columns, chunk);
+      if ((i - begin) / kChunk != (i + rows - begin) / kChunk) add_chunk(columns, chunk, w_.m);
     }
-    add_chunk(columns, chunk);
+    add_chunk(columns, chunk, w_.m);
     Real* const share = w_.shares + worker * kShare;
     share[0] = Real(error), share[1] = Real(transport);
   }

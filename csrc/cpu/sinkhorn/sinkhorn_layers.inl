@@ -18,8 +18,6 @@ int64_t sinkhorn_assign_workspace(const SinkhornAssign<Real>& p) {
   return (3 + kTogether) * round_up(p.columns, kWidth<Real>);
 }
 
-constexpr int64_t kAssignChunk = 128;  // rows whose columns are summed apart, for the sake of rounding
-
 // Largest and sum_n 2^(k s_nj - largest) of each column over rows first ... end: a group of rows moves the maximum once.
 template <class Real, class T>
 void assign_chunk(const SinkhornAssign<Real>& p, const T* scores, int64_t first, int64_t end, Real* largest, Real* sums) {
@@ -48,9 +46,9 @@ void assign_columns(const SinkhornAssign<Real>& p, const T* scores, Real* work) 
   const int64_t padded = round_up(p.columns, kWidth<Real>);
   Real *const total = work, *const total_largest = work + padded;
   for (int64_t j = 0; j < padded; ++j) p.largest[j] = total_largest[j] = Real(-1e30), total[j] = 0;
-  for (int64_t i = p.begin; i < p.end; i += kAssignChunk) {
+  for (int64_t i = p.begin; i < p.end; i += kChunk) {
     for (int64_t j = 0; j < padded; ++j) p.sums[j] = 0;
-    assign_chunk(p, scores, i, smaller(i + kAssignChunk, p.end), p.largest, p.sums);
+    assign_chunk(p, scores, i, smaller(i + kChunk, p.end), p.largest, p.sums);
     for (int64_t j = 0; j < padded; j += kWidth<Real>) {
       const VecOf<Real> most = load(p.largest + j);
       store(total + j, multiply_add(load(total + j), exp2(load(total_largest + j) - most), load(p.sums + j)));
@@ -84,9 +82,6 @@ void assign_sums(const SinkhornAssign<Real>& p, const CostRows<Real, T>& rows, c
   Real weights[kTogether] = {}, u[kTogether];
   Real* const chunk = entries + kTogether * padded;
   const WeightedRows<Real> old{entries, padded, weights, chunk};
-  const auto add_chunk = [&] {
-    for (int64_t j = 0; j < padded; ++j) p.sums[j] += chunk[j], chunk[j] = 0;
-  };
   for (int64_t j = 0; j < padded; ++j) p.sums[j] = chunk[j] = 0;
   for (int64_t j = 0; j < kTogether * padded; ++j) entries[j] = 0;
   int64_t i = p.begin;
@@ -95,7 +90,7 @@ void assign_sums(const SinkhornAssign<Real>& p, const CostRows<Real, T>& rows, c
     const int64_t next = i + 2 * kTogether <= p.end ? i + kTogether : i;
     weigh_costs<kTogether, true, true>(rows.from(i), u, ones, entries, old, lanes, rows.from(next), most);
     for (int r = 0; r < kTogether; ++r) weights[r] = 1 / sum_lanes(lanes[r]), u[r] = against<Real>(most[r]);
-    if ((i - p.begin) % kAssignChunk == 0) add_chunk();
+    if ((i - p.begin) % kChunk == 0) add_chunk(p.sums, chunk, padded);
   }
   add_rows(old, kTogether, p.columns);
   for (; i < p.end; ++i) {
@@ -104,7 +99,7 @@ void assign_sums(const SinkhornAssign<Real>& p, const CostRows<Real, T>& rows, c
     weights[0] = 1 / sum_lanes(lanes[0]);
     add_rows(old, 1, p.columns);
   }
-  add_chunk();
+  add_chunk(p.sums, chunk, padded);
 }
 
 // Rows written as codes; again each is read from memory for its largest while the one before is weighed.

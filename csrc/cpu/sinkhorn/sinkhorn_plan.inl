@@ -1,5 +1,6 @@
 // Rows of the plan from potentials, times a weight: what the value's gradient in the cost is. One pass, one exponential an entry.
-// Without potentials, rows of the cost.
+// With moments the weight is linear in the cost, and its first two moments under the plan are summed on the way: the transport cost's
+// gradient. Without potentials, rows of the cost.
 #pragma once
 
 #include "sinkhorn/sinkhorn_rows.inl"
@@ -10,53 +11,99 @@ using kdfast::SinkhornPlan;
 
 constexpr int64_t kPlanRows = 4;  // whose costs are formed together
 
+// What rows of the plan are made from, and the column sums of a_i E_ij C_ij: `chunk` those of the last rows, for the sake of rounding.
+template <class Real>
+struct PlanArrays {
+  int64_t m;  // padded
+  Real *exponent, *b, *columns, *chunk, *costs, *points;
+
+  int64_t place(const SinkhornProblem<Real>& p, Real* work) {
+    m = round_up(p.m, kPanelWidth<Real>);
+    exponent = work, b = work + m, columns = work + 2 * m, chunk = work + 3 * m, costs = work + 4 * m, points = costs + kPlanRows * m;
+    return (4 + kPlanRows) * m + PointSums<Real>::space(p);
+  }
+};
+
 template <class Real>
 int64_t sinkhorn_plan_workspace(const SinkhornProblem<Real>& p) {
-  return (2 + kPlanRows) * round_up(p.m, kPanelWidth<Real>) + PointSums<Real>::space(p);
+  return PlanArrays<Real>{}.place(p, nullptr);
 }
 
-// to_j = (or +=) weight b_j 2^(u + x_j) bounded, over c_j where asked.
-template <class Real, class T>
-inline void plan_row(const SinkhornPlan<Real>& plan, const CostRows<Real, T>& row, const Real* b, Real u, Real weight, Real* to) {
-  const VecOf<Real> zero = {}, shift = splat(u), most = splat(Real(kLargestExponent));
-  each_vector<Real>(row.m, [&](int64_t j, int, int64_t count) {
-    const VecOf<Real> t = row.at(0, j, count, shift);
-    VecOf<Real> out = exp2(t > most ? most : t) * (weight * load(b + j));
-    if (plan.over_cost) {
-      const VecOf<Real> cost = load_count<Real>(row.c + j, count);
+// to_j = (or +=) weight a b_j 2^(k f + x_j) bounded, over c_j where asked. With kMoments (weight + slope c_j) takes the weight's place,
+// a e_j c_j goes to the columns, and b_j e_j c_j and a b_j e_j c_j^2 to `first` and `second` by lanes. Products are formed so that
+// 0 times an infinite cost (a forbidden pair), and times an entry near the bound (a row without weight), are 0.
+template <bool kMoments, class Real, class T>
+inline void plan_row(const SinkhornPlan<Real>& plan, const CostRows<Real, T>& row, const PlanArrays<Real>& w, Real f, Real a, Real* to, VecOf<Real>* first,
+                     VecOf<Real>* second) {
+  using V = VecOf<Real>;
+  const V zero = {}, most = splat(Real(kLargestExponent)), finite = splat(kLargestCost<Real>), shift = splat(row.k * f);
+  const V weight = splat(Real(plan.weight)), slope = splat(Real(plan.slope)), mass = splat(a);
+  const bool over_cost = plan.over_cost, add = plan.add;
+  V firsts[4] = {}, seconds[4] = {};
+  each_vector<Real>(row.m, [&](int64_t j, int lane, int64_t count) {
+    const V t = row.at(0, j, count, shift), e = exp2(t > most ? most : t), share = e * load(w.b + j);
+    V out = share * (mass * weight);
+    if constexpr (kMoments) {
+      const V given = load_count<Real>(row.c + j, count), c = given > finite ? finite : given, carried = share * mass * c;
+      out = multiply_add(carried, slope, out);
+      store(w.chunk + j, multiply_add(e * mass, c, load(w.chunk + j)));
+      firsts[lane] = multiply_add(share, c, firsts[lane]);
+      seconds[lane] = multiply_add(carried, c, seconds[lane]);
+    }
+    if (over_cost) {
+      const V cost = load_count<Real>(row.c + j, count);
       out = cost > zero ? out / cost : zero;
     }
-    if (plan.add) out += load_count<Real>(to + j, count);
+    if (add) out += load_count<Real>(to + j, count);
     store_count(to + j, out, count);
   });
+  if constexpr (kMoments) {
+    *first = (firsts[0] + firsts[1]) + (firsts[2] + firsts[3]);
+    *second = (seconds[0] + seconds[1]) + (seconds[2] + seconds[3]);
+  }
 }
 
 template <class Real, class T>
 void plan_rows(const SinkhornProblem<Real>& p, const SinkhornPlan<Real>& plan, Real* work) {
   const FlushDenormals flush;
-  const int64_t m = round_up(p.m, kPanelWidth<Real>);
-  Real *const exponent = work, *const b = work + m, *const costs = work + 2 * m;
-  const PointSums<Real> points(p, costs + kPlanRows * m);
+  PlanArrays<Real> w;
+  w.place(p, work);
+  const PointSums<Real> points(p, w.points);
   const Real k = Real(kBitsPerNat / p.epsilon);
-  for (int64_t j = 0; j < m && plan.f != nullptr; ++j) {
-    b[j] = j < p.m ? p.b[j] : Real(0);
-    exponent[j] = b[j] > 0 ? k * plan.g[j] : Real(-__builtin_inf());
+  const bool moments = plan.row != nullptr;  // columns without weight have them too
+  for (int64_t j = 0; j < w.m && plan.f != nullptr; ++j) {
+    w.b[j] = j < p.m ? p.b[j] : Real(0);
+    w.exponent[j] = w.b[j] > 0 || (moments && j < p.m) ? k * plan.g[j] : Real(-__builtin_inf());
+    w.columns[j] = w.chunk[j] = 0;
   }
   int64_t stride = 0;
+  double square = 0;
   for (int64_t i = plan.begin, rows = 0; i < plan.end; i += rows) {
     rows = smaller(kPlanRows, plan.end - i);
-    const T* const c = cost_rows<Real, T>(p, points, i, rows, 0, p.m, costs, &stride);
+    const T* const c = cost_rows<Real, T>(p, points, i, rows, 0, p.m, w.costs, &stride);
     for (int64_t r = 0; r < rows; ++r) {
-      Real* const to = plan.out + (i + r - plan.begin) * plan.out_stride;
+      const int64_t at = i + r - plan.begin;
+      const CostRows<Real, T> row{c + r * stride, stride, w.exponent, k, p.m};
+      Real* const to = plan.out + at * plan.out_stride;
       if (plan.f == nullptr) {
-        each_vector<Real>(p.m, [&](int64_t j, int, int64_t count) { store_count(to + j, load_count<Real>(c + r * stride + j, count), count); });
+        each_vector<Real>(p.m, [&](int64_t j, int, int64_t count) { store_count(to + j, load_count<Real>(row.c + j, count), count); });
+      } else if (moments) {
+        VecOf<Real> first, second;
+        plan_row<true>(plan, row, w, plan.f[i + r], p.a[i + r], to, &first, &second);
+        plan.row[at] = sum_lanes(first);
+        square += double(sum_lanes(second));
+        if (at % kChunk == kChunk - 1) add_chunk(w.columns, w.chunk, w.m);
       } else if (p.a[i + r] > 0) {
-        plan_row(plan, CostRows<Real, T>{c + r * stride, stride, exponent, k, p.m}, b, k * plan.f[i + r], Real(plan.weight) * p.a[i + r], to);
+        plan_row<false, Real, T>(plan, row, w, plan.f[i + r], p.a[i + r], to, nullptr, nullptr);
       } else if (!plan.add) {  // entries may be infinite where a row has no weight
         for (int64_t j = 0; j < p.m; ++j) to[j] = p.a[i + r] * plan.f[i + r];
       }
     }
   }
+  if (!moments) return;
+  add_chunk(w.columns, w.chunk, w.m);
+  __builtin_memcpy(plan.col, w.columns, size_t(p.m) * sizeof(Real));
+  *plan.square = Real(square);
 }
 
 template <class Real>

@@ -11,6 +11,7 @@ namespace {
 constexpr double kBitsPerNat = 0x1.71547652b82fep+0;
 constexpr double kTrusted = 0x1p100;  // sums outside [1/this, this] are redone
 constexpr double kLargestExponent = 115;  // 80 nats: pairs of zero weight exceed it
+constexpr int64_t kChunk = 128;  // rows whose columns are summed apart, for the sake of rounding
 constexpr int kTogether = kLanes == 16 ? 4 : 2;  // rows in one loop, as registers allow
 
 template <class Real>
@@ -128,6 +129,15 @@ inline void weigh_stored(const Real* e, const Real* v, int64_t m, const Weighted
   });
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) sums[r] = sum[r][0] + sum[r][1];
+}
+
+// columns_j += chunk_j, which starts anew; m in whole vectors.
+template <class Real>
+inline void add_chunk(Real* columns, Real* chunk, int64_t m) {
+  for (int64_t j = 0; j < m; j += kWidth<Real>) {
+    store(columns + j, load(columns + j) + load(chunk + j));
+    store(chunk + j, VecOf<Real>{});
+  }
 }
 
 // columns_j += sum_r weight_r e_rj.

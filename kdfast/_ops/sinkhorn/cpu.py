@@ -31,30 +31,32 @@ def solve(p: Problem, g: Tensor, schedule: Schedule, history: bool) -> Solution:
 
 def costs(p: Problem, begin: int, end: int) -> Tensor:
     """C[:, begin:end] [B, r, m] of points, to the bit as every kernel forms it."""
-    return torch.ops.kdfast.sinkhorn_plan(*_fields(p), None, None, None, False, False, begin, end)
+    return torch.ops.kdfast.sinkhorn_plan(*_fields(p), None, None, None, None, False, False, begin, end)[0]
 
 
 def plan_gradient(p: Problem, f: Tensor, g: Tensor, w0: Tensor, w1: Tensor | None) -> Moments:
-    """adjoint.plan_gradient; without w1 in one pass over the cost."""
-    if w1 is not None:
-        return adjoint.plan_gradient(p, f, g, w0, w1)
-    nothing = [p.a.new_empty(0) for _ in range(5)]
+    """adjoint.plan_gradient, in one pass over the cost."""
     if p.cost is not None:
-        gradient = _plan(p, f, g, w0, 0, p.a.shape[1], total=p.cost.dim() == 2)
-        return Moments(gradient.to(p.cost.dtype), *nothing)
+        gradient, *moments = _plan(p, f, g, w0, w1, 0, p.a.shape[1], total=p.cost.dim() == 2)
+        return Moments(gradient.to(p.cost.dtype), p.a.new_empty(0), p.a.new_empty(0), *moments)
     dx, dy = torch.empty_like(p.x), torch.zeros_like(p.y)
+    row, col, square = (torch.zeros_like(t) if w1 is not None else t.new_empty(0) for t in (p.a, p.b, p.epsilon))
     with torch.autocast("cpu", enabled=False):
-        for block, rows, q, slopes in _plan_tiles(p, f, g, w0, over_cost=p.metric == "euclidean"):
+        for block, rows, q, (slopes, *moments) in _plan_tiles(p, f, g, w0, w1, over_cost=p.metric == "euclidean"):
             dx[block, rows], to_y = pull_slopes(q, rows, slopes)
             dy[block] += to_y
-    return Moments(nothing[0], dx, dy, *nothing[2:])
+            if w1 is not None:
+                row[block, rows] = moments[0]
+                col[block] += moments[1]
+                square[block] += moments[2]
+    return Moments(p.a.new_empty(0), dx, dy, row, col, square)
 
 
 def apply_plan(p: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> Tensor:
     """adjoint.apply_plan."""
     out = v.new_zeros(*(p.b if transpose else p.a).shape, v.shape[-1])
     with torch.autocast("cpu", enabled=False):
-        for block, rows, _, plan in _plan_tiles(p, f, g, torch.ones_like(p.epsilon)):
+        for block, rows, _, (plan, *_moments) in _plan_tiles(p, f, g, torch.ones_like(p.epsilon), None):
             if transpose:
                 out[block] += plan.mT @ v[block, rows]
             else:
@@ -109,20 +111,31 @@ def normalize(logits: Tensor, gradient: Tensor | None, iters: int, eps: float) -
     return torch.ops.kdfast.sinkhorn_normalize(logits.contiguous(), None if gradient is None else gradient.contiguous(), iters, eps)
 
 
-def _plan_tiles(p: Problem, f: Tensor, g: Tensor, weight: Tensor, *, over_cost: bool = False):
-    """(problems, rows, these problems, weight P [b, r, m] there, over C where asked) in pieces that stay in cache."""
+def _plan_tiles(p: Problem, f: Tensor, g: Tensor, weight: Tensor, slope: Tensor | None, *, over_cost: bool = False):
+    """(problems, rows, these problems, _plan there) in pieces that stay in cache."""
     for lo, hi in blocks(p):
         block, q = slice(lo, hi), p.part(lo, hi)
+        per_problem = [None if t is None else t[block] for t in (f, g, weight, slope)]
         for rows in row_tiles(q):
-            yield block, rows, q, _plan(q, f[block], g[block], weight[block], rows.start, rows.stop, over_cost=over_cost)
+            yield block, rows, q, _plan(q, *per_problem, rows.start, rows.stop, over_cost=over_cost)
 
 
 def _plan(
-    p: Problem, f: Tensor, g: Tensor, weight: Tensor, begin: int, end: int, *, over_cost: bool = False, total: bool = False
-) -> Tensor:
-    """Rows of weight P [B, r, m], or their sum over the problems [r, m]."""
-    potentials = (t.contiguous() for t in (f, g, weight))
-    return torch.ops.kdfast.sinkhorn_plan(*_fields(p), *potentials, over_cost, total, begin, end)
+    p: Problem,
+    f: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    slope: Tensor | None,
+    begin: int,
+    end: int,
+    *,
+    over_cost: bool = False,
+    total: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of (weight + slope C) P [B, r, m], over C where asked, or their sum over the problems [r, m]; with a slope then
+    the moments of adjoint.Moments over these rows."""
+    arguments = (None if t is None else t.contiguous() for t in (f, g, weight, slope))
+    return torch.ops.kdfast.sinkhorn_plan(*_fields(p), *arguments, over_cost, total, begin, end)
 
 
 def _fields(p: Problem) -> tuple:
@@ -137,9 +150,13 @@ def _solve_shapes(cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b, g
     return (*(torch.empty_like(s) for s in (a, b, a, b, epsilon, epsilon)), count, *histories)
 
 
-def _plan_shapes(cost, x, y, a, b, *rest) -> Tensor:
-    total, begin, end = rest[-3:]
-    return b.new_empty(*(() if total else b.shape[:1]), end - begin, b.shape[1])
+def _plan_shapes(cost, x, y, a, b, epsilon, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    slope, _, total, begin, end = rest[-5:]
+    moments = ((b.shape[0], end - begin), b.shape, epsilon.shape)
+    return (
+        b.new_empty(*(() if total else b.shape[:1]), end - begin, b.shape[1]),
+        *(b.new_empty(0 if slope is None else shape) for shape in moments),
+    )
 
 
 def _replay_shapes(cost, x, y, a, b, epsilon, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
