@@ -12,6 +12,8 @@ if triton_runtime.INTERPRETED:
 
 from triton_code import MATRIX_INSTRUCTION, SHARED_MEMORY, Code
 
+from kdfast._ops.knn import triton as knn
+from kdfast._ops.knn import triton_kernels as knn_kernels
 from kdfast._ops.triplet import triton as triplet
 from kdfast._ops.triplet import triton_kernels as triplet_kernels
 
@@ -35,7 +37,24 @@ def test_extrema_stays_in_registers(arch, everything, tmp_path):
     options, warps = scan_options(128, 3)
     wanted = dict(zip(triplet.FLAGS, (True, everything, True, everything), strict=True))
     code = Code(
-        triplet_kernels.extrema, arch, torch.float32, {**options, **wanted, "BEYOND": everything, "EUCLIDEAN": True}, warps, tmp_path
+        triplet_kernels.extrema, arch, torch.bfloat16, {**options, **wanted, "BEYOND": everything, "EUCLIDEAN": True}, warps, tmp_path
     )  # fmt: skip
     in_registers(code, arch)
     assert code.has(MATRIX_INSTRUCTION[arch])
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize(("parts", "dtype"), [(3, torch.bfloat16), (1, torch.float16)], ids=["three_parts", "half"])
+def test_group_minima_stay_in_registers(arch, parts, dtype, tmp_path):
+    options, warps = scan_options(128, parts)
+    rules = {"LABELLED": True, "ONLY": False, "OWNED": True, "DROPPED": True, "GROUP": knn.GROUP}
+    code = Code(knn_kernels.group_minima, arch, dtype, {**options, **rules}, warps, tmp_path)
+    in_registers(code, arch)
+    assert code.has(MATRIX_INSTRUCTION[arch])
+
+
+@pytest.mark.parametrize("metric", [0, 1])
+def test_group_distances_stay_in_registers(metric, tmp_path):
+    rules = {"METRIC": metric, "LABELLED": True, "ONLY": False, "OWNED": True, "DROPPED": True, "GROUP": knn.GROUP, "DEPTH": 128}
+    in_registers(Code(knn_kernels.group_distances, 90, torch.bfloat16, rules, 4, tmp_path), 90)
+    in_registers(Code(knn_kernels.row_norms, 90, torch.bfloat16, {"ROWS": 16, "DEPTH": 128}, 4, tmp_path), 90)

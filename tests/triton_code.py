@@ -13,11 +13,11 @@ from triton.compiler import ASTSource
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 DOT = {torch.bfloat16: (tl.bfloat16, "*bf16"), torch.float16: (tl.float16, "*fp16"), torch.float32: (tl.float32, "*fp32")}
 POINTERS = {
-    **dict.fromkeys(("query", "keys", "values", "start_value", "bank"), "matrix"),
-    **dict.fromkeys(("query_labels", "key_labels", "key_index", "valid", "label", "own", "key_label", "index"), "*i64"),
-    **dict.fromkeys(("x", "y"), "*bf16"), "exists": "*i1", "position": "*i32",
+    **dict.fromkeys(("query", "keys", "values", "start_value", "bank", "x", "y"), "matrix"),
+    **dict.fromkeys(("query_labels", "key_labels", "key_index", "valid", "label", "own", "query_label", "key_label", "index", "chosen"), "*i64"),
+    **dict.fromkeys(("exists", "dropped"), "*i1"), "position": "*i32",
 }  # fmt: skip
-NUMBERS = ("rows", "columns", "width", "value_width", "split_columns", "count", "splits", "slots", "split_slots", "size")
+NUMBERS = ("rows", "columns", "width", "value_width", "split_columns", "count", "splits", "slots", "split_slots", "size", "groups", "kept")
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 

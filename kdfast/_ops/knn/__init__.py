@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ..._core import bank_protocol, checks, impls
 from ..._core import precision as precisions
-from . import cpu, portable
+from . import cpu, portable, triton
 
 __all__ = ["knn"]
 
 METRICS = ("cosine", "euclidean", "sqeuclidean")
 
-impls.register("knn", impls.Implementation("cpu", cpu.missing, cpu.refuses))
+impls.register("knn", *(impls.Implementation(name, m.missing, m.refuses) for name, m in (("cpu", cpu), ("triton", triton))))
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def knn(
     The N x M distances are never stored. Products rank candidates, more than k of them; their distances are then taken
     from the rows themselves in float32 (float64 for float64), so that equal rows are at distance 0 and ties go to the
     lower index. impl="cpu" searches a row once more, in float64, where rounding could have hidden a neighbour: it finds every one,
-    whatever the precision. impl="torch" is exact unless many rows lie within the products' rounding of one another (README.md).
+    whatever the precision. The others are exact unless many rows lie within the products' rounding of one another (README.md).
     Where fewer than k rows are admitted the rest is (inf, -1). A NaN distance comes after all others.
 
     Args:
@@ -55,7 +55,7 @@ def knn(
         progress: True shows a bar (tqdm); a callable gets (blocks done, blocks in all).
         precision: of float32 products that rank candidates: None follows PyTorch, as does impl="torch" throughout.
             Anything below "ieee" keeps at least max(4 k, 32) candidates.
-        impl: None, "cpu" or "torch".
+        impl: None, "cpu", "triton" or "torch".
 
     Returns:
         distance in float32 (float64 for float64), index int64.
@@ -82,7 +82,9 @@ def knn(
     products = precisions.resolve(precision, device.type)
     whole_rows = isinstance(bank, Tensor) or (bank.flags.c_contiguous and bank.dtype.isnative)
     dtype = query.dtype if isinstance(query, Tensor) else _dtype("query", query)
-    impl = impls.choose("knn", impl, device_type=device.type, dtype=dtype, whole_rows=whole_rows)
+    resident = isinstance(bank, Tensor) and isinstance(query, Tensor)
+    facts = {"whole_rows": whole_rows, "resident": resident, "width": query.shape[1]}
+    impl = impls.choose("knn", impl, device_type=device.type, dtype=dtype, **facts)
     problem = portable.Problem(
         query,
         bank,
@@ -95,10 +97,11 @@ def knn(
         _dropped(rows, m, device),
     )
     candidates = k + 16 if products == "ieee" else max(4 * k, 32)
-    step, close = _progress(progress, (cpu if impl == "cpu" else portable).blocks(n, m))
+    compiled = {"cpu": cpu, "triton": triton}.get(impl)
+    step, close = _progress(progress, (compiled or portable).blocks(n, m))
     try:
-        if impl == "cpu":
-            return cpu.knn(problem, k, candidates, step, products)
+        if compiled is not None:
+            return compiled.knn(problem, k, candidates, step, products)
         return portable.knn(problem, k, candidates, step)
     finally:
         close()

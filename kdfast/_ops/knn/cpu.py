@@ -31,7 +31,7 @@ def missing() -> str | None:
     return extension.missing_cpu()
 
 
-def refuses(*, device_type: str = "cpu", dtype: torch.dtype = torch.float32, whole_rows: bool = True) -> str | None:
+def refuses(*, device_type: str = "cpu", dtype: torch.dtype = torch.float32, whole_rows: bool = True, **_facts) -> str | None:
     """Why they cannot serve a call on this device type and dtype, with an array of such a layout (None: they can)."""
     if torch.compiler.is_compiling():
         return "whether it searches a query again depends on the data, which torch.compile cannot follow"
