@@ -14,7 +14,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 DOT = {torch.bfloat16: (tl.bfloat16, "*bf16"), torch.float16: (tl.float16, "*fp16"), torch.float32: (tl.float32, "*fp32")}
 POINTERS = {
     **dict.fromkeys(("query", "keys", "values", "start_value", "bank", "x", "y"), "matrix"),
-    **dict.fromkeys(("query_labels", "key_labels", "key_index", "valid", "label", "own", "query_label", "key_label", "index", "chosen"), "*i64"),
+    **dict.fromkeys(("chosen", "index"), "*i64"),
+    **dict.fromkeys(("query_labels", "key_labels", "key_index", "valid", "label", "own", "query_label", "key_label"), "*i64"),
     **dict.fromkeys(("exists", "dropped"), "*i1"), "position": "*i32",
 }  # fmt: skip
 NUMBERS = ("rows", "columns", "width", "value_width", "split_columns", "count", "splits", "slots", "split_slots", "size", "groups", "kept")
