@@ -3,102 +3,41 @@
 // Sorted by distance, the positives whose window holds a level v are a run r .. r': from the number of upper ends that are not above v to
 // the number of lower ends that are not. So c and S of a level are two differences,
 //   c = r' - r,   S = T(r) - T(r') + c (t0 - v),   T(r) = sum over k >= r of (t_k - t0),
-// in double, for the terms nearly cancel where windows are narrow. A rank takes log2 K comparisons: the first four with splitters in a
-// register, the rest with gathered ends. Rows are taken so few at a time that their tables stay near. In the gradient each row counts its
-// levels by rank; running sums of these are the c of its positives.
+// in double, for the terms nearly cancel where windows are narrow. Rows are taken so few at a time that their tables stay near. In the gradient
+// each row counts its levels by rank; running sums of these are the c of its positives.
 //
 // Included after an instruction set's header (isa/).
 #pragma once
 
 #include "triplet/dense_grad.inl"
+#include "triplet/dense_ranks.inl"
 
 namespace {
 
-// ---- sorting ------------------------------------------------------------------------------------------------------------
-
-// Keys in the upper halves of `count` words, sorted through `other`, a byte at a time. Returns the one of the two that holds the result.
-inline uint64_t* sort_by_key(uint64_t* words, uint64_t* other, int64_t count) {
-  for (int shift = 32; shift < 64; shift += 8) {
-    int64_t begin[257] = {};
-    for (int64_t i = 0; i < count; ++i) ++begin[(words[i] >> shift & 255) + 1];
-    if (count > 0 && begin[(words[0] >> shift & 255) + 1] == count) continue;  // one byte for all
-    for (int b = 0; b < 256; ++b) begin[b + 1] += begin[b];
-    for (int64_t i = 0; i < count; ++i) other[begin[words[i] >> shift & 255]++] = words[i];
-    uint64_t* const sorted = other;
-    other = words, words = sorted;
-  }
-  return words;
-}
-
-// ---- ranks --------------------------------------------------------------------------------------------------------------
-
-constexpr int kAtOnce = kVecs;  // vectors whose searches hide each other's latency; a divisor of a panel
-
-// For kAtOnce vectors: how many of `sorted`, 2^depth - 1 floats, are not above v; none for NaN.
-inline void ranks(const float* sorted, int depth, const Vec* v, IntVec* rank) {
-  for (int i = 0; i < kAtOnce; ++i) rank[i] = IntVec{};
-  int level = depth;
-#if KDFAST_LANES == 16
-  if (depth >= 4) {
-    const int below_register = depth - 4;
-    alignas(64) float every[16] = {};
-    for (int i = 0; i < 15; ++i) every[i] = sorted[((i + 1) << below_register) - 1];
-    const __m512 splitters = _mm512_load_ps(every);
-    for (int step = 8; step > 0; step /= 2) {
-      for (int i = 0; i < kAtOnce; ++i) {
-        const Vec probe = (Vec)_mm512_permutexvar_ps((__m512i)(rank[i] + (step - 1)), splitters);
-        rank[i] -= (probe <= v[i]) * step;
-      }
-    }
-    for (int i = 0; i < kAtOnce; ++i) rank[i] <<= below_register;
-    level = below_register;
-  }
-  for (int step = 1 << level >> 1; step > 0; step /= 2) {
-    for (int i = 0; i < kAtOnce; ++i) {
-      const Vec probe = (Vec)_mm512_i32gather_ps((__m512i)(rank[i] + (step - 1)), sorted, 4);
-      rank[i] -= (probe <= v[i]) * step;
-    }
-  }
-#else
-  for (int i = 0; i < kAtOnce; ++i)
-    for (int lane = 0; lane < kLanes; ++lane)
-      for (int step = 1 << level >> 1; step > 0; step /= 2)
-        if (sorted[rank[i][lane] + step - 1] <= v[i][lane]) rank[i][lane] += step;
-#endif
-}
-
-// For the levels v of kLanes columns in the windows from .. to of a row: adds T(from) - T(to) + (to - from) (start - v) to `part` [kLanes].
-inline void add_hinges(const double* suffix, double start, IntVec from, IntVec to, Vec v, double* part) {
-  alignas(64) int32_t first[kLanes], last[kLanes];
-  alignas(64) float levels[kLanes];
-  *reinterpret_cast<IntVec*>(first) = from, *reinterpret_cast<IntVec*>(last) = to;
-  store(levels, lesser(splat(kLargestFinite), v));  // so that no window adds 0
-  for (int i = 0; i < kLanes; ++i)
-    part[i] += suffix[first[i]] - suffix[last[i]] + double(last[i] - first[i]) * (start - double(levels[i]));
-}
-
 // ---- the windows of a task's rows ---------------------------------------------------------------------------------------
 
+// Of each row: its upper and its lower ends as trees, T or what levels are counted in by rank, its positives' numbers in order.
 struct SortedWindows {
-  int64_t stride;  // of a row's tables
+  int64_t stride;  // entries of a row's tables
   int depth;
   float *high, *low;
   double *suffix, *start;  // T, and t0 of each row
   int32_t *order, *taken;  // numbers of the sorted positives; how many
-  float* sorted;
+  float* sorted;           // of one row: distances, ends of windows
   uint64_t *words, *other;
 
-  template <class Product>
-  void plan(Product, int64_t rows, int64_t most, Arena& arena) {
-    depth = 1;
-    while ((int64_t(1) << depth) - 1 < most) ++depth;
+  void plan(int64_t rows, int64_t most, Arena& arena) {
+    depth = depth_for(most);
     stride = round_up(int64_t(1) << depth, kLanes);
     high = arena.take(rows * stride), low = arena.take(rows * stride);
     suffix = HingeStatistic::doubles(rows * stride, arena), start = HingeStatistic::doubles(rows, arena);
     order = reinterpret_cast<int32_t*>(arena.take(rows * stride)), taken = reinterpret_cast<int32_t*>(arena.take(rows));
-    sorted = arena.take(stride);
+    sorted = arena.take(2 * stride);
     words = reinterpret_cast<uint64_t*>(arena.take(2 * stride)), other = reinterpret_cast<uint64_t*>(arena.take(2 * stride));
   }
+
+  RankTree upper(int64_t i) const { return {high + i * stride, depth}; }
+  RankTree lower(int64_t i) const { return {low + i * stride, depth}; }
 
   // Tables of row `row`, number i of the task, of its positives that are taken.
   void build(const DenseParams& p, const HingeRule& rule, int64_t row, int64_t i, float nearest) const {
@@ -112,18 +51,29 @@ struct SortedWindows {
       words[count++] = uint64_t(key) << 32 | uint64_t(k);
     }
     const uint64_t* const in_order = sort_by_key(words, other, count);
-    float *const highs = high + i * stride, *const lows = low + i * stride;
-    double* const sums = suffix + i * stride;
+    int32_t* const numbers = order + i * stride;
     for (int64_t r = 0; r < count; ++r) {
-      order[i * stride + r] = int32_t(uint32_t(in_order[r]));
-      sorted[r] = p.distance[p.slot(row, order[i * stride + r])];
+      numbers[r] = int32_t(uint32_t(in_order[r]));
+      sorted[r] = p.distance[p.slot(row, numbers[r])];
     }
     for (int64_t r = count; r < stride; ++r) sorted[r] = 0;
-    for (int64_t r = 0; r < stride; r += kLanes) {
-      const Windows w = windows(rule, load(sorted + r), splat(p.farthest[row]));
-      store(highs + r, w.high), store(lows + r, w.low);
-    }
-    for (int64_t r = count; r < stride; ++r) highs[r] = lows[r] = kInfinity;
+    grow(rule, p.farthest[row], count, [](const Windows& w) { return w.high; }, high + i * stride);
+    if (has_low_end(rule)) grow(rule, p.farthest[row], count, [](const Windows& w) { return w.low; }, low + i * stride);
+    sum_up(rule, i, count);
+    taken[i] = int32_t(count);
+  }
+
+  // The tree of the windows' ends, of `count` positives at the distances `sorted`.
+  template <class End>
+  void grow(const HingeRule& rule, float farthest, int64_t count, const End& end, float* tree) const {
+    float* const ends = sorted + stride;
+    for (int64_t r = 0; r < stride; r += kLanes) store(ends + r, end(windows(rule, load(sorted + r), splat(farthest))));
+    for (int64_t r = count; r < stride; ++r) ends[r] = kInfinity;
+    grow_tree(ends, depth, tree);
+  }
+
+  void sum_up(const HingeRule& rule, int64_t i, int64_t count) const {
+    double* const sums = suffix + i * stride;
     const auto exact = [&](int64_t r) { return double(rule.sign) * double(sorted[r]) + rule.margin; };
     start[i] = count > 0 ? exact(count - 1) : 0;
     double sum = 0;
@@ -132,15 +82,14 @@ struct SortedWindows {
       sum += exact(r) - start[i];
       sums[r] = sum;
     }
-    taken[i] = int32_t(count);
   }
 
-  // Ranks among the upper ends of row i's windows, and among the lower ends, or the number of windows.
+  // Ranks among the upper ends of row i's windows, and among the lower ends, or the number of windows. `last`: as RankTree has it.
   template <bool kLow>
-  void runs(int64_t i, const Vec* v, IntVec* from, IntVec* to) const {
+  void runs(int64_t i, const Vec* v, IntVec* from, IntVec* to, Vec* last = nullptr) const {
     const IntVec count = IntVec{} + taken[i];
-    ranks(high + i * stride, depth, v, from);
-    if constexpr (kLow) ranks(low + i * stride, depth, v, to);
+    upper(i).ranks(v, from, last);
+    if constexpr (kLow) lower(i).ranks(v, to);
     for (int a = 0; a < kAtOnce; ++a) {
       from[a] = from[a] < count ? from[a] : count;
       to[a] = kLow ? (to[a] < count ? to[a] : count) : count;
@@ -159,9 +108,8 @@ struct SortedStatistic {
   SortedWindows windows_of = {};
   double *sum = nullptr, *active = nullptr, *ties = nullptr;  // [rows of the task]
 
-  template <class Product>
-  void plan(Product product, int64_t rows, int64_t most, Arena& arena) {
-    windows_of.plan(product, rows, most, arena);
+  void plan(int64_t rows, int64_t most, Arena& arena) {
+    windows_of.plan(rows, most, arena);
     sum = HingeStatistic::doubles(rows, arena), active = HingeStatistic::doubles(rows, arena), ties = HingeStatistic::doubles(rows, arena);
   }
 
@@ -185,32 +133,32 @@ struct SortedStatistic {
   template <bool kLow>
   void add(const Block& block, int64_t row, const float* levels) const {
     const int64_t i = row - task.row_begin;
-    const double* const suffix = windows_of.suffix + i * windows_of.stride;
-    const float* const high = windows_of.high + i * windows_of.stride;
     const bool with_ties = rule.mining == Mining::kSemiHard && rule.sign > 0;
-    double part[kLanes] = {};
+    HingeSum hinges(windows_of.suffix + i * windows_of.stride, windows_of.start[i]);
     Vec number = {};
     for (int64_t j = 0; j < block.padded; j += kAtOnce * kLanes) {
-      Vec v[kAtOnce];
+      Vec v[kAtOnce], last[kAtOnce];
       IntVec from[kAtOnce], to[kAtOnce];
       for (int a = 0; a < kAtOnce; ++a) v[a] = load(levels + j + a * kLanes);
-      windows_of.runs<kLow>(i, v, from, to);
+      windows_of.runs<kLow>(i, v, from, to, kLow ? last : nullptr);
       for (int a = 0; a < kAtOnce; ++a) {
-        add_hinges(suffix, windows_of.start[i], from[a], to[a], v[a], part);
+        hinges.add<kLow>(from[a], to[a], v[a]);
         number += __builtin_convertvector(to[a] - from[a], Vec);
-        if (with_ties) ties[i] += double(tied(high, from[a], v[a]));
+        if (kLow && with_ties) ties[i] += double(tied(windows_of.upper(i), from[a], last[a], v[a]));
       }
     }
-    for (const double hinges : part) sum[i] += hinges;
+    sum[i] += hinges.total();
     active[i] += double(total(number));
     if (total(number) != 0) mark_tiles(p, out.tiles, row, block);
   }
 
-  // How many windows end at v exactly.
-  static int64_t tied(const float* high, IntVec rank, Vec v) {
+  // How many windows end at v exactly, of the columns of one vector.
+  static int64_t tied(const RankTree& ends, IntVec rank, Vec last, Vec v) {
+    const IntVec some = (last == v) & (v < splat(kInfinity));
+    if (!any(some)) return 0;
     int64_t ties = 0;
     for (int lane = 0; lane < kLanes; ++lane)
-      for (int64_t r = rank[lane]; r > 0 && high[r - 1] == v[lane] && v[lane] < kInfinity; --r) ++ties;
+      if (some[lane]) ties += rank[lane] - ends.rank_before(v[lane]);
     return ties;
   }
 
@@ -242,9 +190,8 @@ struct SortedWeights {
   float* factors = nullptr;    // [block]
   int32_t* by_rank = nullptr;  // [rows][stride]: runs that begin at a rank, less those that end there
 
-  template <class Product>
-  void plan(Product product, int64_t rows, int64_t block, int64_t most, Arena& arena) {
-    windows_of.plan(product, rows, most, arena);
+  void plan(int64_t rows, int64_t block, int64_t most, Arena& arena) {
+    windows_of.plan(rows, most, arena);
     column_weights.plan(block, arena);
     factors = arena.take(block);
     by_rank = reinterpret_cast<int32_t*>(arena.take(rows * windows_of.stride));
@@ -271,8 +218,6 @@ struct SortedWeights {
     const int64_t i = row - task.row_begin;
     int32_t* const counts = by_rank + i * windows_of.stride;
     const Vec g = splat(rule.sign * upstream.g[row]);
-    const IntVec whole = IntVec{} + windows_of.taken[i];
-    int32_t in_all = 0;
     Vec sum = {};
     for (int64_t j = 0; j < block.padded; j += kAtOnce * kLanes) {
       Vec v[kAtOnce];
@@ -280,35 +225,29 @@ struct SortedWeights {
       for (int a = 0; a < kAtOnce; ++a) v[a] = load(scores + j + a * kLanes);
       windows_of.runs<kLow>(i, v, from, to);
       for (int a = 0; a < kAtOnce; ++a) {
-        const IntVec number = to[a] - from[a];
-        const Vec weight = __builtin_convertvector(number, Vec) * g * load(factors + j + a * kLanes);
+        const Vec weight = __builtin_convertvector(to[a] - from[a], Vec) * g * load(factors + j + a * kLanes);
         sum += weight;
         store(scores + j + a * kLanes, weight);
         column_weights.add(j + a * kLanes, weight);
-        const IntVec all = number == whole;
-        in_all += lanes_set(all);
-        count<kLow>(counts, from[a], to[a], (number > 0) & ~all);
+        count<kLow>(counts, from[a], to[a]);
       }
     }
-    counts[0] += in_all;
-    if constexpr (kLow) counts[windows_of.taken[i]] -= in_all;
     upstream.x_weight[row] += double(total(sum));
   }
 
-  static int32_t lanes_set(IntVec mask) {
-    int32_t lanes = 0;
-    for (int i = 0; i < kLanes; ++i) lanes -= mask[i];
-    return lanes;
-  }
-
+  // Empty runs end where they begin; those of all windows, or of none, are often a whole vector's.
   template <bool kLow>
-  static void count(int32_t* counts, IntVec from, IntVec to, IntVec which) {
-    alignas(64) int32_t begin[kLanes], end[kLanes], some[kLanes];
-    *reinterpret_cast<IntVec*>(begin) = from, *reinterpret_cast<IntVec*>(end) = to, *reinterpret_cast<IntVec*>(some) = which;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      counts[begin[lane]] -= some[lane];
-      if constexpr (kLow) counts[end[lane]] += some[lane];
+  static void count(int32_t* counts, IntVec from, IntVec to) {
+    if (!any(from - to)) return;
+    alignas(64) int32_t begin[kLanes], end[kLanes];
+    *reinterpret_cast<IntVec*>(begin) = from, *reinterpret_cast<IntVec*>(end) = to;
+    if (!any(from)) {
+      counts[0] += kLanes;
+    } else {
+      for (int lane = 0; lane < kLanes; ++lane) ++counts[begin[lane]];
     }
+    if constexpr (kLow)
+      for (int lane = 0; lane < kLanes; ++lane) --counts[end[lane]];
   }
 
   // The c of the positives, from the rows' counts.
@@ -328,7 +267,7 @@ struct SortedGradientWorkspace : PairGradientWorkspace {
   SortedGradientWorkspace(Product product, const DenseParams& p, const PairSums& out, int64_t rows, int64_t most, SortedWeights& weights,
                           Arena& arena)
       : PairGradientWorkspace(product, p.pairs, out.x_sums != nullptr, out.y_sums != nullptr, rows, p.columns, arena) {
-    weights.plan(product, rows, block, most, arena);
+    weights.plan(rows, block, most, arena);
   }
 };
 
@@ -339,7 +278,7 @@ int64_t sorted_hinges_workspace(const DenseParams& p, int64_t rows, int64_t most
   return scratch_words(p.pairs.precision, [&](auto product) {
     Arena arena{nullptr};
     PairWorkspace(product, p.pairs, rows, p.columns, arena);
-    SortedStatistic{p, HingeRule{}, HingeResult{}, PairTask{}}.plan(product, rows, most, arena);
+    SortedStatistic{p, HingeRule{}, HingeResult{}, PairTask{}}.plan(rows, most, arena);
     HingeStatistic{p, HingeRule{}, HingeResult{}, PairTask{}}.plan(rows, 0, arena);
     return arena.words;
   });
@@ -357,7 +296,7 @@ void sorted_hinges(const DenseParams& p, const HingeRule& rule, const HingeResul
   with_sound_product(p.pairs.precision, [&](auto product) {
     Arena arena{workspace};
     PairWorkspace w(product, p.pairs, rows, p.columns, arena);
-    statistic.plan(product, rows, most, arena);
+    statistic.plan(rows, most, arena);
     filter.plan(rows, 0, arena);
     filter.begin(rows, 0);
     bool sound = true;

@@ -1,0 +1,187 @@
+// Where levels lie among the sorted ends of a row's windows.
+//
+// 2^depth - 1 ends are a binary tree in the order of its levels: node n has the children 2 n and 2 n + 1. A search goes down from node 1 and its
+// rank is the leaf it would reach, one comparison a level. The first seven levels are eight vectors of 16 in registers, from which permutations
+// take what each lane compares with; below them it is gathered. Searches of several vectors hide each other's latency.
+//
+// Included after an instruction set's header (isa/).
+#pragma once
+
+#include "triplet/dense_levels.inl"
+
+namespace {
+
+// ---- sorting ------------------------------------------------------------------------------------------------------------
+
+// Keys in the upper halves of `count` words, sorted through `other`, a byte of their differences at a time. Returns the one of the two that
+// holds the result.
+inline uint64_t* sort_by_key(uint64_t* words, uint64_t* other, int64_t count) {
+  uint64_t least = ~uint64_t(0), most = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    least = words[i] < least ? words[i] : least;
+    most = words[i] > most ? words[i] : most;
+  }
+  const uint32_t base = uint32_t(least >> 32), range = count > 0 ? uint32_t(most >> 32) - base : 0;
+  int32_t begin[4][256] = {};
+  for (int64_t i = 0; i < count; ++i)
+    for (int byte = 0; byte < 4; ++byte) ++begin[byte][(uint32_t(words[i] >> 32) - base) >> 8 * byte & 255];
+  for (int byte = 0; byte < 4 && range >> 8 * byte > 0; ++byte) {
+    int32_t before = 0;
+    for (int32_t& at : begin[byte]) {
+      const int32_t here = at;
+      at = before;
+      before += here;
+    }
+    for (int64_t i = 0; i < count; ++i) other[begin[byte][(uint32_t(words[i] >> 32) - base) >> 8 * byte & 255]++] = words[i];
+    uint64_t* const sorted = other;
+    other = words, words = sorted;
+  }
+  return words;
+}
+
+// ---- ranks --------------------------------------------------------------------------------------------------------------
+
+constexpr int kAtOnce = kVecs;  // vectors whose searches hide each other's latency; a divisor of a panel
+
+// Whether some lane is not 0.
+inline bool any(IntVec x) {
+#if KDFAST_LANES == 16
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#else
+  for (int lane = 0; lane < kLanes; ++lane)
+    if (x[lane] != 0) return true;
+  return false;
+#endif
+}
+
+inline int depth_for(int64_t ends) {
+  int depth = 1;
+  while ((int64_t(1) << depth) - 1 < ends) ++depth;
+  return depth;
+}
+
+// `sorted`, 2^depth - 1 floats, as a tree of 2^depth; its entry 0 means nothing.
+inline void grow_tree(const float* sorted, int depth, float* tree) {
+  tree[0] = 0;
+  for (int level = 0; level < depth; ++level)
+    for (int64_t n = 0; n < int64_t(1) << level; ++n) tree[(int64_t(1) << level) + n] = sorted[((2 * n + 1) << (depth - 1 - level)) - 1];
+}
+
+#if KDFAST_LANES == 16
+constexpr int kRegisterLevels = 7;
+
+// What lanes at the nodes of a level compare with.
+template <int kLevel>
+inline Vec nodes_at(const float* tree, IntVec node) {
+  const auto from = [&](int64_t at) { return _mm512_loadu_ps(tree + at); };
+  const __m512i at = (__m512i)node;
+  if constexpr (kLevel < 5) {
+    return (Vec)_mm512_permutexvar_ps(at, from(kLevel < 4 ? 0 : 16));
+  } else if constexpr (kLevel == 5) {
+    return (Vec)_mm512_permutex2var_ps(from(32), at, from(48));
+  } else {
+    const __m512 low = _mm512_permutex2var_ps(from(64), at, from(80)), high = _mm512_permutex2var_ps(from(96), at, from(112));
+    return (Vec)_mm512_mask_mov_ps(low, _mm512_test_epi32_mask(at, _mm512_set1_epi32(32)), high);
+  }
+}
+
+// To the right child where the probe is not above v; `last`: the probes passed on the left.
+inline void descend(Vec probe, Vec v, IntVec* node, Vec* last) {
+  const __mmask16 right = _mm512_cmp_ps_mask((__m512)probe, (__m512)v, _CMP_LE_OQ);
+  const __m512i child = _mm512_slli_epi32((__m512i)*node, 1);
+  *node = (IntVec)_mm512_mask_add_epi32(child, right, child, _mm512_set1_epi32(1));
+  if (last != nullptr) *last = (Vec)_mm512_mask_mov_ps((__m512)*last, right, (__m512)probe);
+}
+
+template <int kLevel>
+inline void descend_in_registers(const float* tree, int depth, const Vec* v, IntVec* node, Vec* last) {
+  if constexpr (kLevel < kRegisterLevels) {
+    if (kLevel >= depth) return;
+    for (int a = 0; a < kAtOnce; ++a) descend(nodes_at<kLevel>(tree, node[a]), v[a], node + a, last != nullptr ? last + a : nullptr);
+    descend_in_registers<kLevel + 1>(tree, depth, v, node, last);
+  }
+}
+#endif
+
+struct RankTree {
+  const float* tree;
+  int depth;
+
+  // For kAtOnce vectors: how many ends are not above v; none for NaN. `last`: the greatest of these; null: not wanted.
+  void ranks(const Vec* v, IntVec* rank, Vec* last = nullptr) const {
+    const IntVec leaves = IntVec{} + (int32_t(1) << depth);
+    for (int a = 0; a < kAtOnce; ++a) rank[a] = IntVec{} + 1;
+    if (last != nullptr)
+      for (int a = 0; a < kAtOnce; ++a) last[a] = splat(-kInfinity);
+#if KDFAST_LANES == 16
+    descend_in_registers<0>(tree, depth, v, rank, last);
+    for (int level = kRegisterLevels; level < depth; ++level)
+      for (int a = 0; a < kAtOnce; ++a)
+        descend((Vec)_mm512_i32gather_ps((__m512i)rank[a], tree, 4), v[a], rank + a, last != nullptr ? last + a : nullptr);
+#else
+    for (int a = 0; a < kAtOnce; ++a) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        for (int level = 0; level < depth; ++level) {
+          const float probe = tree[rank[a][lane]];
+          const bool right = probe <= v[a][lane];
+          if (right && last != nullptr) last[a][lane] = probe;
+          rank[a][lane] = 2 * rank[a][lane] + right;
+        }
+      }
+    }
+#endif
+    for (int a = 0; a < kAtOnce; ++a) rank[a] -= leaves;
+  }
+
+  // How many ends are below v.
+  int32_t rank_before(float v) const {
+    int32_t node = 1;
+    for (int level = 0; level < depth; ++level) node = 2 * node + (tree[node] < v);
+    return node - (int32_t(1) << depth);
+  }
+};
+
+// The hinges of a row's levels, summed in double: T(from) - T(to) + (to - from) (start - v), T being 0 where kLow is not given.
+struct HingeSum {
+  const double* suffix;
+  double start;
+#if KDFAST_LANES == 16
+  __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+#else
+  double sum = 0;
+#endif
+
+  HingeSum(const double* suffix, double start) : suffix(suffix), start(start) {}
+
+  template <bool kLow>
+  void add(IntVec from, IntVec to, Vec v) {
+    const Vec level = lesser(splat(kLargestFinite), v);  // so that no window adds 0
+#if KDFAST_LANES == 16
+    const __m512i begin = (__m512i)from, end = (__m512i)to, number = (__m512i)(to - from);
+    add_half<kLow>(_mm512_castsi512_si256(begin), _mm512_castsi512_si256(end), _mm512_castsi512_si256(number),
+                   _mm512_castps512_ps256((__m512)level), &low);
+    add_half<kLow>(_mm512_extracti64x4_epi64(begin, 1), _mm512_extracti64x4_epi64(end, 1), _mm512_extracti64x4_epi64(number, 1),
+                   _mm512_extractf32x8_ps((__m512)level, 1), &high);
+#else
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const double ends = suffix[from[lane]] - (kLow ? suffix[to[lane]] : 0);
+      sum += ends + double(to[lane] - from[lane]) * (start - double(level[lane]));
+    }
+#endif
+  }
+
+#if KDFAST_LANES == 16
+  template <bool kLow>
+  void add_half(__m256i from, __m256i to, __m256i number, __m256 level, __m512d* sum) const {
+    __m512d ends = _mm512_i32gather_pd(from, suffix, 8);
+    if constexpr (kLow) ends = _mm512_sub_pd(ends, _mm512_i32gather_pd(to, suffix, 8));
+    const __m512d below = _mm512_sub_pd(_mm512_set1_pd(start), _mm512_cvtps_pd(level));
+    *sum = _mm512_add_pd(*sum, _mm512_fmadd_pd(_mm512_cvtepi32_pd(number), below, ends));
+  }
+  double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
+#else
+  double total() const { return sum; }
+#endif
+};
+
+}  // namespace
