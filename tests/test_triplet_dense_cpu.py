@@ -87,6 +87,13 @@ def test_large_classes(isa, bank):
             check(a, mining=name, margin=1.3, epsilon=0.7, direction=direction)
 
 
+def test_classes_of_hundreds(isa):
+    """Windows in trees deeper than registers hold, with many levels at a window's end."""
+    a = case(500, None, 9, 2)
+    for name in mining.SETS:
+        check(a, mining=name, margin=1.0, epsilon=0.7)
+
+
 @pytest.mark.parametrize("bound", [1, 5, 20])
 def test_a_bound_on_positives(bound):
     a = case(120, None, 12, 4)

@@ -12,8 +12,6 @@ kdfast::HingeRule rule_of(int64_t mining, double sign, double margin, double eps
   return {kdfast::Mining(mining), float(sign), float(epsilon), margin, nullptr};
 }
 
-constexpr int64_t kFewWindows = 16;  // windows of a row that are compared with every level; more are sorted
-
 bool sorts(const Dense& dense, const kdfast::HingeRule& rule) { return rule.threshold == nullptr && dense.most > kFewWindows; }
 
 void run_hinges(const Dense& dense, const kdfast::HingeRule& rule, const kdfast::HingeResult& out) {

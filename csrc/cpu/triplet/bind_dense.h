@@ -17,6 +17,7 @@ using kdfast::PairTask;
 using kdfast::tile_columns;
 
 constexpr int64_t kPanelPad = 64;   // vectors over rows or columns may be read up to a whole panel
+constexpr int64_t kFewWindows = 16;  // windows of a row that are compared with every level; more are sorted
 constexpr int64_t kTaskSlots = int64_t(1) << 18;  // of one task, whose tables they are
 
 template <class T>
@@ -83,16 +84,17 @@ struct Dense {
   }
 
   void group_slots() {
-    constexpr int64_t kSlotRows = DenseParams::kSlotRows;
+    for (int64_t i = 0; i < p.pairs.rows; ++i) most = std::max(most, p.count(i));
+    p.group_shift = most > kFewWindows ? 0 : DenseParams::kSlotShift;
+    const int64_t together = int64_t(1) << p.group_shift;
     group.assign(1, 0);
-    for (int64_t begin = 0; begin < p.pairs.rows; begin += kSlotRows) {
+    for (int64_t begin = 0; begin < p.pairs.rows; begin += together) {
       int64_t deepest = 0;
-      for (int64_t i = begin; i < std::min(begin + kSlotRows, p.pairs.rows); ++i) deepest = std::max(deepest, p.count(i));
+      for (int64_t i = begin; i < std::min(begin + together, p.pairs.rows); ++i) deepest = std::max(deepest, p.count(i));
       group.push_back(group.back() + deepest);
-      most = std::max(most, deepest);
     }
     p.group = group.data();
-    slots = group.back() * kSlotRows;
+    slots = p.slots(0, p.pairs.rows);
   }
 
   void measure() {
@@ -112,12 +114,6 @@ struct Dense {
 
   int64_t rows() const { return p.pairs.rows; }
 
-  // Slots of rows begin .. end, both multiples of kRowsApart or the end.
-  int64_t slots_of(int64_t begin, int64_t end) const {
-    constexpr int64_t kSlotRows = DenseParams::kSlotRows;
-    return (group[size_t((end + kSlotRows - 1) / kSlotRows)] - group[size_t(begin / kSlotRows)]) * kSlotRows;
-  }
-
   // Parts that the rows are cut into, and the threads that share them.
   int64_t parts() const { return std::max(parts_of(rows(), workers), parts_of(rows(), (slots + kTaskSlots - 1) / kTaskSlots)); }
   int64_t threads() const { return std::min(workers, parts()); }
@@ -129,7 +125,7 @@ struct Dense {
     int64_t most_rows = 0, most_slots = 0;
     for (int64_t part = 0; part < number; ++part) {
       const int64_t begin = bound(rows(), part, number), end = bound(rows(), part + 1, number);
-      most_rows = std::max(most_rows, end - begin), most_slots = std::max(most_slots, slots_of(begin, end));
+      most_rows = std::max(most_rows, end - begin), most_slots = std::max(most_slots, p.slots(begin, end));
     }
     const int64_t size = words(most_rows, most_slots);
     const Tensor workspace = scratch(size * threads());

@@ -8,7 +8,8 @@ namespace kdfast {
 
 // Anchors are the rows and references the columns of `pairs`, both sorted by label, ready for the metric (unit length, moved to the centre).
 // The references of a row's class are columns first .. last; its positives are the first `positives` of them at most, its own row left out.
-// Numbers of a row's positives, `slots`, lie in groups of kSlotRows rows: [group][positive][row of the group].
+// Numbers of a row's positives, `slots`, lie in groups of 2^group_shift rows: [group][positive][row of the group]. Few of them are taken as
+// vectors of kSlotRows rows, many row by row.
 struct DenseParams {
   PairParams pairs;
   Metric metric;
@@ -16,12 +17,14 @@ struct DenseParams {
   int64_t columns;           // references that exist, which come first
   int64_t positives;         // taken of a row, at most
   const int64_t *first, *last, *own;  // [rows]; own: the column of the row itself, -1 for none
-  const int64_t* group;      // [groups + 1]: where a group's slots begin, in vectors of kSlotRows
+  int group_shift;           // kSlotShift or 0
+  const int64_t* group;      // [groups + 1]: where a group's slots begin, in its numbers of rows
   const float *x_square, *y_square;   // squared lengths, [rows] and [columns], zeros up to a multiple of a panel
   float* distance;           // slots: of the positives
   float* farthest;           // [rows]: the largest of all positives' distances, -inf where there is none; zeros as above
 
-  static constexpr int64_t kSlotRows = 16;
+  static constexpr int kSlotShift = 4;
+  static constexpr int64_t kSlotRows = 1 << kSlotShift;
 
   bool own_inside(int64_t row) const { return own[row] >= first[row] && own[row] < last[row]; }
   int64_t all_positives(int64_t row) const { return last[row] - first[row] - (own_inside(row) ? 1 : 0); }
@@ -33,7 +36,12 @@ struct DenseParams {
   // The column of positive number k, and the number of a column among the positives.
   int64_t column(int64_t row, int64_t k) const { return first[row] + k + (own_inside(row) && first[row] + k >= own[row] ? 1 : 0); }
   int64_t number(int64_t row, int64_t column) const { return column - first[row] - (own_inside(row) && column > own[row] ? 1 : 0); }
-  int64_t slot(int64_t row, int64_t k) const { return (group[row / kSlotRows] + k) * kSlotRows + row % kSlotRows; }
+  int64_t slot(int64_t row, int64_t k) const {
+    return ((group[row >> group_shift] + k) << group_shift) + (row & ((int64_t(1) << group_shift) - 1));
+  }
+  // Slots of rows begin .. end, both multiples of kSlotRows or the end.
+  int64_t slots(int64_t begin, int64_t end) const { return first_slot(end) - first_slot(begin); }
+  int64_t first_slot(int64_t row) const { return group[(row + (int64_t(1) << group_shift) - 1) >> group_shift] << group_shift; }
 };
 
 constexpr int64_t kTileColumns = 256;

@@ -45,7 +45,7 @@ struct HingeStatistic {
 
   // `slots` of the task's rows.
   void begin(int64_t rows, int64_t slots) {
-    base = rule.threshold != nullptr ? task.row_begin : p.group[task.row_begin / kSlotRows] * kSlotRows;
+    base = rule.threshold != nullptr ? task.row_begin : p.first_slot(task.row_begin);
     for (int64_t k = 0; k < slots; ++k) sum[k] = active[k] = 0;
     for (int64_t i = 0; i < rows + kSlotRows; ++i) ties[i] = kept[i] = 0, nearest[i] = kInfinity;
   }
@@ -170,7 +170,7 @@ struct HingeStatistic {
 // Slots of the windows of rows row_begin .. row_end.
 inline int64_t slots_between(const DenseParams& p, const HingeRule& rule, int64_t row_begin, int64_t row_end) {
   if (rule.threshold != nullptr) return round_up(row_end - row_begin, kSlotRows);
-  return (p.group[(row_end + kSlotRows - 1) / kSlotRows] - p.group[row_begin / kSlotRows]) * kSlotRows;
+  return p.slots(row_begin, row_end);
 }
 
 // ---- the entries of the dispatch table --------------------------------------------------------------------------------

@@ -194,7 +194,8 @@ void triplet_hinges_grad(const DenseParams& p, const HingeRule& rule, const Hing
 // The pull of the positives of rows begin .. end, once all their negatives are counted.
 void triplet_hinges_pull(const DenseParams& p, const HingeRule& rule, const HingeUpstream& upstream, float* pull, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    for (int64_t k = 0; k < p.count(i); ++k) {
+    const int64_t count = p.count(i);
+    for (int64_t k = 0; k < count; ++k) {
       const int64_t slot = p.slot(i, k);
       pull[slot] = rule.sign * upstream.g[i] * float(upstream.active[slot]) * weight_factor(p.metric, p.distance[slot]);
     }

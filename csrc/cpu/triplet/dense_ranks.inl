@@ -13,30 +13,71 @@ namespace {
 
 // ---- sorting ------------------------------------------------------------------------------------------------------------
 
-// Keys in the upper halves of `count` words, sorted through `other`, a byte of their differences at a time. Returns the one of the two that
-// holds the result.
-inline uint64_t* sort_by_key(uint64_t* words, uint64_t* other, int64_t count) {
-  uint64_t least = ~uint64_t(0), most = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    least = words[i] < least ? words[i] : least;
-    most = words[i] > most ? words[i] : most;
+// Lanes exchanged with those whose number differs in the bits of kMask.
+template <int kMask>
+inline Vec exchanged(Vec x) {
+  IntVec from;
+  for (int lane = 0; lane < kLanes; ++lane) from[lane] = lane ^ kMask;
+#if KDFAST_LANES == 16
+  return (Vec)_mm512_permutexvar_ps((__m512i)from, (__m512)x);
+#elif KDFAST_LANES == 8
+  return (Vec)_mm256_permutevar8x32_ps((__m256)x, (__m256i)from);
+#else
+  Vec y;
+  for (int lane = 0; lane < kLanes; ++lane) y[lane] = x[from[lane]];
+  return y;
+#endif
+}
+
+// Of the lanes exchanged, those without the bit kGreater have the lesser.
+template <int kMask, int kGreater>
+inline Vec ordered(Vec x) {
+  IntVec greater;
+  for (int lane = 0; lane < kLanes; ++lane) greater[lane] = (lane & kGreater) != 0 ? -1 : 0;
+  const Vec y = exchanged<kMask>(x);
+  return greater ? larger(x, y) : lesser(x, y);
+}
+
+// Sorts runs of 2 kStride lanes that rise and then fall, or fall and then rise.
+template <int kStride>
+inline Vec merged(Vec x) {
+  if constexpr (kStride == 0) {
+    return x;
+  } else {
+    return merged<kStride / 2>(ordered<kStride, kStride>(x));
   }
-  const uint32_t base = uint32_t(least >> 32), range = count > 0 ? uint32_t(most >> 32) - base : 0;
-  int32_t begin[4][256] = {};
-  for (int64_t i = 0; i < count; ++i)
-    for (int byte = 0; byte < 4; ++byte) ++begin[byte][(uint32_t(words[i] >> 32) - base) >> 8 * byte & 255];
-  for (int byte = 0; byte < 4 && range >> 8 * byte > 0; ++byte) {
-    int32_t before = 0;
-    for (int32_t& at : begin[byte]) {
-      const int32_t here = at;
-      at = before;
-      before += here;
+}
+
+// Sorts runs of kRun lanes.
+template <int kRun>
+inline Vec sorted_runs(Vec x) {
+  if constexpr (kRun == 1) {
+    return x;
+  } else {
+    return merged<kRun / 4>(ordered<kRun - 1, kRun / 2>(sorted_runs<kRun / 2>(x)));
+  }
+}
+
+inline void order(float* first, float* second) {
+  const Vec a = load(first), b = load(second);
+  store(first, lesser(a, b)), store(second, larger(a, b));
+}
+
+// Sorts `size` floats, a power of two and whole vectors of them, none of them NaN: bitonic merges, the second half of each taken backwards.
+inline void sort(float* x, int64_t size) {
+  for (int64_t i = 0; i < size; i += kLanes) store(x + i, sorted_runs<kLanes>(load(x + i)));
+  for (int64_t run = 2 * kLanes; run <= size; run *= 2) {
+    for (float* at = x; at < x + size; at += run) {
+      float* back = at + run - kLanes;
+      for (float* i = at; i < back; i += kLanes, back -= kLanes) {
+        const Vec a = load(i), b = exchanged<kLanes - 1>(load(back));
+        store(i, lesser(a, b)), store(back, exchanged<kLanes - 1>(larger(a, b)));
+      }
+      for (int64_t stride = run / 4; stride >= kLanes; stride /= 2)
+        for (int64_t i = 0; i < run; i += i % (2 * stride) + kLanes == stride ? stride + kLanes : kLanes) order(at + i, at + i + stride);
+      for (int64_t i = 0; i < run; i += kLanes) store(at + i, merged<kLanes / 2>(load(at + i)));
     }
-    for (int64_t i = 0; i < count; ++i) other[begin[byte][(uint32_t(words[i] >> 32) - base) >> 8 * byte & 255]++] = words[i];
-    uint64_t* const sorted = other;
-    other = words, words = sorted;
   }
-  return words;
 }
 
 // ---- ranks --------------------------------------------------------------------------------------------------------------
@@ -60,11 +101,14 @@ inline int depth_for(int64_t ends) {
   return depth;
 }
 
-// `sorted`, 2^depth - 1 floats, as a tree of 2^depth; its entry 0 means nothing.
-inline void grow_tree(const float* sorted, int depth, float* tree) {
+// `sorted`, 2^depth floats of which the last is none of it, as a tree of 2^depth, whose entry 0 means nothing. Uses up `sorted`.
+inline void grow_tree(float* sorted, int depth, float* tree) {
   tree[0] = 0;
-  for (int level = 0; level < depth; ++level)
-    for (int64_t n = 0; n < int64_t(1) << level; ++n) tree[(int64_t(1) << level) + n] = sorted[((2 * n + 1) << (depth - 1 - level)) - 1];
+  for (int level = depth; level-- > 0;) {  // the even places are the deepest level's, the odd ones those of the levels above
+    const int64_t nodes = int64_t(1) << level;
+    for (int64_t n = 0; n < nodes; ++n) tree[nodes + n] = sorted[2 * n];
+    for (int64_t n = 0; n < nodes; ++n) sorted[n] = sorted[2 * n + 1];
+  }
 }
 
 #if KDFAST_LANES == 16
@@ -97,6 +141,7 @@ template <int kLevel>
 inline void descend_in_registers(const float* tree, int depth, const Vec* v, IntVec* node, Vec* last) {
   if constexpr (kLevel < kRegisterLevels) {
     if (kLevel >= depth) return;
+#pragma GCC unroll 4
     for (int a = 0; a < kAtOnce; ++a) descend(nodes_at<kLevel>(tree, node[a]), v[a], node + a, last != nullptr ? last + a : nullptr);
     descend_in_registers<kLevel + 1>(tree, depth, v, node, last);
   }
@@ -116,6 +161,7 @@ struct RankTree {
 #if KDFAST_LANES == 16
     descend_in_registers<0>(tree, depth, v, rank, last);
     for (int level = kRegisterLevels; level < depth; ++level)
+#pragma GCC unroll 4
       for (int a = 0; a < kAtOnce; ++a)
         descend((Vec)_mm512_i32gather_ps((__m512i)rank[a], tree, 4), v[a], rank + a, last != nullptr ? last + a : nullptr);
 #else

@@ -16,72 +16,79 @@ namespace {
 
 // ---- the windows of a task's rows ---------------------------------------------------------------------------------------
 
-// Of each row: its upper and its lower ends as trees, T or what levels are counted in by rank, its positives' numbers in order.
+constexpr int64_t kLine = 64;  // bytes
+
+// Tables of each row: its upper and its lower ends as trees, and T.
 struct SortedWindows {
   int64_t stride;  // entries of a row's tables
   int depth;
   float *high, *low;
   double *suffix, *start;  // T, and t0 of each row
-  int32_t *order, *taken;  // numbers of the sorted positives; how many
-  float* sorted;           // of one row: distances, ends of windows
-  uint64_t *words, *other;
+  int32_t* taken;          // how many of each row's positives
+  float *sorted, *ends;    // of one row
 
   void plan(int64_t rows, int64_t most, Arena& arena) {
-    depth = depth_for(most);
-    stride = round_up(int64_t(1) << depth, kLanes);
+    depth = depth_for(most < kLanes ? kLanes : most);
+    stride = int64_t(1) << depth;
     high = arena.take(rows * stride), low = arena.take(rows * stride);
     suffix = HingeStatistic::doubles(rows * stride, arena), start = HingeStatistic::doubles(rows, arena);
-    order = reinterpret_cast<int32_t*>(arena.take(rows * stride)), taken = reinterpret_cast<int32_t*>(arena.take(rows));
-    sorted = arena.take(2 * stride);
-    words = reinterpret_cast<uint64_t*>(arena.take(2 * stride)), other = reinterpret_cast<uint64_t*>(arena.take(2 * stride));
+    taken = reinterpret_cast<int32_t*>(arena.take(rows));
+    sorted = arena.take(stride), ends = arena.take(stride);
   }
 
   RankTree upper(int64_t i) const { return {high + i * stride, depth}; }
   RankTree lower(int64_t i) const { return {low + i * stride, depth}; }
 
-  // Tables of row `row`, number i of the task, of its positives that are taken.
-  void build(const DenseParams& p, const HingeRule& rule, int64_t row, int64_t i, float nearest) const {
+  // Trees of row `row`, number i of the task, of its positives that are taken. `sorted` becomes their distances, times the rule's sign, in
+  // ascending order, +inf for NaN; returns whether there was one.
+  bool build(const DenseParams& p, const HingeRule& rule, int64_t row, int64_t i, float nearest) const {
+    const float* const distance = p.distance + p.slot(row, 0);
+    const int64_t all = p.count(row);
     int64_t count = 0;
-    for (int64_t k = 0; k < p.count(row); ++k) {
-      const float d = p.distance[p.slot(row, k)];
-      if (!takes(rule, d, nearest)) continue;
-      uint32_t bits;
-      __builtin_memcpy(&bits, &d, 4);
-      const uint32_t key = d != d ? 0xffffffffu : rule.sign > 0 ? bits : ~bits;
-      words[count++] = uint64_t(key) << 32 | uint64_t(k);
+    bool lost = false;
+    for (int64_t k = 0; k < all; ++k) {
+      const float d = distance[k];
+      sorted[count] = d == d ? rule.sign * d : kInfinity;
+      count += takes(rule, d, nearest);
+      lost |= d != d;
     }
-    const uint64_t* const in_order = sort_by_key(words, other, count);
-    int32_t* const numbers = order + i * stride;
-    for (int64_t r = 0; r < count; ++r) {
-      numbers[r] = int32_t(uint32_t(in_order[r]));
-      sorted[r] = p.distance[p.slot(row, numbers[r])];
-    }
-    for (int64_t r = count; r < stride; ++r) sorted[r] = 0;
+    for (int64_t r = count; r < stride; ++r) sorted[r] = kInfinity;
+    sort(sorted, stride);
+    taken[i] = int32_t(count);
     grow(rule, p.farthest[row], count, [](const Windows& w) { return w.high; }, high + i * stride);
     if (has_low_end(rule)) grow(rule, p.farthest[row], count, [](const Windows& w) { return w.low; }, low + i * stride);
-    sum_up(rule, i, count);
-    taken[i] = int32_t(count);
+    return lost;
   }
 
-  // The tree of the windows' ends, of `count` positives at the distances `sorted`.
+  // The tree of the windows' ends, of `count` positives.
   template <class End>
   void grow(const HingeRule& rule, float farthest, int64_t count, const End& end, float* tree) const {
-    float* const ends = sorted + stride;
-    for (int64_t r = 0; r < stride; r += kLanes) store(ends + r, end(windows(rule, load(sorted + r), splat(farthest))));
+    for (int64_t r = 0; r < stride; r += kLanes) store(ends + r, end(windows(rule, load(sorted + r) * splat(rule.sign), splat(farthest))));
     for (int64_t r = count; r < stride; ++r) ends[r] = kInfinity;
     grow_tree(ends, depth, tree);
   }
 
-  void sum_up(const HingeRule& rule, int64_t i, int64_t count) const {
+  // T of row i, whose positives are `sorted`. Lost: NaN, whatever is summed.
+  void sum_up(const HingeRule& rule, int64_t i, bool lost) const {
     double* const sums = suffix + i * stride;
-    const auto exact = [&](int64_t r) { return double(rule.sign) * double(sorted[r]) + rule.margin; };
-    start[i] = count > 0 ? exact(count - 1) : 0;
+    const int64_t count = taken[i];
+    start[i] = lost ? __builtin_nan("") : count > 0 ? double(sorted[count - 1]) + rule.margin : 0;
     double sum = 0;
     for (int64_t r = count; r < stride; ++r) sums[r] = 0;
     for (int64_t r = count; r-- > 0;) {
-      sum += exact(r) - start[i];
+      sum += double(sorted[r]) + rule.margin - start[i];
       sums[r] = sum;
     }
+  }
+
+  // Brings row i's tables near while another row is at work.
+  template <class Other>
+  void prefetch(int64_t i, bool with_low, const Other* other) const {
+    for (int64_t r = 0; r < stride; r += kLine / 4) {
+      __builtin_prefetch(high + i * stride + r);
+      if (with_low) __builtin_prefetch(low + i * stride + r);
+    }
+    for (int64_t r = 0; r < stride; r += kLine / int64_t(sizeof(Other))) __builtin_prefetch(other + i * stride + r);
   }
 
   // Ranks among the upper ends of row i's windows, and among the lower ends, or the number of windows. `last`: as RankTree has it.
@@ -115,7 +122,8 @@ struct SortedStatistic {
 
   void begin(const float* nearest) const {
     for (int64_t i = 0; i < task.row_end - task.row_begin; ++i) {
-      windows_of.build(p, rule, task.row_begin + i, i, nearest[i]);
+      const bool lost = windows_of.build(p, rule, task.row_begin + i, i, nearest[i]);
+      windows_of.sum_up(rule, i, lost);
       sum[i] = active[i] = ties[i] = 0;
     }
   }
@@ -125,6 +133,8 @@ struct SortedStatistic {
 
   void chunk(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
     for (int64_t i = 0; i < rows; ++i) {
+      const int64_t next = first + row + i + 1;
+      if (next < task.row_end) windows_of.prefetch(next - task.row_begin, has_low_end(rule), windows_of.suffix);
       row_levels<false, false>(p, block, first + row + i, rule.sign, tile.scores(i), nullptr, nullptr);
       has_low_end(rule) ? add<true>(block, first + row + i, tile.scores(i)) : add<false>(block, first + row + i, tile.scores(i));
     }
@@ -208,6 +218,8 @@ struct SortedWeights {
   void begin_block(const Block& block) { column_weights.begin_block(block); }
 
   void weigh(const Block& block, int64_t i, float* scores) {
+    const int64_t next = first + i + 1;
+    if (next < task.row_end) windows_of.prefetch(next - task.row_begin, has_low_end(rule), by_rank);
     row_levels<true, false>(p, block, first + i, rule.sign, scores, factors, nullptr);
     has_low_end(rule) ? weigh_row<true>(block, first + i, scores) : weigh_row<false>(block, first + i, scores);
     column_weights.end_row();
@@ -241,6 +253,7 @@ struct SortedWeights {
     if (!any(from - to)) return;
     alignas(64) int32_t begin[kLanes], end[kLanes];
     *reinterpret_cast<IntVec*>(begin) = from, *reinterpret_cast<IntVec*>(end) = to;
+    asm volatile("" : : : "memory");  // read one by one from there, not taken out of the registers
     if (!any(from)) {
       counts[0] += kLanes;
     } else {
@@ -250,14 +263,31 @@ struct SortedWeights {
       for (int lane = 0; lane < kLanes; ++lane) --counts[end[lane]];
   }
 
-  // The c of the positives, from the rows' counts.
+  // The c of the positives: sums of the counts up to the rank of each, which its window's end has in the tree.
   void end() const {
     for (int64_t i = 0; i < task.row_end - task.row_begin; ++i) {
-      int32_t sum = 0;
-      for (int64_t r = 0; r < windows_of.taken[i]; ++r) {
-        sum += by_rank[i * windows_of.stride + r];
-        upstream.active[p.slot(task.row_begin + i, windows_of.order[i * windows_of.stride + r])] = sum;
-      }
+      int32_t* const counts = by_rank + i * windows_of.stride;
+      for (int64_t r = 1; r < windows_of.taken[i]; ++r) counts[r] += counts[r - 1];
+      const bool by_low = rule.mining == Mining::kSemiHard && rule.sign > 0;  // where its upper ends may be rounded to one
+      const RankTree ends = by_low ? windows_of.lower(i) : windows_of.upper(i);
+      for (int64_t k = 0; k < p.count(task.row_begin + i); k += kAtOnce * kLanes) number(i, k, by_low, ends, counts);
+    }
+  }
+
+  // Of row i's positives number k .. k + kAtOnce kLanes.
+  void number(int64_t i, int64_t k, bool by_low, const RankTree& ends, const int32_t* counts) const {
+    const int64_t row = task.row_begin + i, first = p.slot(row, 0), count = p.count(row);
+    Vec end[kAtOnce];
+    alignas(64) IntVec rank[kAtOnce];
+    for (int a = 0; a < kAtOnce; ++a) {
+      const Windows w = windows(rule, load_row(p.distance + first, k + a * kLanes, count), splat(p.farthest[row]));
+      end[a] = by_low ? w.low : w.high;
+    }
+    ends.ranks(end, rank);
+    for (int64_t r = 0; r < smaller(kAtOnce * kLanes, count - k); ++r) {
+      const int64_t at = rank[r / kLanes][r % kLanes];
+      const bool taken = takes(rule, p.distance[first + k + r], upstream.nearest[row]);
+      upstream.active[first + k + r] = taken && at > 0 ? counts[smaller(at, windows_of.taken[i]) - 1] : 0;
     }
   }
 };
