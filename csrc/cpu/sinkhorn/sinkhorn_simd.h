@@ -162,7 +162,7 @@ inline void sum_lanes_of(const V* x, int64_t count, Real* sums) {
     // pairs of vectors become one of half sums: halves of quarters, quarters, then within quarters
     __m512 y[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) y[i] = i < count ? (__m512)x[i] : _mm512_setzero_ps();
+    for (int i = 0; i < 16; ++i) y[i] = i < count ? _mm512_loadu_ps(&x[i]) : _mm512_setzero_ps();
     __m512 half[8], quarter[4], pair[2];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {  // y_i and y_{i + 4} of each half: [i, i + 4]
