@@ -62,8 +62,8 @@ def ddp_ignored(module: nn.Module) -> list[str]:
     """Qualified names, inside `module`, of every bank's buffers.
 
     DistributedDataParallel broadcasts buffers from rank 0 before each forward. Set
-    `module._ddp_params_and_buffers_to_ignore = kdfast.bank.ddp_ignored(module)` before wrapping `module`, or
-    wrap it with `broadcast_buffers=False`, and the banks (equal on all ranks through `gather`) are left alone.
+    `module._ddp_params_and_buffers_to_ignore = kdfast.bank.ddp_ignored(module)` before wrapping `module`, and the
+    banks, which `gather` keeps equal on all ranks, are left alone. `Distiller` does so by itself.
     """
     return [
         f"{path}.{name}" if path else name

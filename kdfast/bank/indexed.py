@@ -17,7 +17,7 @@ class IndexedBank(Bank):
 
     `update` moves rows by momentum: M[y] <- normalise(m M[y] + (1 - m) v), in float32. Like a QueueBank it may be
     updated between a loss's forward and its backward, is all buffers, and stays equal over ranks; inside your own
-    DDP module use `DDP(..., broadcast_buffers=False)`, or `kdfast.bank.ddp_ignored`.
+    module name it to DDP with `kdfast.bank.ddp_ignored`.
 
     Args:
         size: number of rows, >= 1.

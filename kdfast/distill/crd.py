@@ -5,12 +5,12 @@ from torch import Tensor
 
 from .._core import checks
 from ..bank import AliasSampler, ClassSampler, IndexedBank
-from ..projectors import Affine
-from .base import DistillLoss, like_bank, unit, vectors
+from .base import like_bank
+from .embedded import EmbeddedLoss
 from .noise_contrast import NoiseContrast
 
 
-class CRD(DistillLoss):
+class CRD(EmbeddedLoss):
     """Student and teacher find each other's bank row among sampled rows of other classes, by noise-contrastive estimation.
 
     `loss(student, teacher, index=i)` with both penultimate features ([N, C], or maps that are averaged). Each is embedded
@@ -51,7 +51,7 @@ class CRD(DistillLoss):
         generator: torch.Generator | None = None,
         push: bool = True,
     ) -> None:
-        super().__init__(push=push)
+        super().__init__(dim, student_dim, teacher_dim, push=push)
         checks.count("num_data", num_data)
         if labels is not None:
             checks.integral("labels", labels, shape=(num_data,))
@@ -60,18 +60,11 @@ class CRD(DistillLoss):
         elif sampler is None:
             sampler = ClassSampler(labels, num_negatives, generator=generator)
         self.sampler = sampler
-        self.student_embedding, self.teacher_embedding = Affine(student_dim, dim), Affine(teacher_dim, dim)
         self.student_bank, self.teacher_bank = (IndexedBank(num_data, dim, momentum=momentum) for _ in range(2))
         self.student_contrast, self.teacher_contrast = NoiseContrast(temperature), NoiseContrast(temperature)
 
-    def materialize(self, student, teacher) -> None:
-        self.student_embedding.materialize(in_features=vectors(student, "student").shape[1])
-        self.teacher_embedding.materialize(in_features=vectors(teacher, "teacher").shape[1])
-
     def forward(self, student, teacher, *, index=None, labels=None) -> Tensor:
-        self.materialize(student, teacher)
-        embedded_s = unit(self.student_embedding(vectors(student, "student")))  # [N, dim]
-        embedded_t = unit(self.teacher_embedding(vectors(teacher, "teacher").detach()))
+        embedded_s, embedded_t = self._embedded(student, teacher)  # [N, dim]
         if index is None:
             raise ValueError("index must be given: it says which rows of the banks belong to the batch")
         rows = self.teacher_bank.storage

@@ -9,14 +9,14 @@ from torch import Tensor
 from .._core import checks
 from ..bank import AliasSampler
 from ..functional import info_nce, sampled_info_nce, sinkhorn_loss, wasserstein_dependency
-from ..projectors import Affine
-from .base import DistillLoss, bank_rows, like_bank, own_rows, query_labels, unit, vectors
+from .base import bank_rows, like_bank, own_rows, query_labels
+from .embedded import EmbeddedLoss
 from .noise_contrast import NoiseContrast
 
 _NCE_EPS = 1e-7  # of CRD's released code, added to the noise density
 
 
-class WCoRD(DistillLoss):
+class WCoRD(EmbeddedLoss):
     """A contrastive term against a bank (dual form) and an optimal transport term inside the batch (primal form).
 
     `loss(student, teacher, index=None, labels=None)` with both penultimate features ([N, C], or maps that are averaged).
@@ -69,14 +69,14 @@ class WCoRD(DistillLoss):
     ) -> None:
         if not hasattr(bank, "as_rows"):
             raise TypeError(f"bank must be an IndexedBank or a QueueBank, got {type(bank).__name__}")
-        super().__init__(bank, push)
+        super().__init__(checks.count("dim", dim), student_dim, teacher_dim, constraint="spectral", bank=bank, push=push)
         checks.choice("critic", critic, ("infonce", "crd_nce", "wasserstein"))
         checks.positive_number("temperature", temperature)
         checks.positive_number("epsilon", epsilon)
         checks.positive_number("global_weight", global_weight)
         checks.nonnegative_number("local_weight", local_weight)
         stored = bank_rows(self.bank).shape
-        if stored[1] != checks.count("dim", dim):
+        if stored[1] != dim:
             raise ValueError(f"bank must have width dim ({dim}), got rows {tuple(stored)}")
         sampled = num_negatives is not None or sampler is not None
         if sampled and (critic == "wasserstein" or not hasattr(bank, "update")):
@@ -94,18 +94,10 @@ class WCoRD(DistillLoss):
         self.critic, self.sampler = critic, sampler
         self.temperature, self.epsilon, self.iters = temperature, epsilon, checks.count("iters", iters)
         self.global_weight, self.local_weight = global_weight, local_weight
-        self.student_embedding = Affine(student_dim, dim, constraint="spectral")
-        self.teacher_embedding = Affine(teacher_dim, dim, constraint="spectral")
         self.noise_contrast = NoiseContrast(temperature) if critic == "crd_nce" else None
 
-    def materialize(self, student, teacher) -> None:
-        self.student_embedding.materialize(in_features=vectors(student, "student").shape[1])
-        self.teacher_embedding.materialize(in_features=vectors(teacher, "teacher").shape[1])
-
     def forward(self, student, teacher, *, index=None, labels=None) -> Tensor:
-        self.materialize(student, teacher)
-        embedded_s = unit(self.student_embedding(vectors(student, "student")))  # [N, dim]
-        embedded_t = unit(self.teacher_embedding(vectors(teacher, "teacher").detach()))
+        embedded_s, embedded_t = self._embedded(student, teacher)  # [N, dim]
         terms = {"global": self.global_weight * self._contrast(embedded_s, embedded_t, index, labels)}
         if self.local_weight:
             options = {"metric": "cosine", "epsilon": self.epsilon, "max_iters": self.iters, "grad": "envelope"}
