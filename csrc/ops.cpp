@@ -5,8 +5,8 @@
 STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def(
       "similarity_softmax(Tensor query, Tensor keys, Tensor scale, Tensor? bias, Tensor? start_logit, Tensor? values, Tensor? start_value, "
-      "Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, bool pooled, int precision) "
-      "-> (Tensor, Tensor, Tensor)");
+      "Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, bool pooled, int precision, "
+      "Tensor? panels=None) -> (Tensor, Tensor, Tensor)");
   m.def(
       "similarity_grad_rows(Tensor slope, Tensor? h, Tensor lse, Tensor? lse_low, Tensor query, Tensor keys, Tensor scale, Tensor? bias, "
       "Tensor? values, Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, int precision) "
@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def(
       "info_nce(Tensor query, Tensor keys, Tensor scale, Tensor? bias, Tensor? query_labels, Tensor? key_labels, Tensor? key_index, "
       "Tensor? limit, Tensor? valid, Tensor? positive, Tensor? columns, Tensor? weights, bool include_positive, bool mean, bool pull, "
-      "int precision) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int precision, Tensor? panels=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "info_nce_grad(Tensor g, Tensor lse, Tensor lse_low, Tensor slopes, Tensor pull, Tensor query, Tensor keys, Tensor scale, Tensor? bias, "
       "Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, Tensor? columns, bool want_query, "
@@ -45,6 +45,11 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "bool want_y, bool want_scale, bool want_shift, int precision) -> Tensor[]");
   m.def("sup_con(Tensor x, Tensor scale, Tensor labels, bool mean, int precision) -> (Tensor, Tensor)");
   m.def("sup_con_grad(Tensor g, Tensor statistics, Tensor x, Tensor scale, Tensor labels, bool want_x, bool want_scale, int precision) -> Tensor[]");
+  m.def("bank_panels(Tensor storage) -> Tensor");
+  m.def("bank_in_step(Tensor storage, Tensor panels) -> bool");
+  m.def(
+      "bank_push(Tensor(a!) storage, Tensor(b!) pointer, Tensor(c!) fill, Tensor(d!)? labels, Tensor(e!)? panels, Tensor keys, "
+      "Tensor? key_labels, Tensor? where, bool normalize) -> ()");
   m.def("gather_similarity(Tensor query, Tensor bank, Tensor index) -> Tensor");
   m.def("gather_weighted_sum(Tensor weight, Tensor bank, Tensor index) -> Tensor");
   m.def("gather_statistic(Tensor query, Tensor bank, Tensor index, Tensor? offset, Tensor? shift, bool pooled) -> (Tensor, Tensor)");

@@ -20,6 +20,7 @@ namespace kdfast {
   X(PairsKernels, pairs, isa)                     \
   X(InfoNceKernels, info_nce, isa)                \
   X(MatchingKernels, matching, isa)               \
+  X(PackedBankKernels, packed_bank, isa)          \
   X(GatherKernels, gather, isa)                   \
   X(SinkhornKernels, sinkhorn, isa)               \
   X(SinkhornLayersKernels, sinkhorn_layers, isa)  \

@@ -12,6 +12,7 @@
 #include "similarity/distillation.h"
 #include "similarity/info_nce.h"
 #include "similarity/matching.h"
+#include "similarity/packed_bank.h"
 #include "similarity/pairs.h"
 #include "similarity/similarity.h"
 #include "sinkhorn/sinkhorn.h"
@@ -27,6 +28,7 @@ struct CpuKernels : SimilarityKernels,
                     PairsKernels,
                     InfoNceKernels,
                     MatchingKernels,
+                    PackedBankKernels,
                     GatherKernels,
                     SinkhornKernels,
                     SinkhornLayersKernels,

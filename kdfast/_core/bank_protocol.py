@@ -10,6 +10,7 @@ class BankRows(NamedTuple):
     valid: "int | Tensor | None"
     labels: Tensor | None
     bias: Tensor | None
+    panels: Tensor | None = None  # the rows' packed copy, which kernels may read in their place
 
 
 def unpack(bank, *, valid=None, labels=None, bias=None) -> BankRows:
@@ -31,4 +32,5 @@ def unpack(bank, *, valid=None, labels=None, bias=None) -> BankRows:
         valid if own.valid is None else own.valid,
         labels if own.labels is None else own.labels,
         bias if own.bias is None else own.bias,
+        own.panels,
     )

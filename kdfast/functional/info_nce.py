@@ -112,6 +112,7 @@ class Prepared(NamedTuple):
     row_labels: Tensor | None  # [M] or [*B, M]
     counted: Tensor | None  # [*B, N] bool: rows that have a target; None: positives are not named by targets
     skip: Tensor | None  # [*B, N, E] columns left out by index, -1 none
+    panels: Tensor | None = None  # the rows' packed copy
 
 
 def _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bias, bank_valid, own_index, normalize, group) -> Prepared:
@@ -165,6 +166,7 @@ def _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bia
         row_labels,
         None if targets is None else targets >= 0,
         torch.stack(skip, dim=-1) if skip else None,
+        None if normalize else given.panels,
     )
 
 
@@ -273,7 +275,7 @@ def _contrasted(p: Prepared, scale, positive_weights, margin, include_positive, 
     if margin is not None:
         inner = _positive_logits(p, 1.0)[0].detach()
         rules = rules._replace(limit=(per_row(scale) * (inner.amax(-1) + margin)).detach())
-    spec = problem(p.query, p.rows, scale, None, p.bias, None, rules, p.valid, precision, impl)
+    spec = problem(p.query, p.rows, scale, None, p.bias, None, rules, p.valid, precision, impl, p.panels)
     weights = None
     if positive_weights is not None:
         copies = positive_weights.shape[-1]
@@ -294,7 +296,9 @@ def _contrasted(p: Prepared, scale, positive_weights, margin, include_positive, 
 def _attracted(p: Prepared, scale, include_positive, precision, impl) -> tuple[Tensor, Tensor]:
     """loss_i = lse_i - mean of z over the rows of i's class (and the explicit positives): all in one denominator."""
     rules = _exclusions(p) if not include_positive else Rules(key_index=p.skip)
-    lse, _ = similarity_lse(p.query, p.rows, scale=scale, bias=p.bias, exclude=rules, valid=p.valid, precision=precision, impl=impl)
+    lse, _ = similarity_lse(
+        p.query, p.rows, scale=scale, bias=p.bias, exclude=rules, valid=p.valid, precision=precision, impl=impl, panels=p.panels
+    )
     sums = _score_sums(p, scale)
     total, number = sums.same, sums.same_count
     if p.positive is not None or p.columns is not None:

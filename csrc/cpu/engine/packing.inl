@@ -173,25 +173,26 @@ struct Packing {
     return total(rest) == 0;
   }
 
-  static bool pack_block(const Panels& p, const Matrix& matrix, int64_t first, int64_t columns, int64_t padded) {
+  // The same from row `begin` of the block on, a multiple of kLanes: what comes before is packed already.
+  static bool pack_block(const Panels& p, const Matrix& matrix, int64_t first, int64_t columns, int64_t padded, int64_t begin = 0) {
     bool sound = true;
-    for (int64_t j = 0; j < columns; ++j) sound &= pack_row(matrix, first + j, p.width, false, p.staging + j * p.row_words);
+    for (int64_t j = begin; j < columns; ++j) sound &= pack_row(matrix, first + j, p.width, false, p.staging + j * p.row_words);
     __builtin_memset(p.staging + columns * p.row_words, 0, size_t((padded - columns) * p.row_words) * 4);
     if (p.columns != nullptr)
-      for (int64_t j = 0; j < padded; j += kLanes)
+      for (int64_t j = begin; j < padded; j += kLanes)
         for (int64_t k = 0; k < p.row_words; k += kLanes)
           transpose(p.staging + j * p.row_words + k, p.row_words, p.columns + (j / kPanel * p.row_words + k) * kPanel + j % kPanel, kPanel);
-    if (p.rows != nullptr) pair_columns(p, padded);
+    if (p.rows != nullptr) pair_columns(p, begin, padded);
     return sound;
   }
 
   // Two columns' 32 values of d become two vectors of pairs (c_j[d], c_j+1[d]): the first 16 d, then the other 16.
-  static void pair_columns(const Panels& p, int64_t padded) {
+  static void pair_columns(const Panels& p, int64_t begin, int64_t padded) {
     static const uint16_t kLowHalf[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                           8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     const __m512i low = _mm512_loadu_si512(kLowHalf);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    for (int64_t j = 0; j < padded; j += 2) {
+    for (int64_t j = begin; j < padded; j += 2) {
       const int64_t first_step = j / 32 * 16 * kParts + j % 32 / 2;
       for (int64_t d = 0; d < p.padded_width; d += kLanes) {
         const int64_t d0 = d / kPanel * kPanel, panel = smaller(kPanel, p.padded_width - d0);

@@ -73,11 +73,36 @@ struct Tile {
   float* weights(int64_t row) const { return base + row * stride; }
 };
 
+// Panels that were packed before the call (similarity/packed_panels.inl): of every whole block of a matrix's rows, one after the other.
+struct PackedPanels {
+  const float* blocks = nullptr;
+  const int32_t* sound = nullptr;  // of each block: whether the product can hold it
+  int64_t count = 0, stride = 0;   // blocks; words of one: its `columns`, then its `rows`
+
+  // The block of `columns` rows from `first` on; -1: it is not here, or not whole, and its other rows must not be read.
+  int64_t find(int64_t first, int64_t columns, int64_t whole) const {
+    return columns == whole && first % whole == 0 && first / whole < count ? first / whole : -1;
+  }
+  const float* at(int64_t block) const { return blocks + block * stride; }
+};
+
 // A matrix whose blocks of rows pass by, and the block that is packed.
 struct Streamed {
   Matrix matrix;
   Panels panels;
+  PackedPanels packed = {};
 };
+
+// Makes the block of `columns` rows from `first` on ready in s.panels, whose own memory is `own`'s. Returns whether the product can hold it.
+template <class Product>
+inline bool ready_block(Product, Streamed& s, const Panels& own, int64_t first, int64_t columns, int64_t padded) {
+  s.panels = own;
+  const int64_t kept = s.packed.find(first, columns, Product::kBlock);
+  if (kept < 0) return Packing<Product>::pack_block(s.panels, s.matrix, first, columns, padded);
+  s.panels.columns = const_cast<float*>(s.packed.at(kept));
+  s.panels.rows = s.panels.columns + own.block * own.row_words;
+  return s.packed.sound[kept] != 0;
+}
 
 // ---- the pass -----------------------------------------------------------------------------------------------------
 
@@ -133,6 +158,15 @@ inline Prefetch after_block(const Streamed& s, const Block& block, int64_t block
   return {static_cast<const char*>(s.matrix.data) + first * row_bytes, bytes, round_up(bytes / rows + 1, 64)};
 }
 
+// The same where the next block is packed already: of its panels, those that `own` has memory for.
+template <class Product>
+inline Prefetch after_block(Product, const Streamed& s, const Panels& own, const Block& block, int64_t block_size, int64_t end, int64_t rows) {
+  const int64_t first = block.first + block.columns, kept = s.packed.find(first, smaller(block_size, end - first), Product::kBlock);
+  if (kept < 0) return after_block(s, block, block_size, end, rows);
+  const int64_t bytes = 4 * (own.rows != nullptr ? s.packed.stride : own.block * own.row_words);
+  return {reinterpret_cast<const char*>(s.packed.at(kept)), bytes, round_up(bytes / rows + 1, 64)};
+}
+
 // Takes `rows` rows through the columns `begin` to `end` of each of `streamed`. A pass has
 //   begin_block(block)              what it keeps of a block's columns
 //   chunk(block, row, rows, next)   scores, weights and sums of a chunk of rows; next.fetch(i) once for each row i
@@ -141,21 +175,23 @@ template <class Product, class Pass, class... More>
 inline bool stream_blocks(Product, int64_t block_size, int64_t rows, int64_t begin, int64_t end, const Pass& pass, Streamed& streamed,
                           More&... more) {
   bool sound = true;
+  const Panels own = streamed.panels;
   for (int64_t first = begin; first < end; first += block_size) {
     const int64_t columns = smaller(block_size, end - first);
     const Block block{first, columns, round_up(columns, kPanel)};
     const auto pack = [&](Streamed& s) {
       if (s.matrix.data != nullptr) sound &= Packing<Product>::pack_block(s.panels, s.matrix, first, columns, block.padded);
     };
-    pack(streamed);
+    sound &= ready_block(Product{}, streamed, own, first, columns, block.padded);
     (pack(more), ...);
     pass.begin_block(block);
-    const Prefetch next = after_block(streamed, block, block_size, end, rows);
+    const Prefetch next = after_block(Product{}, streamed, own, block, block_size, end, rows);
     for (int64_t row = 0; row < rows; row += Product::kRowChunk) {
       const int64_t left = rows - row;
       pass.chunk(block, row, smaller(left, Product::kRowChunk), next);
     }
   }
+  streamed.panels = own;
   return sound;
 }
 

@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query,
                                                     const OptionalTensor& key_index, const OptionalTensor& limit, const OptionalTensor& valid,
                                                     const OptionalTensor& positive, const OptionalTensor& columns,
                                                     const OptionalTensor& weights, bool include_positive, bool mean, bool want_pull,
-                                                    int64_t precision) {
+                                                    int64_t precision, const OptionalTensor& panels) {
   STD_TORCH_CHECK(positive.has_value() != columns.has_value(), "positive or columns must be given, and not both");
   const Batch batch{query.dim() == 3};
   const Tensor q = batch.in(query), k = batch.in(keys), s = batch.in(scale);
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query,
 
   const auto [lse, pull, lse_low] =
       call_op<3>("kdfast::similarity_softmax", q, k, s, b, none, none, none, batch.in(query_labels), batch.in(key_labels),
-              batch.in(key_index), batch.in(limit), batch.in(valid), want_pull, precision);
+              batch.in(key_index), batch.in(limit), batch.in(valid), want_pull, precision, panels);
   Tensor losses = batch.given ? output(query, {p.batch, p.rows}) : output(query, {p.rows});
   const Tensor slopes = output(query, {p.batch, p.rows, p.positives});
   float *const out = floats_of(losses), *const slope = floats_of(slopes), *const pulls = want_pull ? floats_of(pull) : nullptr;

@@ -21,7 +21,8 @@ void run(const SimilarityParams& p, float* lse, float* lse_low, float* pooled) {
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const Division cut = divide(work_of(p), p.batch, p.rows, p.columns, p.pooled ? p.pooled_width + 2 : 2);
   const int64_t row_step = (p.rows + cut.row_parts - 1) / cut.row_parts;
-  const int64_t column_step = (p.columns + cut.column_parts - 1) / cut.column_parts;
+  const int64_t whole = p.panels != nullptr ? kdfast::kPackedStep : 1;  // parts of a packed bank begin where its blocks do
+  const int64_t column_step = ((p.columns + cut.column_parts - 1) / cut.column_parts + whole - 1) / whole * whole;
   const int64_t total_rows = p.batch * p.rows, tasks = p.batch * cut.row_parts * cut.column_parts;
   const bool merge = cut.column_parts > 1;
 
@@ -60,16 +61,26 @@ void run(const SimilarityParams& p, float* lse, float* lse_low, float* pooled) {
   });
 }
 
+// A packed copy that could be of the keys: for products of bf16, and of the size. Whether it is theirs the kernel sees.
+const int32_t* panels_of(const SimilarityParams& p, const Tensor& panels) {
+  check("panels", panels, ScalarType::Int, {panels.numel()});
+  if (p.precision != kdfast::Precision::kBFloat16 || p.keys_batch_stride != 0 || !panels.is_contiguous()) return nullptr;
+  const int64_t words = kdfast::cpu_kernels().packed_words({p.keys, p.columns, p.width, 0, nullptr});
+  return words > 0 && panels.numel() == words ? data<int32_t>(panels) : nullptr;
+}
+
 std::tuple<Tensor, Tensor, Tensor> similarity_softmax(const Tensor& query, const Tensor& keys, const Tensor& scale, const OptionalTensor& bias,
                                               const OptionalTensor& start_logit, const OptionalTensor& values,
                                               const OptionalTensor& start_value, const OptionalTensor& query_labels,
                                               const OptionalTensor& key_labels, const OptionalTensor& key_index,
-                                              const OptionalTensor& limit, const OptionalTensor& valid, bool pooled, int64_t precision) {
+                                              const OptionalTensor& limit, const OptionalTensor& valid, bool pooled, int64_t precision,
+                                              const OptionalTensor& panels) {
   STD_TORCH_CHECK(start_logit.has_value() || !start_value.has_value(), "start_value needs start_logit");
   SimilarityParams p = parameters(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, pooled, precision);
   add_values(p, values);
   p.start_logit = row_data<float>("start_logit", start_logit, {p.batch, p.rows});
   if (start_value.has_value()) p.start_value = row_matrix("start_value", *start_value, {p.batch, p.rows, p.pooled_width});
+  if (panels.has_value()) p.panels = panels_of(p, *panels);
 
   Tensor lse = output(query, {p.batch, p.rows}), lse_low = output(query, {p.batch, p.rows});
   Tensor out = pooled ? output(query, {p.batch, p.rows, p.pooled_width}) : output(query, {0});

@@ -33,6 +33,8 @@ struct SimilarityParams {
   const int64_t* valid;      // [batch]: only the first so many columns exist
   int64_t valid_stride;
 
+  const int32_t* panels;  // a packed copy (packed_bank.h), read in place of these keys where it is theirs and of the product's form
+
   bool pooled;  // also accumulate sum_j p_ij v_j
 };
 

@@ -5,6 +5,7 @@
 // Included after an instruction set's header (isa/).
 #pragma once
 
+#include "similarity/packed_panels.inl"
 #include "similarity/softmax.inl"
 
 namespace {
@@ -121,6 +122,7 @@ void similarity(const SimilarityParams& p, const SimilarityTask& task, float* wo
     Arena arena{workspace};
     SoftmaxWorkspace w(product, p, task.row_end - task.row_begin, task.column_end - task.column_begin, arena);
     w.keys.matrix = p.keys.from(task.batch * p.keys_batch_stride);
+    w.keys.packed = packed_panels(product, {w.keys.matrix, p.columns, p.width, 0, const_cast<int32_t*>(p.panels)});
     if (p.pooled && p.values.data != nullptr) w.values.matrix = p.values.from(task.batch * p.values_batch_stride);
     [[maybe_unused]] typename Product::Session session;
     bool sound = true;

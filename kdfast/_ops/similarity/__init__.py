@@ -84,14 +84,15 @@ def similarity_lse(
     precision: str | None = None,
     impl: str | None = None,
     need_pooled: bool = False,
+    panels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`similarity_softmax` whose pooled output carries no gradient: (lse [*B, N], pooled [*B, N, D] or None).
 
     For losses of lse alone. The gradient of the queries comes from the forward pass, so a bank that needs no gradient is read
     once and may be updated in place as soon as this returns; a double backward after such an update raises RuntimeError.
-    pooled is over the keys; None unless `need_pooled`.
+    pooled is over the keys; None unless `need_pooled`. panels: the keys' packed copy, from a QueueBank.
     """
-    spec, tensors = problem(query, keys, scale, None, bias, start, exclude, valid, precision, impl)
+    spec, tensors = problem(query, keys, scale, None, bias, start, exclude, valid, precision, impl, panels)
     folded = tensors.folded(spec)
     lse, pooled, lse_low = streaming_softmax(spec, folded._replace(start_value=None), pool=False, need_pooled=need_pooled)
     if need_pooled and folded.start_value is not None:

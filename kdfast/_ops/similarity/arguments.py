@@ -15,6 +15,7 @@ class Compute(NamedTuple):
 
     dtype: torch.dtype  # that operands are rounded to, before they are multiplied in the accumulator's
     products: str  # "ieee", "tf32", "bf16x3" or "bf16": what a kernel may make of float32 operands
+    panels: Tensor | None = None  # the keys' packed copy (kdfast.QueueBank), which a kernel may read in their place: the result is the same
 
 
 class Spec(NamedTuple):
@@ -68,7 +69,7 @@ class Problem(NamedTuple):
     tensors: Tensors
 
 
-def problem(query, keys, scale, values, bias, start, exclude, valid, precision_name, impl) -> Problem:
+def problem(query, keys, scale, values, bias, start, exclude, valid, precision_name, impl, panels=None) -> Problem:
     """Checks, the accumulator's dtype for what is not a matrix, and the implementation. `exclude`: rules, or Rules, already checked."""
     checks.floating("query", query, min_ndim=2)
     *batch, rows, _ = query.shape
@@ -88,7 +89,7 @@ def problem(query, keys, scale, values, bias, start, exclude, valid, precision_n
         checks.exact_shape("bias", bias, (count,) if bias.dim() == 1 else (*batch, count))
         checks.alike("bias", bias, "query", query, dtype=False)
         bias = bias.to(acc)
-    compute = how_to_compute(query, precision_name)
+    compute = how_to_compute(query, precision_name)._replace(panels=panels)
     start_logit, start_value = _start(start, query, keys if values is None else values, acc, compute.dtype)
     rules = exclude if isinstance(exclude, exclusions.Rules) else exclusions.flatten(exclude, query, keys, acc)
     valid = _valid(valid, query, keys, batch)

@@ -57,6 +57,7 @@ def forward(
     pooled: bool,
     *,
     values: Tensor | None = None,
+    panels: Tensor | None = None,
     products: str | None = None,
     kernels: Kernels = KERNELS,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,10 +70,12 @@ def forward(
     start_logit [B, N] float32 with start_value [B, N, D] (None: zero), query_labels [B, N] with key_labels [B, M] int64,
     key_index [B, N, E] int64 (-1 none), limit [B, N] float32, valid [B] int64. RuntimeError for anything else.
     values [B, M, Dv] (None: the keys) are what is pooled. The matrices may differ in dtype; `products` says how they are multiplied.
+    panels: a packed copy of the keys (torch.ops.kdfast.bank_panels), read in their place where it is for these products and this
+    instruction set; else without effect.
     """
     return kernels.ops.similarity_softmax(
         query, keys, scale, bias, start_logit, values, start_value, query_labels, key_labels, key_index, limit, valid, pooled,
-        product_number(products, query, kernels),
+        product_number(products, query, kernels), *(() if panels is None else (panels,)),
     )  # fmt: skip
 
 
@@ -140,7 +143,7 @@ def grad_keys(
 
 
 def forward_fake(query: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
-    values, pooled = args[4], args[-2]
+    values, pooled = args[4], args[11]
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     width = query.shape[-1] if values is None else values.shape[-1]
     return lse, query.new_empty((*lse.shape, width) if pooled else (0,), dtype=torch.float32), torch.empty_like(lse)

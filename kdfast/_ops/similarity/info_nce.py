@@ -92,7 +92,7 @@ class InfoNceRows(Function):
         spec, include, mean, pull, products = call
         columns, weights, *rules = rest
         tensors = _folded(spec, query, keys, scale, bias, *rules, positive, columns, weights)
-        losses, lse, lse_low, slopes, pulls = torch.ops.kdfast.info_nce(*tensors, include, mean, pull, products)
+        losses, lse, lse_low, slopes, pulls = torch.ops.kdfast.info_nce(*tensors, include, mean, pull, products, spec.compute.panels)
         _, _, want_query, want_keys, want_scale, want_bias, want_positive = ctx.needs_input_grad
         hold = not (want_keys or want_bias)
         bank = (keys, bias, *rest)

@@ -37,7 +37,7 @@ def run_forward(impl, compute, need_pooled, query, keys, scale, bias, start_logi
         query, keys, scale, bias, *rules = for_kernel(query, keys, scale, bias, *rules)
         start_logit, start_value = (None if x is None else x.contiguous() for x in (start_logit, start_value))
         values = None if values is None else _dense(values)
-        options = {"values": values, "products": compute.products, "kernels": KERNELS[impl]}
+        options = {"values": values, "panels": compute.panels, "products": compute.products, "kernels": KERNELS[impl]}
         return cpu.forward(query, keys, scale, bias, start_logit, start_value, *rules, need_pooled, **options)
     run = torch.ops.kdfast_torch.similarity_forward if torch.compiler.is_compiling() else portable.forward
     return run(query, keys, scale, bias, start_logit, start_value, *rules, need_pooled, values, compute.dtype)

@@ -59,7 +59,7 @@ class Reference(NamedTuple):
         """The rows compared with; in batch the embeddings, each its own."""
         if self.rows is None:
             return Rows(embeddings, labels, torch.arange(len(embeddings), device=embeddings.device), None)
-        rows, valid, own_labels, _ = bank_protocol.unpack(self.rows)
+        rows, valid, own_labels, *_ = bank_protocol.unpack(self.rows)
         return Rows(rows, self.labels if own_labels is None else own_labels, self.own, valid)
 
     def labelled(self, embeddings: Tensor, labels: Tensor) -> "Rows":
