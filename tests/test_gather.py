@@ -11,7 +11,7 @@ from kdfast.functional import sampled_info_nce, sampled_nce
 from kdfast.ops import gather_similarity
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-AVAILABLE = [name for name, reason in impls.table()["gather_similarity"].items() if reason is None]
+AVAILABLE = [name for name, reason in impls.table()["gather_similarity"].items() if reason is None and name != "triton"]
 IMPLS = pytest.mark.parametrize("impl", AVAILABLE)
 FORMS = pytest.mark.parametrize(("dtype", "impl"), [(d, i) for i in AVAILABLE for d in DTYPES if (d, i) != (torch.float64, "cpu")], ids=str)
 # N, D, M, K. K small beside M gathers, M <= 16 K multiplies blocks; 63 / 65 / 257 straddle tile edges; 3000 x 70 needs

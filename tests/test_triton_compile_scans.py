@@ -12,6 +12,7 @@ if triton_runtime.INTERPRETED:
 
 from triton_code import MATRIX_INSTRUCTION, SHARED_MEMORY, Code
 
+from kdfast._ops.gather import triton_kernels as gather_kernels
 from kdfast._ops.knn import triton as knn
 from kdfast._ops.knn import triton_kernels as knn_kernels
 from kdfast._ops.triplet import triton as triplet
@@ -58,3 +59,14 @@ def test_group_distances_stay_in_registers(metric, tmp_path):
     rules = {"METRIC": metric, "LABELLED": True, "ONLY": False, "OWNED": True, "DROPPED": True, "GROUP": knn.GROUP, "DEPTH": 128}
     in_registers(Code(knn_kernels.group_distances, 90, torch.bfloat16, rules, 4, tmp_path), 90)
     in_registers(Code(knn_kernels.row_norms, 90, torch.bfloat16, {"ROWS": 16, "DEPTH": 128}, 4, tmp_path), 90)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("statistic", [0, 1, 2])
+def test_sampled_rows_stay_in_registers(arch, statistic, tmp_path):
+    sums = {"STATISTIC": statistic, "OFFSET": True, "POOLED": True, "SLOTS": 32, "WIDTH": 128}
+    code = Code(gather_kernels.row_sums, arch, torch.bfloat16, sums, 4, tmp_path)
+    in_registers(code, arch)
+    assert code.has(r"LDG\.E\.128")  # eight of a row's numbers at a time
+    if statistic == 0:
+        in_registers(Code(gather_kernels.scores, arch, torch.bfloat16, {"SLOTS": 32, "DEPTH": 128}, 4, tmp_path), arch)

@@ -31,7 +31,7 @@ class Code:
         aligned = {
             (i,): [["tt.divisibility", 16]]  # as for contiguous tensors whose width is a multiple of 16
             for i, name in enumerate(kernel.arg_names)
-            if signature[name].startswith("*") or name in ("width", "value_width", "keys_stride", "values_stride")
+            if signature[name].startswith("*") or name in ("width", "value_width", "keys_stride", "values_stride", "bank_stride")
         }
         target = GPUTarget("cuda", arch, 32)
         compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options={"num_warps": warps})

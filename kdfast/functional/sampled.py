@@ -54,7 +54,7 @@ def sampled_info_nce(
         normalize: scale query, positive and bank rows to unit length first (the bank as a copy: rather keep it so).
         weight: [N] >= 0, the weight of each row.
         reduction: "mean", "sum" or "none" ([N]).
-        impl: None, "cpu" or "torch".
+        impl: None, "cpu", "triton" or "torch".
 
     Raises:
         ValueError, TypeError, IndexError: naming the argument that is wrong and what is needed.

@@ -7,12 +7,16 @@ from torch import Tensor
 
 from ..._core import checks, impls
 from ..._core.dtypes import accumulator
-from . import cpu
+from . import cpu, triton
 from .autograd import GatherScores, RowStatistic
 
 __all__ = ["gather_similarity", "row_log_sum_exp", "row_noise_contrast"]
 
-impls.register("gather_similarity", impls.Implementation("cpu", cpu.missing, cpu.refuses))
+impls.register(
+    "gather_similarity",
+    impls.Implementation("cpu", cpu.missing, cpu.refuses),
+    impls.Implementation("triton", triton.missing, triton.refuses),
+)
 
 
 def gather_similarity(query: Tensor, bank: Tensor, index: Tensor, *, scale: float | Tensor = 1.0, impl: str | None = None) -> Tensor:
@@ -29,14 +33,14 @@ def gather_similarity(query: Tensor, bank: Tensor, index: Tensor, *, scale: floa
             float32 (float64 for float64) either way.
         index: [N, K] integers in [0, M); duplicates are fine.
         scale: s, a float or a tensor [] or [N].
-        impl: None, "cpu" or "torch".
+        impl: None, "cpu", "triton" or "torch".
 
     Returns:
         [N, K] in float32 (float64 for float64 queries).
 
     Raises:
         TypeError, ValueError: wrong type, dtype, device, rank, width; a bank of no rows; an unknown `impl`.
-        IndexError: an index outside [0, M), on the CPU (on a GPU it is a device assert).
+        IndexError: an index outside [0, M), on the CPU (on a GPU it is a device assert, or with impl="triton" NaN).
     """
     index = checked(query, bank, index)
     impl = choose(query, bank, impl)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import cpu, portable, statistics
+from . import cpu, portable, statistics, triton
 
 #: the contractions by name of implementation; each has scores, pool, scatter and statistic
-FORMS = {"cpu": cpu, "torch": portable}
+FORMS = {"cpu": cpu, "triton": triton, "torch": portable}
 
 
 class GatherScores(Function):
