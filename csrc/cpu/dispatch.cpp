@@ -21,6 +21,7 @@ namespace kdfast {
   X(InfoNceKernels, info_nce, isa)                \
   X(MatchingKernels, matching, isa)               \
   X(PackedBankKernels, packed_bank, isa)          \
+  X(UnitLengthKernels, unit_length, isa)          \
   X(GatherKernels, gather, isa)                   \
   X(SinkhornKernels, sinkhorn, isa)               \
   X(SinkhornLayersKernels, sinkhorn_layers, isa)  \

@@ -15,6 +15,7 @@
 #include "similarity/packed_bank.h"
 #include "similarity/pairs.h"
 #include "similarity/similarity.h"
+#include "similarity/unit_length.h"
 #include "sinkhorn/sinkhorn.h"
 #include "triplet/chosen.h"
 #include "triplet/dense.h"
@@ -29,6 +30,7 @@ struct CpuKernels : SimilarityKernels,
                     InfoNceKernels,
                     MatchingKernels,
                     PackedBankKernels,
+                    UnitLengthKernels,
                     GatherKernels,
                     SinkhornKernels,
                     SinkhornLayersKernels,

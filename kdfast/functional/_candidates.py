@@ -3,16 +3,16 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import checks, dtypes
 from .._ops.similarity.positives import take, take_rows
+from .._ops.similarity.unit_length import unit_length
 
 
 def normalized(x: Tensor | None) -> Tensor | None:
     """Rows of unit length, the norm taken in float32 (float64 for float64)."""
-    return None if x is None else F.normalize(x.to(dtypes.accumulator(x.dtype)), dim=-1).to(x.dtype)
+    return None if x is None else unit_length(x)
 
 
 def inverse(name: str, temperature: float | Tensor, query: Tensor) -> Tensor | float:

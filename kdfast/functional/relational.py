@@ -76,6 +76,8 @@ def similarity_distillation(
         keys, teacher_keys = normalized(keys), None if shared else normalized(teacher_keys)
 
     own_column = own_columns(own_index, student, len(keys))
+    excluded = any(x is not None for x in (given.valid, given.bias, own_column))
+    mean = reduction == "mean" and weight is None and not excluded and len(student) > 0
     sharp = any(isinstance(t, Real) and t < 1e-3 for t in (student_temperature, teacher_temperature))
     with torch.autocast(student.device.type, enabled=False) if sharp else contextlib.nullcontext():
         s, t = inverse("student_temperature", student_temperature, student), inverse("teacher_temperature", teacher_temperature, teacher)
@@ -94,10 +96,12 @@ def similarity_distillation(
             key_index=None if own_column is None else own_column[:, None],
             valid=given.valid,
             kl=divergence == "kl",
+            mean=mean,
             precision="ieee" if sharp and precision is None else precision,
             impl=impl,
         )
-    excluded = any(x is not None for x in (given.valid, given.bias, own_column))
+    if mean:
+        return losses
     return reduce_rows(losses, counted=lse != -torch.inf if excluded else None, weight=weight, reduction=reduction)
 
 

@@ -83,8 +83,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query,
   p.weights = row_data<float>("weights", w, {p.batch, p.rows, p.positives});
 
   const auto [lse, pull, lse_low] =
-      call_op<3>("kdfast::similarity_softmax", q, k, s, b, none, none, none, batch.in(query_labels), batch.in(key_labels),
-              batch.in(key_index), batch.in(limit), batch.in(valid), want_pull, precision, panels);
+      kdfast::similarity_softmax(q, k, s, b, none, none, none, batch.in(query_labels), batch.in(key_labels), batch.in(key_index),
+                                 batch.in(limit), batch.in(valid), want_pull, precision, panels);
   Tensor losses = batch.given ? output(query, {p.batch, p.rows}) : output(query, {p.rows});
   const Tensor slopes = output(query, {p.batch, p.rows, p.positives});
   float *const out = floats_of(losses), *const slope = floats_of(slopes), *const pulls = want_pull ? floats_of(pull) : nullptr;
@@ -137,8 +137,9 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& lse, const Tens
     const Tensor k = batch.in(keys);
     const OptionalTensor none;
     const auto [all_keys, all_bias, no_values] =
-        call_op<3>("kdfast::similarity_grad_keys", *dlse, none, lse, OptionalTensor(lse_low), q, k, s, batch.in(bias), none, batch.in(query_labels),
-                batch.in(key_labels), batch.in(key_index), batch.in(limit), batch.in(valid), want_keys, want_bias, false, precision);
+        kdfast::similarity_grad_keys(*dlse, none, lse, OptionalTensor(lse_low), q, k, s, batch.in(bias), none, batch.in(query_labels),
+                                     batch.in(key_labels), batch.in(key_index), batch.in(limit), batch.in(valid), want_keys, want_bias, false,
+                                     precision);
     if (want_keys) dkeys = all_keys;
     if (want_bias) dbias = all_bias;
     if (columns.has_value()) {

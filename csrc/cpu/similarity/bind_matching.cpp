@@ -63,8 +63,8 @@ void view_log_sums(const MatchingCall& call, const Tensor& x, int64_t precision,
   Tensor of_rows = call.of_rows;
   const Tensor scales = one(torch::stable::narrow(of_rows, 0, 0, call.m.rows));
   const OptionalTensor none, labels = one(call.labels);
-  const auto [sums, pooled, rest] = call_op<3>("kdfast::similarity_softmax", one(x), one(x), scales, none, none, none, none, labels, labels, none,
-                                               none, none, false, precision, none);
+  const auto [sums, pooled, rest] = kdfast::similarity_softmax(one(x), one(x), scales, none, none, none, none, labels, labels, none, none,
+                                                               none, false, precision, none);
   std::copy_n(data<float>(sums), call.m.rows, lse);
   std::copy_n(data<float>(rest), call.m.rows, low);
 }

@@ -69,12 +69,15 @@ const int32_t* panels_of(const SimilarityParams& p, const Tensor& panels) {
   return words > 0 && panels.numel() == words ? data<int32_t>(panels) : nullptr;
 }
 
-std::tuple<Tensor, Tensor, Tensor> similarity_softmax(const Tensor& query, const Tensor& keys, const Tensor& scale, const OptionalTensor& bias,
-                                              const OptionalTensor& start_logit, const OptionalTensor& values,
-                                              const OptionalTensor& start_value, const OptionalTensor& query_labels,
-                                              const OptionalTensor& key_labels, const OptionalTensor& key_index,
-                                              const OptionalTensor& limit, const OptionalTensor& valid, bool pooled, int64_t precision,
-                                              const OptionalTensor& panels) {
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> kdfast::similarity_softmax(const Tensor& query, const Tensor& keys, const Tensor& scale,
+                                                              const OptionalTensor& bias, const OptionalTensor& start_logit,
+                                                              const OptionalTensor& values, const OptionalTensor& start_value,
+                                                              const OptionalTensor& query_labels, const OptionalTensor& key_labels,
+                                                              const OptionalTensor& key_index, const OptionalTensor& limit,
+                                                              const OptionalTensor& valid, bool pooled, int64_t precision,
+                                                              const OptionalTensor& panels) {
   STD_TORCH_CHECK(start_logit.has_value() || !start_value.has_value(), "start_value needs start_logit");
   SimilarityParams p = parameters(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, pooled, precision);
   add_values(p, values);
@@ -91,8 +94,6 @@ std::tuple<Tensor, Tensor, Tensor> similarity_softmax(const Tensor& query, const
   return {lse, out, lse_low};
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
-  m.impl("similarity_softmax", TORCH_BOX(&similarity_softmax));
+  m.impl("similarity_softmax", TORCH_BOX(&kdfast::similarity_softmax));
 }

@@ -2,12 +2,31 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <initializer_list>
 #include <numeric>
+#include <tuple>
 
 #include "bind.h"
 #include "dispatch.h"
+
+namespace kdfast {
+
+// Two ops themselves, for others that are made of them: the dispatcher takes as long as a small call's arithmetic.
+std::tuple<Tensor, Tensor, Tensor> similarity_softmax(const Tensor& query, const Tensor& keys, const Tensor& scale, const OptionalTensor& bias,
+                                                      const OptionalTensor& start_logit, const OptionalTensor& values,
+                                                      const OptionalTensor& start_value, const OptionalTensor& query_labels,
+                                                      const OptionalTensor& key_labels, const OptionalTensor& key_index,
+                                                      const OptionalTensor& limit, const OptionalTensor& valid, bool pooled, int64_t precision,
+                                                      const OptionalTensor& panels);
+std::tuple<Tensor, Tensor, Tensor> similarity_grad_keys(const Tensor& slope, const OptionalTensor& h, const Tensor& lse,
+                                                        const OptionalTensor& lse_low, const Tensor& query, const Tensor& keys,
+                                                        const Tensor& scale, const OptionalTensor& bias, const OptionalTensor& values,
+                                                        const OptionalTensor& query_labels, const OptionalTensor& key_labels,
+                                                        const OptionalTensor& key_index, const OptionalTensor& limit,
+                                                        const OptionalTensor& valid, bool want_keys, bool want_bias, bool want_values,
+                                                        int64_t precision);
+
+}  // namespace kdfast
 
 namespace {
 
@@ -99,16 +118,6 @@ inline int64_t parts_of_keys(int64_t workers, int64_t batch, int64_t keys) {
 }
 
 // ---- losses ------------------------------------------------------------------------------------------------------------
-
-// The results of an op that gives so many tensors.
-template <size_t kResults, class... Arguments>
-std::array<Tensor, kResults> call_op(const char* op, const Arguments&... arguments) {
-  std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
-  std::array<Tensor, kResults> results;
-  for (size_t i = 0; i < kResults; ++i) results[i] = torch::stable::detail::to<Tensor>(stack[i]);
-  return results;
-}
 
 inline float mean_of(const float* losses, int64_t count) {
   double sum = 0;

@@ -81,14 +81,16 @@ std::tuple<Tensor, Tensor, Tensor> similarity_grad_rows(const Tensor& slope, con
   return {rows, mass, total};
 }
 
+}  // namespace
+
 // Keys are cut among threads, each of whose sums belong to one thread: no merge, and the same bits for any number of threads.
-std::tuple<Tensor, Tensor, Tensor> similarity_grad_keys(const Tensor& slope, const OptionalTensor& h, const Tensor& lse,
-                                                        const OptionalTensor& lse_low, const Tensor& query, const Tensor& keys,
-                                                        const Tensor& scale, const OptionalTensor& bias, const OptionalTensor& values,
-                                                        const OptionalTensor& query_labels, const OptionalTensor& key_labels,
-                                                        const OptionalTensor& key_index, const OptionalTensor& limit,
-                                                        const OptionalTensor& valid, bool want_keys, bool want_bias, bool want_values,
-                                                        int64_t precision) {
+std::tuple<Tensor, Tensor, Tensor> kdfast::similarity_grad_keys(const Tensor& slope, const OptionalTensor& h, const Tensor& lse,
+                                                                const OptionalTensor& lse_low, const Tensor& query, const Tensor& keys,
+                                                                const Tensor& scale, const OptionalTensor& bias,
+                                                                const OptionalTensor& values, const OptionalTensor& query_labels,
+                                                                const OptionalTensor& key_labels, const OptionalTensor& key_index,
+                                                                const OptionalTensor& limit, const OptionalTensor& valid, bool want_keys,
+                                                                bool want_bias, bool want_values, int64_t precision) {
   STD_TORCH_CHECK(!want_values || (h.has_value() && values.has_value()), "the gradient of values needs h and values");
   SimilarityParams p = parameters(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, want_keys, precision);
   add_values(p, values);
@@ -125,9 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_grad_keys(const Tensor& slope, con
   return {dkeys, dbias, dvalues};
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("similarity_grad_rows", TORCH_BOX(&similarity_grad_rows));
-  m.impl("similarity_grad_keys", TORCH_BOX(&similarity_grad_keys));
+  m.impl("similarity_grad_keys", TORCH_BOX(&kdfast::similarity_grad_keys));
 }

@@ -51,6 +51,7 @@ class Call(NamedTuple):
 
     kl: bool
     one_bank: bool
+    mean: bool  # the mean of the losses instead of them
     precision: str | None
     impl: str | None
     products: int  # the kernel's number for how both sides' products are formed
@@ -69,17 +70,18 @@ def distillation_rows(
     key_index: Tensor | None = None,
     valid: int | Tensor | None = None,
     kl: bool = False,
+    mean: bool = False,
     precision: str | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(losses [N], the student's lse [N] without gradient); a row that admits nothing has lse -inf.
+    """(losses [N] or, with `mean`, their mean; the student's lse [N] without gradient). A row that admits nothing has lse -inf.
 
     student [N, Ds], keys [M, Ds], teacher [N, Dt], teacher_keys [M, Dt] or None for `keys`; the sides may differ in dtype. `start` = logits
     [N] of one more candidate, student's and teacher's. key_index [N, E]: columns left out, -1 none. The teacher's rows and keys get
     no gradient; all else does, twice.
     """
     one_bank = teacher_keys is None
-    teacher, teacher_keys = teacher.detach(), (keys if one_bank else teacher_keys).detach()
+    teacher, teacher_keys = (t.detach() if t.requires_grad else t for t in (teacher, keys if one_bank else teacher_keys))
     ours, theirs = how_to_compute(student, precision), how_to_compute(teacher, precision)
     chosen = impls.choose("similarity_distillation", impl, device_type=student.device.type, dtype=ours.dtype, teacher_dtype=theirs.dtype)
     _, tensors = problem(student, keys, scale, None, bias, None, Rules(key_index=key_index), valid, precision, impl)
@@ -94,7 +96,7 @@ def distillation_rows(
         tensors.valid,
     )
     products = min(cpu.product_number(ours.products, student), cpu.product_number(theirs.products, teacher))  # the finer
-    call = Call(kl, one_bank, precision, impl, products)
+    call = Call(kl, one_bank, mean, precision, impl, products)
     inputs = (student, keys, tensors.scale, logit, *fixed)
     transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     if chosen == "cpu" and not transforms and not needs_grad((fixed.scale, teacher_logit, bias)):
@@ -136,11 +138,11 @@ def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Te
     elif f.bias is not None:  # KL's two terms sum_j p^T_ij b_j cancel
         finite = torch.where(f.bias == -torch.inf, 0.0, f.bias)[:, None].to(wide)
         losses = losses - softmax(teacher, teacher_keys, f.scale, finite, f.start_logit, pool=True)[-1][:, 0]
-    return losses, lse
+    return losses.mean() if call.mean else losses, lse
 
 
 class Distillation(Function):
-    """(losses [N], lse [N]) by the fused pass, outside transforms."""
+    """(losses [N] or their mean, lse [N]) by the fused pass, outside transforms."""
 
     @staticmethod
     def forward(ctx, call, student, keys, scale, start_logit, *fixed):
@@ -149,6 +151,7 @@ class Distillation(Function):
         starts = tuple(None if x is None else x.contiguous() for x in (start_logit, f.start_logit))
         losses, entropy, difference, log_sums = torch.ops.kdfast.similarity_distillation(*inputs[:7], *starts, *inputs[7:], call.products)
         losses = losses - entropy if call.kl else losses
+        losses = losses.mean() if call.mean else losses
         lse = log_sums[0]
         slope = None
         if start_logit is not None:
@@ -179,9 +182,11 @@ def _gradients(call, want, versions, g, student, scale, start_logit, slope, diff
     """The gradients of <g, losses> in (student, keys, scale, start_logit), None where not wanted."""
     want_student, want_keys, want_scale, want_start = want
     dkeys = None
+    if call.mean:
+        g = (g / len(student)).expand(len(student))
     if want_keys:
         inputs = _for_kernel(call, student, keys, scale, *fixed)
-        dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(g, log_sums, *inputs, call.products).to(keys.dtype)
+        dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(g.contiguous(), log_sums, *inputs, call.products).to(keys.dtype)
     return (
         ((g * scale)[:, None] * difference).to(student.dtype) if want_student else None,
         dkeys,

@@ -1,0 +1,60 @@
+"""Rows scaled to unit length: on the CPU an op each way in place of a dozen element-wise ones, half the time of a small loss."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from ..._core import dtypes
+from . import cpu
+from .apply import needs_grad, transformed
+from .definition import SecondOrder
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """x / max(|x|, 1e-12) by rows [..., D], the norm taken in float32 (float64 for float64)."""
+    if cpu.missing() is not None or cpu.refuses(device_type=x.device.type, dtype=x.dtype) is not None or transformed():
+        return _definition(x)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = UnitLength.apply(rows) if needs_grad((rows,)) else torch.ops.kdfast.unit_length(rows)[0]
+    return y.view(x.shape)
+
+
+def _definition(x: Tensor) -> Tensor:
+    return F.normalize(x.to(dtypes.accumulator(x.dtype)), dim=-1).to(x.dtype)
+
+
+class UnitLength(Function):
+    """Of x [N, D], outside transforms."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y, norm = torch.ops.kdfast.unit_length(x)
+        ctx.save_for_backward(x, norm)
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        if g is None:
+            return None
+        run = UnitLengthGradient.apply if torch.is_grad_enabled() else torch.ops.kdfast.unit_length_grad
+        return run(g.contiguous(), *ctx.saved_tensors)
+
+
+class UnitLengthGradient(Function):
+    """dx of dy, and its derivative."""
+
+    @staticmethod
+    def forward(ctx, g, x, norm):
+        ctx.save_for_backward(g, x)
+        return torch.ops.kdfast.unit_length_grad(g, x, norm)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        return *SecondOrder.apply(_definition, (True,), cotangent, *ctx.saved_tensors), None
+
+
+if cpu.missing() is None:
+    torch.library.register_fake("kdfast::unit_length", lambda x: (torch.empty_like(x), x.new_empty(x.shape[:1], dtype=torch.float32)))
+    torch.library.register_fake("kdfast::unit_length_grad", lambda dy, x, norm: torch.empty_like(x))
