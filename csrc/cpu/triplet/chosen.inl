@@ -19,23 +19,58 @@ using kdfast::ChosenLosses;
 using kdfast::ChosenParams;
 
 // A row and its scale.
+template <class T>
 struct ScaledRow {
-  Matrix elements;
+  const T* elements;
   float scale;
+
+  template <bool kWhole>
+  Vec at(int64_t d, int64_t width) const {
+    return scaled(kWhole ? load(elements + d) : load_partial(elements + d, width - d), splat(scale));
+  }
 };
 
-inline ScaledRow x_row(const ChosenParams& p, int64_t i) { return {p.x.matrix.from(i * p.width), p.x_scale != nullptr ? p.x_scale[i] : 1}; }
-inline ScaledRow y_row(const ChosenParams& p, int64_t j) { return {p.y.matrix.from(j * p.width), p.y_scale != nullptr ? p.y_scale[j] : 1}; }
+template <bool kValue>
+struct Constant {
+  static constexpr bool value = kValue;
+};
 
-// f(vector of u, vector of v, d) for all their elements.
+// f(d, Constant: whether a whole vector is there) for the vectors of a row.
 template <class F>
-inline void for_pair(const ScaledRow& u, const ScaledRow& v, int64_t width, const F& f) {
-  const Vec u_scale = splat(u.scale), v_scale = splat(v.scale);
-  with_elements(u.elements, [&](const auto* ue) {
-    with_elements(v.elements, [&](const auto* ve) {
-      for (int64_t d = 0; d < width; d += kLanes) f(scaled(load_row(ue, d, width), u_scale), scaled(load_row(ve, d, width), v_scale), d);
-    });
-  });
+inline void for_vectors(int64_t width, const F& f) {
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) f(d, Constant<true>{});
+  if (d < width) f(d, Constant<false>{});
+}
+
+template <bool kWhole>
+inline Vec load_some(const float* x, int64_t d, int64_t width) {
+  return kWhole ? load(x + d) : load_partial(x + d, width - d);
+}
+template <bool kWhole>
+inline void store_some(float* x, int64_t d, int64_t width, Vec v) {
+  kWhole ? store(x + d, v) : store_row(x, d, width, v);
+}
+
+// The rows of a call, by the type of their elements.
+template <class X, class Y>
+struct ChosenRows {
+  const ChosenParams& p;
+  const X* x;
+  const Y* y;
+
+  ScaledRow<X> x_row(int64_t i) const { return {x + i * p.width, p.x_scale != nullptr ? p.x_scale[i] : 1}; }
+  ScaledRow<Y> y_row(int64_t j) const { return {y + j * p.width, p.y_scale != nullptr ? p.y_scale[j] : 1}; }
+};
+
+template <class X, class Y>
+inline ChosenRows<X, Y> chosen_rows(const ChosenParams& p, const X* x, const Y* y) {
+  return {p, x, y};
+}
+
+template <class F>
+inline void with_rows(const ChosenParams& p, const F& f) {
+  with_elements(p.x.matrix, [&](const auto* x) { with_elements(p.y.matrix, [&](const auto* y) { f(chosen_rows(p, x, y)); }); });
 }
 
 // The sum of the lanes, by halves.
@@ -49,13 +84,15 @@ inline double wide_total(Vec x) {
 }
 
 // In double: distances are subtracted from each other.
-inline double pair_distance(const ChosenParams& p, const ScaledRow& u, const ScaledRow& v) {
+template <class U, class V>
+inline double pair_distance(const ChosenParams& p, const ScaledRow<U>& u, const ScaledRow<V>& v) {
+  const bool cosine = p.metric == Metric::kCosine;
   Vec sum = {};
-  if (p.metric == Metric::kCosine) {
-    for_pair(u, v, p.width, [&](Vec a, Vec b, int64_t) { sum = multiply_add(a, b, sum); });
-    return 1 - wide_total(sum);
-  }
-  for_pair(u, v, p.width, [&](Vec a, Vec b, int64_t) { sum = multiply_add(a - b, a - b, sum); });
+  for_vectors(p.width, [&](int64_t d, auto whole) {
+    const Vec a = u.template at<whole.value>(d, p.width), b = v.template at<whole.value>(d, p.width);
+    sum = cosine ? multiply_add(a, b, sum) : multiply_add(a - b, a - b, sum);
+  });
+  if (cosine) return 1 - wide_total(sum);
   return p.metric == Metric::kEuclidean ? __builtin_sqrt(wide_total(sum)) : wide_total(sum);
 }
 
@@ -66,65 +103,113 @@ inline float pair_factor(Metric metric, float slope, double distance) {
   return distance == 0 ? 0 : float(slope / distance);
 }
 
+// What the gradient of the distance of u and v in u is a multiple of.
+inline Vec direction(bool cosine, Vec u, Vec v) { return cosine ? -v : u - v; }
+
 // to += factor times the gradient of the distance of u and v in u
-inline void add_pair(const ChosenParams& p, float factor, const ScaledRow& u, const ScaledRow& v, float* to) {
-  const Vec times = splat(factor);
+template <class U, class V>
+inline void add_pair(const ChosenParams& p, float factor, const ScaledRow<U>& u, const ScaledRow<V>& v, float* to) {
   const bool cosine = p.metric == Metric::kCosine;
-  for_pair(u, v, p.width, [&](Vec a, Vec b, int64_t d) {
-    store_row(to, d, p.width, multiply_add(times, cosine ? -b : a - b, load_row(to, d, p.width)));
+  for_vectors(p.width, [&](int64_t d, auto whole) {
+    const Vec along = direction(cosine, u.template at<whole.value>(d, p.width), v.template at<whole.value>(d, p.width));
+    store_some<whole.value>(to, d, p.width, multiply_add(splat(factor), along, load_some<whole.value>(to, d, p.width)));
   });
 }
 
+// The same for one u and many v, a few at a time, so that u and the sum are seldom read.
+template <class U, class V>
+struct AddedPairs {
+  static constexpr int kTogether = 8;
+
+  const ChosenParams& p;
+  ScaledRow<U> u;
+  float* to;
+  int waiting = 0;
+  float factors[kTogether] = {};
+  ScaledRow<V> others[kTogether] = {};
+
+  AddedPairs(const ChosenParams& p, const ScaledRow<U>& u, float* to) : p(p), u(u), to(to) {}
+
+  void add(float factor, const ScaledRow<V>& v) {
+    if (factor == 0) return;
+    factors[waiting] = factor, others[waiting] = v;
+    if (++waiting == kTogether) add_all();
+  }
+  void finish() {
+    for (int i = 0; i < waiting; ++i) add_pair(p, factors[i], u, others[i], to);
+  }
+
+ private:
+  void add_all() {
+    const bool cosine = p.metric == Metric::kCosine;
+    for_vectors(p.width, [&](int64_t d, auto whole) {
+      const Vec own = u.template at<whole.value>(d, p.width);
+      Vec sum = load_some<whole.value>(to, d, p.width);
+#pragma GCC unroll 8
+      for (int i = 0; i < kTogether; ++i)
+        sum = multiply_add(splat(factors[i]), direction(cosine, own, others[i].template at<whole.value>(d, p.width)), sum);
+      store_some<whole.value>(to, d, p.width, sum);
+    });
+    waiting = 0;
+  }
+};
+
+template <class X, class Y>
+inline AddedPairs<X, Y> added_pairs(const ChosenRows<X, Y>& rows, int64_t anchor, float* to) {
+  return {rows.p, rows.x_row(anchor), to};
+}
+
 // The gradient in a row of its scaled self, turned into that in the row.
-inline void through_length(const MetricRows& m, const ScaledRow& row, float* g) {
+template <class T>
+inline void through_length(const MetricRows& m, const ScaledRow<T>& row, float* g) {
   if (!m.normalize) return;
   Vec along = {};
-  const ScaledRow gradient{{g, ElementType::kFloat32}, 1};
-  for_pair(row, gradient, m.width, [&](Vec u, Vec v, int64_t) { along = multiply_add(u, v, along); });
+  for_vectors(m.width, [&](int64_t d, auto whole) {
+    along = multiply_add(row.template at<whole.value>(d, m.width), load_some<whole.value>(g, d, m.width), along);
+  });
   const bool unit = row.scale < 1e12f;  // shorter rows are divided by a constant
   const Vec projection = splat(unit ? total(along) : 0), scale = splat(row.scale);
-  for_pair(row, gradient, m.width, [&](Vec u, Vec v, int64_t d) { store_row(g, d, m.width, (v - u * projection) * scale); });
+  for_vectors(m.width, [&](int64_t d, auto whole) {
+    const Vec u = row.template at<whole.value>(d, m.width), v = load_some<whole.value>(g, d, m.width);
+    store_some<whole.value>(g, d, m.width, (v - u * projection) * scale);
+  });
 }
 
 // g times a pair's factor; a triplet that adds nothing stays out of it, whatever g is.
 inline float pair_weight(const ChosenGradients& out, const float* factor, int64_t t) { return factor[t] == 0 ? 0 : out.g[t] * factor[t]; }
 
 // Adds to rows begin .. end of `to`, the gradient in the references, what they get as positives and negatives: shown(row) for each.
-template <class Shown>
-inline void add_references(const ChosenParams& p, const ChosenGradients& out, int64_t begin, int64_t end, float* to, const Shown& shown) {
-  const auto inside = [&](int64_t row) { return row >= begin && row < end; };
-  const auto add = [&](float factor, int64_t u, const ScaledRow& v) {
-    if (factor == 0 || !inside(u)) return;
+template <class X, class Y, class Shown>
+inline void add_references(const ChosenRows<X, Y>& rows, const ChosenGradients& out, int64_t begin, int64_t end, float* to, const Shown& shown) {
+  const ChosenParams& p = rows.p;
+  const auto add = [&](float factor, int64_t u, const auto& v) {
+    if (factor == 0 || u < begin || u >= end) return;
     shown(u);
-    add_pair(p, factor, y_row(p, u), v, to + u * p.width);
+    add_pair(p, factor, rows.y_row(u), v, to + u * p.width);
   };
   for (int64_t t = 0; t < p.rows * p.each; ++t) {
     const int64_t positive = p.positive[t], negative = p.negative[t];
-    if (positive < 0 || negative < 0 || !(inside(positive) || inside(negative))) continue;
-    const ScaledRow anchor = x_row(p, t / p.each);
+    if (positive < 0 || negative < 0) continue;
+    const ScaledRow<X> anchor = rows.x_row(t / p.each);
     add(pair_weight(out, out.a_p, t), positive, anchor);
     add(pair_weight(out, out.a_n, t), negative, anchor);
     if (!p.swap) continue;
     const float p_n = pair_weight(out, out.p_n, t);
-    add(p_n, positive, y_row(p, negative));
-    add(p_n, negative, y_row(p, positive));
+    add(p_n, positive, rows.y_row(negative));
+    add(p_n, negative, rows.y_row(positive));
   }
 }
 
-// ---- the entries of the dispatch table --------------------------------------------------------------------------------
-
-// Rows begin .. end.
-void row_scales(const MetricRows& m, int64_t begin, int64_t end, float* scale) {
-  for (int64_t i = begin; i < end; ++i) scale[i] = row_scale(m, i);
-}
-
-// Triplets of the anchors begin .. end.
-void triplet_chosen(const ChosenParams& p, const ChosenLosses& out, int64_t begin, int64_t end) {
-  for (int64_t t = begin * p.each; t < end * p.each; ++t) {
+// Chosen triplets `begin` .. `end`: losses and factors.
+template <class X, class Y>
+inline void chosen_losses(const ChosenRows<X, Y>& rows, const ChosenLosses& out, int64_t begin, int64_t end) {
+  const ChosenParams& p = rows.p;
+  for (int64_t t = begin; t < end; ++t) {
     out.loss[t] = out.a_p[t] = out.a_n[t] = 0;
     if (p.swap) out.p_n[t] = 0;
     if (p.positive[t] < 0 || p.negative[t] < 0) continue;
-    const ScaledRow anchor = x_row(p, t / p.each), positive = y_row(p, p.positive[t]), negative = y_row(p, p.negative[t]);
+    const ScaledRow<X> anchor = rows.x_row(t / p.each);
+    const ScaledRow<Y> positive = rows.y_row(p.positive[t]), negative = rows.y_row(p.negative[t]);
     const double d_ap = pair_distance(p, anchor, positive), d_pn = p.swap ? pair_distance(p, positive, negative) : 0;
     double d_an = pair_distance(p, anchor, negative);
     const bool swapped = p.swap && d_pn < d_an;
@@ -143,27 +228,46 @@ void triplet_chosen(const ChosenParams& p, const ChosenLosses& out, int64_t begi
   }
 }
 
+// ---- the entries of the dispatch table --------------------------------------------------------------------------------
+
+// Rows begin .. end.
+void row_scales(const MetricRows& m, int64_t begin, int64_t end, float* scale) {
+  for (int64_t i = begin; i < end; ++i) scale[i] = row_scale(m, i);
+}
+
+// Triplets of the anchors begin .. end.
+void triplet_chosen(const ChosenParams& p, const ChosenLosses& out, int64_t begin, int64_t end) {
+  with_rows(p, [&](const auto& rows) { chosen_losses(rows, out, begin * p.each, end * p.each); });
+}
+
 // Rows begin .. end of dx.
 void triplet_chosen_grad_x(const ChosenParams& p, const ChosenGradients& out, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    float* const to = out.dx + i * p.width;
-    __builtin_memset(to, 0, size_t(p.width) * 4);
-    for (int64_t t = i * p.each; t < (i + 1) * p.each; ++t) {
-      if (const float c = pair_weight(out, out.a_p, t); c != 0) add_pair(p, c, x_row(p, i), y_row(p, p.positive[t]), to);
-      if (const float c = pair_weight(out, out.a_n, t); c != 0) add_pair(p, c, x_row(p, i), y_row(p, p.negative[t]), to);
+  with_rows(p, [&](const auto& rows) {
+    for (int64_t i = begin; i < end; ++i) {
+      float* const to = out.dx + i * p.width;
+      __builtin_memset(to, 0, size_t(p.width) * 4);
+      auto pairs = added_pairs(rows, i, to);
+      for (int64_t t = i * p.each; t < (i + 1) * p.each; ++t) {
+        if (p.positive[t] < 0 || p.negative[t] < 0) continue;
+        pairs.add(pair_weight(out, out.a_p, t), rows.y_row(p.positive[t]));
+        pairs.add(pair_weight(out, out.a_n, t), rows.y_row(p.negative[t]));
+      }
+      pairs.finish();
     }
-  }
-  if (p.in_batch) add_references(p, out, begin, end, out.dx, [](int64_t) {});
-  for (int64_t i = begin; i < end; ++i) through_length(p.x, x_row(p, i), out.dx + i * p.width);
+    if (p.in_batch) add_references(rows, out, begin, end, out.dx, [](int64_t) {});
+    for (int64_t i = begin; i < end; ++i) through_length(p.x, rows.x_row(i), out.dx + i * p.width);
+  });
 }
 
 // Rows begin .. end of dy. `touched` [columns]: scratch.
 void triplet_chosen_grad_y(const ChosenParams& p, const ChosenGradients& out, int64_t begin, int64_t end, bool* touched) {
   __builtin_memset(out.dy + begin * p.width, 0, size_t((end - begin) * p.width) * 4);
   __builtin_memset(touched + begin, 0, size_t(end - begin));
-  add_references(p, out, begin, end, out.dy, [&](int64_t row) { touched[row] = true; });
-  for (int64_t j = begin; j < end; ++j)
-    if (touched[j]) through_length(p.y, y_row(p, j), out.dy + j * p.width);
+  with_rows(p, [&](const auto& rows) {
+    add_references(rows, out, begin, end, out.dy, [&](int64_t row) { touched[row] = true; });
+    for (int64_t j = begin; j < end; ++j)
+      if (touched[j]) through_length(p.y, rows.y_row(j), out.dy + j * p.width);
+  });
 }
 
 }  // namespace

@@ -42,15 +42,6 @@ inline int lanes_in(Mask mask) {
 }
 #endif
 
-// lesser(a, b) is b when either is NaN.
-#if KDFAST_LANES == 16
-inline Vec lesser(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
-#elif KDFAST_LANES == 8
-inline Vec lesser(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
-#else
-inline Vec lesser(Vec a, Vec b) { return a < b ? a : b; }
-#endif
-
 // ---- distances ------------------------------------------------------------------------------------------------------------
 
 // sqrt(square), correctly rounded, so that distances from equal squares are equal, and about its inverse; both 0 where the square is 0.

@@ -10,7 +10,7 @@
 #pragma once
 
 #include "triplet/dense_grad.inl"
-#include "triplet/dense_ranks.inl"
+#include "triplet/ranks.inl"
 
 namespace {
 
@@ -28,7 +28,7 @@ struct SortedWindows {
   float *sorted, *ends;    // of one row
 
   void plan(int64_t rows, int64_t most, Arena& arena) {
-    depth = depth_for(most < kLanes ? kLanes : most);
+    depth = depth_for(most);
     stride = int64_t(1) << depth;
     high = arena.take(rows * stride), low = arena.take(rows * stride);
     suffix = HingeStatistic::doubles(rows * stride, arena), start = HingeStatistic::doubles(rows, arena);
@@ -102,6 +102,49 @@ struct SortedWindows {
       to[a] = kLow ? (to[a] < count ? to[a] : count) : count;
     }
   }
+};
+
+// The hinges of a row's levels, summed in double: T(from) - T(to) + (to - from) (start - v), T being 0 where kLow is not given.
+struct HingeSum {
+  const double* suffix;
+  double start;
+#if KDFAST_LANES == 16
+  __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+#else
+  double sum = 0;
+#endif
+
+  HingeSum(const double* suffix, double start) : suffix(suffix), start(start) {}
+
+  template <bool kLow>
+  void add(IntVec from, IntVec to, Vec v) {
+    const Vec level = lesser(splat(kLargestFinite), v);  // so that no window adds 0
+#if KDFAST_LANES == 16
+    const __m512i begin = (__m512i)from, end = (__m512i)to, number = (__m512i)(to - from);
+    add_half<kLow>(_mm512_castsi512_si256(begin), _mm512_castsi512_si256(end), _mm512_castsi512_si256(number),
+                   _mm512_castps512_ps256((__m512)level), &low);
+    add_half<kLow>(_mm512_extracti64x4_epi64(begin, 1), _mm512_extracti64x4_epi64(end, 1), _mm512_extracti64x4_epi64(number, 1),
+                   _mm512_extractf32x8_ps((__m512)level, 1), &high);
+#else
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const double ends = suffix[from[lane]] - (kLow ? suffix[to[lane]] : 0);
+      sum += ends + double(to[lane] - from[lane]) * (start - double(level[lane]));
+    }
+#endif
+  }
+
+#if KDFAST_LANES == 16
+  template <bool kLow>
+  void add_half(__m256i from, __m256i to, __m256i number, __m256 level, __m512d* sum) const {
+    __m512d ends = _mm512_i32gather_pd(from, suffix, 8);
+    if constexpr (kLow) ends = _mm512_sub_pd(ends, _mm512_i32gather_pd(to, suffix, 8));
+    const __m512d below = _mm512_sub_pd(_mm512_set1_pd(start), _mm512_cvtps_pd(level));
+    *sum = _mm512_add_pd(*sum, _mm512_fmadd_pd(_mm512_cvtepi32_pd(number), below, ends));
+  }
+  double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
+#else
+  double total() const { return sum; }
+#endif
 };
 
 // ---- sums ---------------------------------------------------------------------------------------------------------------

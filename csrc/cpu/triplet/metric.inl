@@ -16,6 +16,15 @@ using kdfast::Classes;
 using kdfast::Metric;
 using kdfast::MetricRows;
 
+// lesser(a, b) is b when either is NaN.
+#if KDFAST_LANES == 16
+inline Vec lesser(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif KDFAST_LANES == 8
+inline Vec lesser(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
+inline Vec lesser(Vec a, Vec b) { return a < b ? a : b; }
+#endif
+
 // The factor that brings row `row` to the length it counts with.
 inline float row_scale(const MetricRows& m, int64_t row) {
   float scale = 1;

@@ -27,19 +27,16 @@ struct Draw {
   int64_t next;
 };
 
-// How many of the ascending `at` come before the first for which past(it).
+// How many of the ascending `at` come before the first for which past(it). Without a branch: where it leads is anybody's guess.
 template <class T, class Past>
 inline int64_t bisect(const T* at, int64_t size, const Past& past) {
+  if (size == 0) return 0;
   int64_t low = 0;
-  while (size > 0) {
-    const int64_t half = size / 2;
-    if (past(at[low + half])) {
-      size = half;
-    } else {
-      low += half + 1, size -= half + 1;
-    }
+  for (int64_t half; size > 1; size -= half) {
+    half = size / 2;
+    low += half & -int64_t(!past(at[low + half - 1]));
   }
-  return low;
+  return low + !past(at[low]);
 }
 
 // How many cumulative weights are not above x.

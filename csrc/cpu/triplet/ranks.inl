@@ -1,13 +1,13 @@
-// Where levels lie among the sorted ends of a row's windows.
+// How many of many sorted floats are not above others: sorting, and a tree to search.
 //
-// 2^depth - 1 ends are a binary tree in the order of its levels: node n has the children 2 n and 2 n + 1. A search goes down from node 1 and its
+// 2^depth - 1 floats are a binary tree in the order of its levels: node n has the children 2 n and 2 n + 1. A search goes down from node 1 and its
 // rank is the leaf it would reach, one comparison a level. The first seven levels are eight vectors of 16 in registers, from which permutations
 // take what each lane compares with; below them it is gathered. Searches of several vectors hide each other's latency.
 //
 // Included after an instruction set's header (isa/).
 #pragma once
 
-#include "triplet/dense_levels.inl"
+#include "triplet/metric.inl"
 
 namespace {
 
@@ -95,9 +95,10 @@ inline bool any(IntVec x) {
 #endif
 }
 
-inline int depth_for(int64_t ends) {
+// Of the tree of so many floats, at least, and of whole vectors.
+inline int depth_for(int64_t size) {
   int depth = 1;
-  while ((int64_t(1) << depth) - 1 < ends) ++depth;
+  while ((int64_t(1) << depth) - 1 < size || int64_t(1) << depth < kLanes) ++depth;
   return depth;
 }
 
@@ -152,7 +153,7 @@ struct RankTree {
   const float* tree;
   int depth;
 
-  // For kAtOnce vectors: how many ends are not above v; none for NaN. `last`: the greatest of these; null: not wanted.
+  // For kAtOnce vectors: how many floats of the tree are not above v; none for NaN. `last`: the greatest of these; null: not wanted.
   void ranks(const Vec* v, IntVec* rank, Vec* last = nullptr) const {
     const IntVec leaves = IntVec{} + (int32_t(1) << depth);
     for (int a = 0; a < kAtOnce; ++a) rank[a] = IntVec{} + 1;
@@ -179,55 +180,12 @@ struct RankTree {
     for (int a = 0; a < kAtOnce; ++a) rank[a] -= leaves;
   }
 
-  // How many ends are below v.
+  // How many are below v.
   int32_t rank_before(float v) const {
     int32_t node = 1;
     for (int level = 0; level < depth; ++level) node = 2 * node + (tree[node] < v);
     return node - (int32_t(1) << depth);
   }
-};
-
-// The hinges of a row's levels, summed in double: T(from) - T(to) + (to - from) (start - v), T being 0 where kLow is not given.
-struct HingeSum {
-  const double* suffix;
-  double start;
-#if KDFAST_LANES == 16
-  __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
-#else
-  double sum = 0;
-#endif
-
-  HingeSum(const double* suffix, double start) : suffix(suffix), start(start) {}
-
-  template <bool kLow>
-  void add(IntVec from, IntVec to, Vec v) {
-    const Vec level = lesser(splat(kLargestFinite), v);  // so that no window adds 0
-#if KDFAST_LANES == 16
-    const __m512i begin = (__m512i)from, end = (__m512i)to, number = (__m512i)(to - from);
-    add_half<kLow>(_mm512_castsi512_si256(begin), _mm512_castsi512_si256(end), _mm512_castsi512_si256(number),
-                   _mm512_castps512_ps256((__m512)level), &low);
-    add_half<kLow>(_mm512_extracti64x4_epi64(begin, 1), _mm512_extracti64x4_epi64(end, 1), _mm512_extracti64x4_epi64(number, 1),
-                   _mm512_extractf32x8_ps((__m512)level, 1), &high);
-#else
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const double ends = suffix[from[lane]] - (kLow ? suffix[to[lane]] : 0);
-      sum += ends + double(to[lane] - from[lane]) * (start - double(level[lane]));
-    }
-#endif
-  }
-
-#if KDFAST_LANES == 16
-  template <bool kLow>
-  void add_half(__m256i from, __m256i to, __m256i number, __m256 level, __m512d* sum) const {
-    __m512d ends = _mm512_i32gather_pd(from, suffix, 8);
-    if constexpr (kLow) ends = _mm512_sub_pd(ends, _mm512_i32gather_pd(to, suffix, 8));
-    const __m512d below = _mm512_sub_pd(_mm512_set1_pd(start), _mm512_cvtps_pd(level));
-    *sum = _mm512_add_pd(*sum, _mm512_fmadd_pd(_mm512_cvtepi32_pd(number), below, ends));
-  }
-  double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
-#else
-  double total() const { return sum; }
-#endif
 };
 
 }  // namespace
