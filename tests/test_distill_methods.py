@@ -222,6 +222,25 @@ def test_bingo_trains_a_projector_and_a_temperature():
     fixed(views, None, index=torch.arange(8)).backward()
 
 
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_bingo_inverted_maps_the_keys(variant):
+    queue = filled_queue()
+    loss = BINGO(variant, temperature=0.3, bank=queue, projector=Projector(4, 6, invert=True)).double()
+    weight, bias = loss.projector.maps[0].weight, loss.projector.maps[0].bias
+    a, p, m, keys = *(rows(5, 4, grad=True) for _ in range(3)), rows(5, 2, 6)
+    mapped, bank = keys @ weight.T + bias, queue.keys.clone().expand(5, -1, -1)
+    if variant == "paper":
+        expected = nce(a, mapped[:, :1], bank, 0.3) + nce(p, mapped[:, :1], bank, 0.3)
+        value = loss({"a": a, "p": p}, {"a": keys[:, 0]})
+    else:
+        weights = [torch.tensor(w, dtype=D).expand(5, 2) for w in ([1.0, 0.0], [0.0, 1.0], [0.7, 0.3])]
+        expected = sum(nce(q, mapped, bank, 0.3, w) for q, w in zip((a, p, m), weights, strict=True)) / 3
+        value = loss({"a": a, "p": p, "mix": m}, {"a": keys[:, 0], "p": keys[:, 1]}, lam=0.7, epoch=0)
+    same_value_and_gradient(value, expected, a, p, weight, bias)
+    newest = queue.storage[(9 + torch.arange(5)) % 12]
+    torch.testing.assert_close(newest, F.normalize(mapped[:, 0], dim=-1).detach())
+
+
 def test_bingo_errors_are_named():
     a, queue = torch.randn(4, 3), QueueBank(8, 3)
     both = {"a": a, "p": a}
@@ -230,6 +249,10 @@ def test_bingo_errors_are_named():
         (lambda: BINGO("released"), "bank must be given"),
         (lambda: BINGO(temperature=-1), "temperature must be"),
         (lambda: BINGO(bank=[a]), "bank must be a Tensor"),
+        (
+            lambda: BINGO(bank=a, projector=Projector(3, 3, invert=True))(both, None, index=torch.arange(4)),
+            "projector must not be inverted where a bank Tensor",
+        ),
         (lambda: BINGO()(a, a), "student must be a dict of the views a, p, got Tensor"),
         (lambda: BINGO()({"a": a}, a), "student must have the views a, p"),
         (lambda: BINGO()(both, None), "teacher must be a dict of the views a, got NoneType"),

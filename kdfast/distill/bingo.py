@@ -32,7 +32,8 @@ class BINGO(DistillLoss):
         temperature: > 0, default 0.2; a float or an nn.Parameter.
         bank: published: QueueBank(65536, 128).
         warmup_epochs: see "released".
-        projector, student_dim, teacher_dim: a map to the keys' width, as for MSE; None when the student's head gives it.
+        projector, student_dim, teacher_dim: a map to the keys' width, as for MSE; None when the student's head gives it. With an
+            inverted Projector the keys, and so the bank's rows, have the student's width.
         push: see DistillLoss.
 
     Raises:
@@ -76,14 +77,13 @@ class BINGO(DistillLoss):
         return loss
 
     def _paper(self, student, teacher, index, labels, positive_index) -> tuple[Tensor, Tensor | None]:
-        queries = self._queries(views("student", student, ("a", "p")), teacher)
         if isinstance(self.bank, Tensor) and index is not None:
+            queries = self._queries_of_stored_keys(views("student", student, ("a", "p")))
             index = checks.integral("index", index, shape=(len(queries[0]),)).to(self.bank.device)
             none = torch.full_like(index, -1)
             own = none if positive_index is None else checks.integral("positive_index", positive_index, shape=tuple(index.shape))
             return self._scored(queries, None, targets=index.repeat(2), own_index=torch.cat([none, own.to(index.device)])), None
-        (key,) = views("teacher", teacher, ("a",))
-        key = unit(vectors(key, "teacher").detach())
+        queries, (key,) = self._embedded(views("student", student, ("a", "p")), views("teacher", teacher, ("a",)))
         if self.bank is None:
             return torch.stack([info_nce(query, key.to(query.dtype), temperature=self.temperature) for query in queries]), key
         return self._scored(queries, key.repeat(2, 1), **self._left_out(index, labels, 2)), key
@@ -91,8 +91,7 @@ class BINGO(DistillLoss):
     def _released(self, student, teacher, index, labels, lam, epoch) -> tuple[Tensor, Tensor]:
         if lam is None or epoch is None:
             raise ValueError('lam and epoch must be given for variant="released" (extra={"bingo": {"lam": lam, "epoch": epoch}})')
-        queries = self._queries(views("student", student, ("a", "p", "mix")), teacher)
-        anchor, member = (unit(vectors(key, "teacher").detach()) for key in views("teacher", teacher, ("a", "p")))
+        queries, (anchor, member) = self._embedded(views("student", student, ("a", "p", "mix")), views("teacher", teacher, ("a", "p")))
         n, warm = len(anchor), epoch < self.warmup_epochs
         weights = anchor.new_tensor([[1.0, 0.0], [0.0, 1.0]] if warm else [[0.5, 0.5], [0.5, 0.5]])
         lam = torch.as_tensor(lam, dtype=anchor.dtype, device=anchor.device)
@@ -100,11 +99,21 @@ class BINGO(DistillLoss):
         keys = torch.stack([anchor, member], 1).repeat(3, 1, 1)  # [3 N, 2, D]
         return self._scored(queries, keys, positive_weights=rows, **self._left_out(index, labels, 3)), anchor
 
-    def _queries(self, given: list, teacher) -> list[Tensor]:
-        queries = [vectors(view, "student") for view in given]
+    def _embedded(self, student: list, teacher: list) -> tuple[list[Tensor], list[Tensor]]:
+        """Unit queries of the student's views and unit keys of the teacher's, projected."""
+        queries, keys = [vectors(view, "student") for view in student], [vectors(view, "teacher").detach() for view in teacher]
         if self.projector is not None:
-            key = self._some_key(teacher)
-            queries = [self.projector(query, key)[0] for query in queries]
+            pairs = [self.projector(query, keys[min(i, len(keys) - 1)]) for i, query in enumerate(queries)]
+            queries, keys = [query for query, _ in pairs], [key for _, key in pairs[: len(keys)]]
+        return [unit(query) for query in queries], [unit(key) for key in keys]
+
+    def _queries_of_stored_keys(self, student: list) -> list[Tensor]:
+        """The same where the keys are the bank's rows."""
+        queries = [vectors(view, "student") for view in student]
+        if self.projector is not None:
+            if self.projector.invert:
+                raise ValueError("projector must not be inverted where a bank Tensor holds the keys: it maps no stored row")
+            queries = [self.projector(query, self.bank[:2])[0] for query in queries]
         return [unit(query) for query in queries]
 
     def _some_key(self, teacher) -> Tensor:
