@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from kdfast.distill import WCL
 from kdfast.functional import clip_loss, info_nce, nt_xent, siglip_loss, sup_con
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
@@ -20,6 +21,7 @@ LOSSES = {
     "sup_con": lambda x, y, labels, group: sup_con(x, labels, reduction="sum", group=group),
     "clip_loss": lambda x, y, labels, group: clip_loss(x, y, 3.0, reduction="sum", group=group),
     "siglip_loss": lambda x, y, labels, group: siglip_loss(x, y, 3.0, -1.0, reduction="sum", group=group),
+    "wcl": lambda x, y, labels, group: len(x) * WCL(0.3)({"a": x, "b": y}),  # a mean over rows that all count, over all ranks by itself
 }
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._core import checks
+from .._core import checks, collectives
 from ..functional import nt_xent, sup_con
 from .base import DistillLoss, unit, vectors, views
 
@@ -17,7 +17,7 @@ class WCL(DistillLoss):
     `loss({"a": v_a, "b": v_b})`, each view a dict of "instance" and "graph", two heads' embeddings [N, D] (a tensor serves for both),
     l2-normalised here. Samples connected in the graph of nearest neighbours (cosine, of the "graph" embeddings of a view) are a class:
         loss = NT-Xent(instance_a, instance_b) + 1/2 [SupCon(graph_a; classes of b) + SupCon(graph_b; classes of a)].
-    Neighbours are found within a process's batch.
+    Under torch.distributed neighbours, classes and negatives are those of all ranks' samples; each rank has the mean over its own.
 
     Args:
         temperature: of both terms, > 0, default 0.1. graph_weight: default 1.
@@ -34,11 +34,12 @@ class WCL(DistillLoss):
 
     def forward(self, student, teacher=None, *, index=None, labels=None) -> Tensor:
         heads = [_heads(view) for view in views("student", student, ("a", "b"))]
-        options = {"temperature": self.temperature, "normalize": False}
+        group = collectives.world()
+        options = {"temperature": self.temperature, "normalize": False, "group": group}
         instances, graphs = ([unit(vectors(head[part], "student")) for head in heads] for part in range(2))
         terms = {"instance": nt_xent(*instances, **options)}
         if self.graph_weight:
-            classes = [components(graph) for graph in graphs]
+            classes = [_classes(graph, group) for graph in graphs]
             terms["graph"] = self.graph_weight / 2 * sum(sup_con(graphs[i], classes[1 - i], **options) for i in range(2))
         return self._report(**terms)
 
@@ -58,6 +59,14 @@ def components(embeddings: Tensor) -> Tensor:
     for _ in range(n.bit_length() + 1):
         parent = parent[parent]
     return parent
+
+
+def _classes(graph: Tensor, group) -> Tensor:
+    """The components of this process's rows [N] in the graph of all ranks' rows."""
+    if group is None:
+        return components(graph)
+    everyone, first = collectives.all_gather_rows_no_grad(graph, group)
+    return components(everyone)[first : first + len(graph)]
 
 
 def _heads(view) -> tuple:
