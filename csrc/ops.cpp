@@ -52,6 +52,9 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def(
       "bank_push(Tensor(a!) storage, Tensor(b!) pointer, Tensor(c!) fill, Tensor(d!)? labels, Tensor(e!)? panels, Tensor keys, "
       "Tensor? key_labels, Tensor? where, bool normalize) -> ()");
+  m.def(
+      "draw_alias(Tensor own, Tensor seed, Tensor keep, Tensor alias, Tensor heavy, Tensor heaviest, int tries, int k, bool positive) -> Tensor");
+  m.def("draw_class(Tensor own, Tensor seed, Tensor by_class, Tensor first, Tensor count, int k, bool positive) -> Tensor");
   m.def("gather_similarity(Tensor query, Tensor bank, Tensor index) -> Tensor");
   m.def("gather_weighted_sum(Tensor weight, Tensor bank, Tensor index) -> Tensor");
   m.def("gather_statistic(Tensor query, Tensor bank, Tensor index, Tensor? offset, Tensor? shift, bool pooled) -> (Tensor, Tensor)");

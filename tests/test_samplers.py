@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from kdfast._core import extension
 from kdfast.bank import AliasSampler, ClassSampler
 from kdfast.bank.samplers import _alias_table
 
@@ -142,3 +143,36 @@ def test_compiles_whole(make):
 def test_bad_input(error, match, call):
     with pytest.raises(error, match=match):
         call()
+
+
+SAMPLERS = {
+    **{name: lambda k, w=weights: AliasSampler(w, k) for name, weights in WEIGHTS.items()},
+    "classes": lambda k: ClassSampler(torch.arange(60) % 7, k),
+}
+
+
+@pytest.mark.skipif(extension.missing_cpu() is not None, reason=str(extension.missing_cpu()))
+@pytest.mark.parametrize("made", SAMPLERS.values(), ids=SAMPLERS)
+def test_the_kernel_draws_what_torch_draws(made, threads):
+    for k in (1, 5, 3000):
+        sampler = made(k)
+        rows = torch.randint(sampler._size, (9,))
+        for seed in (0, -5, 2**62 + 12345):
+            seed = torch.tensor(seed)
+            want = sampler._draw(rows[:, None], seed)
+            assert sampler.draw(rows, seed).equal(want)
+            assert sampler.draw(rows[::2], seed, positive=True).equal(torch.cat([rows[::2, None], want[::2]], 1))
+    assert sampler.draw(rows[:0]).shape == (0, 3000)
+    assert sampler.double().draw(rows, seed).equal(want)  # with a model's .double()
+
+
+@pytest.mark.skipif(extension.missing_cpu() is not None, reason=str(extension.missing_cpu()))
+def test_opcheck():
+    alias, classes = AliasSampler(torch.rand(6), 4), ClassSampler(torch.arange(6) % 2, 4)
+    own, seed = torch.tensor([0, 5, 3]), torch.tensor(7)
+    tables = alias.keep, alias.alias, alias.heavy, alias.heaviest, alias.tries
+    for positive in (False, True):
+        torch.library.opcheck(torch.ops.kdfast.draw_alias, (own, seed, *tables, 4, positive))
+        torch.library.opcheck(torch.ops.kdfast.draw_class, (own, seed, classes.by_class, classes.first, classes.count, 4, positive))
+    with pytest.raises(RuntimeError, match="own must be in"):
+        torch.ops.kdfast.draw_alias(own + 1, seed, *tables, 4, False)

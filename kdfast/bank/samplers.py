@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._core import checks, random
+from .._core import checks, extension, random
 
 _HEAVY = 1 / 16  # a row at least this likely gets a table of its own, from which it is missing
 _RESOLUTION = 24  # bits: what is left after the redraws is below what one uniform number resolves
@@ -19,7 +19,7 @@ _DRAWS = 1 << 14  # drawn at a time on the CPU, where the hash's intermediates t
 
 
 class _Sampler(nn.Module):
-    """Keeps K and the generator; a subclass has `_size` rows and `_draw(rows, seed)`."""
+    """Keeps K and the generator; a subclass has `_size` rows and `_draw(rows, seed)`, and the same as a CPU kernel."""
 
     def __init__(self, k: int, generator: torch.Generator | None) -> None:
         super().__init__()
@@ -47,6 +47,8 @@ class _Sampler(nn.Module):
         home = self._device
         own = rows.to(home).long()[:, None]
         seed = random.seed(self.generator if generator is None else generator, home)
+        if _reading_is_free(own) and extension.missing_cpu() is None:
+            return self._draw_fused(own[:, 0].contiguous(), seed, positive).to(rows.device)
         parts = own.split(max(1, _DRAWS // self.k)) if _reading_is_free(own) else (own,)
         index = torch.cat([self._draw(part, seed) for part in parts])
         if positive:
@@ -124,6 +126,11 @@ class AliasSampler(_Sampler):
         other = torch.where(own == self.heaviest[0], self.heaviest[1], self.heaviest[0])
         return torch.where(index == own, other, index)
 
+    def _draw_fused(self, own: Tensor, seed: Tensor, positive: bool) -> Tensor:
+        return torch.ops.kdfast.draw_alias(
+            own, seed, self.keep.float(), self.alias, self.heavy, self.heaviest, self.tries, self.k, positive
+        )
+
     def _attempt(self, own: Tensor, slot: Tensor, seed: Tensor) -> Tensor:
         """A row of the bank for each slot [N or 1, K] of the rows `own` [N, 1]; it may be `own`."""
         table = ((own == self.heavy) * torch.arange(1, len(self.heavy) + 1, device=own.device)).sum(dim=1, keepdim=True)  # [N, 1]
@@ -173,6 +180,9 @@ class ClassSampler(_Sampler):
         place = random.integers(seed, own, torch.arange(self.k, device=own.device), self._size - count)
         return self.by_class[torch.where(place >= first, place + count, place)]  # past the sample's own class
 
+    def _draw_fused(self, own: Tensor, seed: Tensor, positive: bool) -> Tensor:
+        return torch.ops.kdfast.draw_class(own, seed, self.by_class, self.first, self.count, self.k, positive)
+
 
 def _reading_is_free(x: Tensor) -> bool:
     """Whether a size that depends on the numbers costs nothing: on the CPU, in eager code."""
@@ -202,3 +212,13 @@ def _alias_table(weights: Tensor) -> tuple[Tensor, Tensor]:
         keep[heavies] = (1 - overdraft).clamp(0, 1)
         alias[heavies] = torch.where(runs, heavies.roll(-1), heavies)
     return keep.float(), alias
+
+
+def _drawn_fake(own: Tensor, *args) -> Tensor:
+    k, positive = args[-2:]
+    return own.new_empty((len(own), k + positive))
+
+
+if extension.missing_cpu() is None:
+    for _op in ("draw_alias", "draw_class"):
+        torch.library.register_fake(f"kdfast::{_op}", _drawn_fake)
