@@ -15,6 +15,8 @@ from triton_code import MATRIX_INSTRUCTION, SHARED_MEMORY, Code
 from kdfast._ops.gather import triton_kernels as gather_kernels
 from kdfast._ops.knn import triton as knn
 from kdfast._ops.knn import triton_kernels as knn_kernels
+from kdfast._ops.sinkhorn import triton as sinkhorn
+from kdfast._ops.sinkhorn import triton_kernels as sinkhorn_kernels
 from kdfast._ops.triplet import triton as triplet
 from kdfast._ops.triplet import triton_kernels as triplet_kernels
 
@@ -70,3 +72,18 @@ def test_sampled_rows_stay_in_registers(arch, statistic, tmp_path):
     assert code.has(r"LDG\.E\.128")  # eight of a row's numbers at a time
     if statistic == 0:
         in_registers(Code(gather_kernels.scores, arch, torch.bfloat16, {"SLOTS": 32, "DEPTH": 128}, 4, tmp_path), arch)
+
+
+@pytest.mark.parametrize(
+    ("source", "arch"), [("rows", 90), ("columns", 90), ("differences", 90), ("products", 80), ("products", 90), ("products", 100)]
+)
+def test_sinkhorn_half_steps_stay_in_registers(source, arch, tmp_path):
+    given = source in ("rows", "columns")
+    options = sinkhorn.tiles(given, source != "columns", 64).options(3)
+    warps = options.pop("num_warps")
+    flags = {"GIVEN": given, "DIRECT": source == "differences", "ROOT": source == "differences", "DOT": False, "PADDED": given}
+    unit = {"column_stride" if source == "rows" else "row_stride": 1} if given else {}
+    made = {**options, **flags, **unit, "RELAXED": True, "WITH_COST": True}
+    code = Code(sinkhorn_kernels.half_step, arch, torch.bfloat16 if source == "products" else torch.float32, made, warps, tmp_path)
+    in_registers(code, arch)
+    assert code.has(MATRIX_INSTRUCTION[arch]) or source != "products"

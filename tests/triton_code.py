@@ -13,10 +13,10 @@ from triton.compiler import ASTSource
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 DOT = {torch.bfloat16: (tl.bfloat16, "*bf16"), torch.float16: (tl.float16, "*fp16"), torch.float32: (tl.float32, "*fp32")}
 POINTERS = {
-    **dict.fromkeys(("query", "keys", "values", "start_value", "bank", "x", "y"), "matrix"),
-    **dict.fromkeys(("chosen", "index"), "*i64"),
+    **dict.fromkeys(("query", "keys", "values", "start_value", "bank", "cost", "x", "y"), "matrix"),
     **dict.fromkeys(("query_labels", "key_labels", "key_index", "valid", "label", "own", "query_label", "key_label"), "*i64"),
-    **dict.fromkeys(("exists", "dropped"), "*i1"), "position": "*i32",
+    **dict.fromkeys(("index", "chosen", "row_count", "column_count"), "*i64"),
+    **dict.fromkeys(("exists", "dropped"), "*i1"), "position": "*i32", "rho": "fp32",
 }  # fmt: skip
 NUMBERS = ("rows", "columns", "width", "value_width", "split_columns", "count", "splits", "slots", "split_slots", "size", "groups", "kept")
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}
@@ -31,7 +31,7 @@ class Code:
         aligned = {
             (i,): [["tt.divisibility", 16]]  # as for contiguous tensors whose width is a multiple of 16
             for i, name in enumerate(kernel.arg_names)
-            if signature[name].startswith("*") or name in ("width", "value_width", "keys_stride", "values_stride", "bank_stride")
+            if signature[name].startswith("*") or name in ("width", "value_width") or (name.endswith("_stride") and name not in constants)
         }
         target = GPUTarget("cuda", arch, 32)
         compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options={"num_warps": warps})

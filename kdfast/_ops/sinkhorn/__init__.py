@@ -6,7 +6,7 @@ from torch import Tensor
 from kdfast._core import checks, impls
 from kdfast._core import precision as precisions
 
-from . import arguments, cpu
+from . import arguments, cpu, triton
 from .autograd import DualValue, Potentials, TransportCost, applied, followed, refuse
 from .geometry import Problem
 from .result import PlanState, SinkhornResult, refusal, zero_outside
@@ -15,7 +15,7 @@ __all__ = ["SinkhornResult", "sinkhorn"]
 
 GRADS = ("envelope", "implicit", "unrolled", "detached")
 
-impls.register("sinkhorn", impls.Implementation("cpu", cpu.missing, cpu.refuses))
+impls.register("sinkhorn", *(impls.Implementation(name, m.missing, m.refuses) for name, m in (("cpu", cpu), ("triton", triton))))
 
 
 def sinkhorn(
@@ -71,7 +71,7 @@ def sinkhorn(
             RuntimeError.
         precision: "bf16" rounds the centred points. Otherwise their products are made as PyTorch's matmuls are set to
             on a GPU (TF32 there costs about 1e-3 of the cost's range), in float32 on the CPU.
-        impl: None, "cpu" or "torch".
+        impl: None, "cpu", "triton" or "torch".
 
     Returns: SinkhornResult: f, g, value, transport_cost, epsilon, iterations, error, converged, plan(), apply(v),
         apply_t(v), check().
@@ -85,7 +85,8 @@ def sinkhorn(
     rho = arguments.marginal_penalties(rho, method)
     first = cost if cost is not None else x
     device_type = first.device.type if isinstance(first, Tensor) else "cpu"
-    impl = impls.choose("sinkhorn", impl, device_type=device_type)
+    dtype = first.dtype if isinstance(first, Tensor) else torch.float32
+    impl = impls.choose("sinkhorn", impl, device_type=device_type, dtype=dtype)
     precision = precisions.resolve(precision, device_type)
     with torch.autocast(device_type, enabled=False):
         p, batch, inside = arguments.problem(cost, x, y, metric, a, b, epsilon, rho, lengths, precision, impl)

@@ -33,7 +33,7 @@ class Problem(NamedTuple):
     metric: str  # "given", "sqeuclidean", "euclidean", "dot" (1 - x.y)
     rho_a: float | None
     rho_b: float | None
-    impl: str  # "cpu" or "torch"
+    impl: str  # "cpu", "triton" or "torch"
 
     @property
     def readable(self) -> bool:

@@ -3,7 +3,8 @@
 Potentials are in units of the cost. LSE_i stands for log sum_j b_j exp((g_j - C_ij)/eps).
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -63,10 +64,15 @@ def effective_epsilon(p: Problem, schedule: Schedule, done: Tensor) -> Tensor:
 
 
 def _solve_block(p: Problem, g: Tensor, schedule: Schedule, history: bool) -> Solution:
-    tiles, f = Tiles(p), torch.zeros_like(p.a)
-    step = Step(p, tiles, schedule.method)
+    tiles = Tiles(p)
+    return iterate(p, g, schedule, history, Step(p, tiles, schedule.method), functools.partial(marginals, p, tiles))
+
+
+def iterate(p: Problem, g: Tensor, schedule: Schedule, history: bool, step: Callable, marginals: Callable) -> Solution:
+    """`schedule` from g, by step(f, g, eps, fresh=) as Step has it and marginals(f, g, eps)."""
+    f = torch.zeros_like(p.a)
     finished = torch.zeros_like(p.epsilon, dtype=torch.bool)
-    done = torch.zeros_like(p.epsilon, dtype=torch.int64)
+    done = torch.full_like(p.epsilon, 0 if schedule.tol is not None else schedule.iterations, dtype=torch.int64)
     older, eps, steps_f, steps_g = torch.zeros_like(g), None, [], []
     for t in range(1, schedule.iterations + 1):
         before, eps = eps, schedule.epsilon(p.epsilon, t)
@@ -75,7 +81,7 @@ def _solve_block(p: Problem, g: Tensor, schedule: Schedule, history: bool) -> So
         new_f, new_g, lse = step(f, c1 * g + c2 * older if c2 else g, eps, fresh=not same)
         if schedule.tol is not None and t > 1:
             if schedule.method == "proximal":
-                error = row_error(p, f, marginals(p, tiles, f, g, before)[0])
+                error = row_error(p, f, marginals(f, g, before)[0])
             else:
                 error = row_error(p, f, torch.exp(f / eps[:, None] + lse))
             # before the last epsilon of its schedule a problem has not converged, whatever its marginals say
@@ -87,11 +93,12 @@ def _solve_block(p: Problem, g: Tensor, schedule: Schedule, history: bool) -> So
         else:
             older = g
         f, g = new_f, new_g
-        done = done + ~finished
+        if schedule.tol is not None:
+            done = done + ~finished
         if history:
             steps_f.append(f)
             steps_g.append(g)
-    row, col, transport = marginals(p, tiles, f, g, effective_epsilon(p, schedule, done))
+    row, col, transport = marginals(f, g, effective_epsilon(p, schedule, done))
     return Solution(
         f,
         g,
