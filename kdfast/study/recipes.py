@@ -1,8 +1,8 @@
 """How each method of kdfast.distill is used on an image classifier: what it is made of, where it looks, with which weight.
 
 Models have modules of one set of names: "early" and "maps" (feature maps), "tokens" [N, L, D], "pool" [N, D]; their output is
-logits. One setting for all data. Weights are for short runs of a small student: the published one, or the tenth or hundredth of it that
-keeps the task in sight, compared by `kdfast distill --tune` on the digits kept for validation. Docstrings give the published ones.
+logits. One setting for all data. Weights are for short runs of a small student: the published one, or a tenth, a hundredth or ten
+times it, by the accuracy on samples kept for validation (docs/results.md says how). Docstrings give the published ones.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,8 @@ def _inverted(s: Setting) -> nn.Module:
 
 
 def _cka(s: Setting, **options) -> nn.Module:
-    return distill.CKA([s.num_classes // 2, s.num_classes - s.num_classes // 2], common_dim=s.dim, **options)
+    halves = [s.num_classes // 2, s.num_classes - s.num_classes // 2]
+    return distill.CKA(halves, common_dim=s.dim, **{"weights": {"intra": 0.05, "inter": 0.05, "align": 1.0}, **options})
 
 
 RECIPES = {
@@ -73,7 +74,7 @@ RECIPES = {
     "MSE inverted, other task": Recipe(_inverted, at="maps", teachers="other", weight=0.1),
     "MSE, random teacher": Recipe(lambda s: distill.MSE("linear"), at="maps", teachers="random", weight=0.1),
     "MSE inverted, random teacher": Recipe(_inverted, at="maps", teachers="random", weight=0.1),
-    "Cosine": Recipe(lambda s: distill.Cosine("linear"), at="pool"),
+    "Cosine": Recipe(lambda s: distill.Cosine("linear"), at="pool", weight=10.0),
     "SRD": Recipe(lambda s: distill.SRD(), at=LOGITS_AND_FEATURES),
     "ICKD": Recipe(lambda s: distill.ICKD(), at="maps"),
     "HybridDistill": Recipe(lambda s: distill.HybridDistill(), at={"tokens": "tokens", "values": "early"}, teachers="two"),
@@ -104,14 +105,13 @@ RECIPES = {
         lambda s: distill.CoDIR(len(s.labels), dim=s.dim, num_negatives=s.negatives, labels=s.labels), at=["tokens", "pool"], weight=0.1
     ),
     "WCoRD": Recipe(lambda s: distill.WCoRD(s.keys(s.dim), dim=s.dim), at="pool", weight=0.1),
-    "SEED": Recipe(lambda s: distill.SEED(s.keys(s.teacher_dim)), at="pool", weight=0.1),
-    "CompRess": Recipe(lambda s: distill.CompRess(s.keys(s.teacher_dim), _student_queue(s)), at="pool", weight=0.1),
+    "SEED": Recipe(lambda s: distill.SEED(s.keys(s.teacher_dim)), at="pool"),
+    "CompRess": Recipe(lambda s: distill.CompRess(s.keys(s.teacher_dim), _student_queue(s)), at="pool"),
     "BINGO": Recipe(
         lambda s: distill.BINGO(bank=s.keys(s.teacher_dim), projector="linear"),
         at="pool",
         views=("a", "p"),
         teacher_views=("a",),
-        weight=0.1,
     ),
     "MSVQ": Recipe(
         lambda s: distill.MSVQ(_student_queue(s), _student_queue(s)),
