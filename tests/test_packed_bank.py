@@ -12,12 +12,21 @@ from torch import Tensor
 from kdfast import QueueBank
 from kdfast._core import extension
 from kdfast._ops.similarity import cpu
+from kdfast.bank import kernels
 from kdfast.functional import info_nce, similarity_distillation
 
 _C, REASON = extension.load("_C")
 pytestmark = pytest.mark.skipif(_C is None, reason=str(REASON))
 
 BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def any_bank_has_a_copy(monkeypatch):
+    """Whatever its size and dtype, so that small ones can be tested."""
+    monkeypatch.setattr(kernels, "worthwhile", lambda storage: True)
+
+
 # 512 rows are whole blocks of every kernel, 1100 and 513 leave some over, 65 fill none.
 CAPACITIES = pytest.mark.parametrize("capacity", [65, 512, 513, 1100])
 
@@ -310,6 +319,13 @@ def test_zero_rows_stay_zero():
     bank = QueueBank(4, 3)
     bank.push(torch.zeros(2, 3))
     assert bank.keys.equal(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("dtype, rows, kept", [(torch.float32, 16384, True), (torch.float32, 16383, False), (BF16, 16384, False)], ids=str)
+def test_a_copy_is_kept_where_it_pays(monkeypatch, dtype, rows, kept):
+    monkeypatch.undo()
+    panels = QueueBank(rows, 4, dtype=dtype, layout="packed").as_rows().panels
+    assert (panels is not None) == kept
 
 
 def test_bad_layout():

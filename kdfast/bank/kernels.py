@@ -8,6 +8,7 @@ from torch import Tensor
 from .._core import extension
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LEAST_ROWS = 1 << 14  # of a packed copy: fewer are packed as fast as a copy of them is read
 
 
 class Packed(NamedTuple):
@@ -20,6 +21,11 @@ class Packed(NamedTuple):
 def serve(*matrices: Tensor) -> bool:
     """Whether the kernels can read and write these."""
     return extension.missing_cpu() is None and all(x.device.type == "cpu" and x.dtype in DTYPES for x in matrices)
+
+
+def worthwhile(storage: Tensor) -> bool:
+    """Whether a step with a packed copy of these rows is faster than one that packs them: the copy's bytes are those of float32 rows."""
+    return storage.dtype == torch.float32 and len(storage) >= _LEAST_ROWS
 
 
 def push(

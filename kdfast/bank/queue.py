@@ -21,14 +21,15 @@ class QueueBank(Bank):
     so the banks stay equal; inside your own module name them to DDP with `kdfast.bank.ddp_ignored`, lest it
     broadcast their buffers before each forward. A Distiller does so by itself.
 
-    layout="packed" keeps, on a CPU with bf16 products, a copy of the rows in bf16 and in the order in which these products
-    read them, brought up to date row by row as keys are pushed. A contrastive loss whose products are in bf16 (a bf16 bank,
-    autocast, precision="bf16") then packs nothing, which at small batches is much of its time: 1.1 to 1.8 times as fast at
-    32 and 64 queries (docs/cpu-kernels.md). Other losses, float32 products, rows wider than 384 and compiled code read the rows. The copy
-    takes 4 bytes for each of `dim` (rounded up to a multiple of 32) a row, beside the rows' own 2 or 4. It is never saved: it is
-    made when a loss first asks for it, and again once something other than a push has written to `storage` (`load_state_dict`,
-    `.to()`, a change by hand, but not one by way of `.data` or NumPy, which PyTorch does not count). A bank in shared memory
-    has none. On one thread results are those of layout="rows" to the bit.
+    layout="packed" keeps, for a float32 bank of at least 16,384 rows on a CPU with bf16 products, a copy of the rows in bf16 and
+    in the order in which these products read them, brought up to date row by row as keys are pushed. A contrastive loss whose
+    products are in bf16 (autocast, precision="bf16") then converts and packs nothing: with 65,536 rows a step takes 0.8 to 0.9 of the
+    time at 32 and 64 queries (docs/cpu-kernels.md). Smaller banks and 16-bit ones gain nothing by it and have no copy; other losses,
+    float32 products, rows wider than 384 and compiled code read the rows. The copy takes 4 bytes for each of `dim` (rounded up to a
+    multiple of 32) a row, as much as the rows. It is never saved: it is made when a loss first asks for it, and again once something
+    other than a push has written to `storage` (`load_state_dict`, `.to()`, a change by hand, but not one by way of `.data` or
+    NumPy, which PyTorch does not count). A bank in shared memory has none. On one thread results are those of layout="rows" to
+    the bit.
 
     Args:
         capacity: number of rows, >= 1.
@@ -113,7 +114,8 @@ class QueueBank(Bank):
         """The packed copy, in step with the rows; None where there is none."""
         if self.layout == "rows" or torch.compiler.is_compiling():
             return None
-        self._copy = kernels.packed(self.storage, self._copy) if kernels.serve(self.storage) else None
+        kept = kernels.serve(self.storage) and kernels.worthwhile(self.storage)
+        self._copy = kernels.packed(self.storage, self._copy) if kept else None
         return None if self._copy is None else self._copy.panels
 
     def _apply(self, fn, recurse=True):

@@ -83,7 +83,7 @@ def wide(x: Generated) -> Generated:
 
 
 RGAL_STEP = Case(
-    shapes={"quick": ((128, 4, 32),), "default": ((2048, 10, 640),), "full": ((2048, 10, 640),)},
+    shapes={"quick": ((128, 4, 32),), "default": ((2048, 10, 160),), "full": ((2048, 10, 160), (2048, 10, 640))},
     axes="N C D",
     dtypes=(torch.float32,),
     inputs=generated,

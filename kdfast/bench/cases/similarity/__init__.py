@@ -7,7 +7,7 @@ from .in_batch import NT_XENT, SUP_CON
 from .info_nce import GROWTH, INFO_NCE, ODD_SIZES
 from .lse import LSE
 from .normalized import NORMALIZED
-from .queue import QUEUE
+from .queue import QUEUE, QUEUE_AUTOCAST
 
 CASES = {
     "info_nce": INFO_NCE,
@@ -15,6 +15,7 @@ CASES = {
     "bank_gradient": BANK_GRADIENT,
     "lse": LSE,
     "queue": QUEUE,
+    "queue_autocast": QUEUE_AUTOCAST,
     "clip": CLIP,
     "siglip": SIGLIP,
     "distillation": DISTILLATION,

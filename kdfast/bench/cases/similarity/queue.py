@@ -1,10 +1,10 @@
-"""A MoCo step at a small batch: loss and query gradient against a queue, then the new keys are pushed.
+"""A MoCo step at a small batch: loss and query gradient against a queue, then the new keys are pushed; in one dtype, and under autocast.
 
 Features are raw: the loss scales queries and keys to unit length, and the queue what it is given. The correctness gate sees
 the first step.
 """
 
-import inspect
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -34,20 +34,24 @@ def reference(x: Inputs) -> tuple[Tensor, ...]:
     return peers.in_chunks(formula, (x.query.double(), x.positive.double()), stored(x.bank).double())
 
 
-def kdfast(x: Inputs, **layout) -> Call:
-    bank = QueueBank(*x.bank.shape, dtype=x.bank.dtype, **layout)
-    bank.push(x.bank)
-
-    def call() -> tuple[Tensor, ...]:
-        result = peers.step(normalized.loss, x.query, x.positive, bank)
-        bank.push(x.positive)
-        return result
+def autocast(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(*args) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss(*args)
 
     return call
 
 
-def no_packed_layout() -> str | None:
-    return None if "layout" in inspect.signature(QueueBank).parameters else "QueueBank has no packed layout"
+def kdfast(x: Inputs, loss: Callable[..., Tensor] = normalized.loss, **layout) -> Call:
+    bank = QueueBank(*x.bank.shape, dtype=x.bank.dtype, **layout)
+    bank.push(x.bank)
+
+    def call() -> tuple[Tensor, ...]:
+        result = peers.step(loss, x.query, x.positive, bank)
+        bank.push(x.positive)
+        return result
+
+    return call
 
 
 def plain(loss, x: Inputs) -> Call:
@@ -89,9 +93,17 @@ QUEUE = INFO_NCE._replace(
     peers=(
         Peer("kdfast", kdfast),
         Peer("eager", partial(plain, formula)),
-        Peer("kdfast, packed", partial(kdfast, layout="packed"), missing=no_packed_layout),
+        Peer("kdfast, packed", partial(kdfast, layout="packed")),
         Peer("lightly", lightly, missing=peers.installed("lightly", "lightly")),
         Peer("torch.compile", compiled, missing=peers.no_compiler, quick=False),
         *peers.bare_mm(peers.attention_products, lambda x: (x.query, stored(x.bank))),
+    ),
+)
+QUEUE_AUTOCAST = QUEUE._replace(
+    dtypes=(torch.float32,),
+    peers=(
+        Peer("kdfast", partial(kdfast, loss=autocast(normalized.loss))),
+        Peer("eager", partial(plain, autocast(formula))),
+        Peer("kdfast, packed", partial(kdfast, loss=autocast(normalized.loss), layout="packed")),
     ),
 )
