@@ -168,3 +168,39 @@ def test_what_the_op_refuses():
             torch.ops.kdfast.triplet_extrema(*given, 0, False, 0)
     with pytest.raises(ValueError, match="cannot serve triplet_loss: it takes float32"):
         triplet_loss(torch.randn(4, 3).double(), torch.arange(4) % 2, impl="cpu")
+
+
+def _crowds() -> dict[str, torch.Tensor]:
+    """Rows whose nearest and farthest bf16 cannot tell apart, or hardly."""
+    x = torch.randn(300, 20)
+    return {
+        "apart": x,
+        "one_crowd": 1 + 1e-4 * x,
+        "copies": x[torch.arange(300) % 90],
+        "crowds_far_apart": 100 * torch.randn(3, 20)[torch.arange(300) % 3] + 1e-3 * x,
+        "lengths_of_all_sizes": x * torch.logspace(-6, 6, 300)[:, None],
+        "too_small_for_products": 1e-15 * x,
+        "zero": 0 * x,
+    }
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("crowd", _crowds())
+def test_what_bf16_cannot_tell_apart_is_measured_again(crowd, metric, isa):
+    x, labels = _crowds()[crowd], torch.randint(0, 40, (300,))
+    batch = inputs.collect(x, labels, metric=metric, normalize=False, ready=False)
+    found = cpu.extremes(x, x, batch.anchors, batch.classes, metric, False)[0]
+    d, scale = reference.distances(x, x, metric, False), x.double().square().sum(1)
+    if metric == "euclidean":
+        d = d.square()
+    rounding = 2e-6 * (torch.ones_like(d) if metric == "cosine" else scale[:, None] + scale)
+    same, other = reference.sides(labels, labels, torch.arange(300), None)
+    for kind, mask, sign in (("hardest_positive", same, 1), ("easiest_positive", same, -1), ("hardest_negative", other, -1)):
+        index = found[kind]
+        assert (index >= 0).equal(mask.any(1))
+        key = torch.where(mask, sign * d, -torch.inf)
+        best = key.argmax(1)
+        here, at = torch.arange(300), index.clamp_min(0)
+        short = (key[here, best] - key[here, at])[mask.any(1)]
+        allowed = (rounding[here, best] + rounding[here, at])[mask.any(1)]
+        assert (short <= allowed).all(), (crowd, kind, (short - allowed).max())

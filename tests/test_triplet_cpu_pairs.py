@@ -89,6 +89,24 @@ def test_draws_are_those_of_the_portable_path(name, width, share, isa):
     torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", SAMPLED)
+def test_negatives_follow_the_stated_weights(name, isa):
+    """Chi-square over the columns of one anchor, which draws for each of 20,000 positives."""
+    draws, others = 20_000, 140
+    x, y = torch.randn(1, 4), torch.randn(draws + others, 4)
+    ref_labels = (torch.arange(draws + others) >= draws).long()
+    found = mine_triplets(x, torch.tensor([0]), ref=y, ref_labels=ref_labels, mining=name, fallback="drop", generator=SEED, impl="cpu")
+    drawn = torch.bincount(found.negative[found.valid] - draws, minlength=others).double()
+    expected = draws * reference.negative_weights(reference.distances(x, y), ref_labels[None] == 1, name, 4, "drop")[0, draws:]
+    assert found.valid.sum() == draws
+    assert drawn[expected == 0].sum() == 0
+    common = expected >= 5
+    freedom = int(common.sum()) - 1
+    assert freedom > 3
+    statistic = ((drawn - expected).square() / expected)[common].sum()
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5  # five standard deviations
+
+
 def test_no_anchor_is_dropped_in_512_dimensions(isa):
     centre = torch.randn(512)
     x = torch.cat([centre + s * torch.randn(16, 512) for s in (0.25, 0.6, 1.2)])  # distances from 0.3 to 1.2

@@ -30,6 +30,13 @@ struct ScaledRow {
   }
 };
 
+constexpr int64_t kAhead = 4;  // triplets whose rows are brought near before they are needed
+
+template <class T>
+inline void prefetch_row(const T* row, int64_t width) {
+  for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d);
+}
+
 template <bool kValue>
 struct Constant {
   static constexpr bool value = kValue;
@@ -132,6 +139,7 @@ struct AddedPairs {
 
   void add(float factor, const ScaledRow<V>& v) {
     if (factor == 0) return;
+    prefetch_row(v.elements, p.width);
     factors[waiting] = factor, others[waiting] = v;
     if (++waiting == kTogether) add_all();
   }
@@ -189,6 +197,11 @@ inline void add_references(const ChosenRows<X, Y>& rows, const ChosenGradients& 
   };
   for (int64_t t = 0; t < p.rows * p.each; ++t) {
     const int64_t positive = p.positive[t], negative = p.negative[t];
+    if (t + kAhead < p.rows * p.each && p.negative[t + kAhead] >= 0) {
+      const int64_t next = p.negative[t + kAhead];
+      prefetch_row(rows.y + next * p.width, p.width);
+      if (next >= begin && next < end) prefetch_row(to + next * p.width, p.width);
+    }
     if (positive < 0 || negative < 0) continue;
     const ScaledRow<X> anchor = rows.x_row(t / p.each);
     add(pair_weight(out, out.a_p, t), positive, anchor);
@@ -207,6 +220,7 @@ inline void chosen_losses(const ChosenRows<X, Y>& rows, const ChosenLosses& out,
   for (int64_t t = begin; t < end; ++t) {
     out.loss[t] = out.a_p[t] = out.a_n[t] = 0;
     if (p.swap) out.p_n[t] = 0;
+    if (t + kAhead < end && p.negative[t + kAhead] >= 0) prefetch_row(rows.y + p.negative[t + kAhead] * p.width, p.width);
     if (p.positive[t] < 0 || p.negative[t] < 0) continue;
     const ScaledRow<X> anchor = rows.x_row(t / p.each);
     const ScaledRow<Y> positive = rows.y_row(p.positive[t]), negative = rows.y_row(p.negative[t]);

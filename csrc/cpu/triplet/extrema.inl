@@ -72,7 +72,7 @@ struct ExtremaVisitor {
 
   int64_t anchor(int64_t i) const { return p.scan.sequence[begin + i]; }
 
-  void positives(int64_t i, int64_t at, const float* closeness, int64_t size) const {
+  void positives(int64_t i, int64_t at, const float* closeness, const float*, int64_t size) const {
     Extremes& e = found[i];
     const int64_t first = p.scan.classes.first[anchor(i)];
     for (int64_t k = 0; k < size; ++k) {
@@ -123,17 +123,6 @@ inline auto extrema_visitor(const ExtremaParams& p) {
     for (int64_t i = 0; i < count; ++i) found[i] = {{}, {}, {}, {}, kInfinity};
     return ExtremaVisitor{p, found, begin, count};
   };
-}
-
-// ---- the entries of the dispatch table --------------------------------------------------------------------------------
-
-int64_t triplet_extrema_workspace(const ExtremaParams& p, int64_t rows) {
-  return scan_workspace(p.scan, rows, rows, extrema_visitor(p));
-}
-
-// Anchors at positions begin .. end of the sequence.
-void triplet_extrema(const ExtremaParams& p, int64_t begin, int64_t end, float* workspace) {
-  scan(p.scan, begin, end, end - begin, workspace, extrema_visitor(p));
 }
 
 }  // namespace

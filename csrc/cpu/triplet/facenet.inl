@@ -64,7 +64,7 @@ struct FacenetVisitor {
   bool many(int64_t i) const { return size(i) > kFewPositives; }
   Bins bins(int64_t i) const { return {{trees + (i << depth), depth}, best_of_bin + (i << depth), column_of_bin + (i << depth)}; }
 
-  void positives(int64_t i, int64_t at, const float* closeness, int64_t size) const {
+  void positives(int64_t i, int64_t at, const float* closeness, const float*, int64_t size) const {
     for (int64_t j = 0; j < size; ++j) {
       const bool is_nan = closeness[j] != closeness[j];
       if (is_nan) flags.positive[i] = true;

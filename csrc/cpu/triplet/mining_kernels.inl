@@ -1,5 +1,5 @@
 // A unit compiled once for each instruction set, and its part of the dispatch table.
-#include "triplet/extrema.inl"
+#include "triplet/extrema_coarse.inl"
 #include "triplet/facenet.inl"
 #include "triplet/weighted.inl"
 

@@ -52,7 +52,7 @@ struct ScanWorkspace {
 };
 
 // Up to ScanWorkspace.rows anchors, begin .. begin + count of the sequence. A Visitor has, i counting from `begin`,
-//   positives(i, at, closeness, count)           those of number `at` and on in the anchor's class
+//   positives(i, at, closeness, offset, count)   those of number `at` and on in the anchor's class, and their |y|^2 (the cosine's: 0)
 //   prepare(i)                                   all positives have been shown
 //   negatives(i, block, closeness)               closeness.at(j) for each j of the block, -inf where there is no negative
 //   unordered(i, column)                         a negative whose distance is not a number
@@ -149,7 +149,7 @@ struct ScanPass {
     const int64_t end = smaller(first + c.size(anchor(i)), block.first + block.columns);
     for (int64_t at = begin; at < end; ++at) scores[at - block.first] = closeness(i, at - block.first, scores[at - block.first]);
     const auto show = [&](int64_t from, int64_t to) {
-      if (from < to) visitor.positives(i, from - first, scores + (from - block.first), to - from);
+      if (from < to) visitor.positives(i, from - first, scores + (from - block.first), w.offset + (from - block.first), to - from);
     };
     const int64_t split = own < begin ? begin : smaller(own, end);
     show(begin, split);

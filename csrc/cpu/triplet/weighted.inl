@@ -61,7 +61,7 @@ struct WeightedVisitor {
   int64_t anchor(int64_t i) const { return p.pairs.scan.sequence[begin + i]; }
   int64_t size(int64_t i) const { return smaller(p.pairs.scan.classes.count[anchor(i)], each()); }
 
-  void positives(int64_t i, int64_t, const float* closeness, int64_t size) const {
+  void positives(int64_t i, int64_t, const float* closeness, const float*, int64_t size) const {
     for (int64_t k = 0; k < size; ++k) flags.positive[i] |= closeness[k] != closeness[k];
   }
   void prepare(int64_t) const {}

@@ -19,6 +19,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: numbers in the gathered rows of all positives, at most: 32 MB
 GATHERED = 2**23
 _FLOAT_PRODUCTS = 0
+#: where one of each kind is looked for, products may be bf16's: what they cannot tell apart is measured again (csrc/cpu/triplet/extrema_coarse.inl)
+_COARSE_PRODUCTS = 2
 #: which positive a negative must be farther than
 _BEYOND = {"hardest_positive": 1, "easiest_positive": 2}
 _CENTRE_ROWS = 1024
@@ -81,7 +83,7 @@ def extremes(
     With `beyond`, a kind of positive, only negatives strictly farther than it compete for "hardest_negative".
     """
     index, unordered = torch.ops.kdfast.triplet_extrema(
-        *_scan(x, y, anchors, refs, metric, normalize), _BEYOND.get(beyond, 0), farthest_negative, _FLOAT_PRODUCTS
+        *_scan(x, y, anchors, refs, metric, normalize), _BEYOND.get(beyond, 0), farthest_negative, _COARSE_PRODUCTS
     )
     return {kind: index[at] for kind, at in _FOUND.items()}, unordered
 
