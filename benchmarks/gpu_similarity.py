@@ -5,14 +5,12 @@ events with the L2 cache flushed in between; memory is what a step allocates bey
 """
 
 import argparse
-import csv
-import json
-import platform
-import time
+import functools
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from gpu_measure import about, attempt, median_ms, peak_mib, write
 
 import kdfast.functional as kd
 
@@ -58,52 +56,19 @@ def exact_gradient(q, k, bank):
     return torch.cat(rows)
 
 
-def median_ms(step, repeats: int, device: str) -> float:
-    flush = torch.empty(256 << 20, dtype=torch.int8, device=device) if device == "cuda" else None
-    times = []
-    for i in range(repeats + 3):
-        if flush is not None:
-            flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            step()
-            end.record()
-            end.synchronize()
-            elapsed = start.elapsed_time(end)
-        else:
-            begin = time.perf_counter()
-            step()
-            elapsed = 1e3 * (time.perf_counter() - begin)
-        if i >= 3:  # compilation and warm-up
-            times.append(elapsed)
-    return sorted(times)[len(times) // 2]
-
-
 def measure(name, loss, tensors, truth, repeats, device) -> dict:
     q, k, bank = tensors
 
     def step():
         return torch.autograd.grad(loss(q, k, bank), q)[0]
 
-    try:
-        gradient = step()
-        error = None
-        if name != "SDPA, K = V":
-            error = ((gradient[: len(truth)].double() - truth).norm() / truth.norm()).item()
-            if not error < 0.02:  # bf16 formulas land near 0.005
-                return {"problem": f"wrong gradient: relative error {error:.2g}"}
-        memory = None
-        if device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            step()
-            memory = (torch.cuda.max_memory_allocated() - before) / 2**20
-        return {"ms": median_ms(step, repeats, device), "error": error, "MiB": memory}
-    except torch.OutOfMemoryError:
-        return {"problem": "out of memory"}
-    except Exception as raised:  # a peer that cannot run is a result too
-        return {"problem": f"{type(raised).__name__}: {str(raised).splitlines()[0][:120]}"}
+    gradient = step()
+    error = None
+    if name != "SDPA, K = V":
+        error = ((gradient[: len(truth)].double() - truth).norm() / truth.norm()).item()
+        if not error < 0.02:  # bf16 formulas land near 0.005
+            return {"problem": f"wrong gradient: relative error {error:.2g}"}
+    return {"MiB": peak_mib(step, device), "ms": median_ms(step, repeats, device), "error": error}
 
 
 def main() -> None:
@@ -117,9 +82,6 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
 
-    about = {"commit": args.commit, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "python": platform.python_version()}
-    if args.device == "cuda":
-        about |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     results = []
     for shape in args.shapes.split():
         n, m, d = map(int, shape.split(","))
@@ -129,7 +91,7 @@ def main() -> None:
             q.requires_grad_()
             truth = exact_gradient(q, k, bank)
             for name, loss in implementations(args.peers).items():
-                found = measure(name, loss, (q, k, bank), truth, args.repeats, args.device)
+                found = attempt(functools.partial(measure, name, loss, (q, k, bank), truth, args.repeats, args.device))
                 row = {"N": n, "M": m, "D": d, "dtype": str(dtype)[6:], "name": name, **found}
                 if "ms" in found:
                     row["TFLOP/s on 4NMD"] = 4 * n * m * d / found["ms"] / 1e9
@@ -138,24 +100,8 @@ def main() -> None:
                 if args.device == "cuda":
                     torch.cuda.empty_cache()
     if args.output:
-        write(args.output, about, results)
-
-
-def write(folder: Path, about: dict, results: list[dict]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    columns = ["N", "M", "D", "dtype", "name", "ms", "TFLOP/s on 4NMD", "MiB", "error", "problem"]
-    (folder / "similarity.json").write_text(json.dumps({"about": about, "results": results}, indent=1))
-    with (folder / "similarity.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(results)
-
-    def cell(value) -> str:
-        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    lines = [", ".join(f"{k} {v}" for k, v in about.items()), "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in results]
-    (folder / "similarity.md").write_text("\n".join(lines) + "\n")
+        columns = ["N", "M", "D", "dtype", "name", "ms", "TFLOP/s on 4NMD", "MiB", "error", "problem"]
+        write(args.output, "similarity", columns, about(args.device, args.commit), results)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,158 @@
+"""Mining, nearest neighbours, sampled negatives and optimal transport on a GPU, beside the formulas in PyTorch.
+
+Each implementation's result is held to the formula's before its time is shown. Writes families.csv, .json and .md.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from gpu_measure import about, attempt, median_ms, peak_mib, write
+
+import kdfast.functional as kd
+from kdfast import ops
+
+
+class Case(NamedTuple):
+    """One problem: what is timed by name; "eager" is the reference of the others' results."""
+
+    name: str
+    shape: str
+    runs: dict[str, Callable[[], torch.Tensor]]
+    floor: float  # FLOP or bytes that the floor counts
+    unit: str
+
+
+def batch_hard(n: int, d: int, device: str) -> Case:
+    x = F.normalize(torch.randn(n, d, device=device), dim=-1).requires_grad_()
+    labels = torch.arange(n, device=device) // 8
+
+    def step(loss):
+        return torch.autograd.grad(loss(x), x)[0]
+
+    def eager(x):
+        distance = torch.cdist(x, x)
+        same = labels[:, None] == labels
+        own = torch.eye(n, dtype=torch.bool, device=device)
+        farthest = distance.masked_fill(~same | own, -torch.inf).amax(1)
+        nearest = distance.masked_fill(same, torch.inf).amin(1)
+        losses = (farthest - nearest + 0.2).relu()
+        return losses.sum() / (losses > 0).sum().clamp_min(1)
+
+    runs = {impl: functools.partial(step, lambda x, i=impl: kd.triplet_loss(x, labels, normalize=False, impl=i)) for impl in IMPLS}
+    runs |= {"eager": lambda: step(eager), "torch.compile": functools.partial(step, torch.compile(eager))}
+    return Case("batch_hard", f"{n}, {d}", runs, 2 * n * n * d, "FLOP")
+
+
+def neighbours(n: int, m: int, d: int, device: str) -> Case:
+    query, bank = (F.normalize(torch.randn(rows, d, device=device), dim=-1) for rows in (n, m))
+
+    def eager():
+        parts = [(1 - part @ bank.T).topk(10, largest=False) for part in query.split(max(1, (1 << 28) // m))]
+        return torch.cat([values for values, _ in parts])
+
+    runs = {impl: lambda impl=impl: ops.knn(query, bank, 10, impl=impl)[0] for impl in IMPLS}
+    return Case("knn, k = 10", f"{n}, {m}, {d}", {**runs, "eager": eager}, 2 * n * m * d, "FLOP")
+
+
+def sampled(n: int, k: int, m: int, d: int, device: str) -> Case:
+    query = F.normalize(torch.randn(n, d, device=device), dim=-1).requires_grad_()
+    bank, index = F.normalize(torch.randn(m, d, device=device), dim=-1), torch.randint(m, (n, k), device=device)
+
+    def ours(impl):
+        loss, _ = kd.sampled_nce(query, bank, index, temperature=0.07, num_data=m, normalizer=float(m), impl=impl)
+        return torch.autograd.grad(loss, query)[0]
+
+    def eager():
+        z = torch.bmm(bank[index.flatten()].view(n, k, d), query[:, :, None])[..., 0] / 0.07
+        x, c = (z.exp() / m).double(), (k - 1) / m
+        loss = -(x[:, 0] / (x[:, 0] + c + 1e-7)).log().sum() - (c / (x[:, 1:] + c + 1e-7)).log().sum()
+        return torch.autograd.grad(loss / n, query)[0].float()
+
+    runs = {impl: functools.partial(ours, impl) for impl in IMPLS}
+    return Case("sampled_nce", f"{n}, {k}, {m}, {d}", {**runs, "eager": eager}, 4 * n * k * d, "B")
+
+
+def transport(batch: int, n: int, iterations: int, device: str, width: int | None = None) -> Case:
+    if width is None:
+        source = {"cost": torch.rand(batch, n, n, device=device)}
+        moved, epsilon = 8 * iterations * batch * n * n, 0.05
+    else:
+        source = {"x": torch.randn(batch, n, width, device=device), "y": torch.randn(batch, n, width, device=device)}
+        moved, epsilon = 4 * iterations * batch * n * n * width, 0.1 * width
+
+    def ours(impl):
+        return ops.sinkhorn(**source, epsilon=epsilon, max_iters=iterations, impl=impl).value
+
+    def eager():
+        c = source["cost"] if width is None else torch.cdist(source["x"], source["y"]).square()
+        g = torch.zeros(batch, n, device=device)
+        size = torch.tensor(float(n)).log().item()
+        for _ in range(iterations):
+            f = -epsilon * (((g[:, None] - c) / epsilon).logsumexp(-1) - size)
+            g = -epsilon * (((f[..., None] - c) / epsilon).logsumexp(-2) - size)
+        return f.mean(-1) + g.mean(-1)
+
+    runs = {impl: functools.partial(ours, impl) for impl in IMPLS}
+    name = "sinkhorn, given" if width is None else "sinkhorn, points"
+    shape = f"{batch}, {n}" + ("" if width is None else f", {width}") + f", {iterations} iterations"
+    return Case(name, shape, {**runs, "eager": eager}, moved, "B" if width is None else "FLOP")
+
+
+IMPLS = ("triton", "torch")
+SIZES = {
+    "full": [
+        (batch_hard, (4096, 128)), (batch_hard, (16384, 256)), (neighbours, (4096, 65536, 128)), (neighbours, (4096, 1_000_000, 128)),
+        (sampled, (64, 16384, 50_000, 128)), (sampled, (256, 4096, 1_000_000, 128)), (transport, (256, 256, 50)),
+        (transport, (1, 10_000, 20)), (transport, (1, 10_000, 10), 64),
+    ],
+    "small": [
+        (batch_hard, (65, 24)), (neighbours, (20, 300, 24)), (sampled, (5, 40, 100, 24)), (transport, (2, 33, 4)),
+        (transport, (1, 33, 4), 24),
+    ],
+}  # fmt: skip
+
+
+def measure(run: Callable, reference: torch.Tensor, repeats: int, device: str) -> dict:
+    result = run()
+    error = ((result - reference).norm() / reference.norm().clamp_min(1e-30)).item()
+    if not error < 0.02:
+        return {"problem": f"differs from the formula by {error:.2g}"}
+    del result
+    return {"MiB": peak_mib(run, device), "ms": median_ms(run, repeats, device), "error": error}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", choices=tuple(SIZES), default="full")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+
+    results = []
+    for make, sizes, *width in SIZES[args.sizes]:
+        torch.manual_seed(0)
+        case = make(*sizes, args.device, *width)
+        reference = case.runs["eager"]()
+        for name, run in case.runs.items():
+            found = attempt(functools.partial(measure, run, reference, args.repeats, args.device))
+            row = {"case": case.name, "shape": case.shape, "name": "kdfast, " + name if name in IMPLS else name, **found}
+            if "ms" in found:
+                row[f"T{case.unit}/s"] = case.floor / found["ms"] / 1e9
+            results.append(row)
+            print(row, flush=True)
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+    if args.output:
+        columns = ["case", "shape", "name", "ms", "TFLOP/s", "TB/s", "MiB", "error", "problem"]
+        write(args.output, "families", columns, about(args.device, args.commit), results)
+
+
+if __name__ == "__main__":
+    main()

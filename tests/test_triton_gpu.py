@@ -1,0 +1,157 @@
+"""What only a GPU shows of the Triton kernels: equal bits on every run, capture in a graph, compilation by Inductor, 64-bit addresses."""
+
+import pytest
+import torch
+
+from kdfast import functional, ops
+from kdfast._core import triton_runtime
+
+if triton_runtime.missing() is not None or triton_runtime.INTERPRETED:
+    pytest.skip(triton_runtime.missing() or "it takes a GPU", allow_module_level=True)
+
+N, M, D, K = 300, 5000, 96, 700
+
+
+def inputs():
+    generator = torch.Generator("cuda").manual_seed(0)
+    options = {"device": "cuda", "generator": generator}
+    return {
+        "q": torch.randn(N, D, **options, requires_grad=True), "bank": torch.randn(M, D, **options),
+        "labels": torch.randint(20, (N,), **options), "bank_labels": torch.randint(20, (M,), **options),
+        "index": torch.randint(M, (N, K), **options), "cost": torch.rand(8, 100, 120, **options),
+    }  # fmt: skip
+
+
+def loss_and_gradient(loss, q):
+    return (loss.detach(), *torch.autograd.grad(loss, q))
+
+
+def info_nce(i):
+    return loss_and_gradient(functional.info_nce(i["q"], i["q"].detach(), i["bank"], impl="triton"), i["q"])
+
+
+def triplet(i):
+    options = {"ref": i["bank"], "ref_labels": i["bank_labels"], "impl": "triton"}
+    return loss_and_gradient(functional.triplet_loss(i["q"], i["labels"], **options), i["q"])
+
+
+def extrema(i):
+    found = ops.row_extrema(i["q"].detach(), i["bank"], i["labels"], i["bank_labels"], impl="triton")
+    return tuple(x for extreme in found for x in extreme)
+
+
+def knn(i):
+    return ops.knn(i["q"].detach(), i["bank"], 10, query_labels=i["labels"], bank_labels=i["bank_labels"], impl="triton")
+
+
+def sampled(i):
+    loss, _ = functional.sampled_nce(i["q"], i["bank"], i["index"], temperature=0.1, num_data=M, normalizer=50.0, impl="triton")
+    loss = loss + functional.sampled_info_nce(i["q"], i["q"].detach(), i["bank"], i["index"], temperature=0.1, impl="triton")
+    return loss_and_gradient(loss, i["q"])
+
+
+def sinkhorn(i):
+    given = ops.sinkhorn(i["cost"], epsilon=0.1, max_iters=10, impl="triton")
+    points = ops.sinkhorn(x=i["q"].detach()[None], y=i["bank"][None, :900], epsilon=20.0, max_iters=10, impl="triton")
+    return given.f, given.g, given.value, points.f, points.g, points.value
+
+
+CASES = pytest.mark.parametrize("case", [info_nce, triplet, extrema, knn, sampled, sinkhorn], ids=lambda c: c.__name__)
+
+
+@CASES
+def test_the_same_bits_every_time(case):
+    i = inputs()
+    for first, second in zip(case(i), case(i), strict=True):
+        assert torch.equal(first, second)
+
+
+@CASES
+def test_as_in_plain_pytorch(case, monkeypatch):
+    i = inputs()
+    got = case(i)
+    real = {name: getattr(module, name) for module, name in TARGETS}
+    for module, name in TARGETS:
+        monkeypatch.setattr(module, name, lambda *a, run=real[name], **k: run(*a, **{**k, "impl": "torch"}))
+    for x, y in zip(got, case(i), strict=True):
+        if x.dtype.is_floating_point:
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+        else:  # indices: neighbours within rounding of one another may change places
+            assert (x == y).double().mean() > 0.99
+
+
+TARGETS = [
+    (functional, "info_nce"),
+    (functional, "triplet_loss"),
+    (functional, "sampled_nce"),
+    (functional, "sampled_info_nce"),
+    (ops, "row_extrema"),
+    (ops, "knn"),
+    (ops, "sinkhorn"),
+]
+
+
+@CASES
+def test_capture_in_a_graph(case):
+    """A host synchronisation, or an allocation outside the graph's pool, would end the capture."""
+    i = inputs()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            want = case(i)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = case(i)
+    for x in got:
+        x.zero_()
+    graph.replay()
+    for x, y in zip(got, want, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("name", ["info_nce", "triplet"])
+def test_inductor(name):
+    i = inputs()
+
+    def loss(q):
+        if name == "info_nce":
+            return functional.info_nce(q, q.detach(), i["bank"], impl="triton")
+        return functional.triplet_loss(q, i["labels"], ref=i["bank"], ref_labels=i["bank_labels"], impl="triton")
+
+    compiled = torch.compile(loss, fullgraph=True)
+    for x, y in zip(loss_and_gradient(compiled(i["q"]), i["q"]), loss_and_gradient(loss(i["q"]), i["q"]), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 60 << 30, reason="it takes 60 GB")
+def test_beyond_two_to_the_31_elements():
+    """A bank of 2.3e9 numbers: what is nearest, sampled, or of most weight lies at its end."""
+    rows = 9_000_000
+    bank = torch.empty(rows, 256, dtype=torch.bfloat16, device="cuda")
+    for part in bank.split(1_000_000):
+        part.normal_()
+    last = rows - torch.arange(1, 9, device="cuda")
+    q = bank[last].clone()
+    assert ops.knn(q, bank, 1, impl="triton")[1][:, 0].equal(last)
+    labels, bank_labels = torch.zeros(8, dtype=torch.int64, device="cuda"), torch.ones(rows, dtype=torch.int64, device="cuda")
+    assert ops.gather_similarity(q, bank, last[:, None], impl="triton")[:, 0].allclose(q.float().square().sum(1), rtol=1e-3)
+    lse, pooled = ops.similarity_softmax(q, bank, scale=1.0, impl="triton")
+    torch.testing.assert_close(pooled, q.float(), rtol=1e-2, atol=1e-2)
+    half = bank[: rows // 2]  # three parts of it are beyond 2^31 numbers
+    q = half[-8:].clone()
+    found = ops.row_extrema(q, half, labels, bank_labels[: rows // 2], impl="triton").hardest_negative
+    assert found.index.equal(torch.arange(rows // 2 - 8, rows // 2, device="cuda")) and (found.value == 0).all()
+    assert lse.isfinite().all()
+
+
+def test_a_cost_beyond_two_to_the_31_elements():
+    n, m = 40_000, 60_000
+    if torch.cuda.get_device_properties(0).total_memory < 60 << 30:
+        pytest.skip("it takes 60 GB")
+    cost = torch.rand(n, m, dtype=torch.bfloat16, device="cuda")
+    solved = ops.sinkhorn(cost, epsilon=0.5, max_iters=2, impl="triton")
+    last = cost[-1].float()
+    want = -0.5 * (torch.logsumexp((solved.g - last) / 0.5, 0) - torch.tensor(float(m)).log())
+    torch.testing.assert_close(solved.f[-1], want, rtol=1e-2, atol=1e-3)
