@@ -96,7 +96,7 @@ def sup_con(
             if value is not None:
                 raise ValueError(f"{name} needs a bank: without one the candidates are the batch")
         features = normalized(features) if normalize else features
-        if features.dim() == 2 and len(features) and group is None and (own_index is None or own_index is True):
+        if features.dim() == 2 and features.shape[0] and group is None and (own_index is None or own_index is True):
             scale, mean = inverse("temperature", temperature, features), reduction == "mean" and weight is None
             losses, counted = sup_con_rows(features, labels.contiguous(), scale, mean=mean, precision=precision, impl=impl)
             return losses if mean else reduce_rows(losses, counted=counted, weight=weight, reduction=reduction)
@@ -167,7 +167,7 @@ def clip_loss(
         return (info_nce(image, text, **options) + info_nce(text, image, **options)) / 2
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-    if len(image) == 0:
+    if image.shape[0] == 0:
         return reduce_rows((image + text).sum(-1), weight=weight, reduction=reduction)
     image, text = dtypes.autocast(image, text)
     mean = reduction == "mean" and weight is None and not label_smoothing
@@ -211,7 +211,7 @@ def siglip_loss(
     checks.number("logit_bias", logit_bias)
     if normalize:
         image, text = normalized(image), normalized(text)
-    if group is None and len(image):
+    if group is None and image.shape[0]:
         image, text = dtypes.autocast(image, text)
         mean = reduction == "mean" and weight is None
         losses = sigmoid_rows(image, text, logit_scale, logit_bias, mean=mean, precision=precision, impl=impl)

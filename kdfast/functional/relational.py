@@ -56,8 +56,9 @@ def similarity_distillation(
     """
     checks.floating("student", student, ndim=2)
     checks.floating("teacher", teacher, ndim=2)
-    if len(student) != len(teacher):
-        raise ValueError(f"teacher must have a row for each of student's {len(student)}, got {len(teacher)}")
+    rows = student.shape[0]
+    if teacher.shape[0] != rows:
+        raise ValueError(f"teacher must have a row for each of student's {rows}, got {teacher.shape[0]}")
     checks.choice("divergence", divergence, ("ce", "kl"))
     checks.choice("reduction", reduction, REDUCTIONS)
     given = bank_protocol.unpack(student_bank, valid=bank_valid)
@@ -65,8 +66,8 @@ def similarity_distillation(
     shared = teacher_bank is None
     teacher_keys = keys if shared else bank_protocol.unpack(teacher_bank).rows
     teacher_keys = _bank_rows("student_bank" if shared else "teacher_bank", teacher_keys, "teacher", teacher)
-    if len(teacher_keys) != len(keys):
-        raise ValueError(f"teacher_bank must have a row for each of student_bank's {len(keys)}, got {len(teacher_keys)}")
+    if teacher_keys.shape[0] != keys.shape[0]:
+        raise ValueError(f"teacher_bank must have a row for each of student_bank's {keys.shape[0]}, got {teacher_keys.shape[0]}")
     teacher = teacher.detach()
     if own or student_positive is not None or teacher_positive is not None:
         student_positive = _positive("student_positive", student_positive, teacher, student)
@@ -75,9 +76,9 @@ def similarity_distillation(
         student, teacher, student_positive, teacher_positive = map(normalized, (student, teacher, student_positive, teacher_positive))
         keys, teacher_keys = normalized(keys), None if shared else normalized(teacher_keys)
 
-    own_column = own_columns(own_index, student, len(keys))
+    own_column = own_columns(own_index, student, keys.shape[0])
     excluded = any(x is not None for x in (given.valid, given.bias, own_column))
-    mean = reduction == "mean" and weight is None and not excluded and len(student) > 0
+    mean = reduction == "mean" and weight is None and not excluded and rows > 0
     sharp = any(isinstance(t, Real) and t < 1e-3 for t in (student_temperature, teacher_temperature))
     with torch.autocast(student.device.type, enabled=False) if sharp else contextlib.nullcontext():
         s, t = inverse("student_temperature", student_temperature, student), inverse("teacher_temperature", teacher_temperature, teacher)
@@ -167,7 +168,7 @@ def _bank_rows(name: str, rows: Tensor, query_name: str, query: Tensor) -> Tenso
     checks.floating(name, rows, ndim=2)
     checks.alike(name, rows, query_name, query)
     checks.same_width(name, rows, query_name, query)
-    if len(rows) == 0:
+    if rows.shape[0] == 0:
         raise ValueError(f"{name} must have at least one row, got shape {tuple(rows.shape)}")
     return rows
 

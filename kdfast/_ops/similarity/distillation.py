@@ -183,7 +183,7 @@ def _gradients(call, want, versions, g, student, scale, start_logit, slope, diff
     want_student, want_keys, want_scale, want_start = want
     dkeys = None
     if call.mean:
-        g = (g / len(student)).expand(len(student))
+        g = (g / student.shape[0]).expand(student.shape[0])
     if want_keys:
         inputs = _for_kernel(call, student, keys, scale, *fixed)
         dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(g.contiguous(), log_sums, *inputs, call.products).to(keys.dtype)

@@ -96,7 +96,7 @@ SUP_CON = NT_XENT._replace(
     },
     inputs=labelled,
     reference=lambda x: peers.step(sup_con_formula, x.features.double(), x.labels),
-    flop=lambda shape: 8 * shape[0] ** 2 * shape[1],
+    flop=lambda shape: 6 * shape[0] ** 2 * shape[1],
     peers=(
         peers.steps("kdfast", partial(sup_con, temperature=TAU)),
         peers.steps("eager", sup_con_formula),
