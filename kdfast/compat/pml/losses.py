@@ -168,8 +168,10 @@ class SupConLoss(PairLoss):
 
     def of_all(self, embeddings, labels, reference):
         x, y = self._rows(embeddings, reference)
-        ref = reference.labelled(embeddings, labels)
-        options = {"bank": y, "bank_labels": ref.labels, "bank_valid": ref.valid, "own_index": ref.own}
+        options = {}
+        if reference.rows is not None:
+            ref = reference.labelled(embeddings, labels)
+            options = {"bank": y, "bank_labels": ref.labels, "bank_valid": ref.valid, "own_index": ref.own}
         losses = functional.sup_con(x, labels, **options, temperature=self.temperature, normalize=False, reduction="none")
         return _mean(losses, losses > 0)
 
