@@ -43,7 +43,7 @@ MatchingCall matching_call(const Tensor& x, const OptionalTensor& y, const Tenso
     for (int64_t i = 0; i < rows; ++i) static_cast<int64_t*>(call.labels.mutable_data_ptr())[i] = i % samples;
 
   PairParams& p = call.p;
-  p.precision = precision_for_rows(precision_of(precision), rows);
+  p.precision = precision_for_rows(precision_of(precision), rows, m.views ? kRowsOnVectors : kPairRowsOnVectors);  // as view_log_sums
   p.batch = 1, p.rows = p.columns = rows, p.width = width;
   p.x = m.x, p.y = m.y;
   p.scale = scales;

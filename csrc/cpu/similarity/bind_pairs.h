@@ -14,7 +14,8 @@ using kdfast::PairSums;
 using kdfast::PairTask;
 using kdfast::SymmetricUpstream;
 
-constexpr int64_t kMinSide = 64;  // rows, and columns, that a task should have: each is packed once for all of the other
+constexpr int64_t kMinSide = 64;             // rows, and columns, that a task should have: each is packed once for all of the other
+constexpr int64_t kPairRowsOnVectors = 128;  // of either side: a gradient packs both twice
 
 inline PairParams pair_parameters(const Tensor& x, const Tensor& y, const Tensor& scale, const OptionalTensor& x_labels,
                                   const OptionalTensor& y_labels, int64_t precision) {
@@ -22,7 +23,7 @@ inline PairParams pair_parameters(const Tensor& x, const Tensor& y, const Tensor
   STD_TORCH_CHECK(x_labels.has_value() == y_labels.has_value(), "x_labels and y_labels come together");
   PairParams p{};
   p.batch = x.size(0), p.rows = x.size(1), p.width = x.size(2), p.columns = y.size(1);
-  p.precision = precision_for_rows(precision_of(precision), std::min(p.rows, p.columns));
+  p.precision = precision_for_rows(precision_of(precision), std::min(p.rows, p.columns), kPairRowsOnVectors);
   p.x = row_matrix("x", x, {p.batch, p.rows, p.width});
   p.y = row_matrix("y", y, {p.batch, p.columns, p.width});
   p.scale = row_data<float>("scale", scale, {p.batch, p.rows});

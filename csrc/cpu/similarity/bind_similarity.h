@@ -36,8 +36,8 @@ using kdfast::SimilarityParams;
 // what passes by them: up to kRowsOnVectors that of parts of floats, up to kRowsInPlace (in bf16 kBFloat16RowsInPlace) any at all.
 constexpr int64_t kRowsOnVectors = 64, kRowsInPlace = 8, kBFloat16RowsInPlace = 2;
 
-inline kdfast::Precision precision_for_rows(kdfast::Precision precision, int64_t rows) {
-  const bool few = precision == kdfast::Precision::kFloat32 && rows <= kRowsOnVectors;
+inline kdfast::Precision precision_for_rows(kdfast::Precision precision, int64_t rows, int64_t on_vectors = kRowsOnVectors) {
+  const bool few = precision == kdfast::Precision::kFloat32 && rows <= on_vectors;
   return few ? kdfast::Precision::kFloat32Vectors : precision;
 }
 

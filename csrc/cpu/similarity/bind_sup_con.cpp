@@ -30,7 +30,7 @@ SupConCall sup_con_call(const Tensor& x, const Tensor& scale, const Tensor& labe
   int64_t* const own = static_cast<int64_t*>(call.index.mutable_data_ptr());
   std::iota(own, own + rows, 0);
   PairParams& p = call.p;
-  p.precision = precision_for_rows(precision_of(precision), rows);
+  p.precision = precision_for_rows(precision_of(precision), rows, kPairRowsOnVectors);
   p.batch = 1, p.rows = p.columns = rows, p.width = width;
   p.x = p.y = row_matrix("x", x, {rows, width});
   p.scale = floats_of(call.of_rows);
