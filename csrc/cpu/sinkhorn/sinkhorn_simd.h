@@ -154,9 +154,10 @@ inline RealOf<V> sum_lanes(V x) {
 
 #endif
 
-// sums_i = the sum of x_i's lanes for i < count; sums has a vector's room.
-template <class V, class Real>
-inline void sum_lanes_of(const V* x, int64_t count, Real* sums) {
+// sums_i = the sum of x_i's lanes for i < count; sums has a vector's room. Not for any V: a deduced vector type loses its alignment of one
+// number, which vectors on the stack may have.
+template <class Real>
+inline void sum_lanes_of(const VecOf<Real>* x, int64_t count, Real* sums) {
 #if KDFAST_LANES == 16
   if constexpr (sizeof(Real) == 4) {
     // pairs of vectors become one of half sums: halves of quarters, quarters, then within quarters
