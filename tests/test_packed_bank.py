@@ -315,6 +315,18 @@ def test_the_push_rounds_the_length_and_the_quotient(dtype, strided):
     assert (bank.keys.double() - wide).abs().max() <= torch.finfo(dtype).eps * 0.76
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_rows_of_the_bank_itself(normalize):
+    """Rows that the push overwrites before it comes to read them."""
+    bank = QueueBank(8, 3, normalize=normalize, labels=True)
+    bank.push(torch.randn(8, 3), torch.arange(8))
+    bank.push(torch.randn(2, 3), torch.arange(2))
+    before, labels = bank.storage.clone(), bank.labels.clone()
+    bank.push(bank.storage[1:7], bank.labels[1:7])
+    torch.testing.assert_close(bank.storage, torch.cat([before[:2], before[1:7]]))
+    assert bank.labels.equal(torch.cat([labels[:2], labels[1:7]]))
+
+
 def test_zero_rows_stay_zero():
     bank = QueueBank(4, 3)
     bank.push(torch.zeros(2, 3))

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdint>
 #include <vector>
 
 #include "bind.h"
@@ -55,6 +56,15 @@ std::vector<int64_t> rows_kept(const bool* where, int64_t count, int64_t capacit
   *came = int64_t(kept.size());
   if (*came > capacity) kept.erase(kept.begin(), kept.end() - capacity);
   return kept;
+}
+
+// What lies from `from` on; of the bank itself, which would be written before it is read, a copy.
+template <class From, class To>
+const From* apart(const From* from, int64_t count, const To* to, int64_t size, std::vector<From>& copy) {
+  const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+  if (address(from) >= address(to + size) || address(to) >= address(from + count)) return from;
+  copy.assign(from, from + count);
+  return copy.data();
 }
 
 // Which rows of the batch are admitted; null: all.
@@ -144,14 +154,18 @@ void bank_push(const Tensor& storage, const Tensor& pointer, const Tensor& fill,
   with_type(storage, [&](auto stored) {
     with_type(keys, [&](auto key) {
       auto* const matrix = static_cast<decltype(stored)*>(storage.mutable_data_ptr());
-      const auto* const given_rows = data<decltype(key)>(keys);
+      std::vector<decltype(key)> own_rows;
+      const auto* const given_rows = apart(data<decltype(key)>(keys), count * width, matrix, capacity * width, own_rows);
       std::vector<float> row(static_cast<size_t>(width));
       for (int64_t i = 0; i < rows; ++i)
         write_row(matrix + (first + i) % capacity * width, given_rows + kept[size_t(i)] * width, width, normalize, row.data());
     });
   });
-  if (to != nullptr)
-    for (int64_t i = 0; i < rows; ++i) to[(first + i) % capacity] = from[kept[size_t(i)]];
+  if (to != nullptr) {
+    std::vector<int64_t> own_labels;
+    const int64_t* const given_labels = apart(from, count, to, capacity, own_labels);
+    for (int64_t i = 0; i < rows; ++i) to[(first + i) % capacity] = given_labels[kept[size_t(i)]];
+  }
   *next = (*next + came) % capacity;
   *filled = std::min(capacity, *filled + came);
   if (!copied) return;
