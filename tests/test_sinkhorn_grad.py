@@ -387,6 +387,29 @@ def test_float32_is_as_accurate_as_autograd(metric, epsilon):
             assert (u - t).norm() <= 2 * (v - t).norm() + 4 * torch.finfo(torch.float32).eps * t.norm()
 
 
+@pytest.mark.parametrize("nats", [10, 100, 1000])
+def test_float32_gradient_in_epsilon(nats):
+    """Sums of potentials and costs, of which it is the small difference, would lose three digits."""
+    x, y = torch.randn(8, 48, 3), torch.randn(8, 60, 3) + 1
+    cost = reference.cost_matrix(x, y, "sqeuclidean")
+    cost *= nats / cost.max()
+    a, b = torch.full((8, 48), 1 / 48), torch.full((8, 60), 1 / 60)
+
+    def gradients(solve, dtype):
+        epsilon = torch.ones(8, dtype=dtype, requires_grad=True)
+        r = solve(epsilon, *(t.to(dtype) for t in (cost, a, b)))
+        return [torch.autograd.grad(t.sum(), epsilon, retain_graph=True)[0].double() for t in (r.value, r.transport_cost)]
+
+    def plain(epsilon, cost, a, b):
+        return reference.sinkhorn(cost, a, b, epsilon, 15)
+
+    def ours(epsilon, cost, a, b):
+        return sinkhorn(cost, a=a, b=b, epsilon=epsilon, max_iters=15, method="log", grad="unrolled")
+
+    for t, u, v in zip(gradients(plain, F64), gradients(ours, torch.float32), gradients(plain, torch.float32), strict=True):
+        assert (u - t).norm() <= 2 * (v - t).norm() + 4 * torch.finfo(torch.float32).eps * t.norm()
+
+
 def test_half_precision_gradients():
     cost = torch.rand(3, 8, 9)
     for dtype in (torch.bfloat16, torch.float16):

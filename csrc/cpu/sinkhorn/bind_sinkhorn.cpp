@@ -168,8 +168,8 @@ Planned plan(const Problems<Real>& problems, const Tensor& a, const OptionalTens
     Tensor out = slope ? torch::stable::new_empty(a, shape) : torch::stable::new_empty(a, {0});
     return torch::stable::zero_(out);
   };
-  Tensor row = moments({batch, rows}), col = moments({batch, m}), square = moments({batch});  // 0 at padding
-  const Planned planned{out, row, col, square};
+  Tensor row = moments({batch, rows}), col = moments({batch, m}), steepness = moments({batch});  // 0 at padding
+  const Planned planned{out, row, col, steepness};
   if (batch * rows == 0) return planned;
   Real* const to = values<Real>(out);
 
@@ -180,7 +180,7 @@ Planned plan(const Problems<Real>& problems, const Tensor& a, const OptionalTens
   const int64_t parts = sum || batch < workers ? std::min(rows, workers) : 1, tasks = sum ? parts : batch * parts;
   const int64_t space = plan_workspace(problems.first_padded()), shares = slope ? parts * batch : 0;  // every part's moments of every problem
   Tensor work = torch::stable::new_empty(a, {workers * space + shares * (m + 1)});
-  Real *const scratch = values<Real>(work), *const cols = scratch + workers * space, *const squares = cols + shares * m;
+  Real *const scratch = values<Real>(work), *const cols = scratch + workers * space, *const steepnesses = cols + shares * m;
   for_each_task(workers, tasks, [&](int64_t worker, int64_t task) {
     const int64_t part = task % parts;
     for (int64_t i = sum ? 0 : task / parts; i < (sum ? batch : task / parts + 1); ++i) {
@@ -192,7 +192,7 @@ Planned plan(const Problems<Real>& problems, const Tensor& a, const OptionalTens
       s.out = to + ((sum ? 0 : i) * rows + s.begin - begin) * m, s.out_stride = m;
       if (slope) {
         const int64_t share = part * batch + i;
-        s.slope = double(slopes[i]), s.row = values<Real>(row) + i * rows + s.begin - begin, s.col = cols + share * m, s.square = squares + share;
+        s.slope = double(slopes[i]), s.row = values<Real>(row) + i * rows + s.begin - begin, s.col = cols + share * m, s.steepness = steepnesses + share;
       }
       plan_one(p, s, scratch + worker * space);
     }
@@ -201,7 +201,7 @@ Planned plan(const Problems<Real>& problems, const Tensor& a, const OptionalTens
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t share = part * batch + i;
       for (int64_t j = 0; j < problems.at(i).m; ++j) values<Real>(col)[i * m + j] += cols[share * m + j];
-      values<Real>(square)[i] += squares[share];
+      values<Real>(steepness)[i] += steepnesses[share];
     }
   }
   return planned;

@@ -65,7 +65,8 @@ struct SinkhornPlan {
   Real* out;           // [end - begin, m]
   int64_t out_stride;
   double slope;            // only with moments
-  Real *row, *col, *square;  // null, or moments of these rows: sum_j b_j E_ij C_ij [end - begin], sum_i a_i E_ij C_ij [m], sum_ij P_ij C_ij^2
+  // Null, or moments of these rows: sum_j b_j E_ij C_ij [end - begin], sum_i a_i E_ij C_ij [m], sum_ij P_ij C_ij log E_ij
+  Real *row, *col, *steepness;
 };
 
 // One pass over rows begin ... end of scores [rows, columns]; factor = log2(e)/epsilon. Without v: the largest factor s of each column

@@ -121,6 +121,14 @@ class SinkhornSolver {
 
  private:
   enum class Form { kLargest, kAbsorbed, kStored };
+
+  // The rows to be weighed after a group, read from memory while that is weighed, and maybe their exponents.
+  struct Ahead {
+    int64_t row;  // the first of as many rows
+    bool peek, known;
+    Real exponents[kGroup];
+  };
+
   using V = VecOf<Real>;
   static constexpr int64_t kW = kWidth<Real>;
 
@@ -252,15 +260,19 @@ class SinkhornSolver {
     WeightedRows<Real> old{entries, w_.m, weights[1], chunk};
     int64_t waiting = 0;  // rows of old
     const int64_t groups = (end - begin + step - 1) / step;
+    const auto first = [&](int64_t q) { return begin + (backward_ ? groups - 1 - q : q) * step; };
+    Ahead ahead{};
     for (int64_t q = 0; q < groups; ++q) {
-      const int64_t i = begin + (backward_ ? groups - 1 - q : q) * step, rows = smaller(step, end - i);
+      const int64_t i = first(q), rows = smaller(step, end - i), following = q + 1 < groups ? first(q + 1) : i;
       if (waiting != rows) {  // taken together otherwise
         add_rows(old, waiting, p_.m);
         waiting = 0;
       }
       Real *const e = stored ? w_.kernel + i * w_.m : entries, *const next = weights[q % 2];
       Real sums[kGroup] = {}, used[kGroup] = {};
-      weigh_group(i, rows, e, waiting > 0 ? &old : nullptr, w_.costs + worker * w_.worker_entries, sums, used);
+      const bool whole = p_.metric == SinkhornMetric::kGiven && following + rows <= end;
+      ahead.row = whole ? following : i, ahead.peek = form_ == Form::kLargest && whole && waiting > 0;
+      weigh_group(i, rows, e, waiting > 0 ? &old : nullptr, w_.costs + worker * w_.worker_entries, &ahead, sums, used);
       for (int64_t r = 0; r < rows; ++r) doubtful |= form_ == Form::kStored && !trusted(sums[r]);
       if (keep_) __builtin_memcpy(w_.stored_u + i, used, size_t(rows) * sizeof(Real));
       error += update_rows(i, rows, sums, used, next);
@@ -274,9 +286,9 @@ class SinkhornSolver {
   }
 
   // sums_r = sum_j b_j e_rj of rows i ... i + rows, at the exponents `used`, adding as many rows of `old`, where given, to
-  // their columns.
-  void weigh_group(int64_t i, int64_t rows, Real* e, const WeightedRows<Real>* old, Real* buffer, Real* sums, Real* used) {
-    V lanes[kGroup];
+  // their columns. `ahead` is of these rows before, and of those that follow after.
+  void weigh_group(int64_t i, int64_t rows, Real* e, const WeightedRows<Real>* old, Real* buffer, Ahead* ahead, Real* sums, Real* used) {
+    V lanes[kGroup], most[kGroup];
     if (form_ == Form::kStored) {
       __builtin_memcpy(used, w_.stored_u + i, size_t(rows) * sizeof(Real));
       each_rows(rows, [&](int64_t r, auto together) {
@@ -291,16 +303,21 @@ class SinkhornSolver {
     }
     CostRows<Real, T> costs{nullptr, 0, w_.exponent, k_, p_.m};
     costs.c = cost_rows<Real, T>(p_, points_, i, rows, 0, p_.m, buffer, &costs.stride);
-    for (int64_t r = 0; r < rows; ++r) used[r] = form_ == Form::kLargest ? least_exponent(costs.from(r)) : k_ * w_.f[i + r];
+    for (int64_t r = 0; r < rows; ++r) used[r] = form_ == Form::kAbsorbed ? k_ * w_.f[i + r] : ahead->known ? ahead->exponents[r] : least_exponent(costs.from(r));
     each_rows(rows, [&](int64_t r, auto together) {
       constexpr int kRows = decltype(together)::value;
-      if (old != nullptr) {
-        weigh_costs<kRows, true>(costs.from(r), used + r, w_.b, e + r * w_.m, old->from(r), lanes + r);
+      const CostRows<Real, T> next = costs.from(ahead->row - i + r);
+      if (ahead->peek) {
+        weigh_costs<kRows, true, Next::kPeek>(costs.from(r), used + r, w_.b, e + r * w_.m, old->from(r), lanes + r, next, most + r);
+      } else if (old != nullptr) {
+        weigh_costs<kRows, true, Next::kFetch>(costs.from(r), used + r, w_.b, e + r * w_.m, old->from(r), lanes + r, next);
       } else {
-        weigh_costs<kRows, false>(costs.from(r), used + r, w_.b, e + r * w_.m, WeightedRows<Real>{}, lanes + r);
+        weigh_costs<kRows, false, Next::kNone>(costs.from(r), used + r, w_.b, e + r * w_.m, WeightedRows<Real>{}, lanes + r);
       }
     });
     sum_lanes_of(lanes, rows, sums);
+    ahead->known = ahead->peek;
+    for (int64_t r = 0; r < rows && ahead->known; ++r) ahead->exponents[r] = against<Real>(most[r]);
     if (form_ == Form::kLargest) return;
     each_rows(rows, [&](int64_t first, auto together) {
       constexpr int kRows = decltype(together)::value;
@@ -311,7 +328,7 @@ class SinkhornSolver {
         again = true;
       }
       if (!again) return;
-      weigh_costs<kRows, false>(costs.from(first), used + first, w_.b, e + first * w_.m, WeightedRows<Real>{}, lanes);
+      weigh_costs<kRows, false, Next::kNone>(costs.from(first), used + first, w_.b, e + first * w_.m, WeightedRows<Real>{}, lanes);
       for (int64_t r = 0; r < kRows; ++r) sums[first + r] = sum_lanes(lanes[r]);
     });
   }

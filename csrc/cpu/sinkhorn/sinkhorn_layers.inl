@@ -8,7 +8,6 @@ namespace {
 using kdfast::SinkhornAssign;
 using kdfast::SinkhornNormalize;
 
-constexpr int64_t kAssignRows = 4;      // taken together
 constexpr int64_t kFarBytes = 4 << 20;  // codes beyond this are written past the caches
 
 // ---- assignments: rows are softmax(s / epsilon + v) ----------------------------------------------------------------------
@@ -18,41 +17,64 @@ int64_t sinkhorn_assign_workspace(const SinkhornAssign<Real>& p) {
   return (3 + kTogether) * round_up(p.columns, kWidth<Real>);
 }
 
-// Largest and sum_n 2^(k s_nj - largest) of each column over rows first ... end: a group of rows moves the maximum once.
-template <class Real, class T>
+// Largest and sum_n 2^(k s_nj - largest) of each column over rows first ... end: a group of rows moves the maximum once. Or, with kFixed, the
+// sum of 2^(k s_nj - largest) for the largest at hand.
+template <bool kFixed, class Real, class T>
 void assign_chunk(const SinkhornAssign<Real>& p, const T* scores, int64_t first, int64_t end, Real* largest, Real* sums) {
-  const VecOf<Real> k = splat(Real(p.factor));
-  for (int64_t i = first, rows = 0; i < end; i += rows) {
-    rows = smaller(kAssignRows, end - i);
-    const T* const from = scores + i * p.stride;
+  using V = VecOf<Real>;
+  const V k = splat(Real(p.factor));
+  each_rows(end - first, [&](int64_t i, auto together) {
+    constexpr int kRows = decltype(together)::value;
+    const T* const from = scores + (first + i) * p.stride;
     each_vector<Real>(p.columns, [&](int64_t j, int, int64_t count) {
-      VecOf<Real> x[kAssignRows], most = load(largest + j);
-      const VecOf<Real> before = most;
-      for (int64_t r = 0; r < rows; ++r) {
-        __builtin_prefetch(from + (r + kAssignRows) * p.stride + j);
-        x[r] = load_count<Real>(from + r * p.stride + j, count) * k;
-        most = larger(most, x[r]);
+      V x[kRows], most = load(largest + j), sum = load(sums + j);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        __builtin_prefetch(from + (r + kRows) * p.stride + j);
+        x[r] = load_count<Real>(from + r * p.stride + j, count);
       }
-      VecOf<Real> sum = load(sums + j) * exp2(before - most);
-      for (int64_t r = 0; r < rows; ++r) sum += exp2(x[r] - most);
-      store(largest + j, most);
+      if constexpr (!kFixed) {
+        const V before = most;
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) most = larger(most, x[r] * k);
+        sum *= exp2(before - most);
+        store(largest + j, most);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sum += exp2(multiply_add(x[r], k, -most));
       store(sums + j, sum);
     });
-  }
+  });
 }
 
+// Sums of exponentials within this of 1, or its inverse, have exponents so small that their rounding is that of the exponential.
+constexpr double kClose = 0x1p12;
+
+template <class Real>
+inline bool close(Real sum) {
+  return sum >= Real(1 / kClose) && sum <= Real(kClose);
+}
+
+// Each chunk takes the largest of those before, and finds its own only where its sums are not close to 1 for all columns.
 template <class Real, class T>
 void assign_columns(const SinkhornAssign<Real>& p, const T* scores, Real* work) {
   const int64_t padded = round_up(p.columns, kWidth<Real>);
-  Real *const total = work, *const total_largest = work + padded;
-  for (int64_t j = 0; j < padded; ++j) p.largest[j] = total_largest[j] = Real(-1e30), total[j] = 0;
+  Real *const total = work, *const largest = work + padded;
+  for (int64_t j = 0; j < padded; ++j) p.largest[j] = Real(-1e30), total[j] = p.sums[j] = 0;
   for (int64_t i = p.begin; i < p.end; i += kChunk) {
-    for (int64_t j = 0; j < padded; ++j) p.sums[j] = 0;
-    assign_chunk(p, scores, i, smaller(i + kChunk, p.end), p.largest, p.sums);
+    const int64_t end = smaller(i + kChunk, p.end);
+    for (int64_t j = 0; j < padded; ++j) largest[j] = p.largest[j], p.sums[j] = 0;
+    bool known = i > p.begin;
+    if (known) assign_chunk<true>(p, scores, i, end, largest, p.sums);
+    for (int64_t j = 0; j < p.columns && known; ++j) known = close(p.sums[j]);
+    if (!known) {
+      for (int64_t j = 0; j < padded; ++j) p.sums[j] = 0;
+      assign_chunk<false>(p, scores, i, end, largest, p.sums);
+    }
     for (int64_t j = 0; j < padded; j += kWidth<Real>) {
-      const VecOf<Real> most = load(p.largest + j);
-      store(total + j, multiply_add(load(total + j), exp2(load(total_largest + j) - most), load(p.sums + j)));
-      store(total_largest + j, most);
+      const VecOf<Real> most = load(largest + j);
+      store(total + j, multiply_add(load(total + j), exp2(load(p.largest + j) - most), load(p.sums + j)));
+      store(p.largest + j, most);
     }
   }
   __builtin_memcpy(p.sums, total, size_t(padded) * sizeof(Real));
@@ -74,44 +96,59 @@ inline void scale_row(const Real* e, Real weight, int64_t m, bool far, Real* to)
   });
 }
 
-// Rows added to the column sums. While some are weighed the largest of those that follow are found: these are read from memory
-// then, and from the cache afterwards.
+// Weighs kRows rows at exponents u, which the first of those before them had: where a sum is not close to 1, again at the largest of its own
+// row. Returns what the rows that follow may start from.
+template <int kRows, bool kAdd, class Real, class T>
+inline Real weigh_alike(const CostRows<Real, T>& rows, Real u, const Real* ones, Real* entries, const WeightedRows<Real>& old, const CostRows<Real, T>& next,
+                        Real* weights) {
+  VecOf<Real> lanes[kRows];
+  Real used[kRows], sum[kRows];
+  for (int r = 0; r < kRows; ++r) used[r] = u;
+  weigh_costs<kRows, kAdd, Next::kFetch>(rows, used, ones, entries, old, lanes, next);
+  bool again = false;
+  for (int r = 0; r < kRows; ++r) {
+    sum[r] = sum_lanes(lanes[r]);
+    if (close(sum[r])) continue;
+    used[r] = least_exponent(rows.from(r));
+    again = true;
+  }
+  if (again) {
+    weigh_costs<kRows, false, Next::kNone>(rows, used, ones, entries, old, lanes);
+    for (int r = 0; r < kRows; ++r) sum[r] = sum_lanes(lanes[r]);
+  }
+  for (int r = 0; r < kRows; ++r) weights[r] = 1 / sum[r];
+  return used[0] - log2<Real>(splat(sum[0]))[0];
+}
+
+// Rows added to the column sums.
 template <class Real, class T>
 void assign_sums(const SinkhornAssign<Real>& p, const CostRows<Real, T>& rows, const Real* ones, int64_t padded, Real* entries) {
-  VecOf<Real> lanes[kTogether], most[kTogether];
-  Real weights[kTogether] = {}, u[kTogether];
+  Real weights[kTogether] = {}, u = 0;
   Real* const chunk = entries + kTogether * padded;
   const WeightedRows<Real> old{entries, padded, weights, chunk};
   for (int64_t j = 0; j < padded; ++j) p.sums[j] = chunk[j] = 0;
   for (int64_t j = 0; j < kTogether * padded; ++j) entries[j] = 0;
   int64_t i = p.begin;
-  for (int64_t r = 0; r < kTogether && i + kTogether <= p.end; ++r) u[r] = least_exponent(rows.from(i + r));
   for (; i + kTogether <= p.end; i += kTogether) {
-    const int64_t next = i + 2 * kTogether <= p.end ? i + kTogether : i;
-    weigh_costs<kTogether, true, true>(rows.from(i), u, ones, entries, old, lanes, rows.from(next), most);
-    for (int r = 0; r < kTogether; ++r) weights[r] = 1 / sum_lanes(lanes[r]), u[r] = against<Real>(most[r]);
+    u = weigh_alike<kTogether, true>(rows.from(i), u, ones, entries, old, rows.from(smaller(i + kTogether, p.end - kTogether)), weights);
     if ((i - p.begin) % kChunk == 0) add_chunk(p.sums, chunk, padded);
   }
   add_rows(old, kTogether, p.columns);
   for (; i < p.end; ++i) {
-    u[0] = least_exponent(rows.from(i));
-    weigh_costs<1, false>(rows.from(i), u, ones, entries, old, lanes);
-    weights[0] = 1 / sum_lanes(lanes[0]);
+    u = weigh_alike<1, false>(rows.from(i), u, ones, entries, old, rows.from(i), weights);
     add_rows(old, 1, p.columns);
   }
   add_chunk(p.sums, chunk, padded);
 }
 
-// Rows written as codes; again each is read from memory for its largest while the one before is weighed.
+// Rows written as codes.
 template <class Real, class T>
 void assign_codes(const SinkhornAssign<Real>& p, const CostRows<Real, T>& rows, const Real* ones, Real* entries) {
   const bool far = (p.end - p.begin) * p.columns * int64_t(sizeof(Real)) > kFarBytes;
-  VecOf<Real> lanes, most;
-  Real u = p.begin < p.end ? least_exponent(rows.from(p.begin)) : Real(0);
+  Real u = 0, weight = 0;
   for (int64_t i = p.begin; i < p.end; ++i) {
-    weigh_costs<1, false, true>(rows.from(i), &u, ones, entries, WeightedRows<Real>{}, &lanes, rows.from(smaller(i + 1, p.end - 1)), &most);
-    u = against<Real>(most);
-    scale_row(entries, 1 / sum_lanes(lanes), p.columns, far, p.codes + i * p.columns);
+    u = weigh_alike<1, false>(rows.from(i), u, ones, entries, WeightedRows<Real>{}, rows.from(smaller(i + 1, p.end - 1)), &weight);
+    scale_row(entries, weight, p.columns, far, p.codes + i * p.columns);
   }
   if (far) store_fence();
 }

@@ -1,5 +1,5 @@
 // Rows of the plan from potentials, times a weight: what the value's gradient in the cost is. One pass, one exponential an entry.
-// With moments the weight is linear in the cost, and its first two moments under the plan are summed on the way: the transport cost's
+// With moments the weight is linear in the cost, and moments of the cost under the plan are summed on the way: the transport cost's
 // gradient. Without potentials, rows of the cost.
 #pragma once
 
@@ -30,14 +30,14 @@ int64_t sinkhorn_plan_workspace(const SinkhornProblem<Real>& p) {
 }
 
 // to_j = (or +=) weight a b_j 2^(k f + x_j) bounded, over c_j where asked. With kMoments (weight + slope c_j) takes the weight's place,
-// a e_j c_j goes to the columns, and b_j e_j c_j and a b_j e_j c_j^2 to `first` and `second` by lanes. Products are formed so that
+// a e_j c_j goes to the columns, and b_j e_j c_j and, t the exponent, a b_j e_j c_j t to `first` and `second` by lanes. Products are formed so that
 // 0 times an infinite cost (a forbidden pair), and times an entry near the bound (a row without weight), are 0.
 template <bool kMoments, class Real, class T>
 inline void plan_row(const SinkhornPlan<Real>& plan, const CostRows<Real, T>& row, const PlanArrays<Real>& w, Real f, Real a, Real* to, VecOf<Real>* first,
                      VecOf<Real>* second) {
   using V = VecOf<Real>;
-  const V zero = {}, most = splat(Real(kLargestExponent)), finite = splat(kLargestCost<Real>), shift = splat(row.k * f);
-  const V weight = splat(Real(plan.weight)), slope = splat(Real(plan.slope)), mass = splat(a);
+  const V zero = {}, most = splat(Real(kLargestExponent)), least = splat(Real(kLeastExponent)), finite = splat(kLargestCost<Real>);
+  const V shift = splat(row.k * f), weight = splat(Real(plan.weight)), slope = splat(Real(plan.slope)), mass = splat(a);
   const bool over_cost = plan.over_cost, add = plan.add;
   V firsts[4] = {}, seconds[4] = {};
   each_vector<Real>(row.m, [&](int64_t j, int lane, int64_t count) {
@@ -48,7 +48,7 @@ inline void plan_row(const SinkhornPlan<Real>& plan, const CostRows<Real, T>& ro
       out = multiply_add(carried, slope, out);
       store(w.chunk + j, multiply_add(e * mass, c, load(w.chunk + j)));
       firsts[lane] = multiply_add(share, c, firsts[lane]);
-      seconds[lane] = multiply_add(carried, c, seconds[lane]);
+      seconds[lane] = multiply_add(carried, larger(least, t), seconds[lane]);
     }
     if (over_cost) {
       const V cost = load_count<Real>(row.c + j, count);
@@ -77,7 +77,7 @@ void plan_rows(const SinkhornProblem<Real>& p, const SinkhornPlan<Real>& plan, R
     w.columns[j] = w.chunk[j] = 0;
   }
   int64_t stride = 0;
-  double square = 0;
+  double steepness = 0;
   for (int64_t i = plan.begin, rows = 0; i < plan.end; i += rows) {
     rows = smaller(kPlanRows, plan.end - i);
     const T* const c = cost_rows<Real, T>(p, points, i, rows, 0, p.m, w.costs, &stride);
@@ -91,7 +91,7 @@ void plan_rows(const SinkhornProblem<Real>& p, const SinkhornPlan<Real>& plan, R
         VecOf<Real> first, second;
         plan_row<true>(plan, row, w, plan.f[i + r], p.a[i + r], to, &first, &second);
         plan.row[at] = sum_lanes(first);
-        square += double(sum_lanes(second));
+        steepness += double(sum_lanes(second));
         if (at % kChunk == kChunk - 1) add_chunk(w.columns, w.chunk, w.m);
       } else if (p.a[i + r] > 0) {
         plan_row<false, Real, T>(plan, row, w, plan.f[i + r], p.a[i + r], to, nullptr, nullptr);
@@ -103,7 +103,7 @@ void plan_rows(const SinkhornProblem<Real>& p, const SinkhornPlan<Real>& plan, R
   if (!moments) return;
   add_chunk(w.columns, w.chunk, w.m);
   __builtin_memcpy(plan.col, w.columns, size_t(p.m) * sizeof(Real));
-  *plan.square = Real(square);
+  *plan.steepness = Real(steepness / kBitsPerNat);
 }
 
 template <class Real>

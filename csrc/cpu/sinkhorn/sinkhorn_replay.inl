@@ -7,6 +7,9 @@
 // R's rows are normalised, so that where no column moved far R is E with its columns rescaled, and so, with its rows rescaled, is the E
 // of the step before, whose E^T a is summed on the way: one pass and one exponential an entry a step. dC of many steps is E times a
 // product of low rank, sum_s left_is right_sj, and is formed once for all steps near one reference.
+//
+// The gradient in epsilon is what these two summands of dC make with log E and log R once columns of the one and rows of the other
+// are normalised: small numbers, where sums of potentials and costs would cancel.
 #pragma once
 
 #include "sinkhorn/sinkhorn.inl"
@@ -21,7 +24,7 @@ constexpr int64_t kRank = 64;  // rows of `right` at most: two a step
 template <class Real>
 struct ReplayArrays {
   int64_t n, m;
-  Real *b, *y, *start, *scale, *weighted_scale, *exponent, *row_exponent, *to_g, *older, *sums, *through, *back_exponent, *back_scale, *reference_g, *right;
+  Real *b, *y, *start, *shift, *scale, *weighted_scale, *exponent, *row_exponent, *to_g, *older, *sums, *through, *back_exponent, *back_scale, *reference_g, *right;
   Real *to_f, *h, *u, *moved, *back_u, *back_a, *reference_f, *left;
   Real *columns, *entries, *shares;
   int64_t worker_columns, worker_entries;
@@ -35,7 +38,7 @@ struct ReplayArrays {
       used += round_up(count, 16);
       return at;
     };
-    b = take(m), y = take(m), start = take(m), scale = take(m), weighted_scale = take(m), exponent = take(m), row_exponent = take(m);
+    b = take(m), y = take(m), start = take(m), shift = take(m), scale = take(m), weighted_scale = take(m), exponent = take(m), row_exponent = take(m);
     to_g = take(m), older = take(m), sums = take(m), through = take(m), back_exponent = take(m), back_scale = take(m), reference_g = take(m), right = take(kRank * m);
     to_f = take(n), h = take(n), u = take(n), moved = take(n), back_u = take(n), back_a = take(n), reference_f = take(n), left = take(n * kRank);
     columns = take(workers * worker_columns), entries = take(workers * worker_entries), shares = take(workers * kShare);
@@ -46,37 +49,37 @@ struct ReplayArrays {
 // Sums of rows of exponentials.
 template <class Real>
 struct RowSums {
-  Real with_y[kTogether], with_weight[kTogether], cost_y[kTogether], cost_weight[kTogether];  // sum_j e_j y_j, e_j weight_j, and times c_j
+  Real with_y[kTogether], with_weight[kTogether], steep_y[kTogether], steep_weight[kTogether];  // sum_j e_j y_j, e_j weight_j, and times log2 e_j
 };
 
-// e_rj = 2^(u_r + x_j) bounded, rows vector by vector as in WeightedRows, and their sums from `first` on; with kCost those with the cost too.
-template <int kRows, bool kCost, class Real, class T>
+// e_rj = 2^(u_r + x_j) bounded, rows vector by vector as in WeightedRows, and their sums from `first` on; with kSteep those with exponents too.
+template <int kRows, bool kSteep, class Real, class T>
 inline void weigh_pair(const CostRows<Real, T>& rows, const Real* u, const Real* y, const Real* weight, Real* e, int64_t first, RowSums<Real>* sums) {
   using V = VecOf<Real>;
-  const V most = splat(Real(kLargestExponent)), largest = splat(kLargestCost<Real>);
-  V lanes[(kCost ? 4 : 2) * kRows] = {}, shift[kRows];
+  const V most = splat(Real(kLargestExponent)), least = splat(Real(kLeastExponent));
+  V lanes[(kSteep ? 4 : 2) * kRows] = {}, shift[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) shift[r] = splat(u[r]);
   each_vector<Real, 1>(rows.m, [&](int64_t j, int, int64_t count) {
     const V first = load(y + j), second = load(weight + j);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const V t = rows.at(r, j, count, shift[r]), x = exp2(t > most ? most : t);
+      const V given = rows.at(r, j, count, shift[r]), t = given > most ? most : given, x = exp2(t);
       store(e + kRows * j + r * kWidth<Real>, x);
       lanes[r] = multiply_add(x, first, lanes[r]);
       lanes[kRows + r] = multiply_add(x, second, lanes[kRows + r]);
-      if constexpr (kCost) {
-        const V c = load_count<Real>(rows.c + r * rows.stride + j, count), xc = x * (c > largest ? largest : c);
-        lanes[2 * kRows + r] = multiply_add(xc, first, lanes[2 * kRows + r]);
-        lanes[3 * kRows + r] = multiply_add(xc, second, lanes[3 * kRows + r]);
+      if constexpr (kSteep) {
+        const V xt = x * larger(least, t);
+        lanes[2 * kRows + r] = multiply_add(xt, first, lanes[2 * kRows + r]);
+        lanes[3 * kRows + r] = multiply_add(xt, second, lanes[3 * kRows + r]);
       }
     }
   });
   Real totals[16];
-  sum_lanes_of(lanes, (kCost ? 4 : 2) * kRows, totals);
+  sum_lanes_of(lanes, (kSteep ? 4 : 2) * kRows, totals);
   for (int64_t r = 0; r < kRows; ++r) {
     sums->with_y[first + r] = totals[r], sums->with_weight[first + r] = totals[kRows + r];
-    sums->cost_y[first + r] = kCost ? totals[2 * kRows + r] : Real(0), sums->cost_weight[first + r] = kCost ? totals[3 * kRows + r] : Real(0);
+    sums->steep_y[first + r] = kSteep ? totals[2 * kRows + r] : Real(0), sums->steep_weight[first + r] = kSteep ? totals[3 * kRows + r] : Real(0);
   }
 }
 
@@ -190,12 +193,12 @@ class SinkhornReplayer {
       store(w_.start + j, from);
       store(w_.exponent + j, k_ * g);
       store(w_.row_exponent + j, load(w_.b + j) > zero ? k_ * from : none);
-      store(w_.scale + j, shift);
+      store(w_.shift + j, shift);
       return shift;
     });
-    for (int64_t j = p_.m; j < w_.m; ++j) w_.exponent[j] = w_.row_exponent[j] = none[0], w_.scale[j] = 0;
+    for (int64_t j = p_.m; j < w_.m; ++j) w_.exponent[j] = w_.row_exponent[j] = none[0], w_.shift[j] = 0;
     for (int64_t j = 0; j < w_.m; j += kW) {
-      const V scale = far_ ? zero + 1 : exp2(load(w_.scale + j));
+      const V scale = far_ ? zero + 1 : exp2(load(w_.shift + j));
       store(w_.scale + j, scale);
       store(w_.weighted_scale + j, scale * load(w_.b + j));
     }
@@ -247,12 +250,12 @@ class SinkhornReplayer {
 
   // The gradients in weights and epsilon, and the cotangents of the step before.
   double finish(const StartWeights& start, double share) {
+    const double out = r_.to_epsilon ? share * to_epsilon() : 0;
     for (int64_t j = 0; j < w_.m; ++j) {
       w_.through[j] = w_.scale[j] * total(0, j) + total(2, j);
       if (carries_) w_.sums[j] = w_.back_scale[j] * total(1, j);
     }
     summed_ = carries_;
-    const double out = r_.to_epsilon ? share * to_epsilon() : 0;
     const Real epsilon = Real(epsilon_), now = Real(start.now), older = Real(start.older);
     for (int64_t i = 0; i < p_.n; ++i) r_.a[i] -= epsilon * w_.h[i], w_.to_f[i] = 0;
     for (int64_t j = 0; j < p_.m; ++j) {
@@ -264,19 +267,18 @@ class SinkhornReplayer {
     return out;
   }
 
+  // The step's gradient in its epsilon, while sums are still those of E.
   double to_epsilon() const {
-    double pairing = 0, with_f = 0, with_g = 0;
-    for (int64_t i = 0; i < p_.n; ++i) {
-      const double pulled = double(p_.a[i]) * double(w_.h[i]);
-      with_f += (double(w_.to_f[i]) - pulled) * double(f_[i]);
-      pairing += pulled * double(f_[i]);
-    }
+    double steepness = 0, with_f = 0, with_g = 0;
+    for (int64_t worker = 0; worker < team_.size; ++worker) steepness += double(w_.shares[worker * kShare]);
     for (int64_t j = 0; j < p_.m; ++j) {
+      const double sum = double(w_.sums[j]) < 1e-30 ? 1e-30 : double(w_.sums[j]);
+      steepness -= double(damp_b_) * double(w_.to_g[j]) * __builtin_log2(sum);
+      if (!far_) steepness += double(w_.b[j]) * double(w_.scale[j]) * double(total(0, j)) * double(w_.shift[j]);
       with_g += double(w_.to_g[j]) * double(g_[j]);
-      pairing += double(w_.b[j]) * double(w_.through[j]) * double(w_.start[j]);
     }
-    for (int64_t worker = 0; worker < team_.size; ++worker) pairing -= double(w_.shares[worker * kShare]);
-    double out = (pairing + with_f + with_g) / epsilon_;
+    for (int64_t i = 0; i < p_.n; ++i) with_f += (double(w_.to_f[i]) - double(p_.a[i]) * double(w_.h[i])) * double(f_[i]);
+    double out = steepness / kBitsPerNat;
     if (p_.rho_a > 0) out -= with_f / (p_.rho_a + epsilon_);
     if (p_.rho_b > 0) out -= with_g / (p_.rho_b + epsilon_);
     return out;
@@ -306,7 +308,7 @@ class SinkhornReplayer {
     const FlushDenormals flush;
     Real *const columns = w_.columns + worker * w_.worker_columns, *const e = w_.entries + worker * w_.worker_entries, *const own = e + kTogether * w_.m;
     for (int64_t j = 0; j < 3 * w_.m; ++j) columns[j] = 0;
-    double at_cost = 0;
+    double steepness = 0;
     const int64_t end = first_row(worker + 1);
     for (int64_t i = first_row(worker), rows = 0; i < end; i += rows) {
       rows = smaller(kTogether, end - i);
@@ -326,21 +328,29 @@ class SinkhornReplayer {
         const bool apart = far_ || !(a > 0);
         w_.h[i + r] = sums.with_y[r];
         slopes[r] = apart ? Real(0) : slope(i + r, sums.with_weight[r]);
-        if (a > 0) at_cost += double(a) * double(sums.cost_y[r]) + double(slopes[r]) * double(sums.cost_weight[r]);
-        if (apart) at_cost += pull_apart(i + r, own, columns + 2 * w_.m);
+        if (a > 0) steepness += double(a) * double(sums.steep_y[r]);
+        if (!apart) steepness += steepness_of(slopes[r], sums, r);
+        if (apart) steepness += pull_apart(i + r, own, columns + 2 * w_.m);
         w_.left[(i + r) * kRank + rank_ - 2] = a * w_.moved[i + r];
         w_.left[(i + r) * kRank + rank_ - 1] = slopes[r] * w_.moved[i + r];
       }
       add_rows(WeightedRows<Real>{e, w_.m, slopes, columns}, rows, p_.m);
       if (carries_) add_rows(WeightedRows<Real>{e, w_.m, w_.back_a + i, columns + w_.m}, rows, p_.m);
     }
-    w_.shares[worker * kShare] = Real(at_cost);
+    w_.shares[worker * kShare] = Real(steepness);
   }
 
   // x_i, given sum_j b_j R_ij
   Real slope(int64_t i, Real sum) const { return damp_a_ * (w_.to_f[i] - p_.a[i] * w_.h[i]) / (sum < Real(1e-30) ? Real(1e-30) : sum); }
 
-  // A row whose R is not E rescaled: its part of R^T x to the columns, and b_j x R_j to the gradient. Returns sum_j b_j x R_j C_j.
+  // x sum_j b_j R_j log2 R_j of a row, R its exponentials over their sum with b; columns' shifts are added for all rows at once.
+  double steepness_of(Real x, const RowSums<Real>& sums, int64_t r) const {
+    if (!r_.to_epsilon) return 0;
+    const double sum = double(sums.with_weight[r]);
+    return double(x) * (double(sums.steep_weight[r]) - sum * __builtin_log2(sum < 1e-30 ? 1e-30 : sum));
+  }
+
+  // A row whose R is not E rescaled: its part of R^T x to the columns, and b_j x R_j to the gradient. Returns its steepness.
   double pull_apart(int64_t i, Real* own, Real* columns) const {
     const Real u = k_ * (f_[i] / damp_a_);
     RowSums<Real> sums;
@@ -351,7 +361,7 @@ class SinkhornReplayer {
     each_vector<Real>(p_.m, [&](int64_t j, int, int64_t count) {
       store_count(to + j, multiply_add(load(own + j), splat(x) * load(w_.b + j), load_count<Real>(to + j, count)), count);
     });
-    return double(x) * double(sums.cost_weight[0]);
+    return steepness_of(x, sums, 0);
   }
 
   // ---- the gradient in the cost -----------------------------------------------------------------------------------------

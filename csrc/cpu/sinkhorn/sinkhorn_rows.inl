@@ -11,6 +11,7 @@ namespace {
 constexpr double kBitsPerNat = 0x1.71547652b82fep+0;
 constexpr double kTrusted = 0x1p100;  // sums outside [1/this, this] are redone
 constexpr double kLargestExponent = 115;  // 80 nats: pairs of zero weight exceed it
+constexpr double kLeastExponent = -1e4;   // 0 times which is 0
 constexpr int64_t kChunk = 128;  // rows whose columns are summed apart, for the sake of rounding
 constexpr int kTogether = kLanes == 16 ? 4 : 2;  // rows in one loop, as registers allow
 
@@ -80,9 +81,12 @@ inline Real least_exponent(const CostRows<Real, T>& row) {
   return against<Real>(larger(larger(most[0], most[1]), larger(most[2], most[3])));
 }
 
+// What is done of the rows to be weighed next: nothing, brought into the caches, or that and their largest exponents found.
+enum class Next { kNone, kFetch, kPeek };
+
 // e_rj = 2^(u_r + x_j) for kRows rows, and sum_j b_j e_rj by lanes. With kAdd `old`, which may lie where e does, goes to its columns;
 // with kPeek the largest exponents of as many rows at `next` go to `most`, by lanes.
-template <int kRows, bool kAdd, bool kPeek = false, class Real, class T>
+template <int kRows, bool kAdd, Next kNext, class Real, class T>
 inline void weigh_costs(const CostRows<Real, T>& rows, const Real* u, const Real* b, Real* e, const WeightedRows<Real>& old, VecOf<Real>* sums,
                         const CostRows<Real, T>& next = {}, VecOf<Real>* most = nullptr) {
   VecOf<Real> sum[kRows][2] = {}, shift[kRows], weight[kRows], largest[kRows];
@@ -97,7 +101,8 @@ inline void weigh_costs(const CostRows<Real, T>& rows, const Real* u, const Real
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       if constexpr (kAdd) column = multiply_add(load(old.e + kRows * j + r * kWidth<Real>), weight[r], column);
-      if constexpr (kPeek) largest[r] = larger(largest[r], next.at(r, j, count, VecOf<Real>{}));
+      if constexpr (kNext == Next::kFetch) __builtin_prefetch(next.c + r * next.stride + j);
+      if constexpr (kNext == Next::kPeek) largest[r] = larger(largest[r], next.at(r, j, count, VecOf<Real>{}));
       const VecOf<Real> x = exp2(rows.at(r, j, count, shift[r]));
       store(e + kRows * j + r * kWidth<Real>, x);
       sum[r][lane] = multiply_add(x, share, sum[r][lane]);
@@ -107,7 +112,7 @@ inline void weigh_costs(const CostRows<Real, T>& rows, const Real* u, const Real
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     sums[r] = sum[r][0] + sum[r][1];
-    if constexpr (kPeek) most[r] = largest[r];
+    if constexpr (kNext == Next::kPeek) most[r] = largest[r];
   }
 }
 

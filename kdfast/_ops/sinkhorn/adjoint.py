@@ -34,13 +34,13 @@ class Moments(NamedTuple):
     y: Tensor
     row: Tensor  # [B, n]: sum_j b_j E_ij C_ij
     col: Tensor  # [B, m]: sum_i a_i E_ij C_ij
-    square: Tensor  # [B]: sum_ij P_ij C_ij^2
+    steepness: Tensor  # [B]: sum_ij P_ij C_ij log E_ij
 
 
 def plan_gradient(p: Problem, f: Tensor, g: Tensor, w0: Tensor, w1: Tensor | None) -> Moments:
     """The gradient P_ij (w0 + w1 C_ij) in the cost, w0 and w1 [B], pulled to its source; with w1, the moments of C under P."""
     out = Gradients(p)
-    row, col, square = (torch.zeros_like(t) if w1 is not None else t.new_empty(0) for t in (p.a, p.b, p.epsilon))
+    row, col, steepness = (torch.zeros_like(t) if w1 is not None else t.new_empty(0) for t in (p.a, p.b, p.epsilon))
     with torch.autocast(p.a.device.type, enabled=False):
         for lo, hi in blocks(p):
             block, q = slice(lo, hi), p.part(lo, hi)
@@ -52,10 +52,10 @@ def plan_gradient(p: Problem, f: Tensor, g: Tensor, w0: Tensor, w1: Tensor | Non
                 ec = weighted(e, c)
                 row[block, rows] = times(ec, q.b)
                 col[block] += times(ec.mT, q.a[:, rows])
-                square[block] += (times(weighted(ec, c), q.b) * q.a[:, rows]).sum(-1)
+                steepness[block] += (times(weighted(torch.xlogy(e, e), c), q.b) * q.a[:, rows]).sum(-1)
                 slopes = w1[block, None] * q.a[:, rows]
                 out.add(q, block, rows, e.mul_(weights[..., None]).addcmul_(ec, slopes[..., None]).mul_(q.b[:, None]), c)
-    return Moments(*out.outputs(p), row, col, square)
+    return Moments(*out.outputs(p), row, col, steepness)
 
 
 def apply_plan(p: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> Tensor:
@@ -86,7 +86,7 @@ class _Adjoint:
         """
         p, scale = self.p, eps[:, None]
         damp_a, damp_b = damping(p.rho_a, eps), damping(p.rho_b, eps)
-        columns, through, at_cost = torch.zeros_like(to_g), torch.zeros_like(to_g), torch.zeros_like(eps)
+        columns, through, steepness = torch.zeros_like(to_g), torch.zeros_like(to_g), torch.zeros_like(eps)
         # rounding leaves sums off 1 by 1e-7 range(C)/eps, the same for a whole row or column, and steps would add that up
         for rows, e_col, _ in exponentials(p, self.tiles, f, g_hat, eps):
             columns += times(e_col.mT, p.a[:, rows])
@@ -100,18 +100,18 @@ class _Adjoint:
             h[:, rows] = times(e_col, y)
             x[:, rows] = damp_a * (to_f - p.a * h)[:, rows]
             through += times(e_row.mT, x[:, rows])
-            w = e_row.mul_(x[:, rows, None]).mul_(p.b[:, None]).addcmul_(e_col.mul_(y[:, None]), p.a[:, rows, None])
             if self.to_epsilon:
-                at_cost += weighted(w, c).sum((-2, -1))
+                steepness += (p.a[:, rows] * times(torch.xlogy(e_col, e_col), y)).sum(-1)
+                steepness += (x[:, rows] * times(torch.xlogy(e_row, e_row), p.b)).sum(-1)
+            w = e_row.mul_(x[:, rows, None]).mul_(p.b[:, None]).addcmul_(e_col.mul_(y[:, None]), p.a[:, rows, None])
             self.gradients.add(p, self.block, rows, w, c)
         to_f = to_f - p.a * h
         self.a -= scale * h
         self.b -= scale * through
         if not self.to_epsilon:
             return -p.b * through
-        # d f_i / d eps = f_i/eps + lambda sum_j A_ij (start_j - C_ij)/eps, and through lambda - f_i/(rho + eps); g likewise
-        total = (to_f * f).sum(-1) + (to_g * g).sum(-1) + (p.b * through * start).sum(-1) + (p.a * h * f).sum(-1) - at_cost
-        total = total / eps
+        # d f_i / d eps = lambda sum_j A_ij log(A_ij/b_j), which are small numbers, and through lambda - f_i/(rho + eps); g likewise
+        total = steepness - (damp_b * to_g * columns.clamp_min(TINY).log()).sum(-1)
         if p.rho_a is not None:
             total = total - (to_f * f).sum(-1) / (p.rho_a + eps)
         if p.rho_b is not None:

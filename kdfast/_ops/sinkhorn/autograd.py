@@ -150,7 +150,10 @@ class DualValue(Function):
             source = library.plan_gradient(*p, f, g, w, None)[:3]
         else:
             source = (None, None, None)
+        source = (_none(d, t) for d, t in zip(source, tensors[:3], strict=True))
         to_a, to_b, to_epsilon = ctx.needs_input_grad[8:11]
+        if not (ctx.exact or to_a or to_b or to_epsilon):
+            return *(None,) * 5, *source, *(None,) * 8
         slope_f, slope_g = conjugate_slope(p.rho_a, f), conjugate_slope(p.rho_b, g)
         s, t = (row, col) if ctx.exact else (slope_f, slope_g)
         mass_a, mass_b, eps, v = p.a.sum(-1), p.b.sum(-1), p.epsilon[:, None], w[:, None]
@@ -161,7 +164,6 @@ class DualValue(Function):
             pairing = (p.a * s * f).sum(-1) + (p.b * t * g).sum(-1) - transport  # eps <P, log P/(a b)>
             deps = w * (pairing / p.epsilon - (p.a * s).sum(-1) + mass_a * mass_b)
         df, dg = (v * p.a * (slope_f - row), v * p.b * (slope_g - col)) if ctx.exact else (None, None)
-        source = (_none(d, t) for d, t in zip(source, tensors[:3], strict=True))
         return df, dg, None, None, None, *source, da, db, deps, *(None,) * 5
 
 
@@ -195,14 +197,13 @@ class TransportCost(Function):
         f, g, *tensors = ctx.saved_tensors
         p, w = Problem(*tensors, *ctx.static), w.contiguous()
         over = w / p.epsilon
-        *source, row, col, square = library.plan_gradient(*p, f, g, w, None if ctx.constant else -over)
+        *source, row, col, steepness = library.plan_gradient(*p, f, g, w, None if ctx.constant else -over)
         source = (_none(d, t) for d, t in zip(source, tensors[:3], strict=True))
         if ctx.constant:
             return None, None, None, *source, *(None,) * 7
         weighted_row, weighted_col = p.a * row, p.b * col  # sum_j P_ij C_ij, sum_i P_ij C_ij
-        deps = -over / p.epsilon * ((weighted_row * f).sum(-1) + (weighted_col * g).sum(-1) - square)
         v = over[:, None]
-        return v * weighted_row, v * weighted_col, None, *source, w[:, None] * row, w[:, None] * col, deps, *(None,) * 4
+        return v * weighted_row, v * weighted_col, None, *source, w[:, None] * row, w[:, None] * col, -over * steepness, *(None,) * 4
 
 
 @_signed

@@ -40,7 +40,7 @@ def plan_gradient(p: Problem, f: Tensor, g: Tensor, w0: Tensor, w1: Tensor | Non
         gradient, *moments = _plan(p, f, g, w0, w1, 0, p.a.shape[1], total=p.cost.dim() == 2)
         return Moments(gradient.to(p.cost.dtype), p.a.new_empty(0), p.a.new_empty(0), *moments)
     dx, dy = torch.empty_like(p.x), torch.zeros_like(p.y)
-    row, col, square = (torch.zeros_like(t) if w1 is not None else t.new_empty(0) for t in (p.a, p.b, p.epsilon))
+    row, col, steepness = (torch.zeros_like(t) if w1 is not None else t.new_empty(0) for t in (p.a, p.b, p.epsilon))
     with torch.autocast("cpu", enabled=False):
         for block, rows, q, (slopes, *moments) in _plan_tiles(p, f, g, w0, w1, over_cost=p.metric == "euclidean"):
             dx[block, rows], to_y = pull_slopes(q, rows, slopes)
@@ -48,8 +48,8 @@ def plan_gradient(p: Problem, f: Tensor, g: Tensor, w0: Tensor, w1: Tensor | Non
             if w1 is not None:
                 row[block, rows] = moments[0]
                 col[block] += moments[1]
-                square[block] += moments[2]
-    return Moments(p.a.new_empty(0), dx, dy, row, col, square)
+                steepness[block] += moments[2]
+    return Moments(p.a.new_empty(0), dx, dy, row, col, steepness)
 
 
 def apply_plan(p: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> Tensor:
