@@ -20,8 +20,6 @@ from kdfast._ops.sinkhorn import triton_kernels as sinkhorn_kernels
 from kdfast._ops.triplet import triton as triplet
 from kdfast._ops.triplet import triton_kernels as triplet_kernels
 
-ARCHITECTURES = pytest.mark.parametrize("arch", [80, 90, 100])
-
 
 def scan_options(width: int, parts: int) -> tuple[dict, int]:
     """The constants of a launch's tiles, and its warps."""
@@ -34,9 +32,8 @@ def in_registers(code: Code, arch: int) -> None:
     assert code.shared <= SHARED_MEMORY[arch]
 
 
-@ARCHITECTURES
-@pytest.mark.parametrize("everything", [False, True], ids=["batch_hard", "everything"])
-def test_extrema_stays_in_registers(arch, everything, tmp_path):
+@pytest.mark.parametrize(("everything", "arch"), [(False, 80), (True, 80), (True, 90), (True, 100)])
+def test_extrema_stays_in_registers(everything, arch, tmp_path):
     options, warps = scan_options(128, 3)
     wanted = dict(zip(triplet.FLAGS, (True, everything, True, everything), strict=True))
     code = Code(
@@ -46,9 +43,10 @@ def test_extrema_stays_in_registers(arch, everything, tmp_path):
     assert code.has(MATRIX_INSTRUCTION[arch])
 
 
-@ARCHITECTURES
-@pytest.mark.parametrize(("parts", "dtype"), [(3, torch.bfloat16), (1, torch.float16)], ids=["three_parts", "half"])
-def test_group_minima_stay_in_registers(arch, parts, dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("parts", "dtype", "arch"), [(3, torch.bfloat16, 80), (3, torch.bfloat16, 90), (3, torch.bfloat16, 100), (1, torch.float16, 90)]
+)
+def test_group_minima_stay_in_registers(parts, dtype, arch, tmp_path):
     options, warps = scan_options(128, parts)
     rules = {"LABELLED": True, "ONLY": False, "OWNED": True, "DROPPED": True, "GROUP": knn.GROUP}
     code = Code(knn_kernels.group_minima, arch, dtype, {**options, **rules}, warps, tmp_path)
@@ -63,9 +61,8 @@ def test_group_distances_stay_in_registers(metric, tmp_path):
     in_registers(Code(knn_kernels.row_norms, 90, torch.bfloat16, {"ROWS": 16, "DEPTH": 128}, 4, tmp_path), 90)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("statistic", [0, 1, 2])
-def test_sampled_rows_stay_in_registers(arch, statistic, tmp_path):
+@pytest.mark.parametrize(("statistic", "arch"), [(0, 90), (1, 90), (2, 80), (2, 90)])
+def test_sampled_rows_stay_in_registers(statistic, arch, tmp_path):
     sums = {"STATISTIC": statistic, "OFFSET": True, "POOLED": True, "SLOTS": 32, "WIDTH": 128}
     code = Code(gather_kernels.row_sums, arch, torch.bfloat16, sums, 4, tmp_path)
     in_registers(code, arch)

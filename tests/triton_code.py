@@ -31,7 +31,7 @@ class Code:
         aligned = {
             (i,): [["tt.divisibility", 16]]  # as for contiguous tensors whose width is a multiple of 16
             for i, name in enumerate(kernel.arg_names)
-            if signature[name].startswith("*") or name in ("width", "value_width") or (name.endswith("_stride") and name not in constants)
+            if name not in constants and (signature[name].startswith("*") or name in ("width", "value_width") or name.endswith("_stride"))
         }
         target = GPUTarget("cuda", arch, 32)
         compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options={"num_warps": warps})
