@@ -125,6 +125,7 @@ RECIPES = {
         lambda s: distill.CoNe(_student_queue(s, labels=True), s.keys(s.num_classes, normalize=False), neighbors=s.queue // 2),
         at=LOGITS_AND_FEATURES,
         teachers="average",
+        weight=0.1,
     ),
     "CKA, soft targets alone": Recipe(
         lambda s: _cka(s, weights={"intra": 0, "inter": 0, "align": 0}), at=LOGITS_AND_FEATURES, teachers="halves", task_weight=0.0
