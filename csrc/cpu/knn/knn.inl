@@ -147,6 +147,15 @@ struct KnnPass {
     return offset == splat(kInfinity) ? offset : bounded;
   }
 
+  // Whether none of a panel's columns ranks below the threshold; lanes that are not numbers might.
+  bool far(const float* scores, int64_t j, Vec threshold) const {
+    uint32_t lanes = kAllLanes;
+#pragma GCC unroll 4
+    for (int64_t k = j; k < j + kPanel; k += kLanes)
+      lanes &= lanes_at_least(multiply_add(load(scores + k), load(w.factor + k), load(w.offset + k)), threshold);
+    return lanes == kAllLanes;
+  }
+
   void keep(const Block& block, int64_t row, float* scores) const {
     const Candidates list{p.rank + row * p.capacity, p.index + row * p.capacity};
     int64_t used = p.count[row];
@@ -154,7 +163,11 @@ struct KnnPass {
     bool open = p.threshold[row] == kInfinity;
     const int64_t own = p.own != nullptr ? p.own[row] - p.first - block.first : -1;
     for (int64_t j = 0; j < block.padded; j += kLanes) {
-      // Nearly always the end of it. Lanes that are not numbers go on, as does a list that has no threshold yet.
+      // Nearly always the end of it, first for a panel. A list that has no threshold yet goes on.
+      if (j % kPanel == 0 && !open && far(scores, j, threshold)) {
+        j += kPanel - kLanes;
+        continue;
+      }
       if (lanes_at_least(multiply_add(load(scores + j), load(w.factor + j), load(w.offset + j)), threshold) == kAllLanes && !open) continue;
       Vec rank = ranked(load(scores + j), load(w.factor + j), load(w.offset + j));
       if (p.query_labels != nullptr) {

@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: numbers in the gathered rows of all positives, at most: 32 MB
 GATHERED = 2**23
 _FLOAT_PRODUCTS = 0
-#: where one of each kind is looked for, products may be bf16's: what they cannot tell apart is measured again (csrc/cpu/triplet/extrema_coarse.inl)
+#: where one of each kind is looked for, products may be bf16's: what they cannot tell apart is measured again (extrema_coarse.inl)
 _COARSE_PRODUCTS = 2
 #: which positive a negative must be farther than
 _BEYOND = {"hardest_positive": 1, "easiest_positive": 2}
