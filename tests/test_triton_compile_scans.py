@@ -84,3 +84,11 @@ def test_sinkhorn_half_steps_stay_in_registers(source, arch, tmp_path):
     code = Code(sinkhorn_kernels.half_step, arch, torch.bfloat16 if source == "products" else torch.float32, made, warps, tmp_path)
     in_registers(code, arch)
     assert code.has(MATRIX_INSTRUCTION[arch]) or source != "products"
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_costs_of_points_stay_in_registers(direct, tmp_path):
+    options = sinkhorn.tiles(False, True, 64).options(3)
+    warps = options.pop("num_warps")
+    made = {**options, "DIRECT": direct, "ROOT": direct, "DOT": False}
+    in_registers(Code(sinkhorn_kernels.cost_rows, 90, torch.float32 if direct else torch.bfloat16, made, warps, tmp_path), 90)

@@ -18,7 +18,10 @@ POINTERS = {
     **dict.fromkeys(("index", "chosen", "row_count", "column_count"), "*i64"),
     **dict.fromkeys(("exists", "dropped"), "*i1"), "position": "*i32", "rho": "fp32",
 }  # fmt: skip
-NUMBERS = ("rows", "columns", "width", "value_width", "split_columns", "count", "splits", "slots", "split_slots", "size", "groups", "kept")
+NUMBERS = (
+    *("rows", "columns", "width", "value_width", "split_columns", "count", "splits"),
+    *("slots", "split_slots", "size", "groups", "kept", "begin", "end"),
+)
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 

@@ -69,8 +69,9 @@ def sinkhorn(
             output, exact for any number of iterations. "detached": `transport_cost` with P taken as constant.
             Second derivatives: those of `value` under "envelope", exact at convergence alone; all others raise
             RuntimeError.
-        precision: "bf16" rounds the centred points. Otherwise their products are made as PyTorch's matmuls are set to
-            on a GPU (TF32 there costs about 1e-3 of the cost's range), in float32 on the CPU.
+        precision: "bf16" rounds the centred points. Otherwise their products are as exact as float32's in the compiled kernels;
+            impl="torch" makes them as PyTorch's matmuls are set to on a GPU (TF32 costs about 1e-3 of the cost's range), in
+            float32 on the CPU.
         impl: None, "cpu", "triton" or "torch".
 
     Returns: SinkhornResult: f, g, value, transport_cost, epsilon, iterations, error, converged, plan(), apply(v),

@@ -62,7 +62,8 @@ def _solve(*args):
 
 
 def _costs(*args):
-    return cpu.costs(Problem(*args[:_FIELDS]), *args[_FIELDS:])
+    p = Problem(*args[:_FIELDS])
+    return (triton if p.impl == "triton" else cpu).costs(p, *args[_FIELDS:])
 
 
 def _costs_shapes(*args):

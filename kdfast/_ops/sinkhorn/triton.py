@@ -1,7 +1,7 @@
 """impl="triton": the iterations of portable.py, each half of one a launch: logsumexp with true maxima, batched, by rows then by columns.
 
 A cost that is given is read twice an iteration, one of points is made again from products as exact as float32's; nothing n x m is stored.
-Gradients of points and plans are portable.py's and adjoint.py's, in PyTorch's operations.
+Plans and gradients are in PyTorch's operations (adjoint.py), from tiles of the same costs.
 """
 
 from typing import NamedTuple
@@ -107,6 +107,23 @@ class Step:
                     mine.size, others.size, width, **self.flags, RELAXED=mine.rho is not None, WITH_COST=with_cost, **t.options(_PARTS),
                 )  # fmt: skip
         return out, lse, spent
+
+
+def costs(p: Problem, begin: int, end: int) -> Tensor:
+    """C[:, begin:end] [B, r, m] of points, as the half steps form it, whatever PyTorch's matmuls are set to."""
+    from . import triton_kernels as kernels
+
+    step, batch = Step(p), len(p.a)
+    x, y = step.rows, step.columns
+    out = p.a.new_empty(batch, end - begin, y.size)
+    t = tiles(False, True, x.points.shape[-1])
+    flags = {name: step.flags[name] for name in ("DIRECT", "ROOT", "DOT")}
+    if out.numel():
+        with torch.cuda.device_of(out):
+            kernels.cost_rows[(-(-(end - begin) // t.rows) * batch, -(-y.size // t.columns))](
+                x.points, y.points, x.square, y.square, out, begin, end, x.size, y.size, x.points.shape[-1], **flags, **t.options(_PARTS)
+            )
+    return out
 
 
 def solve(p: Problem, g: Tensor, schedule: Schedule, history: bool) -> Solution:

@@ -100,3 +100,22 @@ def half_step(
     tl.store(lse + to, level, mask=there)
     if WITH_COST:
         tl.store(mean_cost + to, spent / tl.where(total == 0, 1.0, total), mask=there)
+
+
+@triton.jit
+def cost_rows(
+    x, y, x_square, y_square, out, begin, end, rows, columns, width,
+    DIRECT: tl.constexpr, ROOT: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    PARTS: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Costs of rows `begin` ... `end` - 1 of each problem's points, out [B, end - begin, columns]."""
+    row_tiles = tl.cdiv(end - begin, ROWS)
+    b, first_row = (tl.program_id(0) // row_tiles).to(tl.int64), begin + tl.program_id(0) % row_tiles * ROWS
+    first = tl.program_id(1) * COLUMNS
+    c = point_costs(
+        x, y, x_square, y_square, b, first_row, rows, first, columns, width,
+        DIRECT, ROOT, DOT, ROWS, COLUMNS, DEPTH, PARTS, STAGES, INTERPRETED,
+    )  # fmt: skip
+    row, column = first_row + tl.arange(0, ROWS), first + tl.arange(0, COLUMNS)
+    to = out + (b * (end - begin) + (row - begin))[:, None] * columns + column[None, :]
+    tl.store(to, c, mask=(row < end)[:, None] & (column < columns)[None, :])
