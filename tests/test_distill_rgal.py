@@ -142,7 +142,7 @@ def test_both_phases_teach_a_student_without_data(teacher):
     d.build(torch.rand(4, 1, 8, 8))
     optimizer = torch.optim.Adam(d.parameters(), lr=0.01)
     values = []
-    for _ in range(5):
+    for _ in range(8):
         synthesizer.step()
         for x, _ in torch.utils.data.DataLoader(synthesizer.pool, 48, shuffle=True):
             loss, _ = d(x, None)
@@ -153,7 +153,7 @@ def test_both_phases_teach_a_student_without_data(teacher):
     x, y = pictures(200)
     student.eval()
     assert (teacher(x).argmax(1) == y).float().mean() > 0.95
-    assert (student(x).argmax(1) == y).float().mean() > 0.7  # chance: a third
+    assert (student(x).argmax(1) == y).float().mean() > 0.9  # chance: a third
     assert sum(values[-3:]) < sum(values[:3])
 
 
