@@ -16,7 +16,7 @@
 #include "relations/angles.h"
 #include "relations/smooth_l1.inl"
 #include "similarity/symmetric.inl"
-#include "sinkhorn/sinkhorn_simd.h"
+#include "engine/vector_math.h"
 
 namespace {
 

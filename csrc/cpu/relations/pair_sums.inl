@@ -11,7 +11,7 @@
 #include "relations/pair_sums.h"
 #include "relations/smooth_l1.inl"
 #include "similarity/pairs.inl"
-#include "sinkhorn/sinkhorn_simd.h"
+#include "engine/vector_math.h"
 #include "triplet/metric.inl"
 
 namespace {

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "sinkhorn/sinkhorn.h"
-#include "sinkhorn/sinkhorn_simd.h"
+#include "engine/vector_math.h"
 
 namespace {
 

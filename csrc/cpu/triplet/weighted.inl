@@ -9,7 +9,7 @@
 #pragma once
 
 #include "engine/random.h"
-#include "sinkhorn/sinkhorn_simd.h"
+#include "engine/vector_math.h"
 #include "triplet/pairs.inl"
 
 namespace {

@@ -1,4 +1,4 @@
-// What the Sinkhorn kernels need beside simd.h: the same vectors of doubles, exp2 of any argument, log2, sums of lanes.
+// Beside simd.h, for floats and doubles alike: exp2 of any argument, log2, sums of lanes; vectors of doubles.
 //
 // exp2 is p(t - floor(t)) scaled by 2^floor(t), p(0) = 1 exactly: AVX-512 has an instruction for each of the two steps. They, and
 // products, are slow where results are denormal: kernels run with those flushed to zero (FlushDenormals).
