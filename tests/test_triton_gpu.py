@@ -146,6 +146,18 @@ def test_beyond_two_to_the_31_elements():
     assert lse.isfinite().all()
 
 
+def test_more_problems_than_a_second_grid_axis_holds():
+    problems = 70_000
+    q, keys = (torch.randn(problems, n, 16, device="cuda", requires_grad=True) for n in (2, 3))
+
+    def gradients(impl):
+        lse, pooled = ops.similarity_softmax(q, keys, impl=impl)
+        return torch.autograd.grad(lse.sum() + pooled.square().sum(), (q, keys))
+
+    for x, y in zip(gradients("triton"), gradients("torch"), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-3)
+
+
 def test_a_cost_beyond_two_to_the_31_elements():
     n, m = 40_000, 60_000
     if torch.cuda.get_device_properties(0).total_memory < 60 << 30:

@@ -13,6 +13,8 @@ from kdfast._ops.similarity import cpu, reference, triton
 
 if triton_runtime.missing() is not None:
     pytest.skip(f"{triton_runtime.missing()}, and TRITON_INTERPRET is not 1", allow_module_level=True)
+from kdfast._ops.similarity import triton_kernels
+
 DEVICE = "cpu" if triton_runtime.INTERPRETED else "cuda"
 
 
@@ -191,6 +193,29 @@ def test_vmap_and_compile():
     compiled(x).backward()
     lse(y, "torch").sum().backward()
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-6)
+
+
+class Counter:
+    """In place of a kernel: it notes its launches and does nothing."""
+
+    def __init__(self, name, launched):
+        self.name, self.launched = name, launched
+
+    def __getitem__(self, grid):
+        assert len(grid) == 1, "a batch on another axis ends at 65,535"
+        return lambda *args, **options: self.launched.append(self.name)
+
+
+def test_few_queries_against_a_large_bank_take_three_launches_at_most(monkeypatch):
+    """Forward and backward: the bank is split over programs, its parts are merged, and the gradient comes with them."""
+    launched = []
+    for name in ("forward", "merge", "grad_rows", "grad_keys"):
+        monkeypatch.setattr(triton_kernels, name, Counter(name, launched))
+    q, k, bank = (torch.zeros(n, 128, device=DEVICE) for n in (256, 256, 65536))
+    functional.info_nce(q.requires_grad_(), k, bank, normalize=False, impl="triton").backward()
+    assert launched == ["forward", "merge"]
+    functional.info_nce(q, k, bank.requires_grad_(), normalize=False, impl="triton").backward()
+    assert launched[2:] == ["forward", "merge", "grad_keys"]
 
 
 def test_opcheck():

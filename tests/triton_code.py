@@ -19,7 +19,7 @@ POINTERS = {
     **dict.fromkeys(("exists", "dropped"), "*i1"), "position": "*i32", "rho": "fp32",
 }  # fmt: skip
 NUMBERS = (
-    *("rows", "columns", "width", "value_width", "split_columns", "count", "splits"),
+    *("rows", "columns", "width", "value_width", "split_columns", "count", "splits", "batch"),
     *("slots", "split_slots", "size", "groups", "kept", "begin", "end"),
 )
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}

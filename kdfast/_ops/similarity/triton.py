@@ -135,10 +135,10 @@ def forward(
         part_top, part_total = scale.new_empty(parts, batch, rows), scale.new_empty(parts, batch, rows)
         part_pooled = scale.new_empty((parts, batch, rows, value_width) if pooled else (0,))
     bias, *terms = launch.tensors
-    kernels.forward[(row_tiles, parts, batch)](
+    kernels.forward[(row_tiles * parts * batch,)](
         query, keys, keys if values is None else values, scale, bias, scale if start_logit is None else start_logit,
         scale if start_value is None else start_value, *terms, lse, lse_low, out, part_top, part_total, part_pooled,
-        *launch.sizes, runtime.share(columns, parts, t.columns),
+        *launch.sizes, batch, runtime.share(columns, parts, t.columns),
         STARTED=start_logit is not None, START_VALUE=pooled and start_value is not None, POOLED=pooled, SPLIT=parts > 1, **launch.options,
     )  # fmt: skip
     if parts > 1:
@@ -181,10 +181,10 @@ def grad_rows(
     parts = runtime.splits(row_tiles * batch, columns, t.columns, query.device)
     out = slope.new_empty(parts, batch, rows, width)
     mass, total = slope.new_empty(parts, batch, rows), slope.new_empty(parts, batch, rows)
-    kernels.grad_rows[(row_tiles, parts, batch)](
+    kernels.grad_rows[(row_tiles * parts * batch,)](
         slope, slope if h is None else h, lse, torch.zeros_like(lse) if lse_low is None else lse_low, query, keys,
         keys if values is None else values, scale, *launch.tensors, out, mass, total,
-        *launch.sizes, runtime.share(columns, parts, t.columns), WITH_H=h is not None, **launch.options,
+        *launch.sizes, batch, runtime.share(columns, parts, t.columns), WITH_H=h is not None, **launch.options,
     )  # fmt: skip
     return out.sum(0), mass.sum(0), total.sum(0)
 
@@ -224,9 +224,9 @@ def grad_keys(
     dvalues = slope.new_empty((batch, columns, value_width) if want_values else (0,))
     if batch == 0:
         return dkeys, dbias, dvalues
-    kernels.grad_keys[(-(-columns // launch.tiles.columns), batch)](
+    kernels.grad_keys[(-(-columns // launch.tiles.columns) * batch,)](
         slope, slope if h is None else h, lse, torch.zeros_like(lse) if lse_low is None else lse_low, query, keys,
-        keys if values is None else values, scale, *launch.tensors, dkeys, dbias, dvalues, *launch.sizes,
+        keys if values is None else values, scale, *launch.tensors, dkeys, dbias, dvalues, *launch.sizes, batch,
         WITH_H=h is not None, WANT_KEYS=want_keys, WANT_BIAS=want_bias, WANT_VALUES=want_values, **launch.options,
     )  # fmt: skip
     return dkeys, dbias, dvalues

@@ -103,6 +103,14 @@ def row_side(
 
 
 @triton.jit
+def place(tiles, batch):
+    """(tile, batch entry, split, entry of a split) of this program, all on the grid's first axis: the others end at 65,535 programs."""
+    program = tl.program_id(0)
+    entry = program // tiles
+    return program % tiles, (entry % batch).to(tl.int64), entry // batch, entry.to(tl.int64)
+
+
+@triton.jit
 def share_of_columns(columns, valid, split, split_columns, COUNTED: tl.constexpr, COLUMNS: tl.constexpr):
     """First column of a split, the last whole tile's end, and its end."""
     count = columns
@@ -151,15 +159,15 @@ def absorb(z, v, top, total, acc, POOLED: tl.constexpr, DOT: tl.constexpr, PRECI
 def forward(
     query, keys, values, scale, bias, start_logit, start_value, query_labels, key_labels, key_index, limit, valid,
     lse, lse_low, pooled, part_top, part_total, part_pooled,
-    rows, columns, width, value_width, keys_stride, values_stride, bias_stride, labels_stride, valid_stride, split_columns,
+    rows, columns, width, value_width, keys_stride, values_stride, bias_stride, labels_stride, valid_stride, batch, split_columns,
     OVER_KEYS: tl.constexpr, BIASED: tl.constexpr, STARTED: tl.constexpr, START_VALUE: tl.constexpr, LABELLED: tl.constexpr,
     INDICES: tl.constexpr, LIMITED: tl.constexpr, COUNTED: tl.constexpr, POOLED: tl.constexpr, SPLIT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, EVEN: tl.constexpr,
     EVEN_VALUES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows over the columns of its split: lse and pooled, or with SPLIT the parts of them that `merge` joins."""
-    split, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    first_row = tl.program_id(0) * ROWS
+    row_tile, b, split, entry = place(tl.cdiv(rows, ROWS), batch)
+    first_row = row_tile * ROWS
     at, exists, q, s, factor, most, own, index = row_side(
         query, scale, limit, query_labels, key_index, b, first_row, rows, width, LIMITED, LABELLED, INDICES, ROWS, WIDTH, EVEN, DOT
     )
@@ -194,7 +202,7 @@ def forward(
     d = tl.arange(0, VALUE_WIDTH)
     inside = exists[:, None] & (d < value_width)[None, :]
     if SPLIT:
-        part = split * tl.num_programs(2).to(tl.int64) * rows + at
+        part = entry * rows + first_row + tl.arange(0, ROWS)
         tl.store(part_top + part, top, mask=exists)
         tl.store(part_total + part, total, mask=exists)
         if POOLED:
@@ -257,15 +265,15 @@ def add_columns(
 def grad_rows(
     slope, h, lse, lse_low, query, keys, values, scale, bias, query_labels, key_labels, key_index, limit, valid,
     out, mass_out, total_out,
-    rows, columns, width, value_width, keys_stride, values_stride, bias_stride, labels_stride, valid_stride, split_columns,
+    rows, columns, width, value_width, keys_stride, values_stride, bias_stride, labels_stride, valid_stride, batch, split_columns,
     WITH_H: tl.constexpr, OVER_KEYS: tl.constexpr, BIASED: tl.constexpr, LABELLED: tl.constexpr, INDICES: tl.constexpr,
     LIMITED: tl.constexpr, COUNTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, EVEN: tl.constexpr, EVEN_VALUES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """sum_j dz_ij k_j, sum_j p_ij and sum_j dz_ij of a tile of rows over the columns of its split, dz_ij = p_ij (slope_i + h_i.v_j)."""
-    split, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    first_row = tl.program_id(0) * ROWS
+    row_tile, b, split, entry = place(tl.cdiv(rows, ROWS), batch)
+    first_row = row_tile * ROWS
     at, exists, q, s, factor, most, own, index = row_side(
         query, scale, limit, query_labels, key_index, b, first_row, rows, width, LIMITED, LABELLED, INDICES, ROWS, WIDTH, EVEN, DOT
     )
@@ -297,7 +305,7 @@ def grad_rows(
         acc *= g[:, None]
         total = mass * g
 
-    part = split * tl.num_programs(2).to(tl.int64) * rows + at
+    part = entry * rows + first_row + tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH)
     tl.store(out + part[:, None] * width + d[None, :], acc * correction[:, None], mask=exists[:, None] & (d < width)[None, :])
     tl.store(mass_out + part, mass * correction, mask=exists)
@@ -308,15 +316,15 @@ def grad_rows(
 def grad_keys(
     slope, h, lse, lse_low, query, keys, values, scale, bias, query_labels, key_labels, key_index, limit, valid,
     dkeys, dbias, dvalues,
-    rows, columns, width, value_width, keys_stride, values_stride, bias_stride, labels_stride, valid_stride,
+    rows, columns, width, value_width, keys_stride, values_stride, bias_stride, labels_stride, valid_stride, batch,
     WITH_H: tl.constexpr, OVER_KEYS: tl.constexpr, BIASED: tl.constexpr, LABELLED: tl.constexpr, INDICES: tl.constexpr,
     LIMITED: tl.constexpr, COUNTED: tl.constexpr, WANT_KEYS: tl.constexpr, WANT_BIAS: tl.constexpr, WANT_VALUES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, EVEN: tl.constexpr,
     EVEN_VALUES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """sum_i dz_ij s_i q_i, sum_i dz_ij and sum_i p_ij h_i of a tile of columns, which no other program writes: no atomics."""
-    b = tl.program_id(1).to(tl.int64)
-    first_column = tl.program_id(0) * COLUMNS
+    column_tile, b, _, _ = place(tl.cdiv(columns, COLUMNS), batch)
+    first_column = column_tile * COLUMNS
     column = first_column + tl.arange(0, COLUMNS)
     count = columns
     if COUNTED:
