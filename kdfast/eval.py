@@ -26,14 +26,14 @@ def knn_accuracy(
 
     Raises: ValueError, TypeError naming the argument.
     """
-    checks.floating("query", query, ndim=2)
+    checks.rows("query", query, ndim=2)
     query_labels = checks.integral("query_labels", query_labels, shape=(len(query),))
     checks.count("k", k)
     if (gallery is None) != (gallery_labels is None):
         raise ValueError("gallery and gallery_labels must be given together")
     own = gallery is None
     gallery, gallery_labels = (query, query_labels) if own else (gallery, gallery_labels)
-    gallery_labels = checks.integral("gallery_labels", gallery_labels, shape=(len(checks.floating("gallery", gallery, ndim=2)),))
+    gallery_labels = checks.integral("gallery_labels", gallery_labels, shape=(len(checks.rows("gallery", gallery, ndim=2)),))
     index = ops.knn(query, gallery, k, metric=metric, own_index=True if own else None)[1]
     classes = 1 + max(int(gallery_labels.max()), int(query_labels.max()))
     votes = torch.zeros(len(query), classes, device=query.device)
@@ -62,7 +62,7 @@ def neighbor_recall(
     Raises: ValueError, TypeError naming the argument.
     """
     for name, x in (("student", student), ("teacher", teacher)):
-        checks.floating(name, x, ndim=2)
+        checks.rows(name, x, ndim=2)
     if len(student) != len(teacher):
         raise ValueError(f"student and teacher must have a row each a sample, got {len(student)} and {len(teacher)}")
     if (student_gallery is None) != (teacher_gallery is None):
@@ -94,7 +94,7 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
         ValueError, TypeError: naming the argument.
     """
     for name, x, labels in (("train", train, train_labels), ("test", test, test_labels)):
-        checks.floating(name, x, ndim=2)
+        checks.rows(name, x, ndim=2)
         checks.integral(f"{name}_labels", labels, shape=(len(x),))
     checks.same_width("test", test, "train", train)
     checks.positive_number("C", C)

@@ -18,6 +18,14 @@ def floating(name: str, x, *, ndim: int | None = None, min_ndim: int = 0) -> Ten
     return x
 
 
+def rows(name: str, x, *, ndim: int | None = None) -> Tensor:
+    """`x` holds rows [..., N, D] of a supported floating dtype, D >= 1, with `ndim` (or at least 2) dimensions."""
+    floating(name, x, ndim=ndim, min_ndim=2)
+    if x.shape[-1] == 0:
+        raise ValueError(f"{name} must have at least 1 column, got shape {tuple(x.shape)}")
+    return x
+
+
 def integral(name: str, x, *, shape: tuple[int, ...] | None = None, device: torch.device | None = None) -> Tensor:
     """`x` is an integer tensor of exactly `shape` on `device`; returned as int64."""
     _tensor(name, x, None, 0)

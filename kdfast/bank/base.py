@@ -31,7 +31,7 @@ class Bank(nn.Module):
 
     def _checked(self, keys: Tensor, labels: Tensor | None) -> Tensor | None:
         """Labels as int64, after checking that `keys` and `labels` fit this bank."""
-        checks.floating("keys", keys, ndim=2)
+        checks.rows("keys", keys, ndim=2)
         if keys.shape[1] != self.storage.shape[1]:
             raise ValueError(f"keys must have the bank's width {self.storage.shape[1]}, got shape {tuple(keys.shape)}")
         checks.alike("keys", keys, "the bank", self.storage, dtype=False)

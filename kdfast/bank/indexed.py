@@ -92,7 +92,7 @@ class IndexedBank(Bank):
         Raises:
             ValueError, TypeError: wrong shape or dtype; labels missing or not wanted.
         """
-        checks.floating("features", features, ndim=2)
+        checks.rows("features", features, ndim=2)
         checks.exact_shape("features", features, tuple(self.storage.shape))
         labels = self._checked_labels(labels, len(self))
         for start in range(0, len(self), _LOAD_BLOCK):

@@ -72,7 +72,7 @@ class SamplesLoss(nn.Module):
             raise ValueError(f"a SamplesLoss takes (x, y) or (a, x, b, y), got {len(args)} arguments")
         a, x, b, y = args if len(args) == 4 else (None, args[0], None, args[1])
         for name, points in (("x", x), ("y", y)):
-            checks.floating(name, points, min_ndim=2)
+            checks.rows(name, points)
             if points.dim() > 3:
                 raise ValueError(f"{name} must be [N, D] or [B, N, D], got shape {tuple(points.shape)}")
         a, b = (None if w is None else w.reshape(points.shape[:-1]) for w, points in ((a, x), (b, y)))

@@ -39,7 +39,7 @@ def make_bags(
 
     Source: Xu et al. 2022 (BINGO, 2107.01691), section 3.1.
     """
-    checks.floating("features", features, ndim=2)
+    checks.rows("features", features, ndim=2)
     checks.choice("method", method, ("knn", "kmeans", "label"))
     checks.count("k", k)
     if (labels is not None) != (method == "label"):

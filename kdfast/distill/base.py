@@ -25,7 +25,7 @@ class DistillLoss(nn.Module):
     def __init__(self, bank=None, push: bool = True) -> None:
         super().__init__()
         if isinstance(bank, Tensor):
-            checks.floating("bank", bank, ndim=2)
+            checks.rows("bank", bank, ndim=2)
             self.register_buffer("bank", bank, persistent=False)
         elif bank is None or hasattr(bank, "as_rows"):
             self.bank = bank

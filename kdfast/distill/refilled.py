@@ -56,7 +56,7 @@ class REFILLED(PairLoss):
         checks.positive_number("temperature", self.temperature)
         checks.positive_number("margin", margin)
         self.margin, self.per_pair, self.max_positives = margin, checks.count("per_pair", per_pair), max_positives
-        self.register_buffer("centres", None if centres is None else unit(checks.floating("centres", centres, ndim=2)))
+        self.register_buffer("centres", None if centres is None else unit(checks.rows("centres", centres, ndim=2)))
 
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
         teacher = vectors(teacher, "teacher")

@@ -29,7 +29,7 @@ class TWIST(DistillLoss):
         self.sharpness, self.diversity = sharpness, diversity
 
     def forward(self, student, teacher=None, *, index=None, labels=None) -> Tensor:
-        logits = [checks.floating("student", first(view), ndim=2) for view in views("student", student, ("a", "b"))]
+        logits = [checks.rows("student", first(view), ndim=2) for view in views("student", student, ("a", "b"))]
         log_p = [z.to(accumulator(z.dtype)).log_softmax(-1) for z in logits]  # [N, C]
         p = [x.exp() for x in log_p]
         entropy = [-(x * log_x).sum(-1).mean() for x, log_x in zip(p, log_p, strict=True)]

@@ -88,7 +88,7 @@ def sup_con(
 
     Raises: ValueError, TypeError naming the argument. Source: Khosla et al. 2020, eq. 2 (L_out).
     """
-    checks.floating("features", features, min_ndim=2)
+    checks.rows("features", features)
     checks.choice("reduction", reduction, REDUCTIONS)
     labels = checks.integral("labels", labels, shape=tuple(features.shape[:-1]), device=features.device)
     if bank is None:
@@ -226,7 +226,7 @@ def siglip_loss(
 
 
 def _pair(name1: str, x: Tensor, name2: str, y: Tensor) -> None:
-    checks.floating(name1, x, ndim=2)
-    checks.floating(name2, y, ndim=2)
+    checks.rows(name1, x, ndim=2)
+    checks.rows(name2, y, ndim=2)
     checks.exact_shape(name2, y, tuple(x.shape))
     checks.alike(name2, y, name1, x)

@@ -116,7 +116,7 @@ class Prepared(NamedTuple):
 
 
 def _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bias, bank_valid, own_index, normalize, group) -> Prepared:
-    checks.floating("query", query, min_ndim=2)
+    checks.rows("query", query)
     given = bank_protocol.unpack(bank, valid=bank_valid, labels=bank_labels, bias=bank_bias)
     if positive is not None:
         checks.floating("positive", positive)
@@ -131,7 +131,7 @@ def _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bia
     if given.rows is None:
         return _in_batch(query, positive, given, targets, query_labels, own_index, group)
 
-    rows = checks.floating("bank", given.rows, min_ndim=2)
+    rows = checks.rows("bank", given.rows)
     checks.alike("bank", rows, "query", query)
     checks.same_width("bank", rows, "query", query)
     if rows.shape[-2] == 0:

@@ -248,7 +248,7 @@ def _mined_on(sample_on, name: str, batch: inputs.Batch, sources: dict) -> input
             f"got {len(parts)}"
         )
     for part, like in zip(parts, (batch.layers[0], batch.refs[0]), strict=False):
-        checks.floating("sample_on", part, ndim=2)
+        checks.rows("sample_on", part, ndim=2)
         checks.alike("sample_on", part, "embeddings", like, dtype=False)
         checks.exact_shape("sample_on", part, (like.shape[0], part.shape[1]))
     if paired:

@@ -225,7 +225,7 @@ def _collect(name, impl, *arguments) -> tuple[inputs.Batch, str]:
 
 
 def _arranged(embeddings, labels, ref, ref_labels, ref_valid, own_index, metric, normalize) -> inputs.Batch:
-    checks.floating("embeddings", embeddings, ndim=2)
+    checks.rows("embeddings", embeddings, ndim=2)
     return inputs.collect(
         embeddings,
         labels,

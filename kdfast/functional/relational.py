@@ -54,8 +54,8 @@ def similarity_distillation(
 
     Raises: ValueError, TypeError naming the argument. Source: Fang et al. 2021 (SEED), eq. 5; Koohpayegani et al. 2020 (CompRess).
     """
-    checks.floating("student", student, ndim=2)
-    checks.floating("teacher", teacher, ndim=2)
+    checks.rows("student", student, ndim=2)
+    checks.rows("teacher", teacher, ndim=2)
     rows = student.shape[0]
     if teacher.shape[0] != rows:
         raise ValueError(f"teacher must have a row for each of student's {rows}, got {teacher.shape[0]}")
@@ -133,7 +133,7 @@ def wasserstein_dependency(
 
     Raises: ValueError, TypeError naming the argument. Source: Ozair et al. 2019, eq. 4; Chen et al. 2021 (WCoRD), eq. 8.
     """
-    checks.floating("query", query, ndim=2)
+    checks.rows("query", query, ndim=2)
     checks.exact_shape("positive", checks.floating("positive", positive), tuple(query.shape))
     checks.alike("positive", positive, "query", query)
     given = bank_protocol.unpack(bank, valid=bank_valid, labels=bank_labels)
@@ -165,7 +165,7 @@ def wasserstein_dependency(
 
 
 def _bank_rows(name: str, rows: Tensor, query_name: str, query: Tensor) -> Tensor:
-    checks.floating(name, rows, ndim=2)
+    checks.rows(name, rows, ndim=2)
     checks.alike(name, rows, query_name, query)
     checks.same_width(name, rows, query_name, query)
     if rows.shape[0] == 0:

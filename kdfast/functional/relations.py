@@ -25,7 +25,7 @@ def mmd_rbf(x: Tensor, y: Tensor, *, sigmas: Sequence[float], normalize: bool = 
     Raises: ValueError, TypeError naming the argument. Source: Gretton et al. 2012, eq. 5.
     """
     for name, t in (("x", x), ("y", y)):
-        checks.floating(name, t, ndim=2)
+        checks.rows(name, t, ndim=2)
         if t.shape[0] == 0:
             raise ValueError(f"{name} must have at least 1 row, got shape {tuple(t.shape)}")
     checks.alike("y", y, "x", x)
@@ -82,8 +82,8 @@ def rkd_angle(student: Tensor, teacher: Tensor, *, impl: str | None = None) -> T
 
 
 def _pair(student: Tensor, teacher: Tensor) -> None:
-    checks.floating("student", student, ndim=2)
-    checks.floating("teacher", teacher, ndim=2)
+    checks.rows("student", student, ndim=2)
+    checks.rows("teacher", teacher, ndim=2)
     if teacher.device != student.device:
         raise ValueError(f"teacher must be on the device of student ({student.device}), got {teacher.device}")
     if teacher.shape[0] != student.shape[0]:

@@ -60,7 +60,7 @@ def sampled_info_nce(
         ValueError, TypeError, IndexError: naming the argument that is wrong and what is needed.
     """
     rows = _unpacked(bank, valid=bank_valid, labels=bank_labels, bias=bank_bias)
-    checks.floating("query", query, ndim=2)
+    checks.rows("query", query, ndim=2)
     checks.floating("positive", positive)
     checks.exact_shape("positive", positive, tuple(query.shape))
     checks.alike("positive", positive, "query", query)
@@ -124,7 +124,7 @@ def sampled_nce(
     Source: Tian, Krishnan, Isola 2020 (CRD), eqs. 17-19 with the constants of the released code.
     """
     rows = _unpacked(bank)
-    checks.floating("query", query, ndim=2)
+    checks.rows("query", query, ndim=2)
     index = _checked(query, rows.rows, index, temperature, weight, reduction)
     num_data = checks.count("num_data", num_data)
     negatives = index.shape[1] - 1

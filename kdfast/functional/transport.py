@@ -106,8 +106,8 @@ def _options(metric, epsilon, max_iters, tol, anneal, method, grad, precision, i
 
 
 def _prepared(x, y, normalize: bool) -> tuple[Tensor, Tensor]:
-    checks.floating("x", x, min_ndim=2)
-    checks.floating("y", y, min_ndim=2)
+    checks.rows("x", x)
+    checks.rows("y", y)
     if not normalize:
         return x, y
     return tuple(torch.nn.functional.normalize(p.to(dtypes.accumulator(p.dtype)), dim=-1) for p in (x, y))

@@ -53,8 +53,8 @@ def choose(query: Tensor, bank: Tensor, impl: str | None) -> str:
 
 def checked(query: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     """`index` as int64, after the checks that every op of this family makes."""
-    checks.floating("query", query, ndim=2)
-    checks.floating("bank", bank, ndim=2)
+    checks.rows("query", query, ndim=2)
+    checks.rows("bank", bank, ndim=2)
     checks.alike("bank", bank, "query", query)
     checks.same_width("bank", bank, "query", query)
     if len(bank) == 0:

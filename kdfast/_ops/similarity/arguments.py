@@ -71,7 +71,7 @@ class Problem(NamedTuple):
 
 def problem(query, keys, scale, values, bias, start, exclude, valid, precision_name, impl, panels=None) -> Problem:
     """Checks, the accumulator's dtype for what is not a matrix, and the implementation. `exclude`: rules, or Rules, already checked."""
-    checks.floating("query", query, min_ndim=2)
+    checks.rows("query", query)
     *batch, rows, _ = query.shape
     _bank_side("keys", keys, query, batch)
     checks.same_width("keys", keys, "query", query)
@@ -106,7 +106,7 @@ def problem(query, keys, scale, values, bias, start, exclude, valid, precision_n
 
 
 def _bank_side(name: str, x, query: Tensor, batch: list[int]) -> None:
-    checks.floating(name, x, min_ndim=2)
+    checks.rows(name, x)
     if x.dim() != 2 and list(x.shape[:-2]) != batch:
         raise ValueError(f"{name} must be [M, D] or have the leading dimensions {tuple(batch)} of query, got shape {tuple(x.shape)}")
     checks.alike(name, x, "query", query)

@@ -37,8 +37,8 @@ def sigmoid_pair_loss(
 
     Raises: TypeError, ValueError, IndexError (on the CPU) naming the argument. Source: Zhai et al. 2023, section 3.2.
     """
-    checks.floating("query", query, min_ndim=2)
-    checks.floating("keys", keys, min_ndim=2)
+    checks.rows("query", query)
+    checks.rows("keys", keys)
     checks.same_width("keys", keys, "query", query)
     checks.alike("keys", keys, "query", query)
     batch, rows = query.shape[:-2], query.shape[:-1]

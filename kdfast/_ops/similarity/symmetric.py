@@ -43,8 +43,8 @@ def symmetric_lse(
 
     Raises: TypeError, ValueError naming the argument. Source: the two softmaxes of Radford et al. 2021 (CLIP), figure 3.
     """
-    checks.floating("x", x, min_ndim=2)
-    checks.floating("y", y, min_ndim=2)
+    checks.rows("x", x)
+    checks.rows("y", y)
     batch = x.shape[:-2]
     if y.shape[:-2] != batch:
         raise ValueError(f"y must have the leading dimensions {tuple(batch)} of x, got shape {tuple(y.shape)}")

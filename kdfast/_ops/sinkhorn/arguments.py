@@ -109,8 +109,8 @@ def _source(cost, x, y, metric) -> None:
         return
     if x is None or y is None:
         raise ValueError("either cost or both x and y must be given")
-    checks.floating("x", x, min_ndim=2)
-    checks.floating("y", y, min_ndim=2)
+    checks.rows("x", x)
+    checks.rows("y", y)
     checks.alike("y", y, "x", x)
     checks.same_width("y", y, "x", x)
 

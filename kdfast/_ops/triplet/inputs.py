@@ -96,7 +96,7 @@ def _layers(name: str, x) -> tuple[Tensor, ...]:
     if not layers:
         raise ValueError(f"{name} must be a tensor or a list of at least one, got an empty list")
     for layer in layers:
-        checks.floating(name, layer, ndim=2)
+        checks.rows(name, layer, ndim=2)
         checks.alike(name, layer, f"{name}[0]", layers[0])
         if layer.shape[0] != layers[0].shape[0]:
             raise ValueError(f"{name} must have layers of one number of rows, got {[t.shape[0] for t in layers]}")

@@ -79,7 +79,7 @@ class Rows(NamedTuple):
 
 def checked_labels(embeddings: Tensor, labels) -> Tensor:
     """Labels [N] as int64 on the embeddings' device."""
-    checks.floating("embeddings", embeddings, ndim=2)
+    checks.rows("embeddings", embeddings, ndim=2)
     return checks.integral("labels", labels, shape=(len(embeddings),)).to(embeddings.device)
 
 
