@@ -101,6 +101,40 @@ def test_a_bound_on_positives(bound):
         check(a, mining=name, margin=1.3, epsilon=0.7, max_positives=bound)
 
 
+# the first two in one block of columns; singletons and a class alone beside classes of hundreds; one class, which has no negative
+@pytest.mark.parametrize(
+    "sizes", [(70, 66, 80), (1, 1, 90, 1, 2, 70), (130, 1, 300, 1, 1, 90), (200,)], ids=["large", "mixed", "blocks", "alone"]
+)
+@pytest.mark.parametrize("bank", [False, True], ids=["in_batch", "bank"])
+def test_classes_with_ties_and_duplicates(isa, sizes, bank):
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[torch.randperm(sum(sizes))]
+    a = case(labels.numel(), labels.numel() // 2 if bank else None, 4, len(sizes) + 2)
+    a["labels"] = labels
+    a["x"][::7] = a["x"][0]
+    if bank:
+        a["ref"][::5] = a["x"][0]
+        a["ref_labels"] = labels[: a["ref"].shape[0]]
+    for name in mining.SETS:
+        for how in ({"reduction": "sum"}, {"direction": "confuse"}, {"max_positives": 40, "reduction": "none"}):
+            check(a, mining=name, margin=1.0, epsilon=0.7, **how)
+
+
+@pytest.mark.parametrize("name", mining.SETS)
+def test_rows_of_large_classes_weighed_apart(name):
+    """Gradients made with the values serve one upstream gradient for all rows; where each has another they are made again."""
+    a = case(90, 80, 7, 3)
+    x, ref = a["x"].requires_grad_(), a["ref"].requires_grad_()
+    more = {k: a[k] for k in ("ref", "ref_labels", "own_index")}
+    rows = triplet_loss(x, a["labels"], **more, mining=name, margin=1.3, epsilon=0.7, normalize=False, reduction="none", impl="cpu")
+    alike = torch.autograd.grad(rows, (x, ref), torch.full((90,), 2.0), retain_graph=True)
+    each = [torch.autograd.grad(rows, (x, ref), g, retain_graph=True) for g in 2 * torch.eye(90)]
+    for got, parts in zip(alike, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.stack(parts).double().sum(0).float(), atol=4e-6 * got.abs().max().item(), rtol=0)
+    (only,) = torch.autograd.grad(rows, ref, torch.full((90,), 2.0), retain_graph=True)
+    assert torch.equal(only, alike[1])
+    assert torch.autograd.grad(rows, x, torch.full((90,), math.nan))[0].isnan().any()
+
+
 def test_large_classes_in_parts(threads):
     """Rows in several tasks, whose sums of columns meet."""
     a = case(900, None, 6, 2)
@@ -114,7 +148,7 @@ def test_tiles_without_an_active_triplet_are_skipped(isa):
     a = {"x": x, "labels": torch.arange(n) // 5, "metric": "euclidean"}
     check(a, mining="batch_all", margin=1.3, reduction="sum")
     order = dense.by_label(*_related(a["labels"]), True)
-    tiles = OPS.triplet_hinges(x, None, order.first, order.last, order.own, order.exist, 0, 4, 0, 1.0, 1.3, 0.0)[-1]
+    tiles = OPS.triplet_hinges(x, None, order.first, order.last, order.own, order.exist, 0, 4, 0, 1.0, 1.3, 0.0, False, False)[3]
     assert 0 < tiles.float().mean() < 0.8
 
 
@@ -233,11 +267,13 @@ def test_opcheck():
     rule = (0, 20, 0, 1.0, 0.5, 0.1)
     x, y, *runs = arguments()
     own = torch.arange(12)
+    wants = [(True, False), (True, True), (False, True), (False, False)]
     for a in ((x, y, *runs), (x, None, *(t // 2 for t in runs[:2]), own, torch.tensor(10))):
-        torch.library.opcheck(OPS.triplet_hinges.default, (*a, *rule))
-        *_, nearest, tiles = OPS.triplet_hinges(*a, *rule)
-        for want in ((True, False), *([(True, True), (False, True)] if a[1] is not None else [])):
-            torch.library.opcheck(OPS.triplet_hinges_grad.default, (torch.rand(12, 1), nearest, tiles, *a, *rule, *want))
+        for want in wants if a[1] is not None else wants[::3]:
+            torch.library.opcheck(OPS.triplet_hinges.default, (*a, *rule, *want))
+            *_, nearest, tiles, dx, dy = OPS.triplet_hinges(*a, *rule, *want)
+            if any(want):
+                torch.library.opcheck(OPS.triplet_hinges_grad.default, (torch.rand(12, 1), nearest, tiles, dx, dy, *a, *rule, *want))
 
 
 def test_bad_arguments():
@@ -251,6 +287,6 @@ def test_bad_arguments():
         ((x, y, first, last, own, exist + 1), "columns must be in"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            OPS.triplet_hinges(*change, *rule)
+            OPS.triplet_hinges(*change, *rule, False, False)
     with pytest.raises(RuntimeError, match="mining must be"):
-        OPS.triplet_hinges(x, y, first, last, own, exist, 0, 20, 3, 1.0, 0.5, 0.1)
+        OPS.triplet_hinges(x, y, first, last, own, exist, 0, 20, 3, 1.0, 0.5, 0.1, False, False)

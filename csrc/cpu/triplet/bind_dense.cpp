@@ -14,18 +14,6 @@ kdfast::HingeRule rule_of(int64_t mining, double sign, double margin, double eps
 
 bool sorts(const Dense& dense, const kdfast::HingeRule& rule) { return rule.threshold == nullptr && dense.most > kFewWindows; }
 
-void run_hinges(const Dense& dense, const kdfast::HingeRule& rule, const kdfast::HingeResult& out) {
-  const CpuKernels& kernels = dense.kernels;
-  const DenseParams& p = dense.p;
-  if (sorts(dense, rule)) {
-    dense.for_each_rows([&](int64_t n, int64_t) { return kernels.sorted_hinges_workspace(p, n, dense.most); },
-                        [&](int64_t begin, int64_t end, int64_t, float* work) { kernels.sorted_hinges(p, rule, out, begin, end, dense.most, work); });
-  } else {
-    dense.for_each_rows([&](int64_t n, int64_t slots) { return kernels.triplet_hinges_workspace(p, n, slots); },
-                        [&](int64_t begin, int64_t end, int64_t, float* work) { kernels.triplet_hinges(p, rule, out, begin, end, work); });
-  }
-}
-
 // Sums of the columns that each thread keeps for itself, added up in the order of threads.
 struct ColumnSums {
   int64_t size, columns, threads;
@@ -44,30 +32,36 @@ struct ColumnSums {
   }
 };
 
-// Weights of the rows alone: in batch, what a pair weighs in its other role is a sum of the columns.
-void run_sorted_grad(DenseGradients& gradients, const kdfast::HingeRule& rule, const kdfast::HingeUpstream& upstream) {
-  const Dense& dense = gradients.dense;
+// Rows with many positives: values where out.loss is given, sums of weights where upstream.g is. The weights are of the rows alone: in batch,
+// what a pair weighs in its other role is a sum of the columns.
+void run_sorted(const Dense& dense, const kdfast::HingeRule& rule, const kdfast::HingeResult& out, const kdfast::HingeUpstream& upstream,
+                const PairSums& sums) {
   const CpuKernels& kernels = dense.kernels;
   const DenseParams& p = dense.p;
-  const ColumnSums columns(dense, p.in_batch || gradients.sums.y_sums != nullptr);
-  const auto sums_of = [&](int64_t worker) { return PairSums{gradients.sums.x_sums, columns.sums_of(worker), nullptr}; };
-  dense.for_each_rows([&](int64_t n, int64_t) { return kernels.sorted_hinges_grad_workspace(p, sums_of(0), n, dense.most); },
+  const ColumnSums columns(dense, upstream.g != nullptr && (p.in_batch || sums.y_sums != nullptr));
+  const auto sums_of = [&](int64_t worker) { return PairSums{sums.x_sums, columns.sums_of(worker), nullptr}; };
+  dense.for_each_rows([&](int64_t n, int64_t) { return kernels.sorted_hinges_workspace(p, sums_of(0), n, dense.most); },
                       [&](int64_t begin, int64_t end, int64_t worker, float* work) {
                         kdfast::HingeUpstream own = upstream;
                         own.y_weight = columns.weights_of(worker);
-                        kernels.sorted_hinges_grad(p, rule, own, sums_of(worker), begin, end, dense.most, work);
+                        kernels.sorted_hinges(p, rule, out, own, sums_of(worker), begin, end, dense.most, work);
                       });
   if (p.in_batch) {
-    columns.add_to(gradients.sums.x_sums, upstream.x_weight);
+    columns.add_to(sums.x_sums, upstream.x_weight);
   } else {
-    columns.add_to(gradients.sums.y_sums, upstream.y_weight);
+    columns.add_to(sums.y_sums, upstream.y_weight);
   }
+}
+
+void run_hinges(const Dense& dense, const kdfast::HingeRule& rule, const kdfast::HingeResult& out) {
+  if (sorts(dense, rule)) return run_sorted(dense, rule, out, {}, {});
+  dense.for_each_rows([&](int64_t n, int64_t slots) { return dense.kernels.triplet_hinges_workspace(dense.p, n, slots); },
+                      [&](int64_t begin, int64_t end, int64_t, float* work) { dense.kernels.triplet_hinges(dense.p, rule, out, begin, end, work); });
 }
 
 void run_hinges_grad(DenseGradients& gradients, const kdfast::HingeRule& rule, const kdfast::HingeUpstream& upstream) {
   const Dense& dense = gradients.dense;
   const PairSums& sums = gradients.sums;
-  if (sorts(dense, rule)) return run_sorted_grad(gradients, rule, upstream);
   const int64_t most = std::max<int64_t>(dense.most, 1);
   dense.for_each_rectangle(
       sums, [&](int64_t n, int64_t m) { return dense.kernels.triplet_hinges_grad_workspace(dense.p, sums, n, m, most); },
@@ -83,34 +77,68 @@ Tensor columns_of(const Tensor& like, const std::vector<const int64_t*>& columns
   return to;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> triplet_hinges(const Tensor& x, const OptionalTensor& y, const Tensor& first, const Tensor& last,
-                                                          const Tensor& own, const Tensor& columns, int64_t metric, int64_t positives,
-                                                          int64_t mining, double sign, double margin, double epsilon) {
-  const Dense dense(x, y, first, last, own, columns, metric, positives);
-  const int64_t rows = dense.rows();
-  Tensor sums = output(x, {rows, 1}), nearest = output(x, {rows}), tiles = no_tiles(x, dense.p);
-  std::vector<int64_t> mined(size_t(rows), 0), active(size_t(rows), 0);
-  run_hinges(dense, rule_of(mining, sign, margin, epsilon),
-             {memory<float>(sums), mined.data(), active.data(), memory<float>(nearest), memory<uint8_t>(tiles)});
-  return {sums, columns_of(x, {mined.data(), active.data()}, rows), nearest, tiles};
-}
+struct Wanted {
+  bool x, y;
+};
 
-std::tuple<Tensor, Tensor> triplet_hinges_grad(const Tensor& g, const Tensor& nearest, const Tensor& tiles, const Tensor& x,
-                                               const OptionalTensor& y, const Tensor& first, const Tensor& last, const Tensor& own,
-                                               const Tensor& columns, int64_t metric, int64_t positives, int64_t mining, double sign,
-                                               double margin, double epsilon, bool want_x, bool want_y) {
-  const Dense dense(x, y, first, last, own, columns, metric, positives);
-  const int64_t rows = dense.rows();
-  DenseGradients gradients(dense, x, want_x, want_y);
-  const Tensor upstream_g = padded(packed<float>("g", g, {rows, 1}), 1, rows), active = zeros<int32_t>(dense.slots, ScalarType::Int);
-  const kdfast::HingeRule rule = rule_of(mining, sign, margin, epsilon);
-  const kdfast::HingeUpstream upstream{memory<float>(upstream_g), packed<float>("nearest", nearest, {rows}), tiles_data(tiles, dense.p),
-                                       memory<int32_t>(active), memory<double>(gradients.x_weight),
-                                       want_y ? memory<double>(gradients.y_weight) : nullptr};
-  run_hinges_grad(gradients, rule, upstream);
+// Gradients of the sum of g_i times row i's hinges, g padded; where rows have many positives, `out` is filled too if out.loss is given.
+std::tuple<Tensor, Tensor> hinge_gradients(const Dense& dense, const Tensor& like, const kdfast::HingeRule& rule, const Tensor& g,
+                                           const kdfast::HingeResult& out, const float* nearest, const uint8_t* tiles, Wanted want) {
+  DenseGradients gradients(dense, like, want.x, want.y);
+  const Tensor active = zeros<int32_t>(dense.slots, ScalarType::Int);
+  const kdfast::HingeUpstream upstream{memory<float>(g), nearest, tiles, memory<int32_t>(active), memory<double>(gradients.x_weight),
+                                       want.y ? memory<double>(gradients.y_weight) : nullptr};
+  if (sorts(dense, rule)) {
+    run_sorted(dense, rule, out, upstream, gradients.sums);
+  } else {
+    run_hinges_grad(gradients, rule, upstream);
+  }
   return gradients.finish([&](int64_t begin, int64_t end, float* pull) {
     dense.kernels.triplet_hinges_pull(dense.p, rule, upstream, pull, begin, end);
   });
+}
+
+// With a gradient wanted, dx and dy of the sum of all rows are made too, from one look at each level where rows have many positives.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> triplet_hinges(const Tensor& x, const OptionalTensor& y, const Tensor& first,
+                                                                          const Tensor& last, const Tensor& own, const Tensor& columns,
+                                                                          int64_t metric, int64_t positives, int64_t mining, double sign,
+                                                                          double margin, double epsilon, bool want_x, bool want_y) {
+  const Dense dense(x, y, first, last, own, columns, metric, positives);
+  const int64_t rows = dense.rows();
+  const kdfast::HingeRule rule = rule_of(mining, sign, margin, epsilon);
+  Tensor sums = output(x, {rows, 1}), nearest = output(x, {rows}), tiles = no_tiles(x, dense.p), dx = output(x, {0}), dy = output(x, {0});
+  std::vector<int64_t> mined(size_t(rows), 0), active(size_t(rows), 0);
+  const kdfast::HingeResult out{memory<float>(sums), mined.data(), active.data(), memory<float>(nearest), memory<uint8_t>(tiles)};
+  const bool wanted = want_x || want_y;
+  if (!wanted || !sorts(dense, rule)) run_hinges(dense, rule, out);
+  if (wanted) {
+    const Tensor ones = zeros<float>(rows + kPanelPad, ScalarType::Float);
+    std::fill_n(memory<float>(ones), rows, 1.0f);
+    std::tie(dx, dy) = hinge_gradients(dense, x, rule, ones, out, out.nearest, out.tiles, {want_x, want_y});
+  }
+  return {sums, columns_of(x, {mined.data(), active.data()}, rows), nearest, tiles, dx, dy};
+}
+
+// factor x where it is wanted, else nothing.
+Tensor scaled(const Tensor& x, float factor, bool wanted) {
+  Tensor to = output(x, wanted ? std::vector<int64_t>{x.size(0), x.size(1)} : std::vector<int64_t>{0});
+  for (int64_t i = 0; i < to.numel(); ++i) memory<float>(to)[i] = factor * data<float>(x)[i];
+  return to;
+}
+
+// dx and dy of the sum of all rows, empty where they are not at hand, serve where every row has the same g.
+std::tuple<Tensor, Tensor> triplet_hinges_grad(const Tensor& g, const Tensor& nearest, const Tensor& tiles, const Tensor& dx, const Tensor& dy,
+                                               const Tensor& x, const OptionalTensor& y, const Tensor& first, const Tensor& last, const Tensor& own,
+                                               const Tensor& columns, int64_t metric, int64_t positives, int64_t mining, double sign,
+                                               double margin, double epsilon, bool want_x, bool want_y) {
+  const int64_t rows = x.size(0);
+  const float* const upstream_g = packed<float>("g", g, {rows, 1});
+  const bool at_hand = (!want_x || dx.dim() == 2) && (!want_y || dy.dim() == 2);
+  if (at_hand && rows > 0 && std::all_of(upstream_g, upstream_g + rows, [&](float one) { return one == upstream_g[0]; }))
+    return {scaled(dx, upstream_g[0], want_x), scaled(dy, upstream_g[0], want_y)};
+  const Dense dense(x, y, first, last, own, columns, metric, positives);
+  return hinge_gradients(dense, x, rule_of(mining, sign, margin, epsilon), padded(upstream_g, 1, rows), {},
+                         packed<float>("nearest", nearest, {rows}), tiles_data(tiles, dense.p), {want_x, want_y});
 }
 
 // ---- hinges of pairs: d_ap - level 0 of the positives, level 1 - d_an of the negatives --------------------------------------------

@@ -18,6 +18,7 @@ using kdfast::tile_columns;
 
 constexpr int64_t kPanelPad = 64;   // vectors over rows or columns may be read up to a whole panel
 constexpr int64_t kFewWindows = 16;  // windows of a row that are compared with every level; more are sorted
+constexpr int64_t kPullColumns = 256;  // of small classes, whose positives are summed together
 constexpr int64_t kTaskSlots = int64_t(1) << 18;  // of one task, whose tables they are
 
 template <class T>
@@ -178,10 +179,10 @@ struct DenseGradients {
   const Dense& dense;
   Tensor dx, dy;
   PairSums sums;
-  Tensor pull, x_weight, y_weight;
+  Tensor x_weight, y_weight;
 
   DenseGradients(const Dense& dense, const Tensor& like, bool want_x, bool want_y)
-      : dense(dense), pull(scratch(dense.slots)), x_weight(zeros<double>(dense.rows(), ScalarType::Double)),
+      : dense(dense), x_weight(zeros<double>(dense.rows(), ScalarType::Double)),
         y_weight(zeros<double>(want_y ? dense.p.pairs.columns : 0, ScalarType::Double)) {
     const DenseParams& p = dense.p;
     STD_TORCH_CHECK(!(want_y && p.in_batch), "in batch the gradient of the references is part of that of x");
@@ -195,8 +196,13 @@ struct DenseGradients {
   template <class F>
   std::tuple<Tensor, Tensor> finish(const F& pull_of) {
     const DenseParams& p = dense.p;
-    float* const pulls = memory<float>(pull);
-    for_each_part(dense.workers, p.pairs.rows, [&](int64_t begin, int64_t end) { pull_of(begin, end, pulls); });
+    const Tensor pull = scratch(dense.slots);
+    const float* pulls = memory<float>(pull);
+    for_each_part(dense.workers, p.pairs.rows, [&](int64_t begin, int64_t end) { pull_of(begin, end, memory<float>(pull)); });
+    if (p.group_shift == 0) {
+      pull_in_tiles(pulls);
+      pulls = nullptr;
+    }
     if (sums.x_sums != nullptr)
       for_each_part(dense.workers, p.pairs.rows, [&](int64_t begin, int64_t end) {
         dense.kernels.dense_finish_rows(p, pulls, memory<double>(x_weight), sums.x_sums, begin, end);
@@ -206,6 +212,38 @@ struct DenseGradients {
         dense.kernels.dense_finish_columns(p, pulls, memory<double>(y_weight), sums.y_sums, begin, end);
       });
     return {dx, dy};
+  }
+
+  // Tasks of whole classes, which share neither rows nor columns; in batch the columns are the rows.
+  void pull_in_tiles(const float* pulls) const {
+    const DenseParams& p = dense.p;
+    const std::vector<PairTask> tasks = class_tasks(p);
+    int64_t rows = 0, columns = 0;
+    for (const PairTask& t : tasks) rows = std::max(rows, t.row_end - t.row_begin), columns = std::max(columns, t.column_end - t.column_begin);
+    PairSums to = sums;
+    kdfast::DensePull pull{pulls, memory<double>(x_weight), sums.y_sums != nullptr ? memory<double>(y_weight) : nullptr};
+    if (p.in_batch) to.y_sums = to.x_sums, pull.y_weight = pull.x_weight;
+    const int64_t size = dense.kernels.dense_pull_workspace(p, to, rows, columns), number = int64_t(tasks.size());
+    const int64_t threads = std::min(dense.workers, number);
+    const Tensor workspace = scratch(size * threads);
+    for_each_task(threads, number, [&](int64_t worker, int64_t task) {
+      dense.kernels.dense_pull(p, tasks[size_t(task)], pull, to, memory<float>(workspace) + worker * size);
+    });
+  }
+
+  // Runs of rows of the same classes, each up to kPullColumns columns or one class.
+  static std::vector<PairTask> class_tasks(const DenseParams& p) {
+    std::vector<PairTask> tasks;
+    for (int64_t row = 0; row < p.pairs.rows;) {
+      int64_t end = row + 1, last = p.last[row];
+      for (; end < p.pairs.rows; ++end) {
+        if (p.first[end] != p.first[end - 1] && p.last[end] - p.first[row] > kPullColumns) break;
+        last = std::max(last, p.last[end]);
+      }
+      if (last > p.first[row]) tasks.push_back({0, row, end, p.first[row], last});
+      row = end;
+    }
+    return tasks;
   }
 };
 

@@ -67,7 +67,7 @@ struct HingeResult {
 };
 
 struct HingeUpstream {
-  const float* g;             // [rows], zeros up to a multiple of a panel
+  const float* g;             // [rows], zeros up to a multiple of a panel; null: values alone are wanted
   const float* nearest;
   const uint8_t* tiles;
   int32_t* active;            // slots: active triplets of each positive; null: not counted
@@ -79,6 +79,12 @@ struct PullHinges {
   const float* level;         // [rows]
   float* sum;                 // [rows]
   int64_t* active;            // [rows]
+};
+
+// The pull of the positives: what each one's distance weighs in the gradient, d factored out.
+struct DensePull {
+  const float* pull;          // slots
+  double *x_weight, *y_weight;  // [rows], [columns]: sums of the weights; the columns' null: not wanted
 };
 
 // See multi_similarity.inl. epsilon inf: every pair is kept.
@@ -104,6 +110,8 @@ struct DenseKernels {
   // Losses over all negatives; rows, or columns, begin .. end.
   void (*dense_squares)(const float* x, int64_t width, int64_t begin, int64_t end, float* square);
   void (*dense_positives)(const DenseParams&, int64_t begin, int64_t end);
+  int64_t (*dense_pull_workspace)(const DenseParams&, const PairSums&, int64_t rows, int64_t columns);
+  void (*dense_pull)(const DenseParams&, const PairTask&, const DensePull&, const PairSums&, float* workspace);
   void (*dense_finish_rows)(const DenseParams&, const float* pull, const double* weight, float* sums, int64_t begin, int64_t end);
   void (*dense_finish_columns)(const DenseParams&, const float* pull, double* weight, float* sums, int64_t begin, int64_t end);
   int64_t (*triplet_hinges_workspace)(const DenseParams&, int64_t rows, int64_t slots);  // floats, for tasks up to this size
@@ -111,11 +119,9 @@ struct DenseKernels {
   int64_t (*triplet_hinges_grad_workspace)(const DenseParams&, const PairSums&, int64_t rows, int64_t columns, int64_t most);
   void (*triplet_hinges_grad)(const DenseParams&, const HingeRule&, const HingeUpstream&, const PairTask&, const PairSums&, int64_t most,
                               float* workspace);
-  int64_t (*sorted_hinges_workspace)(const DenseParams&, int64_t rows, int64_t most);
-  void (*sorted_hinges)(const DenseParams&, const HingeRule&, const HingeResult&, int64_t begin, int64_t end, int64_t most, float* workspace);
-  int64_t (*sorted_hinges_grad_workspace)(const DenseParams&, const PairSums&, int64_t rows, int64_t most);
-  void (*sorted_hinges_grad)(const DenseParams&, const HingeRule&, const HingeUpstream&, const PairSums&, int64_t begin, int64_t end,
-                             int64_t most, float* workspace);
+  int64_t (*sorted_hinges_workspace)(const DenseParams&, const PairSums&, int64_t rows, int64_t most);
+  void (*sorted_hinges)(const DenseParams&, const HingeRule&, const HingeResult&, const HingeUpstream&, const PairSums&, int64_t begin, int64_t end,
+                        int64_t most, float* workspace);
   void (*triplet_hinges_pull)(const DenseParams&, const HingeRule&, const HingeUpstream&, float* pull, int64_t begin, int64_t end);
   void (*pull_hinges)(const DenseParams&, const PullHinges&, int64_t begin, int64_t end);
   void (*pull_hinges_pull)(const DenseParams&, const float* level, const float* g, float* pull, int64_t begin, int64_t end);

@@ -1,4 +1,5 @@
 // A unit compiled once for each instruction set, and its part of the dispatch table.
+#include "triplet/dense_pull.inl"
 #include "triplet/dense_sorted.inl"
 #include "triplet/multi_similarity.inl"
 
@@ -7,6 +8,8 @@ extern const DenseKernels KDFAST_UNIT(dense);
 const DenseKernels KDFAST_UNIT(dense) = {
     .dense_squares = dense_squares,
     .dense_positives = dense_positives,
+    .dense_pull_workspace = dense_pull_workspace,
+    .dense_pull = dense_pull,
     .dense_finish_rows = dense_finish_rows,
     .dense_finish_columns = dense_finish_columns,
     .triplet_hinges_workspace = triplet_hinges_workspace,
@@ -15,8 +18,6 @@ const DenseKernels KDFAST_UNIT(dense) = {
     .triplet_hinges_grad = triplet_hinges_grad,
     .sorted_hinges_workspace = sorted_hinges_workspace,
     .sorted_hinges = sorted_hinges,
-    .sorted_hinges_grad_workspace = sorted_hinges_grad_workspace,
-    .sorted_hinges_grad = sorted_hinges_grad,
     .triplet_hinges_pull = triplet_hinges_pull,
     .pull_hinges = pull_hinges,
     .pull_hinges_pull = pull_hinges_pull,

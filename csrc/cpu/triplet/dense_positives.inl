@@ -171,8 +171,8 @@ void pull_hinges_pull(const DenseParams& p, const float* level, const float* g, 
   }
 }
 
-// Adds to sums_i = sum_j W_ij y_j of rows begin .. end what makes them gradients: -(sum_j W_ij) x_i, and the positives' pull, of a few columns for a
-// group of rows at a time, as above.
+// Adds to sums_i = sum_j W_ij y_j of rows begin .. end what makes them gradients: -(sum_j W_ij) x_i, and the positives' pull (null: it is
+// in the sums), of a few columns for a group of rows at a time, as above.
 void dense_finish_rows(const DenseParams& p, const float* pull, const double* weight, float* sums, int64_t begin, int64_t end) {
   const DenseRows rows(p);
   for (int64_t first = begin; first < end; first += kSlotRows) {
@@ -183,7 +183,7 @@ void dense_finish_rows(const DenseParams& p, const float* pull, const double* we
     for (int64_t i = 0; i < count; ++i) {
       to[i] = {sums + (first + i) * rows.width, rows.width};
       own[i] = -weight[first + i];
-      positives[i] = p.in_batch ? p.all_positives(first + i) : p.count(first + i);
+      positives[i] = pull == nullptr ? 0 : p.in_batch ? p.all_positives(first + i) : p.count(first + i);
       most = positives[i] > most ? positives[i] : most;
     }
     for (int64_t k = 0; k < most; k += kSlotRows)
@@ -199,7 +199,7 @@ void dense_finish_rows(const DenseParams& p, const float* pull, const double* we
 void dense_finish_columns(const DenseParams& p, const float* pull, double* weight, float* sums, int64_t begin, int64_t end) {
   const DenseRows rows(p);
   for (int64_t j = begin; j < end; ++j) weight[j] = -weight[j];
-  for (int64_t i = 0; i < p.pairs.rows; ++i) {
+  for (int64_t i = 0; pull != nullptr && i < p.pairs.rows; ++i) {
     if (p.last[i] <= begin || p.first[i] >= end) continue;
     for (int64_t k = 0; k < p.count(i); ++k) {
       const int64_t j = p.column(i, k);

@@ -1,10 +1,11 @@
 // Hinges of every triplet where rows have many positives: a row's windows are sorted, and each level is looked up among them.
 //
 // Sorted by distance, the positives whose window holds a level v are a run r .. r': from the number of upper ends that are not above v to
-// the number of lower ends that are not. So c and S of a level are two differences,
-//   c = r' - r,   S = T(r) - T(r') + c (t0 - v),   T(r) = sum over k >= r of (t_k - t0),
-// in double, for the terms nearly cancel where windows are narrow. Rows are taken so few at a time that their tables stay near. In the gradient
-// each row counts its levels by rank; running sums of these are the c of its positives.
+// the number of lower ends that are not. The c = r' - r of a level weighs its gradient. Each row counts its runs by where they begin and end; running
+// sums of these are the c_k of its positives, and with one t0 for the row
+//   S = sum over k of c_k (t_k - t0) + sum over v of c (t0 - v),
+// in double, for the two nearly cancel. So a row's hinges and all weights come from one look-up of each level. Rows are taken so few at a time that
+// their tables stay near.
 //
 // Included after an instruction set's header (isa/).
 #pragma once
@@ -18,12 +19,12 @@ namespace {
 
 constexpr int64_t kLine = 64;  // bytes
 
-// Tables of each row: its upper and its lower ends as trees, and T.
+// Tables of each row: its upper and its lower ends as trees.
 struct SortedWindows {
   int64_t stride;  // entries of a row's tables
   int depth;
   float *high, *low;
-  double *suffix, *start;  // T, and t0 of each row
+  double* start;           // t0 of each row, the largest t
   int32_t* taken;          // how many of each row's positives
   float *sorted, *ends;    // of one row
 
@@ -31,7 +32,7 @@ struct SortedWindows {
     depth = depth_for(most);
     stride = int64_t(1) << depth;
     high = arena.take(rows * stride), low = arena.take(rows * stride);
-    suffix = HingeStatistic::doubles(rows * stride, arena), start = HingeStatistic::doubles(rows, arena);
+    start = HingeStatistic::doubles(rows, arena);
     taken = reinterpret_cast<int32_t*>(arena.take(rows));
     sorted = arena.take(stride), ends = arena.take(stride);
   }
@@ -39,9 +40,8 @@ struct SortedWindows {
   RankTree upper(int64_t i) const { return {high + i * stride, depth}; }
   RankTree lower(int64_t i) const { return {low + i * stride, depth}; }
 
-  // Trees of row `row`, number i of the task, of its positives that are taken. `sorted` becomes their distances, times the rule's sign, in
-  // ascending order, +inf for NaN; returns whether there was one.
-  bool build(const DenseParams& p, const HingeRule& rule, int64_t row, int64_t i, float nearest) const {
+  // Trees and t0 of row `row`, number i of the task, of its positives that are taken; t0 is NaN where one of all its distances is, so that its sum will be.
+  void build(const DenseParams& p, const HingeRule& rule, int64_t row, int64_t i, float nearest) const {
     const float* const distance = p.distance + p.slot(row, 0);
     const int64_t all = p.count(row);
     int64_t count = 0;
@@ -55,9 +55,9 @@ struct SortedWindows {
     for (int64_t r = count; r < stride; ++r) sorted[r] = kInfinity;
     sort(sorted, stride);
     taken[i] = int32_t(count);
+    start[i] = lost ? __builtin_nan("") : count > 0 ? double(sorted[count - 1]) + rule.margin : 0;
     grow(rule, p.farthest[row], count, [](const Windows& w) { return w.high; }, high + i * stride);
     if (has_low_end(rule)) grow(rule, p.farthest[row], count, [](const Windows& w) { return w.low; }, low + i * stride);
-    return lost;
   }
 
   // The tree of the windows' ends, of `count` positives.
@@ -68,27 +68,12 @@ struct SortedWindows {
     grow_tree(ends, depth, tree);
   }
 
-  // T of row i, whose positives are `sorted`. Lost: NaN, whatever is summed.
-  void sum_up(const HingeRule& rule, int64_t i, bool lost) const {
-    double* const sums = suffix + i * stride;
-    const int64_t count = taken[i];
-    start[i] = lost ? __builtin_nan("") : count > 0 ? double(sorted[count - 1]) + rule.margin : 0;
-    double sum = 0;
-    for (int64_t r = count; r < stride; ++r) sums[r] = 0;
-    for (int64_t r = count; r-- > 0;) {
-      sum += double(sorted[r]) + rule.margin - start[i];
-      sums[r] = sum;
-    }
-  }
-
-  // Brings row i's tables near while another row is at work.
-  template <class Other>
-  void prefetch(int64_t i, bool with_low, const Other* other) const {
+  // Brings row i's trees near while another row is at work.
+  void prefetch(int64_t i, bool with_low) const {
     for (int64_t r = 0; r < stride; r += kLine / 4) {
       __builtin_prefetch(high + i * stride + r);
       if (with_low) __builtin_prefetch(low + i * stride + r);
     }
-    for (int64_t r = 0; r < stride; r += kLine / int64_t(sizeof(Other))) __builtin_prefetch(other + i * stride + r);
   }
 
   // Ranks among the upper ends of row i's windows, and among the lower ends, or the number of windows. `last`: as RankTree has it.
@@ -104,9 +89,8 @@ struct SortedWindows {
   }
 };
 
-// The hinges of a row's levels, summed in double: T(from) - T(to) + (to - from) (start - v), T being 0 where kLow is not given.
-struct HingeSum {
-  const double* suffix;
+// Terms number (start - v) of a row's levels, summed in double.
+struct LevelSum {
   double start;
 #if KDFAST_LANES == 16
   __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
@@ -114,32 +98,23 @@ struct HingeSum {
   double sum = 0;
 #endif
 
-  HingeSum(const double* suffix, double start) : suffix(suffix), start(start) {}
+  explicit LevelSum(double start) : start(start) {}
 
-  template <bool kLow>
-  void add(IntVec from, IntVec to, Vec v) {
+  void add(IntVec number, Vec v) {
     const Vec level = lesser(splat(kLargestFinite), v);  // so that no window adds 0
 #if KDFAST_LANES == 16
-    const __m512i begin = (__m512i)from, end = (__m512i)to, number = (__m512i)(to - from);
-    add_half<kLow>(_mm512_castsi512_si256(begin), _mm512_castsi512_si256(end), _mm512_castsi512_si256(number),
-                   _mm512_castps512_ps256((__m512)level), &low);
-    add_half<kLow>(_mm512_extracti64x4_epi64(begin, 1), _mm512_extracti64x4_epi64(end, 1), _mm512_extracti64x4_epi64(number, 1),
-                   _mm512_extractf32x8_ps((__m512)level, 1), &high);
+    const __m512i n = (__m512i)number;
+    low = term(_mm512_castsi512_si256(n), _mm512_castps512_ps256((__m512)level), low);
+    high = term(_mm512_extracti64x4_epi64(n, 1), _mm512_extractf32x8_ps((__m512)level, 1), high);
 #else
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const double ends = suffix[from[lane]] - (kLow ? suffix[to[lane]] : 0);
-      sum += ends + double(to[lane] - from[lane]) * (start - double(level[lane]));
-    }
+    for (int lane = 0; lane < kLanes; ++lane) sum += double(number[lane]) * (start - double(level[lane]));
 #endif
   }
 
 #if KDFAST_LANES == 16
-  template <bool kLow>
-  void add_half(__m256i from, __m256i to, __m256i number, __m256 level, __m512d* sum) const {
-    __m512d ends = _mm512_i32gather_pd(from, suffix, 8);
-    if constexpr (kLow) ends = _mm512_sub_pd(ends, _mm512_i32gather_pd(to, suffix, 8));
+  __m512d term(__m256i number, __m256 level, __m512d sum) const {
     const __m512d below = _mm512_sub_pd(_mm512_set1_pd(start), _mm512_cvtps_pd(level));
-    *sum = _mm512_add_pd(*sum, _mm512_fmadd_pd(_mm512_cvtepi32_pd(number), below, ends));
+    return _mm512_fmadd_pd(_mm512_cvtepi32_pd(number), below, sum);
   }
   double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
 #else
@@ -147,62 +122,107 @@ struct HingeSum {
 #endif
 };
 
-// ---- sums ---------------------------------------------------------------------------------------------------------------
+// ---- sums and weights -----------------------------------------------------------------------------------------------------
 
-struct SortedStatistic {
+// As the statistic of a pass, the hinges alone; as its weights, W_ij of the rows beside them: in batch W_ji comes from the sums of the columns.
+struct SortedHinges {
+  static constexpr bool kKnowsIdle = false;
+
   const DenseParams& p;
   const HingeRule& rule;
-  const HingeResult& out;
+  const HingeUpstream& upstream;
   const PairTask& task;
   int64_t first = 0;
   SortedWindows windows_of = {};
+  ColumnWeights column_weights = {};
+  float* factors = nullptr;                           // [block]
+  int32_t *begins = nullptr, *ends = nullptr;         // [block]: the runs of a row
+  int32_t* by_rank = nullptr;                         // [rows of the task][stride]: runs that begin at a rank, less those that end there
   double *sum = nullptr, *active = nullptr, *ties = nullptr;  // [rows of the task]
 
-  void plan(int64_t rows, int64_t most, Arena& arena) {
+  void plan(int64_t rows, int64_t block, int64_t most, Arena& arena) {
     windows_of.plan(rows, most, arena);
+    column_weights.plan(block, arena);
+    factors = arena.take(block);
+    begins = reinterpret_cast<int32_t*>(arena.take(block)), ends = reinterpret_cast<int32_t*>(arena.take(block));
+    by_rank = reinterpret_cast<int32_t*>(arena.take(rows * windows_of.stride));
     sum = HingeStatistic::doubles(rows, arena), active = HingeStatistic::doubles(rows, arena), ties = HingeStatistic::doubles(rows, arena);
   }
 
-  void begin(const float* nearest) const {
-    for (int64_t i = 0; i < task.row_end - task.row_begin; ++i) {
-      const bool lost = windows_of.build(p, rule, task.row_begin + i, i, nearest[i]);
-      windows_of.sum_up(rule, i, lost);
+  // `nearest` of the task's rows.
+  void begin(const float* nearest) {
+    column_weights.to = upstream.y_weight;
+    const int64_t rows = task.row_end - task.row_begin;
+    for (int64_t i = 0; i < rows; ++i) {
+      windows_of.build(p, rule, task.row_begin + i, i, nearest[i]);
       sum[i] = active[i] = ties[i] = 0;
     }
+    __builtin_memset(by_rank, 0, size_t(4 * rows * windows_of.stride));
   }
 
   void begin_rows(int64_t row) { first = row; }
-  void begin_block(const Block&) const {}
-
-  void chunk(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t next = first + row + i + 1;
-      if (next < task.row_end) windows_of.prefetch(next - task.row_begin, has_low_end(rule), windows_of.suffix);
-      row_levels<false, false>(p, block, first + row + i, rule.sign, tile.scores(i), nullptr, nullptr);
-      has_low_end(rule) ? add<true>(block, first + row + i, tile.scores(i)) : add<false>(block, first + row + i, tile.scores(i));
-    }
+  void begin_rows(int64_t row, int64_t) { first = row; }
+  void begin_block(const Block& block) {
+    if (upstream.g != nullptr) column_weights.begin_block(block);
   }
 
-  template <bool kLow>
-  void add(const Block& block, int64_t row, const float* levels) const {
+  void chunk(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
+    for (int64_t i = 0; i < rows; ++i) take_row<false>(block, first + row + i, tile.scores(i));
+  }
+  void weigh(const Block& block, int64_t i, float* scores) {
+    take_row<true>(block, first + i, scores);
+    column_weights.end_row();
+  }
+
+  template <bool kWeights>
+  void take_row(const Block& block, int64_t row, float* scores) const {
+    if (row + 1 < task.row_end) windows_of.prefetch(row + 1 - task.row_begin, has_low_end(rule));
+    row_levels<kWeights, false>(p, block, row, rule.sign, scores, factors, nullptr);
+    has_low_end(rule) ? take_levels<true, kWeights>(block, row, scores) : take_levels<false, kWeights>(block, row, scores);
+  }
+
+  template <bool kLow, bool kWeights>
+  void take_levels(const Block& block, int64_t row, float* levels) const {
     const int64_t i = row - task.row_begin;
+    int32_t* const counts = by_rank + i * windows_of.stride;
     const bool with_ties = rule.mining == Mining::kSemiHard && rule.sign > 0;
-    HingeSum hinges(windows_of.suffix + i * windows_of.stride, windows_of.start[i]);
-    Vec number = {};
+    const Vec g = kWeights ? splat(rule.sign * upstream.g[row]) : Vec{};
+    LevelSum hinges(windows_of.start[i]);
+    Vec number = {}, weights = {};
+    int64_t runs = 0;
     for (int64_t j = 0; j < block.padded; j += kAtOnce * kLanes) {
       Vec v[kAtOnce], last[kAtOnce];
       IntVec from[kAtOnce], to[kAtOnce];
       for (int a = 0; a < kAtOnce; ++a) v[a] = load(levels + j + a * kLanes);
       windows_of.runs<kLow>(i, v, from, to, kLow ? last : nullptr);
       for (int a = 0; a < kAtOnce; ++a) {
-        hinges.add<kLow>(from[a], to[a], v[a]);
-        number += __builtin_convertvector(to[a] - from[a], Vec);
+        const IntVec held = to[a] - from[a];
+        const Vec c = __builtin_convertvector(held, Vec);
+        hinges.add(held, v[a]);
+        number += c;
         if (kLow && with_ties) ties[i] += double(tied(windows_of.upper(i), from[a], last[a], v[a]));
+        if constexpr (kWeights) {
+          const Vec weight = c * g * load(factors + j + a * kLanes);
+          weights += weight;
+          store(levels + j + a * kLanes, weight);
+          column_weights.add(j + a * kLanes, weight);
+        }
+        if (!any(held)) continue;
+        if (!kLow && !any(from[a])) {  // all windows hold all of them
+          counts[0] += kLanes;
+          continue;
+        }
+        *reinterpret_cast<IntVec*>(begins + runs) = from[a];
+        if constexpr (kLow) *reinterpret_cast<IntVec*>(ends + runs) = to[a];
+        runs += kLanes;
       }
     }
+    for (int64_t r = 0; r < runs; ++r) ++counts[begins[r]];
+    if constexpr (kLow)
+      for (int64_t r = 0; r < runs; ++r) --counts[ends[r]];
     sum[i] += hinges.total();
     active[i] += double(total(number));
-    if (total(number) != 0) mark_tiles(p, out.tiles, row, block);
+    if constexpr (kWeights) upstream.x_weight[row] += double(total(weights));
   }
 
   // How many windows end at v exactly, of the columns of one vector.
@@ -215,7 +235,38 @@ struct SortedStatistic {
     return ties;
   }
 
-  void finish(int64_t row, float nearest, double kept) const {
+  // Once all levels have passed: the c of a row's positives, and the rest of its sum.
+  void finish(int64_t row, float nearest) const {
+    const int64_t i = row - task.row_begin;
+    int32_t* const counts = by_rank + i * windows_of.stride;
+    for (int64_t r = 1; r < windows_of.taken[i]; ++r) counts[r] += counts[r - 1];
+    const bool by_low = rule.mining == Mining::kSemiHard && rule.sign > 0;  // where its upper ends may be rounded to one
+    const RankTree window_ends = by_low ? windows_of.lower(i) : windows_of.upper(i);
+    for (int64_t k = 0; k < p.count(row); k += kAtOnce * kLanes) number_positives(row, k, nearest, by_low, window_ends, counts);
+  }
+
+  // Of positives number k .. k + kAtOnce kLanes: sums of the counts up to the rank of each, which its window's end has in the tree.
+  void number_positives(int64_t row, int64_t k, float nearest, bool by_low, const RankTree& window_ends, const int32_t* counts) const {
+    const int64_t i = row - task.row_begin, slot = p.slot(row, 0), count = p.count(row);
+    Vec end[kAtOnce];
+    alignas(64) IntVec rank[kAtOnce];
+    for (int a = 0; a < kAtOnce; ++a) {
+      const Windows w = windows(rule, load_row(p.distance + slot, k + a * kLanes, count), splat(p.farthest[row]));
+      end[a] = by_low ? w.low : w.high;
+    }
+    window_ends.ranks(end, rank);
+    double rest = 0;
+    for (int64_t r = 0; r < smaller(kAtOnce * kLanes, count - k); ++r) {
+      const float d = p.distance[slot + k + r];
+      const int64_t at = rank[r / kLanes][r % kLanes];
+      const int32_t c = at > 0 && takes(rule, d, nearest) ? counts[smaller(at, windows_of.taken[i]) - 1] : 0;
+      if (upstream.active != nullptr) upstream.active[slot + k + r] = c;
+      rest += double(c) * (double(rule.sign * d) + rule.margin - windows_of.start[i]);
+    }
+    sum[i] += rest;
+  }
+
+  void report(const HingeResult& out, int64_t row, float nearest, double kept) const {
     const int64_t i = row - task.row_begin, negatives = p.negatives(row), taken = windows_of.taken[i];
     out.loss[row] = 0, out.mined[row] = out.active[row] = 0, out.nearest[row] = nearest;
     if (p.count(row) == 0 || negatives == 0) return;
@@ -227,181 +278,81 @@ struct SortedStatistic {
   }
 };
 
-// ---- weights ------------------------------------------------------------------------------------------------------------
-
-// W_ij of the rows alone; in batch W_ji comes from the sums of the columns.
-struct SortedWeights {
-  static constexpr bool kKnowsIdle = false;
-
-  const DenseParams& p;
-  const HingeRule& rule;
-  const HingeUpstream& upstream;
-  const PairTask& task;
-  int64_t first = 0;
-  SortedWindows windows_of = {};
-  ColumnWeights column_weights = {};
-  float* factors = nullptr;    // [block]
-  int32_t* by_rank = nullptr;  // [rows][stride]: runs that begin at a rank, less those that end there
-
-  void plan(int64_t rows, int64_t block, int64_t most, Arena& arena) {
-    windows_of.plan(rows, most, arena);
-    column_weights.plan(block, arena);
-    factors = arena.take(block);
-    by_rank = reinterpret_cast<int32_t*>(arena.take(rows * windows_of.stride));
-  }
-
-  void begin() {
-    column_weights.to = upstream.y_weight;
-    const int64_t rows = task.row_end - task.row_begin;
-    for (int64_t i = 0; i < rows; ++i) windows_of.build(p, rule, task.row_begin + i, i, upstream.nearest[task.row_begin + i]);
-    __builtin_memset(by_rank, 0, size_t(4 * rows * windows_of.stride));
-  }
-
-  void begin_rows(int64_t row, int64_t) { first = row; }
-  void begin_block(const Block& block) { column_weights.begin_block(block); }
-
-  void weigh(const Block& block, int64_t i, float* scores) {
-    const int64_t next = first + i + 1;
-    if (next < task.row_end) windows_of.prefetch(next - task.row_begin, has_low_end(rule), by_rank);
-    row_levels<true, false>(p, block, first + i, rule.sign, scores, factors, nullptr);
-    has_low_end(rule) ? weigh_row<true>(block, first + i, scores) : weigh_row<false>(block, first + i, scores);
-    column_weights.end_row();
-  }
-
-  template <bool kLow>
-  void weigh_row(const Block& block, int64_t row, float* scores) const {
-    const int64_t i = row - task.row_begin;
-    int32_t* const counts = by_rank + i * windows_of.stride;
-    const Vec g = splat(rule.sign * upstream.g[row]);
-    Vec sum = {};
-    for (int64_t j = 0; j < block.padded; j += kAtOnce * kLanes) {
-      Vec v[kAtOnce];
-      IntVec from[kAtOnce], to[kAtOnce];
-      for (int a = 0; a < kAtOnce; ++a) v[a] = load(scores + j + a * kLanes);
-      windows_of.runs<kLow>(i, v, from, to);
-      for (int a = 0; a < kAtOnce; ++a) {
-        const Vec weight = __builtin_convertvector(to[a] - from[a], Vec) * g * load(factors + j + a * kLanes);
-        sum += weight;
-        store(scores + j + a * kLanes, weight);
-        column_weights.add(j + a * kLanes, weight);
-        count<kLow>(counts, from[a], to[a]);
-      }
-    }
-    upstream.x_weight[row] += double(total(sum));
-  }
-
-  // Empty runs end where they begin; those of all windows, or of none, are often a whole vector's.
-  template <bool kLow>
-  static void count(int32_t* counts, IntVec from, IntVec to) {
-    if (!any(from - to)) return;
-    alignas(64) int32_t begin[kLanes], end[kLanes];
-    *reinterpret_cast<IntVec*>(begin) = from, *reinterpret_cast<IntVec*>(end) = to;
-    asm volatile("" : : : "memory");  // read one by one from there, not taken out of the registers
-    if (!any(from)) {
-      counts[0] += kLanes;
-    } else {
-      for (int lane = 0; lane < kLanes; ++lane) ++counts[begin[lane]];
-    }
-    if constexpr (kLow)
-      for (int lane = 0; lane < kLanes; ++lane) --counts[end[lane]];
-  }
-
-  // The c of the positives: sums of the counts up to the rank of each, which its window's end has in the tree.
-  void end() const {
-    for (int64_t i = 0; i < task.row_end - task.row_begin; ++i) {
-      int32_t* const counts = by_rank + i * windows_of.stride;
-      for (int64_t r = 1; r < windows_of.taken[i]; ++r) counts[r] += counts[r - 1];
-      const bool by_low = rule.mining == Mining::kSemiHard && rule.sign > 0;  // where its upper ends may be rounded to one
-      const RankTree ends = by_low ? windows_of.lower(i) : windows_of.upper(i);
-      for (int64_t k = 0; k < p.count(task.row_begin + i); k += kAtOnce * kLanes) number(i, k, by_low, ends, counts);
-    }
-  }
-
-  // Of row i's positives number k .. k + kAtOnce kLanes.
-  void number(int64_t i, int64_t k, bool by_low, const RankTree& ends, const int32_t* counts) const {
-    const int64_t row = task.row_begin + i, first = p.slot(row, 0), count = p.count(row);
-    Vec end[kAtOnce];
-    alignas(64) IntVec rank[kAtOnce];
-    for (int a = 0; a < kAtOnce; ++a) {
-      const Windows w = windows(rule, load_row(p.distance + first, k + a * kLanes, count), splat(p.farthest[row]));
-      end[a] = by_low ? w.low : w.high;
-    }
-    ends.ranks(end, rank);
-    for (int64_t r = 0; r < smaller(kAtOnce * kLanes, count - k); ++r) {
-      const int64_t at = rank[r / kLanes][r % kLanes];
-      const bool taken = takes(rule, p.distance[first + k + r], upstream.nearest[row]);
-      upstream.active[first + k + r] = taken && at > 0 ? counts[smaller(at, windows_of.taken[i]) - 1] : 0;
-    }
+struct SortedWorkspace : PairWorkspace {
+  template <class Product>
+  SortedWorkspace(Product product, const DenseParams& p, int64_t rows, int64_t most, SortedHinges& hinges, Arena& arena)
+      : PairWorkspace(product, p.pairs, rows, p.columns, arena) {
+    hinges.plan(rows, block, most, arena);
   }
 };
-
 struct SortedGradientWorkspace : PairGradientWorkspace {
   template <class Product>
-  SortedGradientWorkspace(Product product, const DenseParams& p, const PairSums& out, int64_t rows, int64_t most, SortedWeights& weights,
+  SortedGradientWorkspace(Product product, const DenseParams& p, const PairSums& out, int64_t rows, int64_t most, SortedHinges& hinges,
                           Arena& arena)
       : PairGradientWorkspace(product, p.pairs, out.x_sums != nullptr, out.y_sums != nullptr, rows, p.columns, arena) {
-    weights.plan(rows, block, most, arena);
+    hinges.plan(rows, block, most, arena);
   }
 };
 
 // ---- the entries of the dispatch table --------------------------------------------------------------------------------
 
 // Words of workspace for tasks of at most `rows` rows with at most `most` positives to a row.
-int64_t sorted_hinges_workspace(const DenseParams& p, int64_t rows, int64_t most) {
+int64_t sorted_hinges_workspace(const DenseParams& p, const PairSums& sums, int64_t rows, int64_t most) {
   return scratch_words(p.pairs.precision, [&](auto product) {
-    Arena arena{nullptr};
-    PairWorkspace(product, p.pairs, rows, p.columns, arena);
-    SortedStatistic{p, HingeRule{}, HingeResult{}, PairTask{}}.plan(rows, most, arena);
-    HingeStatistic{p, HingeRule{}, HingeResult{}, PairTask{}}.plan(rows, 0, arena);
-    return arena.words;
+    const PairTask none{};
+    SortedHinges hinges{p, HingeRule{}, HingeUpstream{}, none};
+    Arena filter{nullptr};
+    HingeStatistic{p, HingeRule{}, HingeResult{}, none}.plan(rows, 0, filter);
+    Arena values = filter, gradients = filter;
+    SortedWorkspace(product, p, rows, most, hinges, values);
+    SortedGradientWorkspace(product, p, sums, rows, most, hinges, gradients);
+    return values.words > gradients.words ? values.words : gradients.words;
   });
 }
 
-// As triplet_hinges. The filter of multi-similarity mining, which the windows depend on, takes a pass of its own.
-void sorted_hinges(const DenseParams& p, const HingeRule& rule, const HingeResult& out, int64_t begin, int64_t end, int64_t most,
-                   float* workspace) {
+// Rows begin .. end against all references, as triplet_hinges and triplet_hinges_grad: values where out.loss is given, weights into `sums` where
+// upstream.g is. The filter of multi-similarity mining, which the windows depend on, takes a pass of its own.
+void sorted_hinges(const DenseParams& p, const HingeRule& rule, const HingeResult& out, const HingeUpstream& upstream, const PairSums& sums,
+                   int64_t begin, int64_t end, int64_t most, float* workspace) {
   const PairTask task{0, begin, end, 0, p.columns};
   const int64_t rows = end - begin;
+  const bool values = out.loss != nullptr;
+  Arena arena{workspace};
   DenseParams without = p;
   without.positives = 0;
   HingeStatistic filter{without, rule, out, task};
-  SortedStatistic statistic{p, rule, out, task};
-  with_sound_product(p.pairs.precision, [&](auto product) {
-    Arena arena{workspace};
-    PairWorkspace w(product, p.pairs, rows, p.columns, arena);
-    statistic.plan(rows, most, arena);
-    filter.plan(rows, 0, arena);
-    filter.begin(rows, 0);
-    bool sound = true;
-    if (rule.mining == Mining::kMultiSimilarity) sound = take_statistics(product, p.pairs, task, w, filter);
-    statistic.begin(filter.nearest);
-    return take_statistics(product, p.pairs, task, w, statistic) && sound;
-  });
-  for (int64_t i = begin; i < end; ++i) statistic.finish(i, filter.nearest[i - begin], filter.kept[i - begin]);
-}
-
-int64_t sorted_hinges_grad_workspace(const DenseParams& p, const PairSums& out, int64_t rows, int64_t most) {
-  return scratch_words(p.pairs.precision, [&](auto product) {
-    Arena arena{nullptr};
-    SortedWeights weights{p, HingeRule{}, HingeUpstream{}, PairTask{}};
-    SortedGradientWorkspace(product, p, out, rows, most, weights, arena);
-    return arena.words;
-  });
-}
-
-// Rows begin .. end against all references: their weights into `out`, the number of active triplets of their positives into `upstream`.
-void sorted_hinges_grad(const DenseParams& p, const HingeRule& rule, const HingeUpstream& upstream, const PairSums& out, int64_t begin, int64_t end,
-                        int64_t most, float* workspace) {
-  const PairTask task{0, begin, end, 0, p.columns};
-  with_holding_product(p.pairs, task, [&](auto product) {
-    Arena arena{workspace};
-    SortedWeights weights{p, rule, upstream, task};
-    SortedGradientWorkspace w(product, p, out, end - begin, most, weights, arena);
-    weights.begin();
-    take_gradients(product, p.pairs, task, out, w, weights);
-    weights.column_weights.flush();
-    weights.end();
-  });
+  filter.plan(rows, 0, arena);
+  filter.begin(rows, 0);
+  if (values && rule.mining == Mining::kMultiSimilarity) {
+    with_sound_product(p.pairs.precision, [&](auto product) {
+      Arena own = arena;
+      PairWorkspace w(product, p.pairs, rows, p.columns, own);
+      filter.begin(rows, 0);
+      return take_statistics(product, p.pairs, task, w, filter);
+    });
+  }
+  const float* const nearest = values ? filter.nearest : upstream.nearest + begin;
+  SortedHinges hinges{p, rule, upstream, task};
+  if (upstream.g == nullptr) {
+    with_sound_product(p.pairs.precision, [&](auto product) {
+      Arena own = arena;
+      SortedWorkspace w(product, p, rows, most, hinges, own);
+      hinges.begin(nearest);
+      return take_statistics(product, p.pairs, task, w, hinges);
+    });
+  } else {
+    with_holding_product(p.pairs, task, [&](auto product) {
+      Arena own = arena;
+      SortedGradientWorkspace w(product, p, sums, rows, most, hinges, own);
+      hinges.begin(nearest);
+      take_gradients(product, p.pairs, task, sums, w, hinges);
+      hinges.column_weights.flush();
+    });
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    hinges.finish(i, nearest[i - begin]);
+    if (values) hinges.report(out, i, nearest[i - begin], filter.kept[i - begin]);
+  }
 }
 
 }  // namespace

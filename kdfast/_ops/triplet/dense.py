@@ -18,6 +18,9 @@ from .inputs import Batch
 from .mining import Settings
 from .portable import Problem, Rows
 
+#: with more positives an anchor the passes for the value and for the gradient would do the same work twice (dense_sorted.inl)
+_FEW_POSITIVES = 16
+
 
 class Sorted(NamedTuple):
     """Anchors and references by label. What belongs to an anchor is in the order of the sorted anchors."""
@@ -54,6 +57,7 @@ class Loss(NamedTuple):
     block: Callable  # the same sums as a block function of `portable` or `pairs`, with its settings
     settings: NamedTuple
     positives: int  # of an anchor, at most
+    ahead: tuple[bool, ...] = ()  # given to the op `name` after the rule: whether it makes gradients of the sum of all rows, in x and in y
 
 
 def rows(loss: Loss, x: Tensor, y: Tensor, levels: Tensor | None, anchors: Anchors, refs: References) -> tuple[Tensor, Tensor]:
@@ -84,9 +88,14 @@ def triplet_rows(s: Settings, p: Problem) -> Rows:
     x = distances.prepare(p.layers[0], s.metric, s.normalize)
     y = x if in_batch else distances.prepare(p.refs[0], s.metric, s.normalize)
     rule = (chosen.METRICS[s.metric], p.positives, mining.SETS.index(s.mining), float(s.sign), s.margin, s.epsilon)
-    loss = Loss("triplet_hinges", rule, portable.separable, s, p.positives)
+    ahead = (_needs_gradient(x), not in_batch and _needs_gradient(y)) if p.positives > _FEW_POSITIVES else (False, False)
+    loss = Loss("triplet_hinges", rule, portable.separable, s, p.positives, ahead)
     sums, counts = rows(loss, *distances.centred(x, y, s.metric), None, p.anchors, p.classes)
     return Rows(sums[:, 0], counts[:, 0], counts[:, 1])
+
+
+def _needs_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 def _sides(x: Tensor, y: Tensor | None, levels: Tensor | None, order: Sorted) -> tuple:
@@ -97,12 +106,12 @@ def _sides(x: Tensor, y: Tensor | None, levels: Tensor | None, order: Sorted) ->
 
 
 class Sums(Function):
-    """(sums [N, C], counts [N, K], and what the kernels keep for the backward pass: statistics of the sorted anchors)."""
+    """(sums [N, C], counts [N, K], and what the kernels keep for the backward pass, of the sorted anchors and references)."""
 
     @staticmethod
     def forward(loss, x, y, levels, *fixed):
         order = Sorted(*fixed[: len(Sorted._fields)])
-        sums, counts, *kept = getattr(torch.ops.kdfast, loss.name)(*_sides(x, y, levels, order), *loss.rule)
+        sums, counts, *kept = getattr(torch.ops.kdfast, loss.name)(*_sides(x, y, levels, order), *loss.rule, *loss.ahead)
         return sums.index_select(0, order.place), counts.index_select(0, order.place), *kept
 
     @staticmethod
@@ -170,7 +179,7 @@ def _statistics(x: Tensor, y: Tensor | None, sums: int, counts: int) -> tuple[Te
 
 def _triplet_hinges_fake(x, y, *rest):
     sums, counts, tiles = _statistics(x, y, 1, 2)
-    return sums, counts, x.new_empty(x.shape[0]), tiles
+    return sums, counts, x.new_empty(x.shape[0]), tiles, *_gradients(x, y, *rest[-2:])
 
 
 def _multi_similarity_fake(x, y, *rest):
@@ -185,17 +194,17 @@ def _multi_similarity_fake(x, y, *rest):
     )
 
 
-def _gradients_fake(kept):
-    def fake(grad, *rest):
-        x, y, (want_x, want_y) = rest[kept], rest[kept + 1], rest[-2:]
-        return torch.empty_like(x) if want_x else x.new_empty(0), torch.empty_like(y) if want_y else x.new_empty(0)
+def _gradients(x: Tensor, y: Tensor | None, want_x: bool, want_y: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x) if want_x else x.new_empty(0), torch.empty_like(y) if want_y else x.new_empty(0)
 
-    return fake
+
+def _gradients_fake(kept):
+    return lambda grad, *rest: _gradients(rest[kept], rest[kept + 1], *rest[-2:])
 
 
 if extension.missing_cpu() is None:
     for _name, _fake, _kept in (
-        ("triplet_hinges", _triplet_hinges_fake, 2),
+        ("triplet_hinges", _triplet_hinges_fake, 4),
         ("pair_hinges", lambda x, y, *rest: _statistics(x, y, 2, 4), 1),
         ("multi_similarity", _multi_similarity_fake, 4),
     ):
