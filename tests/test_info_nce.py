@@ -291,6 +291,23 @@ def test_strided_and_expanded_inputs():
     torch.testing.assert_close(info_nce(q, k, bank), info_nce(q.clone(), k.contiguous(), bank.contiguous()))
 
 
+@pytest.mark.parametrize("same_class", ["exclude", "positive"])
+def test_labels_shared_by_the_banks_of_a_batch(same_class):
+    q, k, bank = torch.randn(2, 4, 8), torch.randn(2, 4, 8), torch.randn(2, 9, 8)
+    query_labels, bank_labels = torch.arange(8).view(2, 4) % 3, torch.arange(9) % 3
+    options = dict(query_labels=query_labels, same_class=same_class, reduction="none")
+    shared = info_nce(q, k, bank, bank_labels=bank_labels, **options)
+    torch.testing.assert_close(shared, info_nce(q, k, bank, bank_labels=bank_labels.expand(2, 9), **options))
+
+
+def test_weights_of_positives_in_a_row_without_negatives():
+    q, k, weights = torch.randn(3, 4), torch.randn(3, 2, 4), torch.rand(3, 2, requires_grad=True)
+    index = torch.tensor([0, -1, -1])  # row 0 is left with nothing: dropped
+    losses = info_nce(q, k, torch.randn(1, 4), positive_weights=weights, own_index=index, include_positive=False, reduction="none")
+    grad = torch.autograd.grad(losses.sum(), weights)[0]
+    assert losses[0] == 0 and (grad[0] == 0).all() and grad.isfinite().all()
+
+
 def test_empty_batch_is_what_the_formula_gives():
     empty, bank = torch.zeros(0, 4, requires_grad=True), torch.randn(3, 4)
     assert info_nce(empty, empty, bank, reduction="none").shape == (0,)

@@ -45,7 +45,7 @@ def info_nce(
     With scores z_ij = q_i . k_j / temperature + bias_j, the loss of row i is logsumexp(z+_i, z_i1, ..., z_iM) - z+_i
     over the admitted bank rows; the positive is in the denominator exactly once and nothing removes it. Forward and
     the query's gradient are one pass over a bank that needs no gradient; no N x M tensor is made, and such a bank may
-    be updated in place between forward and backward.
+    be updated in place between forward and backward (unless bank_bias needs a gradient, which reads the bank again).
 
     Args:
         query: [*B, N, D], floating.
@@ -148,7 +148,7 @@ def _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bia
     if query_labels is None and bank_labels is not None:
         raise ValueError("query_labels must be given with bank_labels")
     if row_labels is not None:
-        shape = tuple(rows.shape[:-1]) if row_labels.dim() == rows.dim() - 1 else (*query.shape[:-2], rows.shape[-2])
+        shape = (rows.shape[-2],) if getattr(row_labels, "ndim", 1) == 1 else (*query.shape[:-2], rows.shape[-2])
         row_labels = checks.integral("bank_labels", row_labels, shape=shape, device=query.device)
     if targets is not None:
         targets = checks.integral("targets", targets, shape=tuple(query.shape[:-1]), device=query.device)

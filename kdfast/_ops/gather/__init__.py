@@ -2,11 +2,11 @@
 
 from numbers import Real
 
-import torch
 from torch import Tensor
 
 from ..._core import checks, impls
 from ..._core.dtypes import accumulator
+from ..._core.recording import recorded
 from . import cpu, triton
 from .autograd import GatherScores, RowStatistic
 
@@ -91,5 +91,5 @@ def row_noise_contrast(query: Tensor, bank: Tensor, index: Tensor, shift: Tensor
 
 
 def _statistic(query: Tensor, bank: Tensor, index: Tensor, offset: Tensor | None, shift: Tensor | None, impl: str) -> Tensor:
-    with_pooled = torch.is_grad_enabled() and query.requires_grad and not bank.requires_grad
+    with_pooled = recorded(query) and not recorded(bank)
     return RowStatistic.apply(query, bank, index, offset, shift, with_pooled, impl)[0]

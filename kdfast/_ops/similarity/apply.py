@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..._core.recording import recorded
 from .arguments import Spec, Tensors
 from .autograd import Similarity
 from .passes import run_forward
@@ -13,13 +14,9 @@ def transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def needs_grad(tensors: tuple) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
 def through_function(tensors: tuple) -> bool:
     """Whether a call needs its Function: something may be differentiated, or runs under a transform. (Dynamo cannot trace it otherwise.)"""
-    return needs_grad(tensors) or torch._C._are_functorch_transforms_active()
+    return recorded(*tensors) or torch._C._are_functorch_transforms_active()
 
 
 def streaming_softmax(spec: Spec, folded: Tensors, *, pool: bool, need_pooled: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,7 +24,7 @@ def streaming_softmax(spec: Spec, folded: Tensors, *, pool: bool, need_pooled: b
 
     `pool`: pooled is differentiable too.
     """
-    grad = needs_grad(folded)
+    grad = recorded(*folded)
     if through_function(folded):
         return Similarity.apply(spec.impl, spec.compute, pool and grad, need_pooled or grad, *folded)
     return run_forward(spec.impl, spec.compute, need_pooled, *folded)

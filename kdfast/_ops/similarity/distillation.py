@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..._core import impls
+from ..._core.recording import recorded
 from . import cpu
-from .apply import needs_grad, streaming_softmax
+from .apply import streaming_softmax
 from .arguments import how_to_compute, problem, row_parameter
 from .autograd import _keep, _kept, _versions
 from .definition import SecondOrder
@@ -99,7 +100,7 @@ def distillation_rows(
     call = Call(kl, one_bank, mean, precision, impl, products)
     inputs = (student, keys, tensors.scale, logit, *fixed)
     transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    if chosen == "cpu" and not transforms and not needs_grad((fixed.scale, teacher_logit, bias)):
+    if chosen == "cpu" and not transforms and not recorded(fixed.scale, teacher_logit, bias):
         return Distillation.apply(call, *inputs)
     losses, lse = _composed(call, *inputs)
     return losses, lse.detach()
@@ -128,7 +129,7 @@ def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Te
     if p_start is not None:
         losses = losses - p_start * start_logit
     if call.kl:
-        if call.one_bank and not needs_grad((f.scale, f.bias)):
+        if call.one_bank and not recorded(f.scale, f.bias):
             own = expected.detach()
         else:
             own = softmax(teacher, teacher_keys, f.scale, None, f.start_logit, pool=True)[-1]

@@ -63,7 +63,10 @@ def _composed(p: Problem, positives: Positives) -> tuple[Tensor, Tensor]:
     lse = lse.reshape(spec.rows)
     _, logits = positive_logits(tensors.query, tensors.keys, tensors.scale, tensors.bias, rows, columns)
     gap = lse[..., None] - logits
-    losses = F.softplus(gap, threshold=40) if include else gap  # beyond 40, log(1 + e^gap) is gap in float64 too
+    if include:
+        losses = F.softplus(gap, threshold=40)  # beyond 40, log(1 + e^gap) is gap in float64 too
+    else:  # 0 for a row that will be dropped: the gradient of its weights would be 0 x inf
+        losses = torch.where(lse[..., None] == -torch.inf, 0.0, gap)
     if columns is not None:
         losses = torch.where(columns >= 0, losses, 0.0)
     if weights is not None:

@@ -66,7 +66,8 @@ def _losses(x, y, scale, shift, labels, mean, precision, impl) -> Tensor:
     if impl != "cpu" or transformed() or any(isinstance(t, Tensor) and t.dim() for t in (scale, shift)):
         return _definition(call, x, y, scale, shift)
     scale, shift = (None if t is None else torch.as_tensor(t, dtype=torch.float32, device=x.device) for t in (scale, shift))
-    return MatchingLoss.apply(call, x, y, scale, shift)
+    # made contiguous here, not within: what a Function saves must be what it was given, or the second derivative misses it
+    return MatchingLoss.apply(call, x.contiguous(), None if y is None else y.contiguous(), scale, shift)
 
 
 def _definition(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor, shift: float | Tensor | None) -> Tensor:
@@ -92,7 +93,6 @@ class MatchingLoss(Function):
 
     @staticmethod
     def forward(ctx, call, x, y, scale, shift):
-        x, y = x.contiguous(), None if y is None else y.contiguous()
         losses, statistics = torch.ops.kdfast.matching_loss(x, y, scale, shift, call.labels, call.mean, call.products)
         ctx.call = call
         ctx.save_for_backward(statistics, x, y, scale, shift)

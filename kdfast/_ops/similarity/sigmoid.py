@@ -174,13 +174,15 @@ class SigmoidPairs(Function):
 
     @staticmethod
     def backward(ctx, g):
-        record = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        run = SigmoidGradients.apply if record else SigmoidGradients.forward
+        # as a Function where it may be differentiated again, or is under torch.func.vmap
+        record = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        run = SigmoidGradients.apply if record and not torch.compiler.is_compiling() else SigmoidGradients.forward
         return None, None, *run(ctx.impl, ctx.compute, ctx.needs_input_grad[2:5], g.contiguous(), *ctx.saved_tensors), None
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return fold_batch(SigmoidPairs.apply, info.batch_size, in_dims, args)
+        (loss,), _ = fold_batch(lambda *folded: (SigmoidPairs.apply(*folded),), info.batch_size, in_dims, args)
+        return loss, 0
 
 
 class SigmoidGradients(Function):

@@ -47,7 +47,7 @@ def sup_con_rows(
     if impl != "cpu" or transformed() or (isinstance(scale, Tensor) and scale.dim()):
         losses, counted = _definition(call, x, scale)
     else:
-        losses, statistics = SupCon.apply(call, x, torch.as_tensor(scale, dtype=torch.float32))
+        losses, statistics = SupCon.apply(call, x.contiguous(), torch.as_tensor(scale, dtype=torch.float32))
         counted = statistics[2] > 0
     return losses, None if mean else counted
 
@@ -72,7 +72,6 @@ class SupCon(Function):
 
     @staticmethod
     def forward(ctx, call, x, scale):
-        x = x.contiguous()
         losses, statistics = torch.ops.kdfast.sup_con(x, scale, call.labels, call.mean, call.products)
         ctx.call = call
         ctx.mark_non_differentiable(statistics)

@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..._core import dtypes
+from ..._core.recording import recorded
 from . import cpu
-from .apply import needs_grad, transformed
+from .apply import transformed
 from .definition import SecondOrder
 
 
@@ -16,7 +17,7 @@ def unit_length(x: Tensor) -> Tensor:
     if cpu.missing() is not None or cpu.refuses(device_type=x.device.type, dtype=x.dtype) is not None or transformed():
         return _definition(x)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = UnitLength.apply(rows) if needs_grad((rows,)) else torch.ops.kdfast.unit_length(rows)[0]
+    y = UnitLength.apply(rows) if recorded(rows) else torch.ops.kdfast.unit_length(rows)[0]
     return y.view(x.shape)
 
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._core.recording import recorded
+
 #: Elements of the largest temporary of a block: a few MB on a CPU, enough work to fill a GPU elsewhere.
 CPU_BUDGET, DEVICE_BUDGET = 2**18, 2**24
 
@@ -81,8 +83,7 @@ def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def call(function: type[torch.autograd.Function], *args):
     """function.apply, or its forward where nothing is recorded: Dynamo cannot call a forward of variable arity there."""
-    recorded = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
-    return (function.apply if recorded else function.forward)(*args)
+    return (function.apply if recorded(*(t for t in args if isinstance(t, Tensor))) else function.forward)(*args)
 
 
 def _evaluate(spec: Spec, block: Block, moving: tuple[Tensor, ...], constant: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

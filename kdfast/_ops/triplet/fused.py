@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..._core.recording import recorded
+
 
 class Fused(NamedTuple):
     #: (wanted, *tensors, *settings) -> (value, *gradients of those wanted, each in its tensor's shape, float32)
@@ -17,7 +19,7 @@ class Fused(NamedTuple):
 
 def loss(fused: Fused, settings: tuple, *tensors: Tensor) -> Tensor:
     """The value, 0-d float32, with gradients for those of `tensors` that need them."""
-    wanted = tuple(torch.is_grad_enabled() and t.requires_grad for t in tensors)
+    wanted = tuple(recorded(t) for t in tensors)
     return _Value.apply(fused, settings, wanted, *tensors)[0]
 
 
