@@ -1,31 +1,36 @@
-"""Builds kdfast._C where it can. Without torch or a compiler the install still succeeds, in pure Python, with one line that says so.
+"""Builds kdfast._C and, for a CUDA PyTorch with nvcc of its version, kdfast._C_cuda, where it can. Without torch or a compiler the install
+still succeeds, in pure Python, with one line that says so; neither module breaks the other.
 
-KDFAST_NO_EXT=1 skips the extension, KDFAST_REQUIRE_EXT=1 turns a failed build into an error. Install with
+KDFAST_NO_EXT=1 skips both, KDFAST_REQUIRE_EXT=1 turns a failed build of kdfast._C into an error. Install with
 `pip install --no-build-isolation .`, so that the build sees the torch it will run with. Everything else is in pyproject.toml.
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-#: where the reason of a missing extension is left for `kdfast doctor`
-REASON = ROOT / "kdfast" / "_build_failure.txt"
+#: where the reason of a missing module is left for `kdfast doctor`
+REASONS = {f"kdfast.{name}": ROOT / "kdfast" / f"_build_failure{name}.txt" for name in ("_C", "_C_cuda")}
 #: LibTorch stable ABI of torch 2.10: the binary serves that version and later ones
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 #: instruction sets are chosen by the files themselves (csrc/cpu/isa), so no -march; NaN and inf must behave, so no -ffast-math
 FLAGS = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+#: of nvcc: what tests/test_cuda_compile.py has looked at, and for later GPUs code that their driver compiles
+ARCHITECTURES = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90)] + ["-gencode=arch=compute_90,code=compute_90"]
 
 
-def give_up(reason: str) -> None:
+def give_up(module: str, reason: str) -> None:
     """One line for the person at the terminal and for the doctor; an error when the extension is required."""
-    if os.environ.get("KDFAST_REQUIRE_EXT") == "1":
+    if module == "kdfast._C" and os.environ.get("KDFAST_REQUIRE_EXT") == "1":
         raise SystemExit(f"kdfast: the extension is required (KDFAST_REQUIRE_EXT=1) and was not built: {reason}")
-    REASON.write_text(reason + "\n")
-    print(f"kdfast: installing without compiled kernels: {reason}", file=sys.stderr)
+    REASONS[module].write_text(reason + "\n")
+    print(f"kdfast: installing without {module}: {reason}", file=sys.stderr)
 
 
 def kernel_units() -> list[Path]:
@@ -43,43 +48,83 @@ def kernel_units() -> list[Path]:
     return paths
 
 
+def against_cuda(torch, home: str | None) -> str | None:
+    """Why CUDA kernels cannot be built (None: they can)."""
+    if torch.version.cuda is None:
+        return "PyTorch is not built for CUDA"
+    if home is None or not Path(home, "bin", "nvcc").is_file():
+        return "there is no nvcc (CUDA_HOME says where it is)"
+    told = subprocess.run([Path(home, "bin", "nvcc"), "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.", told)
+    if found is None or found[1] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is of CUDA {found[1] if found else '?'}, PyTorch of {torch.version.cuda}"
+    return None
+
+
+def cuda_module(torch, cpp_extension, include: str):
+    """kdfast._C_cuda, or None with the reason written down."""
+    reason = against_cuda(torch, cpp_extension.CUDA_HOME)
+    if reason is not None:
+        give_up("kdfast._C_cuda", reason)
+        return None
+    nvcc = ["-O3", *ARCHITECTURES]
+    return cpp_extension.CUDAExtension(
+        "kdfast._C_cuda",
+        [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cuda/**/*.c*")) if path.suffix in (".cpp", ".cu")],
+        include_dirs=[include, str(ROOT / "csrc/cuda")],
+        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cuda/**/*.*h"))],
+        extra_compile_args={"cxx": [*FLAGS, *DEFINES, "-DUSE_CUDA", f'-DKDFAST_FLAGS="{" ".join(nvcc)}"'], "nvcc": nvcc},
+    )
+
+
 def extension() -> dict:
-    """Arguments of setup() that build kdfast._C; {} when it cannot be built."""
-    REASON.unlink(missing_ok=True)
+    """Arguments of setup() that build the compiled modules; {} when none can be built."""
+    for reason in REASONS.values():
+        reason.unlink(missing_ok=True)
     if os.environ.get("KDFAST_NO_EXT") == "1":
-        give_up("KDFAST_NO_EXT=1 at install time")
+        for module in REASONS:
+            give_up(module, "KDFAST_NO_EXT=1 at install time")
         return {}
     try:
         import pybind11
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        import torch
+        from torch.utils import cpp_extension
     except ImportError as error:
-        give_up(f"{error} at install time (install torch first, then `pip install --no-build-isolation .`)")
+        for module in REASONS:
+            give_up(module, f"{error} at install time (install torch first, then `pip install --no-build-isolation .`)")
         return {}
 
-    class Build(BuildExtension):
-        """Where the compiler fails, the package is installed without the extension."""
+    class Build(cpp_extension.BuildExtension):
+        """Where the compiler fails, the package is installed without the module."""
 
         def run(self) -> None:
-            Path(self.build_lib, "kdfast", REASON.name).unlink(missing_ok=True)  # of an earlier build in this tree
-            try:
-                super().run()
-            except (Exception, SystemExit) as error:
-                give_up(f"the compiler failed at install time: {' '.join(str(error).split())[:300]}")
-                self.extensions = []
-                target = Path(self.build_lib, "kdfast")  # the wheel's other files were already collected there
-                if target.is_dir():
-                    shutil.copy(REASON, target)
+            target = Path(self.build_lib, "kdfast")
+            for reason in REASONS.values():
+                Path(target, reason.name).unlink(missing_ok=True)  # of an earlier build in this tree
+            built = []
+            for module in self.extensions:
+                self.extensions = [module]
+                try:
+                    super().run()
+                    built.append(module)
+                except (Exception, SystemExit) as error:
+                    give_up(module.name, f"the compiler failed at install time: {' '.join(str(error).split())[:300]}")
+            self.extensions = built
+            for reason in REASONS.values():
+                if reason.exists() and target.is_dir():  # the wheel's other files were already collected there
+                    shutil.copy(reason, target)
 
     flags = [*FLAGS, *DEFINES]
     sources = [*sorted(ROOT.glob("csrc/*.cpp")), *sorted(ROOT.glob("csrc/cpu/**/*.cpp")), *kernel_units()]
-    module = CppExtension(
+    module = cpp_extension.CppExtension(
         "kdfast._C",
         [str(path.relative_to(ROOT)) for path in sources],
         include_dirs=[pybind11.get_include(), str(ROOT / "csrc/cpu")],
         depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cpu/**/*.h")) + sorted(ROOT.glob("csrc/cpu/**/*.inl"))],
         extra_compile_args=[*flags, f'-DKDFAST_FLAGS="{" ".join(flags)}"'],
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
+    modules = [module, cuda_module(torch, cpp_extension, pybind11.get_include())]
+    return {"ext_modules": [m for m in modules if m is not None], "cmdclass": {"build_ext": Build}}
 
 
 setup(**extension())

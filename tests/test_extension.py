@@ -77,7 +77,7 @@ def test_build_failure_is_remembered(tmp_path, monkeypatch):
     """What setup.py wrote down is the reason the doctor prints."""
     package = tmp_path / "kdfast"
     (package / "_core").mkdir(parents=True)
-    (package / "_build_failure.txt").write_text("the compiler failed at install time: exit status 1\n")
+    (package / "_build_failure_never_built.txt").write_text("the compiler failed at install time: exit status 1\n")
     monkeypatch.setattr(extension, "__file__", str(package / "_core" / "extension.py"))
     extension.load.cache_clear()
     try:

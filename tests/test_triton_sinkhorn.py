@@ -1,8 +1,11 @@
 """The Triton Sinkhorn half steps against the float64 reference: on a GPU, or where there is none under Triton's interpreter,
 in a process that has TRITON_INTERPRET=1 from its start (make test)."""
 
+import functools
+
 import pytest
 import torch
+from sinkhorn_gpu_cases import check, weights
 
 from kdfast._core import triton_runtime
 from kdfast._ops.sinkhorn import reference
@@ -17,28 +20,7 @@ def moved(x):
     return x.to(DEVICE) if isinstance(x, torch.Tensor) else x
 
 
-def weights(*shape):
-    w = torch.rand(*shape) + 0.2
-    return w / w.sum(-1, keepdim=True)
-
-
-def check(cost, a, b, epsilon, iterations, *, method="log", rho=(None, None), anneal=None, source=None):
-    """Error at most twice that of plain logsumexp iterations in float32, 4 units in the last place, and one an iteration."""
-    given = {"cost": cost} if source is None else source
-    given = {name: moved(x) for name, x in given.items()}
-    options = {"epsilon": epsilon, "max_iters": iterations, "method": method, "rho": rho, "anneal": anneal}
-    ours = sinkhorn(**given, a=moved(a), b=moved(b), **options, impl="triton")
-    truth, naive = (
-        reference.sinkhorn(cost.to(t), a.to(t), b.to(t), epsilon, iterations, rho=rho, anneal=anneal, proximal=method == "proximal")
-        for t in (torch.float64, torch.float32)
-    )
-    unit = torch.finfo(torch.float32).eps * float(truth.f.abs().max() + truth.g.abs().max() + cost.abs().max())
-    least = epsilon / iterations if method == "proximal" else epsilon
-    steep = max(1.0, float(cost.max()) / least)  # an error of the exponents is one of the plan
-    for name, slack in (("f", 1.0), ("g", 1.0), ("value", steep), ("transport_cost", steep)):
-        u, v, w = (getattr(r, name).double().cpu() for r in (ours, truth, naive))
-        assert float((u - v).abs().max()) <= 2 * float((w - v).abs().max()) + (4 + iterations) * unit * slack, name
-    return ours
+check = functools.partial(check, impl="triton", moved=moved)
 
 
 @pytest.mark.parametrize("method", ["log", "proximal"])

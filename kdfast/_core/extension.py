@@ -18,14 +18,14 @@ def load(name: str) -> tuple[object | None, str | None]:
     except ModuleNotFoundError as error:
         if error.name != f"kdfast.{name}":
             return None, f"kdfast.{name} failed to load: {error}"
-        return None, f"kdfast.{name} was not built: {_build_failure()}"
+        return None, f"kdfast.{name} was not built: {_build_failure(name)}"
     except (ImportError, OSError) as error:  # an undefined symbol, a missing libtorch
         return None, f"kdfast.{name} failed to load: {error}"
 
 
-def _build_failure() -> str:
+def _build_failure(name: str) -> str:
     """What setup.py wrote down when it could not build."""
-    record = Path(__file__).parent.parent / "_build_failure.txt"
+    record = Path(__file__).parent.parent / f"_build_failure{name}.txt"
     return record.read_text().strip() if record.exists() else "not installed with a compiler (see README, Installation)"
 
 
@@ -38,4 +38,4 @@ def missing_cpu() -> str | None:
 def missing_cuda() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return load("_C_cuda")[1]
+    return missing_cpu() or load("_C_cuda")[1]  # _C has the schemas

@@ -6,7 +6,7 @@ from torch import Tensor
 from kdfast._core import checks, impls
 from kdfast._core import precision as precisions
 
-from . import arguments, cpu, triton
+from . import arguments, cpu, cuda, triton
 from .autograd import DualValue, Potentials, TransportCost, applied, followed, refuse
 from .geometry import Problem
 from .result import PlanState, SinkhornResult, refusal, zero_outside
@@ -15,7 +15,8 @@ __all__ = ["SinkhornResult", "sinkhorn"]
 
 GRADS = ("envelope", "implicit", "unrolled", "detached")
 
-impls.register("sinkhorn", *(impls.Implementation(name, m.missing, m.refuses) for name, m in (("cpu", cpu), ("triton", triton))))
+_HERE = (("cpu", cpu), ("cuda", cuda), ("triton", triton))
+impls.register("sinkhorn", *(impls.Implementation(name, m.missing, m.refuses) for name, m in _HERE))
 
 
 def sinkhorn(
@@ -72,7 +73,7 @@ def sinkhorn(
         precision: "bf16" rounds the centred points. Otherwise their products are as exact as float32's in the compiled kernels;
             impl="torch" makes them as PyTorch's matmuls are set to on a GPU (TF32 costs about 1e-3 of the cost's range), in
             float32 on the CPU.
-        impl: None, "cpu", "triton" or "torch".
+        impl: None, "cpu", "cuda", "triton" or "torch".
 
     Returns: SinkhornResult: f, g, value, transport_cost, epsilon, iterations, error, converged, plan(), apply(v),
         apply_t(v), check().
@@ -86,8 +87,7 @@ def sinkhorn(
     rho = arguments.marginal_penalties(rho, method)
     first = cost if cost is not None else x
     device_type = first.device.type if isinstance(first, Tensor) else "cpu"
-    dtype = first.dtype if isinstance(first, Tensor) else torch.float32
-    impl = impls.choose("sinkhorn", impl, device_type=device_type, dtype=dtype)
+    impl = impls.choose("sinkhorn", impl, **_facts(cost, x, y, metric, method, tol))
     precision = precisions.resolve(precision, device_type)
     with torch.autocast(device_type, enabled=False):
         p, batch, inside = arguments.problem(cost, x, y, metric, a, b, epsilon, rho, lengths, precision, impl)
@@ -96,6 +96,17 @@ def sinkhorn(
     if tol is not None and device_type == "cpu" and not torch.compiler.is_compiling() and checks.readable(result.error.detach()):
         result.check(stacklevel=3)
     return result
+
+
+def _facts(cost, x, y, metric, method: str, tol) -> dict:
+    """What the choice of an implementation looks at; arguments that are wrong are found later."""
+    first = cost if cost is not None else x
+    if not isinstance(first, Tensor):
+        return {"device_type": "cpu"}
+    facts = {"device_type": first.device.type, "dtype": first.dtype, "points": cost is None and not callable(metric)}
+    if first.dim() >= 2 and (cost is not None or (isinstance(y, Tensor) and y.dim() >= 2)):
+        facts["size"] = tuple(cost.shape[-2:]) if cost is not None else (x.shape[-2], y.shape[-2])
+    return {**facts, "method": method, "tol": tol}
 
 
 def _start(init, p: Problem, batch: tuple[int, ...], inside: Tensor | None, method: str) -> Tensor:

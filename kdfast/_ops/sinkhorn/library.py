@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import adjoint, cpu, portable, triton
+from . import adjoint, cpu, cuda, portable, triton
 from .geometry import Problem
 from .portable import Schedule
 
@@ -58,7 +58,7 @@ def _fold(name: str, info, in_dims, *args):
 
 def _solve(*args):
     p, g, schedule, history = Problem(*args[:_FIELDS]), args[_FIELDS], Schedule(*args[_FIELDS + 1 : -1]), args[-1]
-    return tuple({"cpu": cpu, "triton": triton}.get(p.impl, portable).solve(p, g, schedule, history))
+    return tuple({"cpu": cpu, "cuda": cuda, "triton": triton}.get(p.impl, portable).solve(p, g, schedule, history))
 
 
 def _costs(*args):

@@ -1,0 +1,67 @@
+// kdfast::sinkhorn_solve on CUDA: checks and registration.
+
+#include <string>
+#include <tuple>
+
+#include "bind.h"
+#include "sinkhorn/sinkhorn.h"
+
+namespace {
+
+using kdfast::SinkhornBatch;
+using kdfast::SinkhornOnChip;
+using kdfast::SinkhornSchedule;
+using Solution = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+SinkhornBatch batch_of(const Tensor& cost, const Tensor& a, const Tensor& b, const Tensor& epsilon, const OptionalTensor& rows, const OptionalTensor& columns,
+                       std::optional<double> rho_a, std::optional<double> rho_b) {
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "a and b must have 2 dimensions, got ", a.dim(), " and ", b.dim());
+  SinkhornBatch p{};
+  p.batch = a.size(0), p.n = a.size(1), p.m = b.size(1);
+  p.a = floats("a", a, {p.batch, p.n}), p.b = floats("b", b, {p.batch, p.m}), p.epsilon = floats("epsilon", epsilon, {p.batch});
+  const bool shared = cost.dim() == 2;
+  if (shared) {
+    check("cost", cost, ScalarType::Float, {p.n, p.m});
+  } else {
+    check("cost", cost, ScalarType::Float, {p.batch, p.n, p.m});
+  }
+  const int64_t d = cost.dim() - 2;
+  STD_TORCH_CHECK(p.m <= 1 || cost.stride(d + 1) == 1, "rows of the cost must be contiguous");
+  p.cost = static_cast<const float*>(cost.const_data_ptr());
+  p.row_stride = cost.stride(d), p.batch_stride = shared ? 0 : cost.stride(0);
+  STD_TORCH_CHECK(rows.has_value() == columns.has_value(), "rows and cols must be given together");
+  if (rows.has_value()) {
+    p.rows = packed<int64_t>("rows", *rows, ScalarType::Long, {p.batch});
+    p.columns = packed<int64_t>("cols", *columns, ScalarType::Long, {p.batch});
+  }
+  p.rho_a = float(rho_a.value_or(0)), p.rho_b = float(rho_b.value_or(0));
+  return p;
+}
+
+Solution sinkhorn_solve(const OptionalTensor& cost, const OptionalTensor&, const OptionalTensor&, const Tensor& a, const Tensor& b, const Tensor& epsilon,
+                        const OptionalTensor& rows, const OptionalTensor& columns, std::string, std::optional<double> rho_a, std::optional<double> rho_b,
+                        const Tensor& g0, int64_t iterations, std::optional<double> tol, std::string method, std::optional<double> anneal_start,
+                        std::optional<double> anneal_factor, bool history) {
+  STD_TORCH_CHECK(cost.has_value(), "sinkhorn_solve on CUDA takes a cost, not points");
+  STD_TORCH_CHECK(1 <= iterations && iterations <= INT32_MAX, "iterations must be in 1 ... 2^31 - 1, got ", iterations);
+  const bool proximal = method == "proximal";
+  STD_TORCH_CHECK(!(proximal && tol.has_value()), "method 'proximal' takes no tol on CUDA");
+  SinkhornOnChip p{};
+  p.problems = batch_of(*cost, a, b, epsilon, rows, columns, rho_a, rho_b);
+  p.schedule = {int(iterations), float(tol.value_or(-1)), proximal, anneal_start.value_or(0), anneal_factor.value_or(1)};
+  const auto [batch, n, m] = std::tuple(p.problems.batch, p.problems.n, p.problems.m);
+  p.start_g = floats("g", g0, {batch, m});
+  const int64_t steps = history ? iterations : 0;
+  const auto reals = [&](std::initializer_list<int64_t> shape) { return torch::stable::new_empty(a, shape); };
+  Tensor f = reals({batch, n}), g = reals({batch, m}), row = reals({batch, n}), column = reals({batch, m});
+  Tensor transport = reals({batch}), error = reals({batch}), done = torch::stable::new_empty(a, {batch}, ScalarType::Long);
+  Tensor steps_f = reals({batch, steps, n}), steps_g = reals({batch, steps, m});
+  p.out = {written(f), written(row), written(g), written(column), written(transport), written(error), static_cast<int64_t*>(done.mutable_data_ptr()), nullptr, nullptr};
+  if (history) p.out.history_f = written(steps_f), p.out.history_g = written(steps_g);
+  if (batch > 0) on_device_of(a, [&](void* stream) { return kdfast::sinkhorn_on_chip(p, stream); });
+  return {f, g, row, column, transport, error, done, steps_f, steps_g};
+}
+
+}  // namespace
+
+KDFAST_CUDA_OPS(m) { m.impl("sinkhorn_solve", TORCH_BOX(&sinkhorn_solve)); }

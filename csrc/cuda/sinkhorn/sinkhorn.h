@@ -1,0 +1,48 @@
+// What the Sinkhorn kernels are given: plain pointers of the device, sizes, no torch. Potentials are in units of the cost.
+#pragma once
+
+#include <stdint.h>
+
+namespace kdfast {
+
+// B problems: P_ij = a_i b_j exp((f_i + g_j - C_ij)/epsilon). All but the cost is contiguous.
+struct SinkhornBatch {
+  int64_t batch, n, m;
+  const float* cost;  // [B, n, m], each row contiguous; a shared cost has batch stride 0
+  int64_t batch_stride, row_stride;
+  const float *a, *b, *epsilon;  // [B, n], [B, m], [B]
+  const int64_t *rows, *columns; // [B], the rest is padding and is not read; null: all
+  float rho_a, rho_b;            // 0: fixed marginal
+};
+
+struct SinkhornSchedule {
+  int iterations;
+  float tol;                           // negative: none
+  bool proximal;                       // iteration t at epsilon/t, from extrapolated g
+  double anneal_start, anneal_factor;  // start 0: none
+};
+
+// Outputs; 0 at padding.
+struct SinkhornSolution {
+  float *f, *row;            // [B, n]; row: sum_j b_j E_ij, E = exp((f + g - C)/epsilon)
+  float *g, *column;         // [B, m]; column: sum_i a_i E_ij
+  float *transport, *error;  // [B]
+  int64_t* done;             // [B]
+  float *history_f, *history_g;  // [B, iterations, n], [B, iterations, m], or null
+};
+
+// All iterations of every problem in one launch, each problem on chip.
+struct SinkhornOnChip {
+  SinkhornBatch problems;
+  SinkhornSchedule schedule;
+  const float* start_g;  // [B, m]
+  SinkhornSolution out;
+  int cluster;  // blocks that share a problem
+};
+
+// Rows of a problem with m columns that fit on chip where `clusters` tells whether blocks can share one; 0: too many columns.
+int64_t sinkhorn_on_chip_rows(int64_t m, bool clusters);
+// Null, or what went wrong.
+const char* sinkhorn_on_chip(SinkhornOnChip params, void* stream);
+
+}  // namespace kdfast

@@ -1,0 +1,26 @@
+"""CUDA: whether the compiled kernels are here, and what their choice needs to know of a GPU."""
+
+import functools
+
+import torch
+
+from . import extension
+
+#: where the kernels' ops are, and the tensors they take; tests put the emulator's here (tests/cuda_emulation.py)
+OPS, DEVICE = torch.ops.kdfast, "cuda"
+
+
+@torch.compiler.assume_constant_result
+def missing() -> str | None:
+    """Why the kernels cannot run on this machine (None: they can)."""
+    return extension.missing_cuda()
+
+
+def refuses_device(device_type: str) -> str | None:
+    return None if device_type == DEVICE else f"it runs on {DEVICE} tensors, these are on {device_type}"
+
+
+@functools.cache
+def has_clusters() -> bool:
+    """Whether blocks of the GPU in use can share a problem: from compute capability 9.0 on."""
+    return torch.cuda.get_device_capability() >= (9, 0)

@@ -1,0 +1,51 @@
+"""impl="cuda": the kernels of csrc/cuda/sinkhorn, for problems that stay on chip through all their iterations.
+
+They take a given cost of at most 256 columns and 128 rows, 1024 rows on GPUs with clusters (from compute capability 9.0).
+"""
+
+import torch
+from torch import Tensor
+
+from kdfast._core import cuda_runtime as runtime
+
+from .geometry import Problem
+from .portable import Schedule, Solution
+
+COLUMNS, BLOCK_ROWS, BLOCKS = 256, 128, 8
+
+
+def missing() -> str | None:
+    return runtime.missing()
+
+
+def refuses(
+    *,
+    device_type: str = "cuda",
+    dtype: torch.dtype = torch.float32,
+    size: tuple[int, int] | None = None,
+    points: bool = False,
+    method: str = "auto",
+    tol: float | None = None,
+    **_facts,
+) -> str | None:
+    """Why the kernels cannot serve a call (None: they can)."""
+    if dtype != torch.float32:
+        return f"it takes float32, not {dtype}"
+    if points:
+        return "it takes a cost, not points"
+    if method == "proximal" and tol is not None:
+        return "it takes no tol with method='proximal'"
+    wrong = runtime.refuses_device(device_type)
+    if wrong is not None or size is None:
+        return wrong
+    rows = BLOCK_ROWS * (BLOCKS if runtime.has_clusters() else 1)
+    if size[0] > rows or size[1] > COLUMNS:
+        return f"it takes problems of at most {rows} x {COLUMNS}, which stay on chip, not {size[0]} x {size[1]}"
+    return None
+
+
+def solve(p: Problem, g: Tensor, schedule: Schedule, history: bool) -> Solution:
+    """Run `schedule` on every problem from column potentials g [B, m], in one launch."""
+    cost = p.cost if p.cost.stride(-1) == 1 else p.cost.contiguous()
+    fields = (cost, *(None if t is None else t.contiguous() for t in p[1:8]), p.metric, p.rho_a, p.rho_b)
+    return Solution(*runtime.OPS.sinkhorn_solve(*fields, g.contiguous(), *schedule, history))

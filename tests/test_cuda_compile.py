@@ -1,0 +1,72 @@
+"""The CUDA sources compile for GPUs that are not here: kernels keep to their registers, bindings to the stable ABI."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+CUDA = ROOT / "csrc/cuda"
+KERNELS, BINDINGS = sorted(CUDA.rglob("*.cu")), sorted(CUDA.rglob("bind_*.cpp"))
+ARCHITECTURES = (80, 90, 100)
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+#: bytes of a stack that ptxas may make for what a loop does not touch; none on the GPUs that kernels are written for
+STACK = {80: 0, 90: 0, 100: 16}
+NVCC = shutil.which("nvcc") or ("/usr/local/cuda/bin/nvcc" if Path("/usr/local/cuda/bin/nvcc").is_file() else None)
+
+
+class Usage(NamedTuple):
+    kernel: str
+    arch: int
+    stack: int
+    spilled: int
+    registers: int
+    shared: int
+
+
+def usages(report: str) -> list[Usage]:
+    """What `nvcc -Xptxas -v` says of each kernel."""
+    found = re.findall(
+        r"entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers(.*?)\n",
+        report, re.DOTALL,
+    )  # fmt: skip
+    sizes = [re.search(r"(\d+) bytes smem", rest) for *_, rest in found]
+    return [Usage(name, *map(int, numbers), int(size[1]) if size else 0) for (name, *numbers, _), size in zip(found, sizes, strict=True)]
+
+
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
+def test_kernels_stay_in_registers(source, tmp_path):
+    if NVCC is None:
+        assert os.environ.get("KDFAST_REQUIRE_EXT") != "1", "nvcc is required to check the CUDA kernels"
+        pytest.skip("nvcc is not here")
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+    options = ["-c", "-std=c++17", "-O3", "-Xptxas", "-v", "-Werror", "all-warnings", f"-I{CUDA}", "-o", tmp_path / "out.o"]
+    done = subprocess.run([NVCC, *options, *targets, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = usages(done.stderr)
+    assert {usage.arch for usage in found} == set(ARCHITECTURES)
+    for usage in found:
+        assert usage.stack <= STACK[usage.arch] and usage.registers < 255 and usage.shared <= SHARED_MEMORY[usage.arch], usage
+
+
+@pytest.mark.parametrize("source", BINDINGS, ids=lambda path: path.stem)
+def test_bindings_compile_against_any_pytorch(source):
+    """Of CUDA they use what the stable ABI has, whose headers are in CPU builds of PyTorch too."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no compiler {compiler}")
+    flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    includes = [f"-I{CUDA}", f"-I{Path(torch.__file__).parent / 'include'}"]
+    done = subprocess.run([compiler, *flags, *includes, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_know_nothing_of_torch():
+    for path in sorted(CUDA.rglob("*")):
+        if path.suffix in (".cu", ".cuh", ".h") and path.name != "bind.h":
+            assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", path.read_text()), path
