@@ -1,4 +1,4 @@
-"""Mining, nearest neighbours, sampled negatives and optimal transport on a GPU, beside the formulas in PyTorch.
+"""Losses of matched pairs, mining, nearest neighbours, sampled negatives and optimal transport on a GPU, beside the formulas in PyTorch.
 
 Each implementation's result is held to the formula's before its time is shown. Writes families.csv, .json and .md.
 """
@@ -46,6 +46,50 @@ def batch_hard(n: int, d: int, device: str) -> Case:
     runs = {impl: functools.partial(step, lambda x, i=impl: kd.triplet_loss(x, labels, normalize=False, impl=i)) for impl in IMPLS}
     runs |= {"eager": lambda: step(eager), "torch.compile": functools.partial(step, torch.compile(eager))}
     return Case("batch_hard", f"{n}, {d}", runs, 2 * n * n * d, "FLOP")
+
+
+def matched(n: int, d: int, device: str, sigmoid: bool = False) -> Case:
+    x, y = (F.normalize(torch.randn(n, d, device=device), dim=-1).bfloat16().requires_grad_() for _ in range(2))
+    own = torch.arange(n, device=device)
+
+    def step(loss):
+        return torch.cat(torch.autograd.grad(loss(x, y), (x, y)))
+
+    def softmaxes(x, y):
+        z = 50.0 * (x @ y.T).float()
+        return (F.cross_entropy(z, own) + F.cross_entropy(z.T, own)) / 2
+
+    def sigmoids(x, y):
+        z = 10.0 * (x @ y.T).float() - 10
+        return -F.logsigmoid(torch.where(own[:, None] == own, z, -z)).sum() / n
+
+    def ours(x, y, impl):
+        return kd.siglip_loss(x, y, 10.0, -10.0, impl=impl) if sigmoid else kd.clip_loss(x, y, 50.0, impl=impl)
+
+    eager = sigmoids if sigmoid else softmaxes
+    runs = {impl: functools.partial(step, functools.partial(ours, impl=impl)) for impl in IMPLS}
+    runs |= {"eager": lambda: step(eager), "torch.compile": functools.partial(step, torch.compile(eager))}
+    return Case("siglip_loss" if sigmoid else "clip_loss", f"{n}, {d}", runs, 8 * n * n * d, "FLOP")
+
+
+def supervised(n: int, d: int, device: str) -> Case:
+    x = F.normalize(torch.randn(n, d, device=device), dim=-1).bfloat16().requires_grad_()
+    labels = torch.arange(n, device=device) // 8
+
+    def step(loss):
+        return torch.autograd.grad(loss(x), x)[0]
+
+    def eager(x):
+        own = torch.eye(n, dtype=torch.bool, device=device)
+        same = (labels[:, None] == labels) & ~own
+        log_p = (10.0 * (x @ x.T).float()).masked_fill(own, -torch.inf).log_softmax(-1)
+        return -(log_p.masked_fill(~same, 0).sum(-1) / same.sum(-1)).mean()
+
+    runs = {
+        impl: functools.partial(step, lambda x, i=impl: kd.sup_con(x, labels, temperature=0.1, normalize=False, impl=i)) for impl in IMPLS
+    }
+    runs |= {"eager": lambda: step(eager), "torch.compile": functools.partial(step, torch.compile(eager))}
+    return Case("sup_con", f"{n}, {d}", runs, 6 * n * n * d, "FLOP")
 
 
 def neighbours(n: int, m: int, d: int, device: str) -> Case:
@@ -106,11 +150,13 @@ def transport(batch: int, n: int, iterations: int, device: str, width: int | Non
 IMPLS = ("triton", "torch")
 SIZES = {
     "full": [
+        (matched, (16384, 512)), (matched, (16384, 512), True), (supervised, (8192, 256)),
         (batch_hard, (4096, 128)), (batch_hard, (16384, 256)), (neighbours, (4096, 65536, 128)), (neighbours, (4096, 1_000_000, 128)),
         (sampled, (64, 16384, 50_000, 128)), (sampled, (256, 4096, 1_000_000, 128)), (transport, (256, 256, 50)),
         (transport, (1, 10_000, 20)), (transport, (1, 10_000, 10), 64),
     ],
     "small": [
+        (matched, (65, 24)), (matched, (65, 24), True), (supervised, (65, 24)),
         (batch_hard, (65, 24)), (neighbours, (20, 300, 24)), (sampled, (5, 40, 100, 24)), (transport, (2, 33, 4)),
         (transport, (1, 33, 4), 24),
     ],

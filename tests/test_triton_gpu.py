@@ -30,6 +30,16 @@ def info_nce(i):
     return loss_and_gradient(functional.info_nce(i["q"], i["q"].detach(), i["bank"], impl="triton"), i["q"])
 
 
+def matched(i):
+    other = i["bank"][:N] + i["q"]
+    loss = functional.clip_loss(i["q"], other, 0.1, impl="triton") + functional.siglip_loss(i["q"], other, 0.1, -1.0, impl="triton")
+    return loss_and_gradient(loss, i["q"])
+
+
+def sup_con(i):
+    return loss_and_gradient(functional.sup_con(i["q"], i["labels"], temperature=0.1, impl="triton"), i["q"])
+
+
 def triplet(i):
     options = {"ref": i["bank"], "ref_labels": i["bank_labels"], "impl": "triton"}
     return loss_and_gradient(functional.triplet_loss(i["q"], i["labels"], **options), i["q"])
@@ -56,7 +66,7 @@ def sinkhorn(i):
     return given.f, given.g, given.value, points.f, points.g, points.value
 
 
-CASES = pytest.mark.parametrize("case", [info_nce, triplet, extrema, knn, sampled, sinkhorn], ids=lambda c: c.__name__)
+CASES = pytest.mark.parametrize("case", [info_nce, matched, sup_con, triplet, extrema, knn, sampled, sinkhorn], ids=lambda c: c.__name__)
 
 
 @CASES
@@ -82,6 +92,9 @@ def test_as_in_plain_pytorch(case, monkeypatch):
 
 TARGETS = [
     (functional, "info_nce"),
+    (functional, "clip_loss"),
+    (functional, "siglip_loss"),
+    (functional, "sup_con"),
     (functional, "triplet_loss"),
     (functional, "sampled_nce"),
     (functional, "sampled_info_nce"),

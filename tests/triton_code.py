@@ -15,12 +15,13 @@ DOT = {torch.bfloat16: (tl.bfloat16, "*bf16"), torch.float16: (tl.float16, "*fp1
 POINTERS = {
     **dict.fromkeys(("query", "keys", "values", "start_value", "bank", "cost", "x", "y"), "matrix"),
     **dict.fromkeys(("query_labels", "key_labels", "key_index", "valid", "label", "own", "query_label", "key_label"), "*i64"),
-    **dict.fromkeys(("index", "chosen", "row_count", "column_count"), "*i64"),
-    **dict.fromkeys(("exists", "dropped"), "*i1"), "position": "*i32", "rho": "fp32",
+    **dict.fromkeys(("index", "chosen", "row_count", "column_count", "x_labels", "y_labels", "positive"), "*i64"),
+    **dict.fromkeys(("exists", "dropped"), "*i1"), "position": "*i32", "classes": "*i32", "rho": "fp32",
 }  # fmt: skip
 NUMBERS = (
     *("rows", "columns", "width", "value_width", "split_columns", "count", "splits", "batch"),
     *("slots", "split_slots", "size", "groups", "kept", "begin", "end"),
+    *("entries", "first_row", "first_column", "leading", "inner", "split_inner", "parts"),
 )
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -29,12 +30,13 @@ SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 class Code:
     """Registers, bytes of local memory, bytes of shared memory and the instructions of a kernel compiled for one architecture."""
 
-    def __init__(self, kernel, arch: int, dtype: torch.dtype, constants: dict, warps: int, tmp_path: Path):
-        signature = {name: self._type(name, constants, DOT[dtype][1]) for name in kernel.arg_names}
+    def __init__(self, kernel, arch: int, dtype: torch.dtype, constants: dict, warps: int, tmp_path: Path, **pointers: str):
+        signature = {name: pointers.get(name) or self._type(name, constants, DOT[dtype][1]) for name in kernel.arg_names}
         aligned = {
             (i,): [["tt.divisibility", 16]]  # as for contiguous tensors whose width is a multiple of 16
             for i, name in enumerate(kernel.arg_names)
-            if name not in constants and (signature[name].startswith("*") or name in ("width", "value_width") or name.endswith("_stride"))
+            if name not in constants
+            and (signature[name].startswith("*") or name in ("width", "value_width", "leading") or name.endswith("_stride"))
         }
         target = GPUTarget("cuda", arch, 32)
         compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options={"num_warps": warps})

@@ -1,8 +1,8 @@
-"""Triton: scores of a tile of rows against a tile of columns, as exact as float32's from parts in 16 bits.
+"""Triton: scores of a tile of rows against a tile of columns, of any width: of the rows as they are, or of their parts in 16 bits.
 
-Imported only where Triton is. A float32 is the sum of three bfloat16 numbers (triton_runtime.split makes them), and the product of two such
-sums is six products of parts, what it leaves out being below 2^-24 of it: float32's digits at a sixth of the rate of bfloat16, which is
-about twice what a GPU's float32 units do.
+Imported only where Triton is. Parts make scores as exact as float32's: a float32 is the sum of three bfloat16 numbers (triton_runtime.split
+makes them), and the product of two such sums is six products of parts, what it leaves out being below 2^-24 of it: float32's digits at a
+sixth of the rate of bfloat16, which is about twice what a GPU's float32 units do.
 """
 
 import triton
@@ -47,4 +47,31 @@ def scores(
             acc = product(x1, y0, acc, "ieee", INTERPRETED)
             acc = product(x0, y1, acc, "ieee", INTERPRETED)
         acc = product(x0, y0, acc, "ieee", INTERPRETED)
+    return acc
+
+
+@triton.jit
+def row_scores(
+    x, y, first_row, rows, first_column, columns, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """x_i . y_j [ROWS, COLUMNS] float32 of x [rows, width] and y [columns, width], multiplied as DOT. EVEN: width is a multiple of DEPTH.
+
+    Rows and columns past the end are copies of the last one (there is one). Addresses as in `scores`.
+    """
+    i = tl.minimum(tl.arange(0, ROWS), rows - 1 - first_row)
+    j = tl.minimum(tl.arange(0, COLUMNS), columns - 1 - first_column)
+    d = tl.arange(0, DEPTH)
+    one = tl.full([], 1, tl.int64)
+    x_at = x + one * first_row * width + (i[:, None] * width + d[None, :])
+    y_at = y + one * first_column * width + (j[:, None] * width + d[None, :])
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in tl.range(0, width, DEPTH, num_stages=STAGES):
+        if EVEN:
+            a, b = tl.load(x_at + start), tl.load(y_at + start)
+        else:
+            inside = (d < width - start)[None, :]
+            a, b = tl.load(x_at + start, mask=inside, other=0.0), tl.load(y_at + start, mask=inside, other=0.0)
+        acc = product(a.to(DOT), tl.trans(b.to(DOT)), acc, PRECISION, INTERPRETED)
     return acc

@@ -6,6 +6,8 @@ Imported only where Triton is. What belongs to a sample is computed in float32. 
 import triton
 import triton.language as tl
 
+from ..._core.triton_functions import softplus
+
 
 @triton.jit
 def sampled_rows(bank, bank_stride, size, sample, there, d, width):
@@ -32,21 +34,6 @@ def scores(
         q = tl.load(query + n * width + d, mask=d < width, other=0.0)
         total += sampled_rows(bank, bank_stride, size, sample, there, d, width) * q[None, :]
     tl.store(out + n * slots + k, tl.sum(total, 1), mask=there)
-
-
-@triton.jit
-def softplus(u):
-    """log(1 + exp u) to float32's relative accuracy, and its derivative.
-
-    log(1 + e) = 2 artanh(e / (2 + e)), whose argument is at most 1/3.
-    """
-    e = tl.exp(-tl.abs(u))
-    s = e / (2 + e)
-    s2 = s * s
-    series = 1 / 17
-    for term in tl.static_range(8):
-        series = series * s2 + 1 / (15 - 2 * term)
-    return tl.where(u > 0, u, 0.0) + 2 * s * series, tl.where(u > 0, 1.0, e) / (1 + e)
 
 
 @triton.jit

@@ -6,13 +6,18 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..._core import checks, impls
-from . import cpu
+from . import cpu, triton_pairs
 from .apply import through_function
 from .arguments import how_to_compute, row_parameter
 from .autograd import fold_batch
+from .passes import KERNELS
 from .tiles import Scores, contract, contract_tangent
 
-impls.register("sigmoid_pair_loss", impls.Implementation("cpu", cpu.missing, cpu.refuses))
+impls.register(
+    "sigmoid_pair_loss",
+    impls.Implementation("cpu", cpu.missing, cpu.refuses),
+    impls.Implementation("triton", triton_pairs.missing, triton_pairs.refuses),
+)
 
 
 def sigmoid_pair_loss(
@@ -146,18 +151,30 @@ def second_order(compute, want_keys, u, kappa, sigma, varsigma, g, query, keys, 
 
 
 def _run_forward(impl, compute, *tensors) -> Tensor:
-    if impl == "cpu":
-        return torch.ops.kdfast.sigmoid_pairs(*(x.contiguous() for x in tensors), cpu.product_number(compute.products, tensors[0]))
+    if impl in KERNELS:
+        number = cpu.product_number(compute.products, tensors[0], KERNELS[impl])
+        return KERNELS[impl].ops.sigmoid_pairs(*(x.contiguous() for x in tensors), number)
     run = torch.ops.kdfast_torch.sigmoid_forward if torch.compiler.is_compiling() else forward
     return run(*tensors, compute.dtype)
 
 
-def _run_gradients(impl, compute, want_rows, want_keys, *tensors) -> tuple[Tensor, Tensor, Tensor]:
+def _run_gradients(impl, compute, want, *tensors) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(dquery, dkeys, dscale, dshift) in the accumulator's dtype; what is not wanted is empty or None."""
+    want_query, want_keys, want_scale = want
+    _, query, _, scale, *_ = tensors
+    if impl in KERNELS:
+        number, tensors = cpu.product_number(compute.products, query, KERNELS[impl]), [x.contiguous() for x in tensors]
+    if impl == "triton":
+        dquery, dkeys, dshift, dscale = KERNELS[impl].ops.sigmoid_gradients(*tensors, want_query, want_keys, number)
+        return dquery, dkeys, dscale, dshift
+    want_rows = want_query or want_scale
     if impl == "cpu":
-        products = cpu.product_number(compute.products, tensors[1])
-        return torch.ops.kdfast.sigmoid_gradients(*(x.contiguous() for x in tensors), want_rows, want_keys, products)
-    run = torch.ops.kdfast_torch.sigmoid_gradients if torch.compiler.is_compiling() else gradients
-    return run(*tensors, want_rows, want_keys, compute.dtype)
+        rows, dkeys, dshift = torch.ops.kdfast.sigmoid_gradients(*tensors, want_rows, want_keys, number)
+    else:
+        run = torch.ops.kdfast_torch.sigmoid_gradients if torch.compiler.is_compiling() else gradients
+        rows, dkeys, dshift = run(*tensors, want_rows, want_keys, compute.dtype)
+    dscale = (query.to(compute.dtype).to(scale.dtype) * rows).sum(-1) if want_rows else None
+    return rows.mul_(scale[..., None]) if want_rows else rows, dkeys, dscale, dshift
 
 
 class SigmoidPairs(Function):
@@ -190,12 +207,9 @@ class SigmoidGradients(Function):
 
     @staticmethod
     def forward(impl, compute, want, g, query, keys, scale, shift, index):
-        want_query, want_keys, want_scale = want
-        want_rows = want_query or want_scale
-        rows, dkeys, dshift = _run_gradients(impl, compute, want_rows, want_keys, g, query, keys, scale, shift, index)
-        dscale = (query.to(compute.dtype).to(scale.dtype) * rows).sum(-1) if want_rows else None
-        dquery = rows.mul_(scale[..., None]).to(query.dtype) if want_rows else None
-        return dquery, dkeys.to(keys.dtype) if want_keys else None, dscale, dshift
+        want_query, want_keys, _ = want
+        dquery, dkeys, dscale, dshift = _run_gradients(impl, compute, want, g, query, keys, scale, shift, index)
+        return dquery.to(query.dtype) if want_query else None, dkeys.to(keys.dtype) if want_keys else None, dscale, dshift
 
     @staticmethod
     def setup_context(ctx, inputs, output):

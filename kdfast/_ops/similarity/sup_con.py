@@ -13,14 +13,19 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..._core import impls
-from . import cpu
+from . import cpu, triton_pairs
 from .apply import streaming_softmax, transformed
 from .arguments import how_to_compute, problem
 from .definition import SecondOrder
 from .exclusions import Rules
+from .passes import KERNELS
 from .positives import dot
 
-impls.register("sup_con", impls.Implementation("cpu", cpu.missing, cpu.refuses))
+impls.register(
+    "sup_con",
+    impls.Implementation("cpu", cpu.missing, cpu.refuses),
+    impls.Implementation("triton", triton_pairs.missing, triton_pairs.refuses),
+)
 
 
 class Call(NamedTuple):
@@ -30,7 +35,8 @@ class Call(NamedTuple):
     mean: bool  # the mean of the losses that count instead of them
     precision: str | None
     impl: str | None
-    products: int  # the kernels' number for how they are formed
+    kernels: cpu.Kernels  # that serve it
+    products: int  # their number for how products are formed
 
 
 def sup_con_rows(
@@ -41,20 +47,21 @@ def sup_con_rows(
     x: [N, D], N >= 1. labels: int64 [N]. scale: a float, 0-d or [N].
     """
     compute = how_to_compute(x, precision)
-    call = Call(labels, mean, precision, impl, cpu.product_number(compute.products, x))
-    if impl is None or impl == "cpu":  # another serves the pass over all pairs, within the definition
-        impl = impls.choose("sup_con", impl, device_type=x.device.type, dtype=compute.dtype)
-    if impl != "cpu" or transformed() or (isinstance(scale, Tensor) and scale.dim()):
+    chosen = impls.choose("sup_con", impl, device_type=x.device.type, dtype=compute.dtype)
+    kernels = KERNELS.get(chosen, cpu.KERNELS)
+    call = Call(labels, mean, precision, impl, kernels, cpu.product_number(compute.products, x, kernels))
+    if chosen not in KERNELS or transformed() or (isinstance(scale, Tensor) and scale.dim()):
         losses, counted = _definition(call, x, scale)
     else:
-        losses, statistics = SupCon.apply(call, x.contiguous(), torch.as_tensor(scale, dtype=torch.float32))
+        scale = scale.to(x.device, torch.float32) if isinstance(scale, Tensor) else x.new_full((), scale, dtype=torch.float32)
+        losses, statistics = SupCon.apply(call, x.contiguous(), scale)
         counted = statistics[2] > 0
     return losses, None if mean else counted
 
 
 def _definition(call: Call, x: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
     """In PyTorch's operations around the streaming softmax, for any device and transform, and for derivatives of the second order."""
-    labels, mean, precision, impl, _ = call
+    labels, mean, precision, impl, *_ = call
     rules = Rules(key_index=torch.arange(len(x), device=x.device)[:, None])
     spec, tensors = problem(x, x, scale, None, None, None, rules, None, precision, impl)
     lse, *_ = streaming_softmax(spec, tensors.folded(spec), pool=False, need_pooled=False)
@@ -72,7 +79,7 @@ class SupCon(Function):
 
     @staticmethod
     def forward(ctx, call, x, scale):
-        losses, statistics = torch.ops.kdfast.sup_con(x, scale, call.labels, call.mean, call.products)
+        losses, statistics = call.kernels.ops.sup_con(x, scale, call.labels, call.mean, call.products)
         ctx.call = call
         ctx.mark_non_differentiable(statistics)
         ctx.save_for_backward(statistics, x, scale)
@@ -106,7 +113,7 @@ class SupConGradients(Function):
 
 def _gradients(call, want, g, statistics, x, scale) -> tuple[Tensor | None, ...]:
     """The gradients of <g, losses> in (x, scale), None where not wanted."""
-    found = iter(torch.ops.kdfast.sup_con_grad(g.contiguous(), statistics, x, scale, call.labels, *want, call.products))
+    found = iter(call.kernels.ops.sup_con_grad(g.contiguous(), statistics, x, scale, call.labels, *want, call.products))
     return tuple([next(found) if wanted else None for wanted in want])
 
 

@@ -7,14 +7,19 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..._core import checks, dtypes, impls
-from . import cpu
+from . import cpu, triton_pairs
 from .apply import through_function
 from .arguments import how_to_compute
 from .autograd import SecondOrder, fold_batch
+from .passes import KERNELS
 from .portable import _finite, _two_sum, above_nothing
 from .tiles import Scores, contract
 
-impls.register("symmetric_lse", impls.Implementation("cpu", cpu.missing, cpu.refuses))
+impls.register(
+    "symmetric_lse",
+    impls.Implementation("cpu", cpu.missing, cpu.refuses),
+    impls.Implementation("triton", triton_pairs.missing, triton_pairs.refuses),
+)
 
 
 def symmetric_lse(
@@ -59,7 +64,9 @@ def symmetric_lse(
     compute = how_to_compute(x, precision)
     impl = impls.choose("symmetric_lse", impl, device_type=x.device.type, dtype=compute.dtype)
     size = batch.numel()
-    scale = torch.as_tensor(scale, dtype=dtypes.accumulator(x.dtype), device=x.device).expand(size)
+    acc = dtypes.accumulator(x.dtype)
+    scale = scale.to(x.device, acc) if isinstance(scale, Tensor) else x.new_full((), scale, dtype=acc)  # no copy from the host
+    scale = scale.expand(size)
     sides = (x, y)
     x_labels, y_labels = (None, None) if labels is None else (_labels(*pair, size) for pair in zip(labels, ("x", "y"), sides, strict=True))
     x, y = (side.reshape(size, *side.shape[-2:]) for side in sides)
@@ -165,19 +172,31 @@ def gradients(
 
 def _run_forward(impl, compute, x, y, scale, x_labels, y_labels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scale = scale[:, None].expand(x.shape[:2])
-    if impl == "cpu":
-        return torch.ops.kdfast.symmetric_lse(*_dense(x, y, scale, x_labels, y_labels), cpu.product_number(compute.products, x))
+    if impl in KERNELS:
+        kernels = KERNELS[impl]
+        return kernels.ops.symmetric_lse(*_dense(x, y, scale, x_labels, y_labels), cpu.product_number(compute.products, x, kernels))
     run = torch.ops.kdfast_torch.symmetric_forward if torch.compiler.is_compiling() else forward
     return run(x, y, scale, x_labels, y_labels, compute.dtype)
 
 
-def _run_gradients(impl, compute, want_x, want_y, *tensors) -> tuple[Tensor, Tensor]:
+def _run_gradients(impl, compute, want, *tensors) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dx, dy, dscale [B]) in the accumulator's dtype; what is not wanted is empty or None."""
+    want_x, want_y, want_scale = want
     *statistics, x, y, scale, x_labels, y_labels = tensors
     tensors = (*statistics, x, y, scale[:, None].expand(x.shape[:2]), x_labels, y_labels)
+    if impl == "triton":
+        number = cpu.product_number(compute.products, x, KERNELS[impl])
+        dx, dy, dscale = KERNELS[impl].ops.symmetric_gradients(*_dense(*tensors), want_x, want_y, number)
+        return dx, dy, dscale.sum(1)
+    want_rows = want_x or want_scale
     if impl == "cpu":
-        return torch.ops.kdfast.symmetric_gradients(*_dense(*tensors), want_x, want_y, cpu.product_number(compute.products, x))
-    run = torch.ops.kdfast_torch.symmetric_gradients if torch.compiler.is_compiling() else gradients
-    return run(*tensors, want_x, want_y, compute.dtype)
+        sums = torch.ops.kdfast.symmetric_gradients(*_dense(*tensors), want_rows, want_y, cpu.product_number(compute.products, x))
+    else:
+        run = torch.ops.kdfast_torch.symmetric_gradients if torch.compiler.is_compiling() else gradients
+        sums = run(*tensors, want_rows, want_y, compute.dtype)
+    x_sums, y_sums = sums
+    dscale = (x.to(compute.dtype).to(scale.dtype) * x_sums).sum((1, 2)) if want_scale else None
+    return x_sums.mul_(scale[:, None, None]) if want_x else x_sums, y_sums, dscale
 
 
 def _dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -218,10 +237,8 @@ class SymmetricGradients(Function):
     def forward(impl, compute, want, row_g, column_g, row_lse, column_lse, row_low, column_low, x, y, scale, x_labels, y_labels):
         want_x, want_y, want_scale = want
         tensors = (row_g, column_g, row_lse, column_lse, row_low, column_low, x, y, scale, x_labels, y_labels)
-        x_sums, y_sums = _run_gradients(impl, compute, want_x or want_scale, want_y, *tensors)
-        dscale = (x.to(compute.dtype).to(scale.dtype) * x_sums).sum((1, 2)) if want_scale else None
-        dx = x_sums.mul_(scale[:, None, None]).to(x.dtype) if want_x else None
-        return dx, y_sums.to(y.dtype) if want_y else None, dscale
+        dx, dy, dscale = _run_gradients(impl, compute, want, *tensors)
+        return dx.to(x.dtype) if want_x else None, dy.to(y.dtype) if want_y else None, dscale if want_scale else None
 
     @staticmethod
     def setup_context(ctx, inputs, output):

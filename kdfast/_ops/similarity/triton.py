@@ -15,7 +15,7 @@ from . import cpu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_BYTES = 1024  # of a row: wider tiles exceed shared memory
 KERNELS = cpu.Kernels(torch.ops.kdfast_triton, {"ieee": 0, "bf16x3": 1, "bf16": 2, "tf32": 3})
-_PRECISIONS = ("ieee", "tf32x3", "ieee", "tf32")  # of products of float32 operands, by that number
+PRECISIONS = ("ieee", "tf32x3", "ieee", "tf32")  # of products of float32 operands, by that number
 
 
 class Tiles(NamedTuple):
@@ -91,7 +91,7 @@ def prepare(
         "OVER_KEYS": values is None, "BIASED": bias is not None, "LABELLED": key_labels is not None,
         "INDICES": 0 if key_index is None else key_index.shape[2], "LIMITED": limit is not None, "COUNTED": valid is not None,
         "WIDTH": of_width, "VALUE_WIDTH": of_value, "EVEN": width == of_width, "EVEN_VALUES": value_width == of_value, "DOT": dot,
-        "PRECISION": "tf32" if half else _PRECISIONS[precision], "INTERPRETED": runtime.INTERPRETED,
+        "PRECISION": "tf32" if half else PRECISIONS[precision], "INTERPRETED": runtime.INTERPRETED,
     }  # fmt: skip
     given = (bias, query_labels, key_labels, key_index, limit, valid)
     terms = tuple(scale if x is None else x for x in given)  # what is not there is never read

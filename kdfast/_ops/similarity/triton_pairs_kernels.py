@@ -1,0 +1,226 @@
+"""Losses over all pairs of two sides in Triton: statistics of tiles of scores, weights of a slab of pairs, and sums that the weights make.
+
+Imported only where Triton is. A program has one tile of scores, of rows of any width (`row_scores`). A slab is a part of the pairs whose
+weights are stored for the two products they are needed for; its matrix has whole tiles, zeros where no pair is.
+"""
+
+import triton
+import triton.language as tl
+
+from ..._core.triton_functions import softplus
+from ..._core.triton_scores import product, row_scores
+from .triton_kernels import LOG2E, exact_log_sum, finite_or_zero, level_of
+
+
+@triton.jit
+def pair_place(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(batch entry, tile of rows, tile of columns) of this program: programs that follow one another share their columns."""
+    row_tiles, column_tiles = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
+    program = tl.program_id(0)
+    return program // (row_tiles * column_tiles), program % row_tiles, program // row_tiles % column_tiles
+
+
+@triton.jit
+def pair_scores(
+    x, y, b, row_tile, column_tile, rows, columns, width, x_stride, y_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A tile's rows and columns, whether they exist, and their scores."""
+    row, column = row_tile * ROWS + tl.arange(0, ROWS), column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    entry = tl.full([], 1, tl.int64) * b
+    score = row_scores(
+        x + entry * x_stride, y + entry * y_stride, row_tile * ROWS, rows, column_tile * COLUMNS, columns, width,
+        ROWS, COLUMNS, DEPTH, EVEN, DOT, PRECISION, STAGES, INTERPRETED,
+    )  # fmt: skip
+    return row, row < rows, column, column < columns, score
+
+
+@triton.jit
+def admitted_pairs(x_labels, y_labels, i, j, row, column, row_exists, column_exists, LABELLED: tl.constexpr, CLASSES: tl.constexpr):
+    """Which pairs of a tile count: those of unequal labels, or, with CLASSES, of different rows."""
+    admitted = row_exists[:, None] & column_exists[None, :]
+    if LABELLED:
+        own = tl.load(x_labels + i, mask=row_exists, other=0)
+        admitted = admitted & (own[:, None] != tl.load(y_labels + j, mask=column_exists, other=0)[None, :])
+    if CLASSES:
+        admitted = admitted & (row[:, None] != column[None, :])
+    return admitted
+
+
+@triton.jit
+def same_class(classes, row, column, row_exists, column_exists):
+    """Whether two different rows of one matrix are of one class."""
+    own = tl.load(classes + row, mask=row_exists, other=0)
+    same = own[:, None] == tl.load(classes + column, mask=column_exists, other=0)[None, :]
+    return same & row_exists[:, None] & column_exists[None, :] & (row[:, None] != column[None, :])
+
+
+@triton.jit
+def symmetric_statistics(
+    x, y, scale, x_labels, y_labels, classes, row_top, row_total, column_top, column_total, same_sum, same_count,
+    rows, columns, width, x_stride, y_stride, entries, first_row, first_column,
+    LABELLED: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Largest logit and sum of exponentials of each row of a tile, [tiles of columns, entries, rows], and of each column likewise.
+
+    CLASSES (one matrix on both sides, whose slab begins at first_row and first_column): in place of the columns' the number of others of
+    each row's class and the sum of its scores with them.
+    """
+    b, row_tile, column_tile = pair_place(rows, columns, ROWS, COLUMNS)
+    row, row_exists, column, column_exists, score = pair_scores(
+        x, y, b, row_tile, column_tile, rows, columns, width, x_stride, y_stride,
+        ROWS, COLUMNS, DEPTH, EVEN, DOT, PRECISION, STAGES, INTERPRETED,
+    )  # fmt: skip
+    i, j, part = b * rows + row, b * columns + column, (column_tile * entries + b) * rows + row
+    row, column = first_row + row, first_column + column
+    if CLASSES:
+        same = same_class(classes, row, column, row_exists, column_exists)
+        tl.store(same_sum + part, tl.sum(tl.where(same, score, 0.0), 1), mask=row_exists)
+        tl.store(same_count + part, tl.sum(tl.where(same, 1.0, 0.0), 1), mask=row_exists)
+    admitted = admitted_pairs(x_labels, y_labels, i, j, row, column, row_exists, column_exists, LABELLED, CLASSES)
+    z = tl.where(admitted, score * (tl.load(scale + i, mask=row_exists, other=0.0) * LOG2E)[:, None], float("-inf"))
+    top = tl.max(z, 1)
+    tl.store(row_top + part, top, mask=row_exists)
+    tl.store(row_total + part, tl.sum(tl.exp2(z - finite_or_zero(top)[:, None]), 1), mask=row_exists)
+    if not CLASSES:
+        top = tl.max(z, 0)
+        part = row_tile * entries * columns + j
+        tl.store(column_top + part, top, mask=column_exists)
+        tl.store(column_total + part, tl.sum(tl.exp2(z - finite_or_zero(top)[None, :]), 0), mask=column_exists)
+
+
+@triton.jit
+def merge_statistics(part_top, part_total, top, total, lse, lse_low, count, parts, PARTS: tl.constexpr, COUNT: tl.constexpr):
+    """Parts [parts, count] of sums of exponentials into running ones, in their order, and what the log-sum-exps are then."""
+    at = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    exists = at < count
+    highest = tl.load(top + at, mask=exists, other=float("-inf"))
+    sums = tl.load(total + at, mask=exists, other=0.0)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        inside = (part < parts)[:, None] & exists[None, :]
+        index = part[:, None] * count + at[None, :]
+        more = tl.load(part_top + index, mask=inside, other=float("-inf"))
+        before, highest = highest, tl.maximum(highest, tl.max(more, 0))
+        shift = finite_or_zero(highest)
+        more = tl.load(part_total + index, mask=inside, other=0.0) * tl.exp2(more - shift[None, :])
+        sums = sums * tl.exp2(before - shift) + tl.sum(more, 0)
+    level, low = exact_log_sum(highest, sums)
+    tl.store(top + at, highest, mask=exists)
+    tl.store(total + at, sums, mask=exists)
+    tl.store(lse + at, level, mask=exists)
+    tl.store(lse_low + at, low, mask=exists)
+
+
+@triton.jit
+def store_weights(
+    weight, score, scale, weights, slope, moment, b, row, column, part, row_exists, leading, weights_stride, WANTED: tl.constexpr
+):  # fmt: skip
+    """A tile of weights into the slab, times the rows' scale, and the rows' sums of them and of them times the scores."""
+    tl.store(slope + part, tl.sum(weight, 1), mask=row_exists)
+    tl.store(moment + part, tl.sum(weight * score, 1), mask=row_exists)
+    if WANTED:
+        at = weights + b * weights_stride + row[:, None] * leading + column[None, :]
+        tl.store(at, (weight * scale[:, None]).to(weights.dtype.element_ty))
+
+
+@triton.jit
+def symmetric_weights(
+    x, y, scale, x_labels, y_labels, classes, same_share, row_g, row_lse, row_low, column_g, column_lse, column_low,
+    weights, slope, moment,
+    rows, columns, width, x_stride, y_stride, entries, first_row, first_column, leading, weights_stride,
+    LABELLED: tl.constexpr, CLASSES: tl.constexpr, WANTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    EVEN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """w_ij = g_i exp(z_ij - lse_i) + g_j exp(z_ij - lse_j) of a slab; CLASSES: less share_i (g_i + g_j) in one class."""
+    b, row_tile, column_tile = pair_place(rows, columns, ROWS, COLUMNS)
+    row, row_exists, column, column_exists, score = pair_scores(
+        x, y, b, row_tile, column_tile, rows, columns, width, x_stride, y_stride,
+        ROWS, COLUMNS, DEPTH, EVEN, DOT, PRECISION, STAGES, INTERPRETED,
+    )  # fmt: skip
+    i, j = b * rows + row, b * columns + column
+    s = tl.load(scale + i, mask=row_exists, other=0.0)
+    of_row, of_column = tl.load(row_g + i, mask=row_exists, other=0.0), tl.load(column_g + j, mask=column_exists, other=0.0)
+    level, factor = level_of(
+        tl.load(row_lse + i, mask=row_exists, other=float("-inf")), tl.load(row_low + i, mask=row_exists, other=0.0)
+    )  # fmt: skip
+    weight = tl.exp2(score * (s * LOG2E)[:, None] - level[:, None]) * (of_row * factor)[:, None]
+    level, factor = level_of(
+        tl.load(column_lse + j, mask=column_exists, other=float("-inf")), tl.load(column_low + j, mask=column_exists, other=0.0)
+    )  # fmt: skip
+    weight += tl.exp2(score * (s * LOG2E)[:, None] - level[None, :]) * (of_column * factor)[None, :]
+    admitted = admitted_pairs(
+        x_labels, y_labels, i, j, first_row + row, first_column + column, row_exists, column_exists, LABELLED, CLASSES
+    )  # fmt: skip
+    weight = tl.where(admitted, weight, 0.0)
+    if CLASSES:
+        share = tl.load(same_share + i, mask=row_exists, other=0.0)
+        same = same_class(classes, first_row + row, first_column + column, row_exists, column_exists)
+        weight -= tl.where(same, (of_row[:, None] + of_column[None, :]) * share[:, None], 0.0)
+    part = (column_tile * entries + b) * rows + row
+    store_weights(weight, score, s, weights, slope, moment, b, row, column, part, row_exists, leading, weights_stride, WANTED)
+
+
+@triton.jit
+def sigmoid_pairs(
+    x, y, scale, shift, positive, g, loss, weights, slope, moment,
+    rows, columns, width, x_stride, y_stride, entries, first_column, leading, weights_stride,
+    GRADIENT: tl.constexpr, WANTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Sums of softplus(t) over the columns of a tile, [tiles of columns, entries, rows], t = scale_i x_i.y_j + shift_i, negated where j is
+    row i's positive. GRADIENT: in their place the weights g_i dsoftplus / dz.
+    """
+    b, row_tile, column_tile = pair_place(rows, columns, ROWS, COLUMNS)
+    row, row_exists, column, column_exists, score = pair_scores(
+        x, y, b, row_tile, column_tile, rows, columns, width, x_stride, y_stride,
+        ROWS, COLUMNS, DEPTH, EVEN, DOT, PRECISION, STAGES, INTERPRETED,
+    )  # fmt: skip
+    i = b * rows + row
+    s = tl.load(scale + i, mask=row_exists, other=0.0)
+    z = score * s[:, None] + tl.load(shift + i, mask=row_exists, other=0.0)[:, None]
+    matched = (tl.load(positive + i, mask=row_exists, other=-1).to(tl.int32) - first_column)[:, None] == column[None, :]
+    t = tl.where(matched, -z, z)
+    here = row_exists[:, None] & column_exists[None, :]
+    part = (column_tile * entries + b) * rows + row
+    if GRADIENT:
+        of_row = tl.load(g + i, mask=row_exists, other=0.0)[:, None]
+        weight = tl.where(here, tl.where(matched, -of_row, of_row) / (1 + tl.exp(-t)), 0.0)
+        store_weights(weight, score, s, weights, slope, moment, b, row, column, part, row_exists, leading, weights_stride, WANTED)
+    else:
+        value, _ = softplus(t)
+        tl.store(loss + part, tl.sum(tl.where(here, value, 0.0), 1), mask=row_exists)
+
+
+@triton.jit
+def weighted_sums(
+    weights, values, out, count, inner, width, leading, weights_stride, values_stride, entries, split_inner,
+    TRANSPOSED: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """sum_k w_ik v_k of a slab, [entries, count, width], over a split of k; TRANSPOSED: of w_ki. ADD: to what is there."""
+    width_tiles, row_tiles = tl.cdiv(width, WIDTH), tl.cdiv(count, ROWS)
+    program = tl.program_id(0)
+    group = program // (width_tiles * row_tiles)
+    b, split = group % entries, group // entries
+    i = program // width_tiles % row_tiles * ROWS + tl.arange(0, ROWS)
+    d = program % width_tiles * WIDTH + tl.arange(0, WIDTH)
+    k = tl.arange(0, DEPTH)
+    one = tl.full([], 1, tl.int64)
+    w_base, v_base = weights + b * weights_stride, values + one * b * values_stride
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    for first in tl.range(split * split_inner, tl.minimum((split + 1) * split_inner, inner), DEPTH, num_stages=STAGES):
+        if TRANSPOSED:
+            w = tl.trans(tl.load(w_base + (first + k)[:, None] * leading + i[None, :]))
+        else:
+            w = tl.load(w_base + i[:, None] * leading + (first + k)[None, :])
+        v_at = v_base + tl.minimum(first + k, inner - 1)[:, None] * width + d[None, :]  # copies of the last, whose weights are 0
+        v = tl.load(v_at) if EVEN else tl.load(v_at, mask=(d < width)[None, :], other=0.0)
+        acc = product(w.to(DOT), v.to(DOT), acc, PRECISION, INTERPRETED)
+    at = out + one * group * count * width + i[:, None] * width + d[None, :]
+    inside = (i < count)[:, None] & (d < width)[None, :]
+    if ADD:
+        acc += tl.load(at, mask=inside, other=0.0)
+    tl.store(at, acc, mask=inside)

@@ -1,0 +1,66 @@
+"""The Triton kernels of losses over all pairs compile for GPUs that are not here, and their object code is what the design needs."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from kdfast._core import triton_runtime
+
+if triton_runtime.INTERPRETED:
+    pytest.skip("nothing is compiled under Triton's interpreter", allow_module_level=True)
+
+from triton_code import DOT, MATRIX_INSTRUCTION, SHARED_MEMORY, Code
+
+from kdfast._ops.similarity import triton_pairs as launches
+from kdfast._ops.similarity import triton_pairs_kernels as kernels
+
+PRECISIONS = {"ieee": 0, "tf32": 3}
+CASES = pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [(80, torch.bfloat16), (90, torch.bfloat16), (100, torch.bfloat16), (90, torch.float32)],
+    ids=str,
+)
+
+
+def compiled(kernel, arch: int, dtype: torch.dtype, tmp_path, **flags) -> Code:
+    """For rows of 512, with tf32 products of float32."""
+    x = torch.empty(1, 256, 512, dtype=dtype)
+    narrow = flags.get("CLASSES", False) or (kernel is kernels.symmetric_weights and arch >= 100)
+    part = launches.Part(x, x, launches.tiles(dtype, narrow), launches.format_of(dtype, PRECISIONS["tf32"]))
+    weights = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[part.format.weights]
+    options = {**part.options, **flags, "WIDTH": 128}
+    if kernel is kernels.weighted_sums:
+        options["DOT"] = DOT[part.format.weights][0]
+    warps = options.pop("num_warps")
+    return Code(kernel, arch, dtype, {k: v for k, v in options.items() if k in kernel.arg_names}, warps, tmp_path, weights=weights)
+
+
+def assert_in_registers(code: Code, arch: int) -> None:
+    assert code.has(MATRIX_INSTRUCTION[arch])
+    assert code.local == 0 and code.stack == 0 and not code.has("LDL")
+    assert code.shared <= SHARED_MEMORY[arch]
+
+
+@CASES
+@pytest.mark.parametrize("flags", [{"LABELLED": True, "CLASSES": False}, {"LABELLED": False, "CLASSES": True}], ids=["clip", "sup_con"])
+def test_softmaxes_of_both_sides(arch, dtype, flags, tmp_path):
+    assert_in_registers(compiled(kernels.symmetric_statistics, arch, dtype, tmp_path, **flags), arch)
+    assert_in_registers(compiled(kernels.symmetric_weights, arch, dtype, tmp_path, WANTED=True, **flags), arch)
+
+
+@CASES
+@pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])
+def test_sigmoid_of_every_pair(arch, dtype, gradient, tmp_path):
+    assert_in_registers(compiled(kernels.sigmoid_pairs, arch, dtype, tmp_path, GRADIENT=gradient, WANTED=True), arch)
+
+
+@CASES
+@pytest.mark.parametrize("transposed", [False, True], ids=["of rows", "of columns"])
+def test_sums_that_weights_make(arch, dtype, transposed, tmp_path):
+    assert_in_registers(compiled(kernels.weighted_sums, arch, dtype, tmp_path, TRANSPOSED=transposed, ADD=True), arch)
+
+
+def test_merging_statistics(tmp_path):
+    code = Code(kernels.merge_statistics, 90, torch.float32, {"PARTS": 32, "COUNT": 128}, 4, tmp_path)
+    assert code.local == 0 and code.stack == 0
