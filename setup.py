@@ -101,9 +101,9 @@ def extension() -> dict:
             target = Path(self.build_lib, "kdfast")
             for reason in REASONS.values():
                 Path(target, reason.name).unlink(missing_ok=True)  # of an earlier build in this tree
-            built = []
+            built, compiler = [], self.compiler
             for module in self.extensions:
-                self.extensions = [module]
+                self.extensions, self.compiler = [module], compiler  # run() puts an object in its name's place
                 try:
                     super().run()
                     built.append(module)

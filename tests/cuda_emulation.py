@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
@@ -9,6 +10,8 @@ import subprocess
 from pathlib import Path
 
 import torch
+
+from kdfast._ops.sinkhorn import cpu as sinkhorn
 
 ROOT = Path(__file__).parent.parent
 CUDA, EMULATOR = ROOT / "csrc/cuda", ROOT / "tests/cuda_emulator"
@@ -61,6 +64,10 @@ def load() -> object:
             schema = str(getattr(torch.ops.kdfast, name).default._schema)
             _definitions.define(schema.removeprefix("kdfast::"))
         torch.ops.load_library(path)
+        torch.library.register_fake("kdfast_emulated::sinkhorn_normalize", sinkhorn.normalize_shapes)
+        torch.library.register_vmap(
+            "kdfast_emulated::sinkhorn_normalize", functools.partial(sinkhorn.fold_normalize, torch.ops.kdfast_emulated.sinkhorn_normalize)
+        )
         torch.ops.loaded_libraries.add(path)
     return torch.ops.kdfast_emulated
 
@@ -72,5 +79,5 @@ def meetings() -> int:
     return count()
 
 
-OPS = ("sinkhorn_solve",)
+OPS = ("sinkhorn_solve", "sinkhorn_normalize")
 _definitions = torch.library.Library("kdfast_emulated", "DEF")

@@ -1,4 +1,4 @@
-// kdfast::sinkhorn_solve on CUDA: checks and registration.
+// kdfast::sinkhorn_solve and sinkhorn_normalize on CUDA: checks and registration.
 
 #include <string>
 #include <tuple>
@@ -9,6 +9,7 @@
 namespace {
 
 using kdfast::SinkhornBatch;
+using kdfast::SinkhornNormalize;
 using kdfast::SinkhornOnChip;
 using kdfast::SinkhornSchedule;
 using Solution = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -43,7 +44,8 @@ Solution sinkhorn_solve(const OptionalTensor& cost, const OptionalTensor&, const
                         const Tensor& g0, int64_t iterations, std::optional<double> tol, std::string method, std::optional<double> anneal_start,
                         std::optional<double> anneal_factor, bool history) {
   STD_TORCH_CHECK(cost.has_value(), "sinkhorn_solve on CUDA takes a cost, not points");
-  STD_TORCH_CHECK(1 <= iterations && iterations <= INT32_MAX, "iterations must be in 1 ... 2^31 - 1, got ", iterations);
+  STD_TORCH_CHECK(1 <= iterations && iterations < INT32_MAX, "iterations must be in 1 ... 2^31 - 2, got ", iterations);
+  STD_TORCH_CHECK(a.size(0) <= INT32_MAX / 8, "at most 2^28 - 1 problems, got ", a.size(0));
   const bool proximal = method == "proximal";
   STD_TORCH_CHECK(!(proximal && tol.has_value()), "method 'proximal' takes no tol on CUDA");
   SinkhornOnChip p{};
@@ -62,6 +64,22 @@ Solution sinkhorn_solve(const OptionalTensor& cost, const OptionalTensor&, const
   return {f, g, row, column, transport, error, done, steps_f, steps_g};
 }
 
+Tensor sinkhorn_normalize(const Tensor& logits, const OptionalTensor& gradient, int64_t iterations, double eps) {
+  STD_TORCH_CHECK(logits.dim() == 3, "logits must have 3 dimensions, got ", logits.dim());
+  STD_TORCH_CHECK(1 <= iterations && iterations <= INT32_MAX / 2, "iterations must be in 1 ... 2^30 - 1, got ", iterations);
+  const int64_t batch = logits.size(0), n = logits.size(1);
+  STD_TORCH_CHECK(batch <= INT32_MAX, "at most 2^31 - 1 matrices, got ", batch);
+  SinkhornNormalize p{int(batch), int(n), int(iterations), float(eps), floats("logits", logits, {batch, n, n}), nullptr, nullptr};
+  if (gradient.has_value()) p.gradient = floats("gradient", *gradient, {batch, n, n});
+  Tensor out = torch::stable::new_empty(logits, {batch, n, n});
+  p.out = written(out);
+  if (out.numel() > 0) on_device_of(logits, [&](void* stream) { return kdfast::sinkhorn_normalize(p, stream); });
+  return out;
+}
+
 }  // namespace
 
-KDFAST_CUDA_OPS(m) { m.impl("sinkhorn_solve", TORCH_BOX(&sinkhorn_solve)); }
+KDFAST_CUDA_OPS(m) {
+  m.impl("sinkhorn_solve", TORCH_BOX(&sinkhorn_solve));
+  m.impl("sinkhorn_normalize", TORCH_BOX(&sinkhorn_normalize));
+}

@@ -321,10 +321,6 @@ constexpr int64_t kCluster = 8;  // blocks, on every device that has clusters
 
 }  // namespace
 
-int64_t sinkhorn_on_chip_rows(int64_t m, bool clusters) {
-  return m > Wide::kColumns ? 0 : clusters ? Wide::kRows * kCluster : Wide::kRows;
-}
-
 const char* sinkhorn_on_chip(SinkhornOnChip params, void* stream) {
   const int64_t n = params.problems.n, m = params.problems.m, most = n > m ? n : m;
   params.cluster = 1;

@@ -40,9 +40,17 @@ struct SinkhornOnChip {
   int cluster;  // blocks that share a problem
 };
 
-// Rows of a problem with m columns that fit on chip where `clusters` tells whether blocks can share one; 0: too many columns.
-int64_t sinkhorn_on_chip_rows(int64_t m, bool clusters);
-// Null, or what went wrong.
+
+// Matrices [B, n, n], or, where `gradient` [B, n, n] is given, what it pulls back to the logits.
+struct SinkhornNormalize {
+  int batch, n, iterations;
+  float eps;
+  const float *logits, *gradient;
+  float* out;
+};
+
+// Each puts its work in a stream and returns null, or what went wrong.
 const char* sinkhorn_on_chip(SinkhornOnChip params, void* stream);
+const char* sinkhorn_normalize(const SinkhornNormalize& params, void* stream);
 
 }  // namespace kdfast

@@ -1,5 +1,7 @@
 """impl="cpu": the fused C++ kernels (csrc/cpu/sinkhorn/sinkhorn.inl), with the signatures of portable.py and adjoint.py."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -163,16 +165,16 @@ def _replay_shapes(cost, x, y, a, b, epsilon, *rest) -> tuple[Tensor, Tensor, Te
     return a.new_empty(*a.shape, b.shape[1]), torch.empty_like(a), torch.empty_like(b), torch.empty_like(epsilon)
 
 
-def _assign_shapes(scores: Tensor, v, inverse: Tensor, codes: bool) -> Tensor:
+def assign_shapes(scores: Tensor, v, inverse: Tensor, codes: bool) -> Tensor:
     batch, n, k = scores.shape
     return inverse.new_empty((batch, n, k) if codes else (batch, k))
 
 
-def _normalize_shapes(logits: Tensor, gradient, iterations: int, eps: float) -> Tensor:
+def normalize_shapes(logits: Tensor, gradient, iterations: int, eps: float) -> Tensor:
     return torch.empty_like(logits)
 
 
-def _fold_normalize(info, in_dims, logits: Tensor, gradient: Tensor | None, iterations: int, eps: float):
+def fold_normalize(op, info, in_dims, logits: Tensor, gradient: Tensor | None, iterations: int, eps: float):
     """The vmap rule: V batches of B matrices are V B matrices."""
     sources = [
         t if t is None else (t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0))
@@ -180,13 +182,13 @@ def _fold_normalize(info, in_dims, logits: Tensor, gradient: Tensor | None, iter
     ]
     shape = sources[0].shape
     folded = (None if t is None else t.reshape(shape[0] * shape[1], *shape[2:]) for t in sources)
-    return normalize(*folded, iterations, eps).reshape(shape), 0
+    return op(*folded, iterations, eps).reshape(shape), 0
 
 
 if missing() is None:
     torch.library.register_fake("kdfast::sinkhorn_solve", _solve_shapes)
     torch.library.register_fake("kdfast::sinkhorn_plan", _plan_shapes)
     torch.library.register_fake("kdfast::sinkhorn_replay", _replay_shapes)
-    torch.library.register_fake("kdfast::sinkhorn_assign", _assign_shapes)
-    torch.library.register_fake("kdfast::sinkhorn_normalize", _normalize_shapes)
-    torch.library.register_vmap("kdfast::sinkhorn_normalize", _fold_normalize)
+    torch.library.register_fake("kdfast::sinkhorn_assign", assign_shapes)
+    torch.library.register_fake("kdfast::sinkhorn_normalize", normalize_shapes)
+    torch.library.register_vmap("kdfast::sinkhorn_normalize", functools.partial(fold_normalize, normalize))

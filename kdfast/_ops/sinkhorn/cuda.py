@@ -12,6 +12,8 @@ from .geometry import Problem
 from .portable import Schedule, Solution
 
 COLUMNS, BLOCK_ROWS, BLOCKS = 256, 128, 8
+#: What normalize takes: a warp holds a matrix, shared memory the divisors of all steps of a block's.
+NORMALIZED_ROWS, NORMALIZED_ITERS = 32, 128
 
 
 def missing() -> str | None:
@@ -42,6 +44,20 @@ def refuses(
     if size[0] > rows or size[1] > COLUMNS:
         return f"it takes problems of at most {rows} x {COLUMNS}, which stay on chip, not {size[0]} x {size[1]}"
     return None
+
+
+def refuses_matrices(*, device_type: str, dtype: torch.dtype, size: int, iters: int, **_facts) -> str | None:
+    """Why normalize cannot serve a call (None: it can)."""
+    if dtype != torch.float32:
+        return f"it takes float32, not {dtype}"
+    if size > NORMALIZED_ROWS or iters > NORMALIZED_ITERS:
+        return f"it takes matrices of at most {NORMALIZED_ROWS} rows and {NORMALIZED_ITERS} iterations, not {size} and {iters}"
+    return runtime.refuses_device(device_type)
+
+
+def normalize(logits: Tensor, gradient: Tensor | None, iters: int, eps: float) -> Tensor:
+    """cpu.normalize."""
+    return runtime.OPS.sinkhorn_normalize(logits.contiguous(), None if gradient is None else gradient.contiguous(), iters, eps)
 
 
 def solve(p: Problem, g: Tensor, schedule: Schedule, history: bool) -> Solution:

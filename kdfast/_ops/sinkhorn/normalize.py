@@ -11,21 +11,26 @@ from torch.autograd import Function
 
 from kdfast._core import impls
 
-from . import cpu
+from . import cpu, cuda
 
 
-def _too_large(*, device_type: str, entries: int) -> str | None:
-    too_many = entries > cpu.NORMALIZED_ENTRIES
+def _too_large(*, device_type: str, size: int, **_facts) -> str | None:
+    too_many = size * size > cpu.NORMALIZED_ENTRIES
     return cpu.refuses(device_type=device_type) or (f"it takes matrices of at most {cpu.NORMALIZED_ENTRIES} entries" if too_many else None)
 
 
-impls.register("sinkhorn_normalize", impls.Implementation("cpu", cpu.missing, _too_large))
+impls.register(
+    "sinkhorn_normalize",
+    impls.Implementation("cpu", cpu.missing, _too_large),
+    impls.Implementation("cuda", cuda.missing, cuda.refuses_matrices),
+)
 
 
 def normalize(logits: Tensor, iters: int, eps: float, impl: str | None) -> Tensor:
     """logits [B, n, n] in the working dtype -> [B, n, n]."""
-    impl = impls.choose("sinkhorn_normalize", impl, device_type=logits.device.type, entries=logits.shape[1] * logits.shape[2])
-    return FusedNormalize.apply(logits, iters, eps) if impl == "cpu" else Normalize.apply(logits, iters, eps)[0]
+    facts = {"device_type": logits.device.type, "dtype": logits.dtype, "size": logits.shape[1], "iters": iters}
+    impl = impls.choose("sinkhorn_normalize", impl, **facts)
+    return Normalize.apply(logits, iters, eps)[0] if impl == "torch" else FusedNormalize.apply(logits, iters, eps, impl)
 
 
 def plain(logits: Tensor, iters: int, eps: float) -> Tensor:
@@ -79,22 +84,25 @@ class Normalize(Function):
 
 
 class FusedNormalize(Function):
-    """(logits [B, n, n], iters, eps) -> the matrices, by the C++ kernel, which takes a matrix to a lane."""
+    """(logits [B, n, n], iters, eps, impl) -> the matrices, by a kernel that keeps each on chip, or a C++ one with a matrix to a lane."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits, iters, eps):
-        return cpu.normalize(logits, None, iters, eps)
+    def forward(logits, iters, eps, impl):
+        return _FUSED[impl](logits, None, iters, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, ctx.iters, ctx.eps = inputs
+        logits, ctx.iters, ctx.eps, ctx.impl = inputs
         ctx.save_for_backward(logits)
 
     @staticmethod
     def backward(ctx, dy):
         (logits,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph
-            return _plain_gradient(logits, dy, ctx.iters, ctx.eps), None, None
-        return cpu.normalize(logits, dy, ctx.iters, ctx.eps), None, None
+            return _plain_gradient(logits, dy, ctx.iters, ctx.eps), None, None, None
+        return _FUSED[ctx.impl](logits, dy, ctx.iters, ctx.eps), None, None, None
+
+
+_FUSED = {"cpu": cpu.normalize, "cuda": cuda.normalize}
