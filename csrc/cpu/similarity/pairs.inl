@@ -215,18 +215,20 @@ struct PairGradientPass {
 
   void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
     const int64_t exist = smaller(rows, count - row);
-    if constexpr (Weights::kKnowsIdle)
-      if (out.y_sums == nullptr && weights.idle(block, row, exist)) return;
-    score_rows(Product{}, w.x.at(row), w.x.stride, rows, w.y.panels, block.padded, w.tile.scores(0), w.tile.stride);
+    bool idle = false;
+    if constexpr (Weights::kKnowsIdle) idle = weights.idle(block, row, exist);
+    if (idle && out.y_sums == nullptr) return;
+    if (!idle) score_rows(Product{}, w.x.at(row), w.x.stride, rows, w.y.panels, block.padded, w.tile.scores(0), w.tile.stride);
     for (int64_t i = 0; i < round_up(rows, 2 * kLanes); ++i) {
       float* const scores = w.tile.scores(i);
-      if (i < exist) weights.weigh(block, row + i, scores);
-      const int64_t kept = i < exist ? block.columns : 0;
+      const bool weighed = i < exist && !idle;
+      if (weighed) weights.weigh(block, row + i, scores);
+      const int64_t kept = weighed ? block.columns : 0;
       __builtin_memset(scores + kept, 0, size_t(4 * (block.padded - kept)));
     }
     for (int64_t i = row; i < row + rows; ++i) next.fetch(i);
     if (out.y_sums != nullptr) collect(block, row, rows);
-    if (out.x_sums != nullptr) sum_for_rows(block, row, rows);
+    if (out.x_sums != nullptr && !idle) sum_for_rows(block, row, rows);
     if (out.y_sums == nullptr) return;
     const int64_t in_group = row % w.group + rows;
     const bool last = row + rows == padded_rows();

@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <limits>
+
 #include "triplet/bind_dense.h"
 
 namespace {
@@ -32,12 +34,24 @@ struct ColumnSums {
   }
 };
 
+// What values of rows with many positives are made with: out.nearest, and out.mined as SortedHinges takes it.
+void run_filter(const Dense& dense, const kdfast::HingeRule& rule, const kdfast::HingeResult& out) {
+  const int64_t rows = dense.rows();
+  std::fill_n(out.nearest, rows, std::numeric_limits<float>::infinity());
+  if (rule.mining != kdfast::Mining::kMultiSimilarity) return;
+  for_each_part(dense.workers, rows, [&](int64_t begin, int64_t end) {
+    const Tensor workspace = scratch(dense.kernels.hinge_filter_workspace(dense.p, end - begin));
+    dense.kernels.hinge_filter(dense.p, rule, {out.nearest, out.mined}, begin, end, memory<float>(workspace));
+  });
+}
+
 // Rows with many positives: values where out.loss is given, sums of weights where upstream.g is. The weights are of the rows alone: in batch,
 // what a pair weighs in its other role is a sum of the columns.
 void run_sorted(const Dense& dense, const kdfast::HingeRule& rule, const kdfast::HingeResult& out, const kdfast::HingeUpstream& upstream,
                 const PairSums& sums) {
   const CpuKernels& kernels = dense.kernels;
   const DenseParams& p = dense.p;
+  if (out.loss != nullptr) run_filter(dense, rule, out);
   const ColumnSums columns(dense, upstream.g != nullptr && (p.in_batch || sums.y_sums != nullptr));
   const auto sums_of = [&](int64_t worker) { return PairSums{sums.x_sums, columns.sums_of(worker), nullptr}; };
   dense.for_each_rows([&](int64_t n, int64_t) { return kernels.sorted_hinges_workspace(p, sums_of(0), n, dense.most); },
@@ -54,7 +68,7 @@ void run_sorted(const Dense& dense, const kdfast::HingeRule& rule, const kdfast:
 }
 
 void run_hinges(const Dense& dense, const kdfast::HingeRule& rule, const kdfast::HingeResult& out) {
-  if (sorts(dense, rule)) return run_sorted(dense, rule, out, {}, {});
+  if (sorts(dense, rule)) return run_sorted(dense, rule, out, {nullptr, out.nearest}, {});
   dense.for_each_rows([&](int64_t n, int64_t slots) { return dense.kernels.triplet_hinges_workspace(dense.p, n, slots); },
                       [&](int64_t begin, int64_t end, int64_t, float* work) { dense.kernels.triplet_hinges(dense.p, rule, out, begin, end, work); });
 }
@@ -85,14 +99,14 @@ struct Wanted {
 std::tuple<Tensor, Tensor> hinge_gradients(const Dense& dense, const Tensor& like, const kdfast::HingeRule& rule, const Tensor& g,
                                            const kdfast::HingeResult& out, const float* nearest, const uint8_t* tiles, Wanted want) {
   DenseGradients gradients(dense, like, want.x, want.y);
-  const Tensor active = zeros<int32_t>(dense.slots, ScalarType::Int);
-  const kdfast::HingeUpstream upstream{memory<float>(g), nearest, tiles, memory<int32_t>(active), memory<double>(gradients.x_weight),
-                                       want.y ? memory<double>(gradients.y_weight) : nullptr};
+  const Tensor active = zeros<int32_t>(sorts(dense, rule) ? 0 : dense.slots, ScalarType::Int);
+  const kdfast::HingeUpstream upstream{memory<float>(g), nearest, tiles, memory<int32_t>(active), memory<float>(gradients.pull),
+                                       memory<double>(gradients.x_weight), want.y ? memory<double>(gradients.y_weight) : nullptr};
   if (sorts(dense, rule)) {
     run_sorted(dense, rule, out, upstream, gradients.sums);
-  } else {
-    run_hinges_grad(gradients, rule, upstream);
+    return gradients.finish();
   }
+  run_hinges_grad(gradients, rule, upstream);
   return gradients.finish([&](int64_t begin, int64_t end, float* pull) {
     dense.kernels.triplet_hinges_pull(dense.p, rule, upstream, pull, begin, end);
   });
@@ -171,7 +185,7 @@ std::tuple<Tensor, Tensor> pair_hinges_grad(const Tensor& g, const Tensor& tiles
   const Tensor pull_level = padded(level, 2, rows), push_level = padded(level + 1, 2, rows);
   const Tensor pull_g = padded(upstream_g, 2, rows), push_g = padded(upstream_g + 1, 2, rows);
   run_hinges_grad(gradients, pair_rule(push_level),
-                  {memory<float>(push_g), nullptr, tiles_data(tiles, dense.p), nullptr, memory<double>(gradients.x_weight),
+                  {memory<float>(push_g), nullptr, tiles_data(tiles, dense.p), nullptr, nullptr, memory<double>(gradients.x_weight),
                    want_y ? memory<double>(gradients.y_weight) : nullptr});
   return gradients.finish([&](int64_t begin, int64_t end, float* pull) {
     dense.kernels.pull_hinges_pull(dense.p, memory<float>(pull_level), memory<float>(pull_g), pull, begin, end);

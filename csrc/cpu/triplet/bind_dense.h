@@ -19,7 +19,7 @@ using kdfast::tile_columns;
 constexpr int64_t kPanelPad = 64;   // vectors over rows or columns may be read up to a whole panel
 constexpr int64_t kFewWindows = 16;  // windows of a row that are compared with every level; more are sorted
 constexpr int64_t kPullColumns = 256;  // of small classes, whose positives are summed together
-constexpr int64_t kTaskSlots = int64_t(1) << 18;  // of one task, whose tables they are
+constexpr int64_t kTaskSlots = int64_t(1) << 17;  // of one task, whose tables they are
 
 template <class T>
 T* memory(const Tensor& x) {
@@ -96,6 +96,8 @@ struct Dense {
     }
     p.group = group.data();
     slots = p.slots(0, p.pairs.rows);
+    p.mirrored = p.in_batch && p.group_shift == 0;
+    for (int64_t i = 0; i < p.pairs.rows; ++i) p.mirrored &= p.own[i] == i && p.own_inside(i) && p.count(i) == p.all_positives(i);
   }
 
   void measure() {
@@ -111,6 +113,7 @@ struct Dense {
     distance = scratch(slots), farthest = zeros<float>(p.pairs.rows + kPanelPad, ScalarType::Float);
     p.distance = memory<float>(distance), p.farthest = memory<float>(farthest);
     for_each_part(workers, p.pairs.rows, [&](int64_t begin, int64_t end) { kernels.dense_positives(p, begin, end); });
+    if (p.mirrored) for_each_part(workers, p.pairs.rows, [&](int64_t begin, int64_t end) { kernels.dense_mirror(p, begin, end); });
   }
 
   int64_t rows() const { return p.pairs.rows; }
@@ -179,10 +182,10 @@ struct DenseGradients {
   const Dense& dense;
   Tensor dx, dy;
   PairSums sums;
-  Tensor x_weight, y_weight;
+  Tensor pull, x_weight, y_weight;
 
   DenseGradients(const Dense& dense, const Tensor& like, bool want_x, bool want_y)
-      : dense(dense), x_weight(zeros<double>(dense.rows(), ScalarType::Double)),
+      : dense(dense), pull(scratch(dense.slots)), x_weight(zeros<double>(dense.rows(), ScalarType::Double)),
         y_weight(zeros<double>(want_y ? dense.p.pairs.columns : 0, ScalarType::Double)) {
     const DenseParams& p = dense.p;
     STD_TORCH_CHECK(!(want_y && p.in_batch), "in batch the gradient of the references is part of that of x");
@@ -195,10 +198,12 @@ struct DenseGradients {
   // pull_of(begin, end, pull): the pull of the positives of rows begin .. end.
   template <class F>
   std::tuple<Tensor, Tensor> finish(const F& pull_of) {
+    for_each_part(dense.workers, dense.rows(), [&](int64_t begin, int64_t end) { pull_of(begin, end, memory<float>(pull)); });
+    return finish();
+  }
+  std::tuple<Tensor, Tensor> finish() {
     const DenseParams& p = dense.p;
-    const Tensor pull = scratch(dense.slots);
     const float* pulls = memory<float>(pull);
-    for_each_part(dense.workers, p.pairs.rows, [&](int64_t begin, int64_t end) { pull_of(begin, end, memory<float>(pull)); });
     if (p.group_shift == 0) {
       pull_in_tiles(pulls);
       pulls = nullptr;

@@ -14,6 +14,7 @@ struct DenseParams {
   PairParams pairs;
   Metric metric;
   bool in_batch;             // the references are the anchors
+  bool mirrored;             // and each, with many positives, is one of all of these
   int64_t columns;           // references that exist, which come first
   int64_t positives;         // taken of a row, at most
   const int64_t *first, *last, *own;  // [rows]; own: the column of the row itself, -1 for none
@@ -66,11 +67,17 @@ struct HingeResult {
   uint8_t* tiles;
 };
 
+struct HingeFilter {
+  float* nearest;             // [rows], as above
+  int64_t* kept;              // [rows]: negatives that pass
+};
+
 struct HingeUpstream {
   const float* g;             // [rows], zeros up to a multiple of a panel; null: values alone are wanted
   const float* nearest;
   const uint8_t* tiles;
-  int32_t* active;            // slots: active triplets of each positive; null: not counted
+  int32_t* active;            // slots: active triplets of each positive, where these are few; null: not counted
+  float* pull;                // slots: what each positive weighs, where they are many (DensePull)
   double *x_weight, *y_weight;  // [rows], [columns]: sums of the weights; the columns' null: not wanted
 };
 
@@ -110,6 +117,7 @@ struct DenseKernels {
   // Losses over all negatives; rows, or columns, begin .. end.
   void (*dense_squares)(const float* x, int64_t width, int64_t begin, int64_t end, float* square);
   void (*dense_positives)(const DenseParams&, int64_t begin, int64_t end);
+  void (*dense_mirror)(const DenseParams&, int64_t begin, int64_t end);
   int64_t (*dense_pull_workspace)(const DenseParams&, const PairSums&, int64_t rows, int64_t columns);
   void (*dense_pull)(const DenseParams&, const PairTask&, const DensePull&, const PairSums&, float* workspace);
   void (*dense_finish_rows)(const DenseParams&, const float* pull, const double* weight, float* sums, int64_t begin, int64_t end);
@@ -119,6 +127,8 @@ struct DenseKernels {
   int64_t (*triplet_hinges_grad_workspace)(const DenseParams&, const PairSums&, int64_t rows, int64_t columns, int64_t most);
   void (*triplet_hinges_grad)(const DenseParams&, const HingeRule&, const HingeUpstream&, const PairTask&, const PairSums&, int64_t most,
                               float* workspace);
+  int64_t (*hinge_filter_workspace)(const DenseParams&, int64_t rows);
+  void (*hinge_filter)(const DenseParams&, const HingeRule&, const HingeFilter&, int64_t begin, int64_t end, float* workspace);
   int64_t (*sorted_hinges_workspace)(const DenseParams&, const PairSums&, int64_t rows, int64_t most);
   void (*sorted_hinges)(const DenseParams&, const HingeRule&, const HingeResult&, const HingeUpstream&, const PairSums&, int64_t begin, int64_t end,
                         int64_t most, float* workspace);

@@ -197,7 +197,7 @@ void triplet_hinges_pull(const DenseParams& p, const HingeRule& rule, const Hing
     const int64_t count = p.count(i);
     for (int64_t k = 0; k < count; ++k) {
       const int64_t slot = p.slot(i, k);
-      pull[slot] = rule.sign * upstream.g[i] * float(upstream.active[slot]) * weight_factor(p.metric, p.distance[slot]);
+      pull[slot] = rule.sign * upstream.g[i] * float(upstream.active[slot]) * weight_factors(p.metric, splat(p.distance[slot]))[0];
     }
   }
 }

@@ -8,6 +8,7 @@ extern const DenseKernels KDFAST_UNIT(dense);
 const DenseKernels KDFAST_UNIT(dense) = {
     .dense_squares = dense_squares,
     .dense_positives = dense_positives,
+    .dense_mirror = dense_mirror,
     .dense_pull_workspace = dense_pull_workspace,
     .dense_pull = dense_pull,
     .dense_finish_rows = dense_finish_rows,
@@ -16,6 +17,8 @@ const DenseKernels KDFAST_UNIT(dense) = {
     .triplet_hinges = triplet_hinges,
     .triplet_hinges_grad_workspace = triplet_hinges_grad_workspace,
     .triplet_hinges_grad = triplet_hinges_grad,
+    .hinge_filter_workspace = hinge_filter_workspace,
+    .hinge_filter = hinge_filter,
     .sorted_hinges_workspace = sorted_hinges_workspace,
     .sorted_hinges = sorted_hinges,
     .triplet_hinges_pull = triplet_hinges_pull,

@@ -78,6 +78,12 @@ inline Vec distance_from(Vec score, Vec x_square, Vec y_square, Vec* factor) {
   }
 }
 
+// That factor of distances that are known.
+inline Vec weight_factors(Metric metric, Vec d) {
+  if (metric == Metric::kEuclidean) return d == Vec{} ? Vec{} : splat(1.0f) / d;
+  return splat(metric == Metric::kSquaredEuclidean ? 2.0f : 1.0f);
+}
+
 // f(a metric as a type) for the metric in force.
 template <Metric kMetric>
 struct MetricTag {
@@ -157,6 +163,9 @@ inline Vec above(Vec x) {
   const IntVec bits = (IntVec)(x + Vec{});
   return (Vec)(x < Vec{} ? bits - 1 : bits + 1);
 }
+
+// The one below x.
+inline float below(float x) { return -above(splat(-x))[0]; }
 
 struct Windows {
   Vec t, low, high;

@@ -74,12 +74,6 @@ inline void mark_tiles(const DenseParams& p, uint8_t* tiles, int64_t row, const 
   for (int64_t t = block.first / kTileColumns; t * kTileColumns < block.first + block.columns; ++t) of_row[t] = 1;
 }
 
-// What a gradient in a distance d is multiplied with to be the weight of x - y (or of -y).
-inline float weight_factor(Metric metric, float d) {
-  if (metric == Metric::kEuclidean) return d == 0 ? 0 : 1 / d;
-  return metric == Metric::kSquaredEuclidean ? 2 : 1;
-}
-
 // to += factor x
 inline void add_row(float* to, float factor, const float* x, int64_t width) {
   for (int64_t d = 0; d < width; d += kLanes)
@@ -145,7 +139,27 @@ void dense_positives(const DenseParams& p, int64_t begin, int64_t end) {
       most = p.all_positives(i) > most ? p.all_positives(i) : most;
     }
     for (int64_t k = 0; k < most; k += kLanes)
-      for (int64_t i = first; i < last; ++i) measure_positives(p, rows, i, k, smaller(kLanes, p.all_positives(i) - k));
+      for (int64_t i = first; i < last; ++i)
+        if (!p.mirrored || k + kLanes > i - p.first[i]) measure_positives(p, rows, i, k, smaller(kLanes, p.all_positives(i) - k));
+  }
+}
+
+// Where positives are mirrored those of a row that come before it are measured as its distance from them: copied for rows begin .. end, a few
+// columns for a group of rows at a time.
+void dense_mirror(const DenseParams& p, int64_t begin, int64_t end) {
+  for (int64_t first = begin; first < end; first += kSlotRows) {
+    const int64_t last = smaller(first + kSlotRows, end);
+    for (int64_t j = p.first[first]; j < last; j += kSlotRows) {
+      for (int64_t i = first; i < last; ++i) {
+        float farthest = p.farthest[i];
+        for (int64_t c = j > p.first[i] ? j : p.first[i]; c < smaller(j + kSlotRows, i); ++c) {
+          const float d = p.distance[p.slot(c, i - p.first[i] - 1)];
+          p.distance[p.slot(i, c - p.first[i])] = d;
+          farthest = d > farthest || d != d ? d : farthest;
+        }
+        p.farthest[i] = farthest;
+      }
+    }
   }
 }
 
@@ -166,7 +180,7 @@ void pull_hinges_pull(const DenseParams& p, const float* level, const float* g, 
   for (int64_t i = begin; i < end; ++i) {
     for (int64_t k = 0; k < p.count(i); ++k) {
       const float d = p.distance[p.slot(i, k)];
-      pull[p.slot(i, k)] = d > level[i] ? g[i] * weight_factor(p.metric, d) : 0;
+      pull[p.slot(i, k)] = d > level[i] ? g[i] * weight_factors(p.metric, splat(d))[0] : 0;
     }
   }
 }

@@ -15,22 +15,22 @@
 
 namespace {
 
+using kdfast::HingeFilter;
+
 // ---- the windows of a task's rows ---------------------------------------------------------------------------------------
 
 constexpr int64_t kLine = 64;  // bytes
 
 // Tables of each row: its upper and its lower ends as trees.
 struct SortedWindows {
-  int64_t stride;  // entries of a row's tables
   int depth;
+  int64_t stride;          // floats of a tree
   float *high, *low;
   double* start;           // t0 of each row, the largest t
   int32_t* taken;          // how many of each row's positives
   float *sorted, *ends;    // of one row
 
-  void plan(int64_t rows, int64_t most, Arena& arena) {
-    depth = depth_for(most);
-    stride = int64_t(1) << depth;
+  SortedWindows(int64_t rows, int64_t most, Arena& arena) : depth(depth_for(most)), stride(int64_t(1) << depth) {
     high = arena.take(rows * stride), low = arena.take(rows * stride);
     start = HingeStatistic::doubles(rows, arena);
     taken = reinterpret_cast<int32_t*>(arena.take(rows));
@@ -40,7 +40,8 @@ struct SortedWindows {
   RankTree upper(int64_t i) const { return {high + i * stride, depth}; }
   RankTree lower(int64_t i) const { return {low + i * stride, depth}; }
 
-  // Trees and t0 of row `row`, number i of the task, of its positives that are taken; t0 is NaN where one of all its distances is, so that its sum will be.
+  // Trees and t0 of row `row`, number i of the task, of its positives that are taken; t0 is NaN where one of all its distances is, so that its
+  // sum will be.
   void build(const DenseParams& p, const HingeRule& rule, int64_t row, int64_t i, float nearest) const {
     const float* const distance = p.distance + p.slot(row, 0);
     const int64_t all = p.count(row);
@@ -68,17 +69,18 @@ struct SortedWindows {
     grow_tree(ends, depth, tree);
   }
 
-  // Brings row i's trees near while another row is at work.
-  void prefetch(int64_t i, bool with_low) const {
+  // Brings row i's trees and its counts [stride] near while another row is at work.
+  void prefetch(int64_t i, bool with_low, const int32_t* counts) const {
     for (int64_t r = 0; r < stride; r += kLine / 4) {
       __builtin_prefetch(high + i * stride + r);
       if (with_low) __builtin_prefetch(low + i * stride + r);
+      __builtin_prefetch(counts + i * stride + r);
     }
   }
 
   // Ranks among the upper ends of row i's windows, and among the lower ends, or the number of windows. `last`: as RankTree has it.
   template <bool kLow>
-  void runs(int64_t i, const Vec* v, IntVec* from, IntVec* to, Vec* last = nullptr) const {
+  void runs(int64_t i, const Vec* v, IntVec* from, IntVec* to, Vec* last) const {
     const IntVec count = IntVec{} + taken[i];
     upper(i).ranks(v, from, last);
     if constexpr (kLow) lower(i).ranks(v, to);
@@ -126,22 +128,24 @@ struct LevelSum {
 
 // As the statistic of a pass, the hinges alone; as its weights, W_ij of the rows beside them: in batch W_ji comes from the sums of the columns.
 struct SortedHinges {
-  static constexpr bool kKnowsIdle = false;
+  static constexpr bool kKnowsIdle = true;
 
   const DenseParams& p;
   const HingeRule& rule;
   const HingeUpstream& upstream;
   const PairTask& task;
-  int64_t first = 0;
-  SortedWindows windows_of = {};
+  int64_t rows, first = 0;
+  SortedWindows windows_of;
   ColumnWeights column_weights = {};
-  float* factors = nullptr;                           // [block]
-  int32_t *begins = nullptr, *ends = nullptr;         // [block]: the runs of a row
-  int32_t* by_rank = nullptr;                         // [rows of the task][stride]: runs that begin at a rank, less those that end there
-  double *sum = nullptr, *active = nullptr, *ties = nullptr;  // [rows of the task]
+  float* factors;                  // [block]
+  int32_t *begins, *ends;          // [block]: the runs of a row's levels
+  int32_t* by_rank;                // [rows][windows_of.stride]: runs that begin at a rank, less those that end there
+  double *sum, *active, *ties;     // [rows]
 
-  void plan(int64_t rows, int64_t block, int64_t most, Arena& arena) {
-    windows_of.plan(rows, most, arena);
+  // `rows` of the task.
+  SortedHinges(const DenseParams& p, const HingeRule& rule, const HingeUpstream& upstream, const PairTask& task, int64_t rows, int64_t block,
+               int64_t most, Arena& arena)
+      : p(p), rule(rule), upstream(upstream), task(task), rows(rows), windows_of(rows, most, arena) {
     column_weights.plan(block, arena);
     factors = arena.take(block);
     begins = reinterpret_cast<int32_t*>(arena.take(block)), ends = reinterpret_cast<int32_t*>(arena.take(block));
@@ -149,12 +153,10 @@ struct SortedHinges {
     sum = HingeStatistic::doubles(rows, arena), active = HingeStatistic::doubles(rows, arena), ties = HingeStatistic::doubles(rows, arena);
   }
 
-  // `nearest` of the task's rows.
-  void begin(const float* nearest) {
+  void begin() {
     column_weights.to = upstream.y_weight;
-    const int64_t rows = task.row_end - task.row_begin;
     for (int64_t i = 0; i < rows; ++i) {
-      windows_of.build(p, rule, task.row_begin + i, i, nearest[i]);
+      windows_of.build(p, rule, task.row_begin + i, i, upstream.nearest[task.row_begin + i]);
       sum[i] = active[i] = ties[i] = 0;
     }
     __builtin_memset(by_rank, 0, size_t(4 * rows * windows_of.stride));
@@ -164,6 +166,16 @@ struct SortedHinges {
   void begin_rows(int64_t row, int64_t) { first = row; }
   void begin_block(const Block& block) {
     if (upstream.g != nullptr) column_weights.begin_block(block);
+  }
+
+  // A class of its own takes up whole blocks where it is large.
+  bool no_negative(const Block& block, int64_t row) const {
+    return p.first[row] <= block.first && p.last[row] >= block.first + block.columns;
+  }
+  bool idle(const Block& block, int64_t row, int64_t rows) const {
+    for (int64_t i = first + row; i < first + row + rows; ++i)
+      if (!no_negative(block, i)) return false;
+    return true;
   }
 
   void chunk(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
@@ -176,7 +188,8 @@ struct SortedHinges {
 
   template <bool kWeights>
   void take_row(const Block& block, int64_t row, float* scores) const {
-    if (row + 1 < task.row_end) windows_of.prefetch(row + 1 - task.row_begin, has_low_end(rule));
+    if (!kWeights && no_negative(block, row)) return;
+    if (row + 1 < task.row_end) windows_of.prefetch(row + 1 - task.row_begin, has_low_end(rule), by_rank);
     row_levels<kWeights, false>(p, block, row, rule.sign, scores, factors, nullptr);
     has_low_end(rule) ? take_levels<true, kWeights>(block, row, scores) : take_levels<false, kWeights>(block, row, scores);
   }
@@ -184,174 +197,173 @@ struct SortedHinges {
   template <bool kLow, bool kWeights>
   void take_levels(const Block& block, int64_t row, float* levels) const {
     const int64_t i = row - task.row_begin;
-    int32_t* const counts = by_rank + i * windows_of.stride;
-    const bool with_ties = rule.mining == Mining::kSemiHard && rule.sign > 0;
+    rule.mining == Mining::kSemiHard && rule.sign > 0 ? find_runs<kLow, kLow>(i, block.padded, levels) : find_runs<kLow, false>(i, block.padded, levels);
     const Vec g = kWeights ? splat(rule.sign * upstream.g[row]) : Vec{};
     LevelSum hinges(windows_of.start[i]);
     Vec number = {}, weights = {};
-    int64_t runs = 0;
-    for (int64_t j = 0; j < block.padded; j += kAtOnce * kLanes) {
-      Vec v[kAtOnce], last[kAtOnce];
-      IntVec from[kAtOnce], to[kAtOnce];
-      for (int a = 0; a < kAtOnce; ++a) v[a] = load(levels + j + a * kLanes);
-      windows_of.runs<kLow>(i, v, from, to, kLow ? last : nullptr);
-      for (int a = 0; a < kAtOnce; ++a) {
-        const IntVec held = to[a] - from[a];
-        const Vec c = __builtin_convertvector(held, Vec);
-        hinges.add(held, v[a]);
-        number += c;
-        if (kLow && with_ties) ties[i] += double(tied(windows_of.upper(i), from[a], last[a], v[a]));
-        if constexpr (kWeights) {
-          const Vec weight = c * g * load(factors + j + a * kLanes);
-          weights += weight;
-          store(levels + j + a * kLanes, weight);
-          column_weights.add(j + a * kLanes, weight);
-        }
-        if (!any(held)) continue;
-        if (!kLow && !any(from[a])) {  // all windows hold all of them
-          counts[0] += kLanes;
-          continue;
-        }
-        *reinterpret_cast<IntVec*>(begins + runs) = from[a];
-        if constexpr (kLow) *reinterpret_cast<IntVec*>(ends + runs) = to[a];
-        runs += kLanes;
+    for (int64_t j = 0; j < block.padded; j += kLanes) {
+      const Vec v = load(levels + j);
+      const IntVec held = load_int(ends + j) - load_int(begins + j);
+      const Vec c = __builtin_convertvector(held, Vec);
+      hinges.add(held, v);
+      number += c;
+      if constexpr (kWeights) {
+        const Vec weight = c * g * load(factors + j);
+        weights += weight;
+        store(levels + j, weight);
+        column_weights.add(j, weight);
       }
     }
-    for (int64_t r = 0; r < runs; ++r) ++counts[begins[r]];
-    if constexpr (kLow)
-      for (int64_t r = 0; r < runs; ++r) --counts[ends[r]];
     sum[i] += hinges.total();
     active[i] += double(total(number));
     if constexpr (kWeights) upstream.x_weight[row] += double(total(weights));
+    count_runs<kLow>(by_rank + i * windows_of.stride, block.padded);
+  }
+
+  // The runs of windows that hold row i's levels.
+  template <bool kLow, bool kTies>
+  void find_runs(int64_t i, int64_t padded, const float* levels) const {
+    for (int64_t j = 0; j < padded; j += kAtOnce * kLanes) {
+      Vec v[kAtOnce], last[kAtOnce];
+      IntVec from[kAtOnce], to[kAtOnce];
+      for (int a = 0; a < kAtOnce; ++a) v[a] = load(levels + j + a * kLanes);
+      windows_of.runs<kLow>(i, v, from, to, kTies ? last : nullptr);
+      for (int a = 0; a < kAtOnce; ++a) {
+        *reinterpret_cast<IntVec*>(begins + j + a * kLanes) = from[a], *reinterpret_cast<IntVec*>(ends + j + a * kLanes) = to[a];
+        if constexpr (kTies) ties[i] += double(tied(windows_of.upper(i), from[a], last[a], v[a]));
+      }
+    }
+  }
+
+  // Empty runs end where they begin, or where nothing is counted any more.
+  template <bool kLow>
+  void count_runs(int32_t* counts, int64_t padded) const {
+    for (int64_t j = 0; j < padded; ++j) ++counts[begins[j]];
+    if constexpr (kLow)
+      for (int64_t j = 0; j < padded; ++j) --counts[ends[j]];
   }
 
   // How many windows end at v exactly, of the columns of one vector.
-  static int64_t tied(const RankTree& ends, IntVec rank, Vec last, Vec v) {
+  static int64_t tied(const RankTree& tree, IntVec rank, Vec last, Vec v) {
     const IntVec some = (last == v) & (v < splat(kInfinity));
     if (!any(some)) return 0;
     int64_t ties = 0;
     for (int lane = 0; lane < kLanes; ++lane)
-      if (some[lane]) ties += rank[lane] - ends.rank_before(v[lane]);
+      if (some[lane]) ties += rank[lane] - tree.rank_before(v[lane]);
     return ties;
   }
 
-  // Once all levels have passed: the c of a row's positives, and the rest of its sum.
-  void finish(int64_t row, float nearest) const {
-    const int64_t i = row - task.row_begin;
+  // Once all levels have passed: the c of a row's positives, the rest of its sum, and what the positives weigh.
+  void finish(int64_t row) const {
+    const int64_t i = row - task.row_begin, slot = p.slot(row, 0), count = p.count(row), taken = windows_of.taken[i];
     int32_t* const counts = by_rank + i * windows_of.stride;
-    for (int64_t r = 1; r < windows_of.taken[i]; ++r) counts[r] += counts[r - 1];
+    for (int64_t r = 1; r < taken; ++r) counts[r] += counts[r - 1];
     const bool by_low = rule.mining == Mining::kSemiHard && rule.sign > 0;  // where its upper ends may be rounded to one
     const RankTree window_ends = by_low ? windows_of.lower(i) : windows_of.upper(i);
-    for (int64_t k = 0; k < p.count(row); k += kAtOnce * kLanes) number_positives(row, k, nearest, by_low, window_ends, counts);
+    const float g = upstream.g != nullptr ? rule.sign * upstream.g[row] : 0, nearest = upstream.nearest[row];
+    LevelSum rest(windows_of.start[i] - rule.margin);
+    for (int64_t k = 0; k < count; k += kAtOnce * kLanes) {
+      Vec d[kAtOnce], end[kAtOnce];
+      alignas(64) IntVec rank[kAtOnce];
+      alignas(64) int32_t c[kAtOnce * kLanes] = {};
+      for (int a = 0; a < kAtOnce; ++a) {
+        d[a] = load_row(p.distance + slot, k + a * kLanes, count);
+        const Windows w = windows(rule, d[a], splat(p.farthest[row]));
+        end[a] = by_low ? w.low : w.high;
+      }
+      window_ends.ranks(end, rank);
+      const int32_t* const at = reinterpret_cast<const int32_t*>(rank);
+      for (int64_t r = 0; r < smaller(kAtOnce * kLanes, count - k); ++r)
+        if (at[r] > 0 && takes(rule, p.distance[slot + k + r], nearest)) c[r] = counts[smaller(at[r], taken) - 1];
+      for (int a = 0; a < kAtOnce; ++a) {
+        const IntVec number = load_int(c + a * kLanes);
+        rest.add(number, splat(rule.sign) * d[a]);
+        const Vec pull = __builtin_convertvector(number, Vec) * splat(g) * weight_factors(p.metric, d[a]);
+        if (upstream.g != nullptr && k + a * kLanes < count) store_row(upstream.pull + slot, k + a * kLanes, count, pull);
+      }
+    }
+    sum[i] -= rest.total();
   }
 
-  // Of positives number k .. k + kAtOnce kLanes: sums of the counts up to the rank of each, which its window's end has in the tree.
-  void number_positives(int64_t row, int64_t k, float nearest, bool by_low, const RankTree& window_ends, const int32_t* counts) const {
-    const int64_t i = row - task.row_begin, slot = p.slot(row, 0), count = p.count(row);
-    Vec end[kAtOnce];
-    alignas(64) IntVec rank[kAtOnce];
-    for (int a = 0; a < kAtOnce; ++a) {
-      const Windows w = windows(rule, load_row(p.distance + slot, k + a * kLanes, count), splat(p.farthest[row]));
-      end[a] = by_low ? w.low : w.high;
-    }
-    window_ends.ranks(end, rank);
-    double rest = 0;
-    for (int64_t r = 0; r < smaller(kAtOnce * kLanes, count - k); ++r) {
-      const float d = p.distance[slot + k + r];
-      const int64_t at = rank[r / kLanes][r % kLanes];
-      const int32_t c = at > 0 && takes(rule, d, nearest) ? counts[smaller(at, windows_of.taken[i]) - 1] : 0;
-      if (upstream.active != nullptr) upstream.active[slot + k + r] = c;
-      rest += double(c) * (double(rule.sign * d) + rule.margin - windows_of.start[i]);
-    }
-    sum[i] += rest;
-  }
-
-  void report(const HingeResult& out, int64_t row, float nearest, double kept) const {
-    const int64_t i = row - task.row_begin, negatives = p.negatives(row), taken = windows_of.taken[i];
-    out.loss[row] = 0, out.mined[row] = out.active[row] = 0, out.nearest[row] = nearest;
+  // out.mined holds how many negatives of the row pass multi-similarity mining's filter.
+  void report(const HingeResult& out, int64_t row) const {
+    const int64_t i = row - task.row_begin, negatives = p.negatives(row), taken = windows_of.taken[i], kept = out.mined[row];
+    out.loss[row] = 0, out.mined[row] = out.active[row] = 0;
     if (p.count(row) == 0 || negatives == 0) return;
     out.loss[row] = sum[i] == sum[i] ? float(sum[i]) : __builtin_nanf("");
     out.active[row] = int64_t(active[i]);
     out.mined[row] = rule.mining == Mining::kBatchAll   ? taken * negatives
                      : rule.mining == Mining::kSemiHard ? int64_t(active[i] + ties[i])
-                                                        : int64_t(double(taken) * kept);
-  }
-};
-
-struct SortedWorkspace : PairWorkspace {
-  template <class Product>
-  SortedWorkspace(Product product, const DenseParams& p, int64_t rows, int64_t most, SortedHinges& hinges, Arena& arena)
-      : PairWorkspace(product, p.pairs, rows, p.columns, arena) {
-    hinges.plan(rows, block, most, arena);
-  }
-};
-struct SortedGradientWorkspace : PairGradientWorkspace {
-  template <class Product>
-  SortedGradientWorkspace(Product product, const DenseParams& p, const PairSums& out, int64_t rows, int64_t most, SortedHinges& hinges,
-                          Arena& arena)
-      : PairGradientWorkspace(product, p.pairs, out.x_sums != nullptr, out.y_sums != nullptr, rows, p.columns, arena) {
-    hinges.plan(rows, block, most, arena);
+                                                        : taken * kept;
   }
 };
 
 // ---- the entries of the dispatch table --------------------------------------------------------------------------------
 
+// Multi-similarity mining's filter, which windows of many positives are sorted by: what is nearest to each of the rows begin .. end, and how many of
+// its negatives pass.
+int64_t hinge_filter_workspace(const DenseParams& p, int64_t rows) { return triplet_hinges_workspace(p, rows, 0); }
+void hinge_filter(const DenseParams& p, const HingeRule& rule, const HingeFilter& out, int64_t begin, int64_t end, float* workspace) {
+  const PairTask task{0, begin, end, 0, p.columns};
+  DenseParams without = p;
+  without.positives = 0;
+  const HingeResult none{};
+  HingeStatistic statistic{without, rule, none, task};
+  with_sound_product(p.pairs.precision, [&](auto product) {
+    Arena arena{workspace};
+    PairWorkspace w(product, p.pairs, end - begin, p.columns, arena);
+    statistic.plan(end - begin, 0, arena);
+    statistic.begin(end - begin, 0);
+    return take_statistics(product, p.pairs, task, w, statistic);
+  });
+  for (int64_t i = begin; i < end; ++i) out.nearest[i] = statistic.nearest[i - begin], out.kept[i] = int64_t(statistic.kept[i - begin]);
+}
+
 // Words of workspace for tasks of at most `rows` rows with at most `most` positives to a row.
 int64_t sorted_hinges_workspace(const DenseParams& p, const PairSums& sums, int64_t rows, int64_t most) {
   return scratch_words(p.pairs.precision, [&](auto product) {
     const PairTask none{};
-    SortedHinges hinges{p, HingeRule{}, HingeUpstream{}, none};
-    Arena filter{nullptr};
-    HingeStatistic{p, HingeRule{}, HingeResult{}, none}.plan(rows, 0, filter);
-    Arena values = filter, gradients = filter;
-    SortedWorkspace(product, p, rows, most, hinges, values);
-    SortedGradientWorkspace(product, p, sums, rows, most, hinges, gradients);
+    Arena values{nullptr}, gradients{nullptr};
+    const PairWorkspace w(product, p.pairs, rows, p.columns, values);
+    SortedHinges(p, HingeRule{}, HingeUpstream{}, none, rows, w.block, most, values);
+    const PairGradientWorkspace v(product, p.pairs, sums.x_sums != nullptr, sums.y_sums != nullptr, rows, p.columns, gradients);
+    SortedHinges(p, HingeRule{}, HingeUpstream{}, none, rows, v.block, most, gradients);
     return values.words > gradients.words ? values.words : gradients.words;
   });
 }
 
 // Rows begin .. end against all references, as triplet_hinges and triplet_hinges_grad: values where out.loss is given, weights into `sums` where
-// upstream.g is. The filter of multi-similarity mining, which the windows depend on, takes a pass of its own.
+// upstream.g is.
 void sorted_hinges(const DenseParams& p, const HingeRule& rule, const HingeResult& out, const HingeUpstream& upstream, const PairSums& sums,
                    int64_t begin, int64_t end, int64_t most, float* workspace) {
   const PairTask task{0, begin, end, 0, p.columns};
   const int64_t rows = end - begin;
-  const bool values = out.loss != nullptr;
-  Arena arena{workspace};
-  DenseParams without = p;
-  without.positives = 0;
-  HingeStatistic filter{without, rule, out, task};
-  filter.plan(rows, 0, arena);
-  filter.begin(rows, 0);
-  if (values && rule.mining == Mining::kMultiSimilarity) {
-    with_sound_product(p.pairs.precision, [&](auto product) {
-      Arena own = arena;
-      PairWorkspace w(product, p.pairs, rows, p.columns, own);
-      filter.begin(rows, 0);
-      return take_statistics(product, p.pairs, task, w, filter);
-    });
-  }
-  const float* const nearest = values ? filter.nearest : upstream.nearest + begin;
-  SortedHinges hinges{p, rule, upstream, task};
+  const auto finish = [&](const SortedHinges& hinges) {
+    for (int64_t i = begin; i < end; ++i) {
+      hinges.finish(i);
+      if (out.loss != nullptr) hinges.report(out, i);
+    }
+  };
   if (upstream.g == nullptr) {
     with_sound_product(p.pairs.precision, [&](auto product) {
-      Arena own = arena;
-      SortedWorkspace w(product, p, rows, most, hinges, own);
-      hinges.begin(nearest);
-      return take_statistics(product, p.pairs, task, w, hinges);
+      Arena arena{workspace};
+      PairWorkspace w(product, p.pairs, rows, p.columns, arena);
+      SortedHinges hinges(p, rule, upstream, task, rows, w.block, most, arena);
+      hinges.begin();
+      const bool sound = take_statistics(product, p.pairs, task, w, hinges);
+      finish(hinges);
+      return sound;
     });
   } else {
     with_holding_product(p.pairs, task, [&](auto product) {
-      Arena own = arena;
-      SortedGradientWorkspace w(product, p, sums, rows, most, hinges, own);
-      hinges.begin(nearest);
+      Arena arena{workspace};
+      PairGradientWorkspace w(product, p.pairs, sums.x_sums != nullptr, sums.y_sums != nullptr, rows, p.columns, arena);
+      SortedHinges hinges(p, rule, upstream, task, rows, w.block, most, arena);
+      hinges.begin();
       take_gradients(product, p.pairs, task, sums, w, hinges);
       hinges.column_weights.flush();
+      finish(hinges);
     });
-  }
-  for (int64_t i = begin; i < end; ++i) {
-    hinges.finish(i, nearest[i - begin]);
-    if (values) hinges.report(out, i, nearest[i - begin], filter.kept[i - begin]);
   }
 }
 
