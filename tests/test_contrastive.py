@@ -124,6 +124,7 @@ def test_empty_batches():
         (lambda: clip_loss(torch.zeros(3, 4), torch.zeros(3, 4), 1.0, label_smoothing=1.0), ValueError, "label_smoothing"),
         (lambda: siglip_loss(torch.zeros(3, 4), torch.zeros(3, 4).double(), 1.0, 0.0), TypeError, "text"),
         (lambda: siglip_loss(torch.zeros(3, 4), torch.zeros(3, 4), 1.0, "zero"), TypeError, "logit_bias"),
+        (lambda: siglip_loss(torch.zeros(3, 4), torch.zeros(3, 4), torch.ones(3), 0.0), ValueError, "logit_scale"),
     ],
 )
 def test_bad_input_names_the_argument(call, error, name):

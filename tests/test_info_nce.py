@@ -351,8 +351,20 @@ BAD = {
     "impl elsewhere": (dict(impl="cuda"), ValueError, "cuda"),
     "precision": (dict(precision="fp8"), ValueError, "precision"),
     "bank type": (dict(bank=[1, 2]), TypeError, "bank"),
-    "bank bias": (dict(bank_bias=torch.zeros(8)), ValueError, "bias"),
-    "bank valid": (dict(bank_valid=-1), ValueError, "valid"),
+    "bank bias": (dict(bank_bias=torch.zeros(8)), ValueError, "bank_bias"),
+    "bank bias type": (dict(bank_bias="high"), TypeError, "bank_bias"),
+    "bank valid": (dict(bank_valid=-1), ValueError, "bank_valid"),
+    "bank valid range": (dict(bank_valid=torch.tensor(10)), IndexError, "bank_valid"),
+    "weight type": (dict(weight=[1, 1, 1, 1]), TypeError, "weight"),
+    "weight dtype": (dict(weight=torch.ones(4, dtype=torch.complex64)), TypeError, "weight"),
+    "weight device": (dict(weight=torch.ones(4, device="meta")), ValueError, "weight"),
+    "positive_weights type": (dict(positive_weights="even"), TypeError, "positive_weights"),
+    "positive_weights device": (dict(positive_weights=torch.ones(1, device="meta")), ValueError, "positive_weights"),
+    "include_positive": (dict(include_positive="yes"), TypeError, "include_positive"),
+    "margin type": (dict(false_negative_margin=[0.1]), TypeError, "false_negative_margin"),
+    "margin shape": (dict(false_negative_margin=torch.zeros(4)), ValueError, "false_negative_margin"),
+    "margin value": (dict(false_negative_margin=float("nan")), ValueError, "false_negative_margin"),
+    "smoothing type": (dict(label_smoothing="some"), TypeError, "label_smoothing"),
 }
 
 

@@ -185,12 +185,6 @@ def test_no_anchors_have_no_triplets(dtype):
     assert all(e.value.shape == e.index.shape == (0,) for e in found)
 
 
-@pytest.mark.parametrize("name", ["batch_hard", "semi_hard_facenet", "focal"])
-def test_rows_of_no_elements_coincide(name):
-    x, labels = torch.empty(4, 0), torch.arange(4) % 2
-    assert triplet_loss(x, labels, mining=name, margin=0.5, generator=torch.tensor(1), normalize=False).item() == 0.5
-
-
 def test_an_infinite_distance_is_a_distance():
     x, y = torch.zeros(1, 2), torch.tensor([[0.0, 0.0], [torch.inf, 0.0]])
     found = row_extrema(x, y, torch.tensor([0]), torch.tensor([0, 1]))

@@ -13,7 +13,7 @@ class BankRows(NamedTuple):
     panels: Tensor | None = None  # the rows' packed copy, which kernels may read in their place
 
 
-def unpack(bank, *, valid=None, labels=None, bias=None) -> BankRows:
+def unpack(bank, *, valid=None, labels=None, bias=None, name: str = "bank") -> BankRows:
     """The rows [M, D] of `bank` with prefix count, labels [M] and bias [M].
 
     A Bank (kdfast.bank) has `as_rows()`, which returns its own BankRows; giving `valid`, `labels` or `bias`
@@ -22,7 +22,7 @@ def unpack(bank, *, valid=None, labels=None, bias=None) -> BankRows:
     if bank is None or isinstance(bank, Tensor):
         return BankRows(bank, valid, labels, bias)
     if not hasattr(bank, "as_rows"):
-        raise TypeError(f"bank must be a Tensor or a kdfast bank, got {type(bank).__name__}")
+        raise TypeError(f"{name} must be a Tensor or a kdfast bank, got {type(bank).__name__}")
     own = bank.as_rows()
     for name, given, supplied in (("bank_valid", valid, own.valid), ("bank_labels", labels, own.labels), ("bank_bias", bias, own.bias)):
         if given is not None and supplied is not None:

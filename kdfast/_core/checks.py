@@ -38,6 +38,17 @@ def integral(name: str, x, *, shape: tuple[int, ...] | None = None, device: torc
     return x.long()
 
 
+def real(name: str, x, *, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """`x` is a tensor of real numbers of exactly `shape` on `device`."""
+    _tensor(name, x, None, 0)
+    if x.is_complex():
+        raise TypeError(f"{name} must be real, got {x.dtype}")
+    exact_shape(name, x, shape)
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device}, got {x.device}")
+    return x
+
+
 def _tensor(name: str, x, ndim: int | None, min_ndim: int) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
@@ -87,6 +98,23 @@ def number(name: str, x) -> None:
         raise TypeError(f"{name} must be a float or a floating tensor, got {type(x).__name__}")
 
 
+def fraction(name: str, x) -> None:
+    """`x` is a number in [0, 1)."""
+    if isinstance(x, bool) or not isinstance(x, Real):
+        raise TypeError(f"{name} must be a float, got {type(x).__name__}")
+    if not 0 <= x < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {x}")
+
+
+def scalar(name: str, x) -> None:
+    """`x` is a number other than NaN, or a 0-d floating tensor (whose value is not read)."""
+    number(name, x)
+    if isinstance(x, Tensor):
+        exact_shape(name, x, ())
+    elif math.isnan(x):
+        raise ValueError(f"{name} must be a number, got {x}")
+
+
 def count(name: str, x, *, minimum: int = 1) -> int:
     if isinstance(x, bool) or not isinstance(x, Integral):
         raise TypeError(f"{name} must be an int, got {type(x).__name__}")
@@ -122,14 +150,14 @@ def own_rows(own_index: "bool | Tensor | None", shape: tuple[int, ...], size: in
     return own
 
 
-def prefix(name: str, valid: "int | Tensor", size: int, device: torch.device) -> "int | Tensor":
-    """`valid` counts rows from the first, of `size`: an int, or a 0-d integer tensor, returned as int64."""
+def prefix(name: str, valid: "int | Tensor", size: int, device: torch.device, batch: tuple[int, ...] = ()) -> "int | Tensor":
+    """`valid` counts rows from the first, of `size`: an int, or an integer tensor, 0-d or of shape `batch`, returned as int64."""
     if isinstance(valid, Tensor):
-        valid = integral(name, valid, shape=(), device=device)
+        valid = integral(name, valid, shape=batch if valid.dim() else (), device=device)
         index_range(name, valid, size + 1)
         return valid
     if isinstance(valid, bool) or not isinstance(valid, Integral):
-        raise TypeError(f"{name} must be an int or a 0-d integer tensor, got {type(valid).__name__}")
+        raise TypeError(f"{name} must be an int or an integer tensor, got {type(valid).__name__}")
     if not 0 <= valid <= size:
         raise ValueError(f"{name} must lie in [0, {size}], got {valid}")
     return valid

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .checks import INTEGRAL
+
 
 def seed(generator: torch.Generator | Tensor | None, device: torch.device) -> Tensor:
     """A 0-d int64 seed tensor on `device`.
@@ -11,7 +13,7 @@ def seed(generator: torch.Generator | Tensor | None, device: torch.device) -> Te
     integer tensor with one element is taken as the seed itself, which is the form for compiled code.
     """
     if isinstance(generator, Tensor):
-        if generator.numel() != 1 or generator.dtype.is_floating_point:
+        if generator.numel() != 1 or generator.dtype not in INTEGRAL:
             raise ValueError(
                 f"generator, given as a seed tensor, must hold one integer, got shape {tuple(generator.shape)} of {generator.dtype}"
             )

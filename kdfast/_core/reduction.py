@@ -18,7 +18,7 @@ def reduce_rows(losses: Tensor, *, counted: Tensor | None = None, weight: Tensor
     if counted is not None:
         losses = torch.where(counted, losses, torch.zeros_like(losses))
     if weight is not None:
-        checks.exact_shape("weight", weight, tuple(losses.shape))
+        checks.real("weight", weight, shape=tuple(losses.shape), device=losses.device)
         weight = weight.detach().to(losses.dtype)
         losses = losses * weight
     if reduction == "none":

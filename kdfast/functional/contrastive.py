@@ -150,8 +150,7 @@ def clip_loss(
     """
     _pair("image", image, "text", text)
     checks.positive_number("logit_scale", logit_scale)
-    if isinstance(logit_scale, Tensor) and logit_scale.dim():
-        raise ValueError(f"logit_scale must be a float or a 0-d tensor, got shape {tuple(logit_scale.shape)}")
+    checks.scalar("logit_scale", logit_scale)
     if normalize:
         image, text = normalized(image), normalized(text)
     if group is not None:  # local images against all texts, local texts against all images: different pairs, so a pass for each
@@ -165,8 +164,7 @@ def clip_loss(
             impl=impl,
         )
         return (info_nce(image, text, **options) + info_nce(text, image, **options)) / 2
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    checks.fraction("label_smoothing", label_smoothing)
     if image.shape[0] == 0:
         return reduce_rows((image + text).sum(-1), weight=weight, reduction=reduction)
     image, text = dtypes.autocast(image, text)
@@ -208,7 +206,8 @@ def siglip_loss(
     """
     _pair("image", image, "text", text)
     checks.positive_number("logit_scale", logit_scale)
-    checks.number("logit_bias", logit_bias)
+    for name, x in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
+        checks.scalar(name, x)
     if normalize:
         image, text = normalized(image), normalized(text)
     if group is None and image.shape[0]:

@@ -140,6 +140,13 @@ def _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bia
         raise ValueError(
             f"bank must be [M, D] or [*B, M, D] with the leading dimensions of query {tuple(query.shape)}, got {tuple(rows.shape)}"
         )
+    valid, bias, batch = given.valid, given.bias, tuple(query.shape[:-2])
+    if valid is not None:
+        valid = checks.prefix("bank_valid", valid, rows.shape[-2], query.device, batch)
+    if bias is not None:
+        checks.floating("bank_bias", bias)
+        checks.exact_shape("bank_bias", bias, rows.shape[-2:-1] if bias.dim() == 1 else (*batch, rows.shape[-2]))
+        checks.alike("bank_bias", bias, "query", query, dtype=False)
     if positive is not None and targets is not None:
         raise ValueError("positive and targets must not both be given: targets names the positive among the bank's rows")
     row_labels = given.labels if query_labels is not None else None
@@ -148,7 +155,7 @@ def _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bia
     if query_labels is None and bank_labels is not None:
         raise ValueError("query_labels must be given with bank_labels")
     if row_labels is not None:
-        shape = (rows.shape[-2],) if getattr(row_labels, "ndim", 1) == 1 else (*query.shape[:-2], rows.shape[-2])
+        shape = (rows.shape[-2],) if getattr(row_labels, "ndim", 1) == 1 else (*batch, rows.shape[-2])
         row_labels = checks.integral("bank_labels", row_labels, shape=shape, device=query.device)
     if targets is not None:
         targets = checks.integral("targets", targets, shape=tuple(query.shape[:-1]), device=query.device)
@@ -160,8 +167,8 @@ def _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bia
         positive,
         None if targets is None else targets[..., None],
         normalized(rows) if normalize else rows,
-        given.valid,
-        given.bias,
+        valid,
+        bias,
         query_labels,
         row_labels,
         None if targets is None else targets >= 0,
@@ -205,8 +212,11 @@ def _copies(query: Tensor, positive: Tensor) -> int:
 def _check_options(p, positive_weights, same_class, margin, include_positive, label_smoothing, reduction) -> None:
     checks.choice("same_class", same_class, ("exclude", "positive"))
     checks.choice("reduction", reduction, REDUCTIONS)
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    checks.fraction("label_smoothing", label_smoothing)
+    if margin is not None:
+        checks.scalar("false_negative_margin", margin)
+    if not isinstance(include_positive, bool):
+        raise TypeError(f"include_positive must be a bool, got {type(include_positive).__name__}")
     if label_smoothing and (margin is not None or not include_positive or same_class == "positive"):
         raise ValueError('label_smoothing cannot be combined with false_negative_margin, include_positive=False or same_class="positive"')
     if same_class == "positive":
@@ -218,6 +228,8 @@ def _check_options(p, positive_weights, same_class, margin, include_positive, la
     elif p.positive is None and p.columns is None:
         raise ValueError('positive or targets must be given (neither is needed only with same_class="positive")')
     if positive_weights is not None:
+        checks.floating("positive_weights", positive_weights)
+        checks.alike("positive_weights", positive_weights, "query", p.query, dtype=False)
         copies = p.columns.shape[-1] if p.positive is None else _copies(p.query, p.positive)
         if tuple(positive_weights.shape) not in ((copies,), (*p.query.shape[:-1], copies)):
             raise ValueError(f"positive_weights must be [{copies}] or {(*p.query.shape[:-1], copies)}, got {tuple(positive_weights.shape)}")

@@ -109,6 +109,7 @@ def triplet_loss(
         max_positives=max_positives,
         generator=generator,
     )
+    problem = problem._replace(positives=min(problem.positives, problem.mine_ref.shape[0]))
     with op.full_precision(problem.mine):
         if problem.mine.shape[0] == 0:
             return portable.nothing(problem.layers, reduction)

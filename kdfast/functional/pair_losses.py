@@ -183,7 +183,8 @@ def angular_loss(
     if max_positives is not None:
         checks.count("max_positives", max_positives)
     b = _arranged(embeddings, labels, ref, ref_labels, ref_valid, own_index, "euclidean", normalize)
-    positives = max_positives or classes.largest(b.anchors, b.refs[0].shape[0])
+    size = b.refs[0].shape[0]
+    positives = min(max_positives, size) if max_positives else classes.largest(b.anchors, size)
     impl = op.choose("angular_loss", impl, b.layers[0], gathered=b.layers[0].numel() * positives)
     with op.full_precision(b.layers[0]):
         if _empty(b):
@@ -216,6 +217,8 @@ def _angular_queries(b: inputs.Batch, alpha: float, positives: int) -> tuple[Ten
 def _float(name: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def _collect(name, impl, *arguments) -> tuple[inputs.Batch, str]:

@@ -61,13 +61,14 @@ def similarity_distillation(
         raise ValueError(f"teacher must have a row for each of student's {rows}, got {teacher.shape[0]}")
     checks.choice("divergence", divergence, ("ce", "kl"))
     checks.choice("reduction", reduction, REDUCTIONS)
-    given = bank_protocol.unpack(student_bank, valid=bank_valid)
+    given = bank_protocol.unpack(student_bank, valid=bank_valid, name="student_bank")
     keys = _bank_rows("student_bank", given.rows, "student", student)
     shared = teacher_bank is None
-    teacher_keys = keys if shared else bank_protocol.unpack(teacher_bank).rows
+    teacher_keys = keys if shared else bank_protocol.unpack(teacher_bank, name="teacher_bank").rows
     teacher_keys = _bank_rows("student_bank" if shared else "teacher_bank", teacher_keys, "teacher", teacher)
     if teacher_keys.shape[0] != keys.shape[0]:
         raise ValueError(f"teacher_bank must have a row for each of student_bank's {keys.shape[0]}, got {teacher_keys.shape[0]}")
+    valid = None if given.valid is None else checks.prefix("bank_valid", given.valid, keys.shape[0], student.device)
     teacher = teacher.detach()
     if own or student_positive is not None or teacher_positive is not None:
         student_positive = _positive("student_positive", student_positive, teacher, student)
@@ -77,7 +78,7 @@ def similarity_distillation(
         keys, teacher_keys = normalized(keys), None if shared else normalized(teacher_keys)
 
     own_column = own_columns(own_index, student, keys.shape[0])
-    excluded = any(x is not None for x in (given.valid, given.bias, own_column))
+    excluded = any(x is not None for x in (valid, given.bias, own_column))
     mean = reduction == "mean" and weight is None and not excluded and rows > 0
     sharp = any(isinstance(t, Real) and t < 1e-3 for t in (student_temperature, teacher_temperature))
     with torch.autocast(student.device.type, enabled=False) if sharp else contextlib.nullcontext():
@@ -95,7 +96,7 @@ def similarity_distillation(
             start=start,
             bias=given.bias,
             key_index=None if own_column is None else own_column[:, None],
-            valid=given.valid,
+            valid=valid,
             kl=divergence == "kl",
             mean=mean,
             precision="ieee" if sharp and precision is None else precision,
@@ -175,6 +176,7 @@ def _bank_rows(name: str, rows: Tensor, query_name: str, query: Tensor) -> Tenso
 
 def _positive(name: str, given: Tensor | None, default: Tensor, like: Tensor) -> Tensor:
     rows = default if given is None else checks.floating(name, given)
+    checks.alike(name, rows, "student", like, dtype=False)
     if rows.shape != like.shape:
         raise ValueError(
             f"{name} must have shape {tuple(like.shape)}, got {tuple(rows.shape)}" + (" (the teacher's)" if given is None else "")

@@ -183,6 +183,7 @@ def _admitted(query: Tensor, bank: bank_protocol.BankRows, index: Tensor, query_
     offset = None
     if bank.bias is not None:
         checks.floating("bank_bias", bank.bias)
+        checks.alike("bank_bias", bank.bias, "query", query, dtype=False)
         checks.exact_shape("bank_bias", bank.bias, (size,))
         offset = bank.bias.detach().to(dtypes.accumulator(query.dtype))[index]
     if admitted is not None:

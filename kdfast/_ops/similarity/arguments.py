@@ -1,6 +1,6 @@
 """From what a caller gives to one batched problem: checks, broadcasting of the bank's side, the dtype products are formed in."""
 
-from numbers import Integral, Real
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -145,16 +145,8 @@ def _start(start, query: Tensor, values: Tensor, acc: torch.dtype, compute: torc
 def _valid(valid, query: Tensor, keys: Tensor, batch: list[int]) -> Tensor | None:  # [] or [*B] int64
     if valid is None:
         return None
-    count = keys.shape[-2]
-    if isinstance(valid, Tensor):
-        valid = checks.integral("valid", valid, shape=tuple(batch) if valid.dim() else (), device=query.device)
-        checks.index_range("valid", valid, count + 1)
-        return valid
-    if isinstance(valid, bool) or not isinstance(valid, Integral):
-        raise TypeError(f"valid must be an int or an integer tensor, got {type(valid).__name__}")
-    if not 0 <= valid <= count:
-        raise ValueError(f"valid must lie in [0, {count}], got {valid}")
-    return torch.full((), int(valid), dtype=torch.int64, device=query.device)
+    valid = checks.prefix("valid", valid, keys.shape[-2], query.device, tuple(batch))
+    return valid if isinstance(valid, Tensor) else torch.full((), int(valid), dtype=torch.int64, device=query.device)
 
 
 def how_to_compute(query: Tensor, precision_name: str | None) -> Compute:

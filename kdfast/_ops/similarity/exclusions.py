@@ -66,6 +66,7 @@ def flatten(exclude, query: Tensor, keys: Tensor, dtype: torch.dtype) -> Rules:
             than = checks.floating("exclude: Harder.than", rule.than)
             checks.exact_shape("exclude: Harder.than", than, rows)
             checks.alike("exclude: Harder.than", than, "query", query, dtype=False)
+            checks.scalar("exclude: Harder.margin", rule.margin)
             margin = rule.margin.detach() if isinstance(rule.margin, Tensor) else rule.margin
             rules = rules._replace(limit=than.detach().to(dtype) + margin)
         else:

@@ -68,6 +68,8 @@ def symmetric_lse(
     scale = scale.to(x.device, acc) if isinstance(scale, Tensor) else x.new_full((), scale, dtype=acc)  # no copy from the host
     scale = scale.expand(size)
     sides = (x, y)
+    if labels is not None and not (isinstance(labels, tuple) and len(labels) == 2):
+        raise TypeError(f"labels must be a tuple (of x, of y), got {type(labels).__name__}")
     x_labels, y_labels = (None, None) if labels is None else (_labels(*pair, size) for pair in zip(labels, ("x", "y"), sides, strict=True))
     x, y = (side.reshape(size, *side.shape[-2:]) for side in sides)
     run = SymmetricLse.apply if through_function((x, y, scale)) else _run_forward

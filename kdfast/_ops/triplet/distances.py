@@ -11,8 +11,11 @@ METRICS = ("euclidean", "sqeuclidean", "cosine")
 
 
 def prepare(x: Tensor, metric: str, normalize: bool) -> Tensor:
-    """Rows in the accumulation dtype, of unit length where asked for or where the metric is the cosine's."""
-    x = x.to(dtypes.accumulator(x.dtype))
+    """Rows in the accumulation dtype, of unit length where asked for or where the metric is the cosine's.
+
+    Contiguous, for a norm's last bit depends on the layout, and equal rows of two tensors must stay at distance 0.
+    """
+    x = x.to(dtypes.accumulator(x.dtype)).contiguous()
     return F.normalize(x, dim=-1) if normalize or metric == "cosine" else x
 
 
