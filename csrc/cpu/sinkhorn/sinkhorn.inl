@@ -22,6 +22,7 @@ using kdfast::SinkhornSchedule;
 using kdfast::SinkhornSolution;
 using kdfast::SinkhornTeam;
 
+constexpr double kAlone = 40;             // times rho, a potential that stands for infinity: geometry.py, ALONE
 constexpr double kDrift = 28.85;        // 20 nats: past 2^this, what underflowed in a stored kernel may count
 constexpr double kMaxEntry = 0x1p115;   // rows without weight may be near any column: their sums are reported as at most this
 constexpr int64_t kGroup = 16;          // rows weighed together, at most
@@ -49,6 +50,7 @@ inline StartWeights start_weights(const SinkhornSchedule& schedule, int64_t t) {
 }
 
 inline double damping(double rho, double epsilon) { return rho > 0 ? rho / (rho + epsilon) : 1.0; }  // lambda
+inline double alone(double rho) { return rho > 0 ? kAlone * rho : 0.0; }  // the potential where nothing is summed
 
 // The arrays of one solve. Those over rows are padded by a group, those over columns to whole panels.
 template <class Real>
@@ -335,12 +337,12 @@ class SinkhornSolver {
 
   // new_f and the weights of a group of rows; returns the error of their marginals before.
   Real update_rows(int64_t i, int64_t rows, const Real* sums, const Real* used, Real* weights) {
-    const V zero = {}, k = splat(k_);
+    const V zero = {}, k = splat(k_), none = splat(Real(alone(p_.rho_a)));
     const Real relaxation = p_.rho_a > 0 ? Real(kBitsPerNat / p_.rho_a) : Real(0);
     Real error = 0;
     for (int64_t r = 0; r < rows; r += kW) {
       const V s = load(sums + r), u = load(used + r), a = load(w_.a + i + r), l = log2<Real>(s), old = load(w_.f + i + r);
-      const V f = s == zero ? zero : damp_a_ * (old + (multiply_add(-k, old, u) - l) / k);
+      const V f = s == zero ? none : damp_a_ * (old + (multiply_add(-k, old, u) - l) / k);
       store(weights + r, s == zero ? zero : a * exp2(multiply_add(k, f, -u)));
       Real kept[kW], gaps[kW];
       store(kept, f);
@@ -365,7 +367,7 @@ class SinkhornSolver {
     }
   }
 
-  // A vector of columns' potentials from their own maxima: -lambda_b/k log2 sum_i a_i 2^(k (f_i - C_ij)), 0 where nothing is summed.
+  // A vector of columns' potentials from their own maxima: -lambda_b/k log2 sum_i a_i 2^(k (f_i - C_ij)).
   void redo_columns(const Real* f, Real* g, int64_t j) {
     const int64_t columns = smaller(kW, p_.m - j);
     V most = splat(Real(-1e30)), sum = {};
@@ -379,7 +381,7 @@ class SinkhornSolver {
       most = larger_one;
     }
     Real out[kW];
-    store(out, sum == V{} ? V{} : -damp_b_ * ((most + log2<Real>(sum)) / k_));
+    store(out, sum == V{} ? splat(Real(alone(p_.rho_b))) : -damp_b_ * ((most + log2<Real>(sum)) / k_));
     __builtin_memcpy(g + j, out, size_t(columns) * sizeof(Real));
   }
 
@@ -407,7 +409,7 @@ class SinkhornSolver {
     for (int64_t j = 0; j < p_.m; ++j) {
       Real sum = 0;
       for (int64_t worker = 0; worker < team_.size; ++worker) sum += w_.columns[worker * w_.worker_columns + j];
-      out.col[j] = w_.b[j] > 0 ? sum : w_.scale[j];
+      out.col[j] = w_.b[j] > 0 ? sum : w_.scale[j] > Real(kMaxEntry) ? Real(kMaxEntry) : w_.scale[j];
     }
     return error;
   }

@@ -91,9 +91,10 @@ class SinkhornReplayer {
 
   void run() {
     const FlushDenormals flush;
+    apart_ = p_.rho_a > 0;
     for (int64_t i = 0; i < p_.n; ++i) {
       w_.to_f[i] = r_.to_f[i], r_.a[i] = 0;
-      weightless_ |= !(p_.a[i] > 0);
+      apart_ |= !(p_.a[i] > 0);
     }
     for (int64_t j = 0; j < w_.m; ++j) {
       const bool inside = j < p_.m;
@@ -120,7 +121,7 @@ class SinkhornReplayer {
   const Real *f_ = nullptr, *g_ = nullptr;  // after the step
   double epsilon_ = 0;
   Real k_ = 0, damp_a_ = 1, damp_b_ = 1;
-  bool weightless_ = false;  // some row has no weight
+  bool apart_ = false;       // some row may have no weight, or keep no mass in this precision
   bool far_ = false;         // some column moved far in this step
   bool summed_ = false;      // sums hold E^T a of the step
   bool carries_ = false;     // this step sums those of the one before
@@ -151,7 +152,7 @@ class SinkhornReplayer {
     place_columns(t > 1 ? g_ - r_.history_g_stride : r_.start_g, start);
     refer(epsilon_ != before);
     carry(t);
-    if ((far_ || weightless_) && !written_) clear();
+    if ((far_ || apart_) && !written_) clear();
 
     if (!summed_) {
       run_team<&SinkhornReplayer::sum_columns>();
@@ -159,7 +160,8 @@ class SinkhornReplayer {
     }
     Real *const with_y = w_.right + rank_ * w_.m, *const with_scale = with_y + w_.m;
     for (int64_t j = 0; j < w_.m; j += kW) {
-      const V moved = exp2(load(w_.exponent + j) - load(w_.reference_g + j)), y = damp_b_ * load(w_.to_g + j) / larger(load(w_.sums + j), splat(Real(1e-30)));
+      const V moved = exp2(load(w_.exponent + j) - load(w_.reference_g + j)), sum = load(w_.sums + j);
+      const V y = sum == V{} ? V{} : damp_b_ * load(w_.to_g + j) / larger(sum, splat(Real(1e-30)));
       store(w_.y + j, y);
       store(with_y + j, moved * y);
       store(with_scale + j, moved * load(w_.weighted_scale + j));
@@ -185,18 +187,18 @@ class SinkhornReplayer {
 
   // Where the columns start from, what E and R make of it, and R from E.
   void place_columns(const Real* previous, const StartWeights& start) {
-    const V zero = {}, none = splat(Real(-__builtin_inf()));
+    const V zero = {};
     far_ = !near(p_.m, [&](int64_t j, int64_t count) {
       V from = Real(start.now) * load_count<Real>(previous + j, count);
       if (start.older != 0) from += Real(start.older) * load_count<Real>(g_ - 2 * r_.history_g_stride + j, count);
       const V g = load_count<Real>(g_ + j, count) / damp_b_, shift = k_ * (from - g);
       store(w_.start + j, from);
       store(w_.exponent + j, k_ * g);
-      store(w_.row_exponent + j, load(w_.b + j) > zero ? k_ * from : none);
+      store(w_.row_exponent + j, k_ * from);
       store(w_.shift + j, shift);
       return shift;
     });
-    for (int64_t j = p_.m; j < w_.m; ++j) w_.exponent[j] = w_.row_exponent[j] = none[0], w_.shift[j] = 0;
+    for (int64_t j = p_.m; j < w_.m; ++j) w_.exponent[j] = w_.row_exponent[j] = Real(-__builtin_inf()), w_.shift[j] = 0;
     for (int64_t j = 0; j < w_.m; j += kW) {
       const V scale = far_ ? zero + 1 : exp2(load(w_.shift + j));
       store(w_.scale + j, scale);
@@ -259,7 +261,7 @@ class SinkhornReplayer {
     const Real epsilon = Real(epsilon_), now = Real(start.now), older = Real(start.older);
     for (int64_t i = 0; i < p_.n; ++i) r_.a[i] -= epsilon * w_.h[i], w_.to_f[i] = 0;
     for (int64_t j = 0; j < p_.m; ++j) {
-      const Real back = -w_.b[j] * w_.through[j];
+      const Real back = w_.b[j] == 0 ? Real(0) : -w_.b[j] * w_.through[j];  // through may have overflowed where there is no weight
       r_.b[j] -= epsilon * w_.through[j];
       w_.to_g[j] = w_.older[j] + now * back;
       w_.older[j] = older * back;
@@ -272,6 +274,7 @@ class SinkhornReplayer {
     double steepness = 0, with_f = 0, with_g = 0;
     for (int64_t worker = 0; worker < team_.size; ++worker) steepness += double(w_.shares[worker * kShare]);
     for (int64_t j = 0; j < p_.m; ++j) {
+      if (w_.sums[j] == 0) continue;  // a constant
       const double sum = double(w_.sums[j]) < 1e-30 ? 1e-30 : double(w_.sums[j]);
       steepness -= double(damp_b_) * double(w_.to_g[j]) * __builtin_log2(sum);
       if (!far_) steepness += double(w_.b[j]) * double(w_.scale[j]) * double(total(0, j)) * double(w_.shift[j]);
@@ -325,7 +328,7 @@ class SinkhornReplayer {
       });
       for (int64_t r = 0; r < rows; ++r) {
         const Real a = p_.a[i + r];
-        const bool apart = far_ || !(a > 0);
+        const bool apart = far_ || (apart_ && !(a > 0 && trusted(sums.with_weight[r])));
         w_.h[i + r] = sums.with_y[r];
         slopes[r] = apart ? Real(0) : slope(i + r, sums.with_weight[r]);
         if (a > 0) steepness += double(a) * double(sums.steep_y[r]);
@@ -340,8 +343,10 @@ class SinkhornReplayer {
     w_.shares[worker * kShare] = Real(steepness);
   }
 
-  // x_i, given sum_j b_j R_ij
-  Real slope(int64_t i, Real sum) const { return damp_a_ * (w_.to_f[i] - p_.a[i] * w_.h[i]) / (sum < Real(1e-30) ? Real(1e-30) : sum); }
+  // x_i, given sum_j b_j R_ij; where nothing is summed the potential is a constant
+  Real slope(int64_t i, Real sum) const {
+    return sum == 0 ? Real(0) : damp_a_ * (w_.to_f[i] - p_.a[i] * w_.h[i]) / (sum < Real(1e-30) ? Real(1e-30) : sum);
+  }
 
   // x sum_j b_j R_j log2 R_j of a row, R its exponentials over their sum with b; columns' shifts are added for all rows at once.
   double steepness_of(Real x, const RowSums<Real>& sums, int64_t r) const {
@@ -355,6 +360,7 @@ class SinkhornReplayer {
     const Real u = k_ * (f_[i] / damp_a_);
     RowSums<Real> sums;
     weigh_pair<1, true>(rows_at(i, w_.row_exponent), &u, w_.b, w_.b, own, 0, &sums);
+    if (sums.with_weight[0] == 0) w_.to_f[i] = p_.a[i] * w_.h[i];  // nothing of it goes anywhere
     const Real x = slope(i, sums.with_weight[0]);
     add_rows(WeightedRows<Real>{own, w_.m, &x, columns}, 1, p_.m);
     Real* const to = r_.cost + i * r_.cost_stride;

@@ -46,7 +46,7 @@ def sinkhorn(
     constant a problem. One iteration updates f, then g. Works in float32 (float64 for float64), under autocast too.
 
     Args:
-        cost: [*B, n, m], or [n, m] shared by all problems. +inf forbids a pair.
+        cost: [*B, n, m], or [n, m] shared by all problems. +inf forbids a pair; a fixed marginal with weight needs one that is allowed.
         x, y: points [*B, n, D] and [*B, m, D] in place of `cost`; memory then grows with (n + m) D.
         metric: "sqeuclidean" (|x - y|^2, no 1/2), "euclidean" (gradient 0 at distance 0), "cosine" (1 - cos), or a
             callable (x, y) -> cost, which is evaluated once.
@@ -126,6 +126,8 @@ def _start(init, p: Problem, batch: tuple[int, ...], inside: Tensor | None, meth
 
 def _solve(p: Problem, g0: Tensor, schedule, grad: str, batch: tuple[int, ...], inside) -> SinkhornResult:
     unrolled = grad == "unrolled" and followed(*p[:6])
+    if grad in ("implicit", "unrolled") and p.cost is not None and followed(p.cost):
+        p = p._replace(cost=p.cost.to(p.a.dtype))  # its gradient has parts that cancel: they are added before they are rounded
     source = Problem(*(None if t is None else t.detach() for t in p[:8]), *p[8:]) if grad == "detached" else p
     f, g, row, col, transport, error, done, *_ = applied(Potentials, *source.split, g0, tuple(schedule), unrolled)
     proximal = schedule.method == "proximal"

@@ -90,22 +90,24 @@ class _Adjoint:
         # rounding leaves sums off 1 by 1e-7 range(C)/eps, the same for a whole row or column, and steps would add that up
         for rows, e_col, _ in exponentials(p, self.tiles, f, g_hat, eps):
             columns += times(e_col.mT, p.a[:, rows])
+        to_g = torch.where(columns == 0, 0.0, to_g)  # where nothing is summed the potential is a constant
         y = damp_b * to_g / columns.clamp_min(TINY)
-        x, h = torch.empty_like(to_f), torch.empty_like(to_f)
+        x, h, pulled = torch.empty_like(to_f), torch.empty_like(to_f), torch.empty_like(to_f)
         for rows, c in self.tiles:
             if self.tiles.whole is None:
                 e_col = exponential(p, f[:, rows], g_hat, c, eps)
             e_row = exponential(p, f_hat[:, rows], start, c, eps)
-            e_row /= times(e_row, p.b).clamp_min(TINY)[..., None]
+            sums = times(e_row, p.b)
+            e_row /= sums.clamp_min(TINY)[..., None]
             h[:, rows] = times(e_col, y)
-            x[:, rows] = damp_a * (to_f - p.a * h)[:, rows]
+            pulled[:, rows] = torch.where(sums == 0, 0.0, (to_f - p.a * h)[:, rows])
+            x[:, rows] = damp_a * pulled[:, rows]
             through += times(e_row.mT, x[:, rows])
             if self.to_epsilon:
                 steepness += (p.a[:, rows] * times(torch.xlogy(e_col, e_col), y)).sum(-1)
                 steepness += (x[:, rows] * times(torch.xlogy(e_row, e_row), p.b)).sum(-1)
             w = e_row.mul_(x[:, rows, None]).mul_(p.b[:, None]).addcmul_(e_col.mul_(y[:, None]), p.a[:, rows, None])
             self.gradients.add(p, self.block, rows, w, c)
-        to_f = to_f - p.a * h
         self.a -= scale * h
         self.b -= scale * through
         if not self.to_epsilon:
@@ -113,7 +115,7 @@ class _Adjoint:
         # d f_i / d eps = lambda sum_j A_ij log(A_ij/b_j), which are small numbers, and through lambda - f_i/(rho + eps); g likewise
         total = steepness - (damp_b * to_g * columns.clamp_min(TINY).log()).sum(-1)
         if p.rho_a is not None:
-            total = total - (to_f * f).sum(-1) / (p.rho_a + eps)
+            total = total - (pulled * f).sum(-1) / (p.rho_a + eps)
         if p.rho_b is not None:
             total = total - (to_g * g).sum(-1) / (p.rho_b + eps)
         self.epsilon += share * total
@@ -154,7 +156,7 @@ def implicit(p: Problem, f, g, done, to_f, to_g, to_epsilon: bool, schedule: Sch
         eps, u, v = epsilon[block], f[block], g[block]
         # relaxed rows may hold almost no mass, or none in this precision: normalised from their own maxima
         _, new_g, lse = Step(q, adjoint.tiles, "log").exact(v, eps)
-        hats = -eps[:, None] * lse, new_g / damping(q.rho_b, eps)
+        hats = torch.where(lse == -torch.inf, u, -eps[:, None] * lse), new_g / damping(q.rho_b, eps)
         y = _solve_adjoint(q, adjoint.tiles, eps, u, v, *hats, to_f[block], to_g[block])
         adjoint.step(eps, u, v, *hats, v, to_f[block], y, eps / q.epsilon)
 

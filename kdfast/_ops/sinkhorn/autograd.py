@@ -23,8 +23,13 @@ _ONCE = "of this family only `value` with grad='envelope' can be differentiated 
 
 def dense_exponential(p: Problem, f: Tensor, g: Tensor, c: Tensor) -> Tensor:
     """exp((f_i + g_j - C_ij)/eps) [B, n, m], differentiable."""
-    z = (f[..., None] + g[:, None] - c) / p.epsilon[:, None, None]
-    return z.clamp(max=MAX_EXPONENT).exp()
+    z = (f[..., None] + g[:, None] - _allowed(c)) / p.epsilon[:, None, None]
+    return z.clamp(max=MAX_EXPONENT).exp().masked_fill(c == torch.inf, 0.0)
+
+
+def _allowed(c: Tensor) -> Tensor:
+    """The cost with 0 at forbidden pairs: an infinity times the plan's 0 would be NaN in derivatives."""
+    return c.masked_fill(c == torch.inf, 0.0)
 
 
 def dense_plan(p: Problem, f: Tensor, g: Tensor) -> Tensor:
@@ -144,7 +149,7 @@ class DualValue(Function):
             c = cost_tile(p, slice(None))
             e = dense_exponential(p, f, g, c)
             plan = p.a[..., None] * p.b[:, None] * e
-            row, col, transport = (e @ p.b[..., None])[..., 0], (e.mT @ p.a[..., None])[..., 0], (plan * c).sum((-2, -1))
+            row, col, transport = (e @ p.b[..., None])[..., 0], (e.mT @ p.a[..., None])[..., 0], (plan * _allowed(c)).sum((-2, -1))
             source = _dense_pull(p, w[:, None, None] * plan, c)
         elif any(ctx.needs_input_grad[5:8]):
             source = library.plan_gradient(*p, f, g, w, None)[:3]

@@ -12,6 +12,10 @@ TILE_ELSEWHERE = 2**25
 #: Squared distances in so few dimensions, where points nearly meet, are made from differences: slower than a product, but exact.
 DIRECT = 4
 
+#: Times rho, the potential of a relaxed row or column that nothing is summed for (it is allowed no pair, or the other side has no
+#: mass): in place of infinity, exp(-this) of its weight is no mass, and exp(this) does not overflow.
+ALONE = 40.0
+
 #: Device types whose values may be looked at without stalling a queue of work.
 READABLE = ("cpu",)
 
@@ -58,13 +62,13 @@ def damping(rho: float | None, eps: Tensor) -> Tensor | float:
 
 
 def conjugate(rho: float | None, potential: Tensor) -> Tensor:
-    """What a unit of weight adds to the dual: f, or rho (1 - exp(-f/rho)) under rho KL."""
-    return potential if rho is None else -rho * torch.expm1(-potential / rho)
+    """What a unit of weight adds to the dual: f, or rho (1 - exp(-f/rho)) under rho KL; finite, so that no weight adds nothing."""
+    return potential if rho is None else (-rho * torch.expm1(-potential / rho)).clamp_min(torch.finfo(potential.dtype).min)
 
 
 def conjugate_slope(rho: float | None, potential: Tensor) -> Tensor:
     """Its derivative: the marginal over the weight that optimality asks for."""
-    return torch.ones_like(potential) if rho is None else torch.exp(-potential / rho)
+    return torch.ones_like(potential) if rho is None else torch.exp(-potential / rho).clamp_max(torch.finfo(potential.dtype).max)
 
 
 def blocks(p: Problem):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .geometry import MAX_EXPONENT, Problem, Tiles, blocks, conjugate_slope, damping
+from .geometry import ALONE, MAX_EXPONENT, Problem, Tiles, blocks, conjugate_slope, damping
 
 #: A row or column sum outside [TINY, HUGE] is not trusted.
 TINY, HUGE = 1e-30, 1e30
@@ -193,11 +193,11 @@ class Step:
         for rows, c in self.tiles:
             z = torch.addcmul(start[:, None], c, -inverse[..., None])
             lse[:, rows] = z.logsumexp(-1)
-            f[:, rows] = damping(p.rho_a, eps) * eps[:, None] * _negated(lse[:, rows])
+            f[:, rows] = potential(p.rho_a, eps, lse[:, rows])
             z = torch.addcmul((self.log_a + f * inverse)[:, rows, None], c, -inverse[..., None])
             col = torch.logaddexp(col, z.logsumexp(-2))
         self.kernel = None
-        return f, damping(p.rho_b, eps) * eps[:, None] * _negated(col), lse
+        return f, potential(p.rho_b, eps, col), lse
 
     def _absorbed(self, f: Tensor, g: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """f then g in one pass: after an iteration E is at most 1/a, so no maximum is needed. None: a sum is out of range."""
@@ -245,6 +245,7 @@ class Step:
         return sums.clamp(TINY, HUGE)
 
 
-def _negated(lse: Tensor) -> Tensor:
-    """-lse, and 0 where nothing was summed: potentials stay finite."""
-    return torch.where(lse == -torch.inf, torch.zeros_like(lse), -lse)
+def potential(rho: float | None, eps: Tensor, lse: Tensor) -> Tensor:
+    """-lambda eps LSE [B, n], finite where nothing was summed."""
+    alone = 0.0 if rho is None else ALONE * rho
+    return torch.where(lse == -torch.inf, alone, -damping(rho, eps) * eps[:, None] * lse)

@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 
 from ..._core.triton_scores import scores
+from .geometry import ALONE
+
+_ALONE = tl.constexpr(ALONE)
 
 
 @triton.jit
@@ -91,12 +94,13 @@ def half_step(
             spent = spent * rescale + tl.sum(tl.where(p == 0, 0.0, p * c), 1)  # a forbidden pair costs nothing
         top = higher
     level = tl.where(total == 0, float("-inf"), top + tl.log(total))
-    scale = eps
+    scale, alone = eps, 0.0
     if RELAXED:
         scale = eps * (rho / (rho + eps))
+        alone = _ALONE * rho
     there = row < rows
     to = b * rows + row
-    tl.store(out + to, tl.where(total == 0, 0.0, -scale * level), mask=there)
+    tl.store(out + to, tl.where(total == 0, alone, -scale * level), mask=there)
     tl.store(lse + to, level, mask=there)
     if WITH_COST:
         tl.store(mean_cost + to, spent / tl.where(total == 0, 1.0, total), mask=there)
