@@ -92,6 +92,39 @@ def supervised(n: int, d: int, device: str) -> Case:
     return Case("sup_con", f"{n}, {d}", runs, 6 * n * n * d, "FLOP")
 
 
+def all_pairs(loss: str, n: int, d: int, device: str) -> Case:
+    """Classes of 4. contrastive_loss, or batch_all, whose formula holds every triplet in turns of anchors."""
+    x = F.normalize(torch.randn(n, d, device=device), dim=-1).requires_grad_()
+    labels = torch.arange(n, device=device) // 4
+    same, own = labels[:, None] == labels, torch.eye(n, dtype=torch.bool, device=device)
+    functions = {
+        "contrastive": functools.partial(kd.contrastive_loss, normalize=False),
+        "batch_all": functools.partial(kd.triplet_loss, normalize=False, mining="batch_all", max_positives=3),
+    }
+
+    def step(f):
+        return torch.autograd.grad(f(x), x)[0]
+
+    def distances(x):
+        return (2 - 2 * x @ x.T).clamp_min(1e-12).sqrt()
+
+    def eager(x):
+        distance = distances(x)
+        if loss == "contrastive":
+            pull, push = distance[same & ~own], (1 - distance[~same]).relu()
+            return sum(t.sum() / (t > 0).sum().clamp_min(1) for t in (pull, push))
+        total, count = 0.0, 0
+        place = torch.arange(n, device=device)
+        for k in range(1, 4):  # the k-th other row of the class
+            positive = place // 4 * 4 + (place + k) % 4
+            hinge = (distance.gather(1, positive[:, None]) - distance + 0.2).relu() * ~same
+            total, count = total + hinge.sum(), count + (hinge > 0).sum()
+        return total / count.clamp_min(1)
+
+    runs = {impl: functools.partial(step, lambda x, i=impl: functions[loss](x, labels, impl=i)) for impl in IMPLS}
+    return Case(loss, f"{n}, {d}", {**runs, "eager": functools.partial(step, eager)}, 10 * n * n * d, "FLOP")
+
+
 def neighbours(n: int, m: int, d: int, device: str) -> Case:
     query, bank = (F.normalize(torch.randn(rows, d, device=device), dim=-1) for rows in (n, m))
 
@@ -151,14 +184,15 @@ IMPLS = ("triton", "torch")
 SIZES = {
     "full": [
         (matched, (16384, 512)), (matched, (16384, 512), True), (supervised, (8192, 256)),
-        (batch_hard, (4096, 128)), (batch_hard, (16384, 256)), (neighbours, (4096, 65536, 128)), (neighbours, (4096, 1_000_000, 128)),
+        (batch_hard, (4096, 128)), (batch_hard, (16384, 256)), (all_pairs, ("contrastive", 8192, 128)),
+        (all_pairs, ("batch_all", 8192, 128)), (neighbours, (4096, 65536, 128)), (neighbours, (4096, 1_000_000, 128)),
         (sampled, (64, 16384, 50_000, 128)), (sampled, (256, 4096, 1_000_000, 128)), (transport, (256, 256, 50)),
         (transport, (1, 10_000, 20)), (transport, (1, 10_000, 10), 64),
     ],
     "small": [
         (matched, (65, 24)), (matched, (65, 24), True), (supervised, (65, 24)),
-        (batch_hard, (65, 24)), (neighbours, (20, 300, 24)), (sampled, (5, 40, 100, 24)), (transport, (2, 33, 4)),
-        (transport, (1, 33, 4), 24),
+        (batch_hard, (65, 24)), (all_pairs, ("contrastive", 64, 24)), (all_pairs, ("batch_all", 64, 24)), (neighbours, (20, 300, 24)),
+        (sampled, (5, 40, 100, 24)), (transport, (2, 33, 4)), (transport, (1, 33, 4), 24),
     ],
 }  # fmt: skip
 

@@ -18,7 +18,10 @@ from kdfast._ops.knn import triton_kernels as knn_kernels
 from kdfast._ops.sinkhorn import triton as sinkhorn
 from kdfast._ops.sinkhorn import triton_kernels as sinkhorn_kernels
 from kdfast._ops.triplet import triton as triplet
+from kdfast._ops.triplet import triton_dense as dense
+from kdfast._ops.triplet import triton_dense_kernels as dense_kernels
 from kdfast._ops.triplet import triton_kernels as triplet_kernels
+from kdfast._ops.triplet import triton_mining_kernels as mining_kernels
 
 
 def scan_options(width: int, parts: int) -> tuple[dict, int]:
@@ -41,6 +44,40 @@ def test_extrema_stays_in_registers(everything, arch, tmp_path):
     )  # fmt: skip
     in_registers(code, arch)
     assert code.has(MATRIX_INSTRUCTION[arch])
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("rule", ["pairs", "similarity", "triplets"])
+def test_losses_of_all_pairs_stay_in_registers(rule, arch, tmp_path):
+    rules = {"RULE": ("extremes", "pairs", "similarity", "triplets").index(rule), "MINING": 2, "METRIC": 0}
+    tiles = triton_runtime.score_tiles(128, 3)
+
+    def check(kernel, t, **more):
+        options = t.options(3)
+        warps = options.pop("num_warps")
+        made = {name: value for name, value in {**options, **rules, **more}.items() if name in kernel.arg_names}
+        code = Code(kernel, arch, torch.bfloat16, made, warps, tmp_path)
+        in_registers(code, arch)
+        assert code.has(MATRIX_INSTRUCTION[arch])
+
+    check(dense_kernels.row_sums, tiles)
+    marked = {"CHUNK": dense.CHUNK, "MARK_ROWS": tiles.rows, "MARK_COLUMNS": tiles.columns}
+    for transposed in (False, True):
+        check(dense_kernels.gradient, dense.small_tiles(tiles, transposed, arch), TRANSPOSED=transposed, **marked)
+    if rule == "triplets":
+        check(dense_kernels.positive_distances, dense.small_tiles(tiles))
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_minings_of_a_negative_a_pair_stay_in_registers(arch, tmp_path):
+    tiles = triton_runtime.score_tiles(128, 3)
+    for kernel, t in ((mining_kernels.nearest_beyond, tiles), (mining_kernels.weight_blocks, dense.small_tiles(tiles))):
+        options = t.options(3)
+        warps = options.pop("num_warps")
+        code = Code(kernel, arch, torch.bfloat16, {**options, "METRIC": 1}, warps, tmp_path)
+        in_registers(code, arch)
+        assert code.has(MATRIX_INSTRUCTION[arch])
+    in_registers(Code(mining_kernels.draw, arch, torch.float32, {"COLUMNS": t.columns, "DEPTH": 64}, 4, tmp_path), arch)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,25 @@ def triplet(i):
     return loss_and_gradient(functional.triplet_loss(i["q"], i["labels"], **options), i["q"])
 
 
+def dense(i):
+    bank = i["bank"].requires_grad_()
+    options = {"ref": bank, "ref_labels": i["bank_labels"], "impl": "triton"}
+    losses = [
+        functional.triplet_loss(i["q"], i["labels"], mining=name, max_positives=400, **options) for name in ("batch_all", "semi_hard")
+    ]
+    losses += [f(i["q"], i["labels"], **options) for f in (functional.contrastive_loss, functional.multi_similarity_loss)]
+    losses.append(functional.triplet_loss(i["q"], i["labels"], mining="multi_similarity", impl="triton"))
+    return (*(loss.detach() for loss in losses), *torch.autograd.grad(sum(losses), (i["q"], bank)))
+
+
+def pairs(i):
+    options = {"ref": i["bank"], "ref_labels": i["bank_labels"], "max_positives": 9, "impl": "triton"}
+    seeded = {"generator": torch.tensor(3, device="cuda"), **options}
+    losses = [functional.triplet_loss(i["q"], i["labels"], mining=name, **seeded) for name in ("semi_hard_facenet", "distance_weighted")]
+    losses.append(functional.angular_loss(i["q"], i["labels"], **options))
+    return (*(loss.detach() for loss in losses), *torch.autograd.grad(sum(losses), i["q"]))
+
+
 def extrema(i):
     found = ops.row_extrema(i["q"].detach(), i["bank"], i["labels"], i["bank_labels"], impl="triton")
     return tuple(x for extreme in found for x in extreme)
@@ -66,7 +85,8 @@ def sinkhorn(i):
     return given.f, given.g, given.value, points.f, points.g, points.value
 
 
-CASES = pytest.mark.parametrize("case", [info_nce, matched, sup_con, triplet, extrema, knn, sampled, sinkhorn], ids=lambda c: c.__name__)
+KERNELS = [info_nce, matched, sup_con, triplet, dense, pairs, extrema, knn, sampled, sinkhorn]
+CASES = pytest.mark.parametrize("case", KERNELS, ids=lambda c: c.__name__)
 
 
 @CASES
@@ -96,6 +116,9 @@ TARGETS = [
     (functional, "siglip_loss"),
     (functional, "sup_con"),
     (functional, "triplet_loss"),
+    (functional, "contrastive_loss"),
+    (functional, "angular_loss"),
+    (functional, "multi_similarity_loss"),
     (functional, "sampled_nce"),
     (functional, "sampled_info_nce"),
     (ops, "row_extrema"),

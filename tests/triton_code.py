@@ -16,11 +16,14 @@ POINTERS = {
     **dict.fromkeys(("query", "keys", "values", "start_value", "bank", "cost", "x", "y"), "matrix"),
     **dict.fromkeys(("query_labels", "key_labels", "key_index", "valid", "label", "own", "query_label", "key_label"), "*i64"),
     **dict.fromkeys(("index", "chosen", "row_count", "column_count", "x_labels", "y_labels", "positive"), "*i64"),
+    **dict.fromkeys(("first", "last", "exist", "found", "order", "nearest", "farthest", "block"), "*i64"), "uniform_row": "*i1",
     **dict.fromkeys(("exists", "dropped"), "*i1"), "position": "*i32", "classes": "*i32", "rho": "fp32",
+    **dict.fromkeys(("active", "unordered", "number"), "*i32"), "marks": "*u8",
+    **dict.fromkeys(("alpha", "beta", "epsilon", "margin", "sign", "low", "high", "least", "real_width"), "fp32"),
 }  # fmt: skip
 NUMBERS = (
     *("rows", "columns", "width", "value_width", "split_columns", "count", "splits", "batch"),
-    *("slots", "split_slots", "size", "groups", "kept", "begin", "end"),
+    *("slots", "split_slots", "size", "groups", "kept", "begin", "end", "start", "taken", "mark_columns"),
     *("entries", "first_row", "first_column", "leading", "inner", "split_inner", "parts"),
 )
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}

@@ -22,10 +22,12 @@ def product(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 def scores(
     x, y, first_row, rows, first_column, columns, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    SWAPPED: tl.constexpr = False,
 ):  # fmt: skip
     """x_i . y_j [ROWS, COLUMNS] float32 of x [PARTS, rows, width] and y [PARTS, columns, width], whose width is a multiple of DEPTH.
 
-    Rows and columns past the end are copies of the last one. Addresses of a tile take 64 bits, offsets from them 32.
+    Rows and columns past the end are copies of the last one. Addresses of a tile take 64 bits, offsets from them 32. SWAPPED: the products
+    are added in the order that has the bits of y_j . x_i.
     """
     i = tl.minimum(tl.arange(0, ROWS), rows - 1 - first_row)
     j = tl.minimum(tl.arange(0, COLUMNS), columns - 1 - first_column)
@@ -41,11 +43,11 @@ def scores(
             x1, y1 = tl.load(x_at + x_part + start), tl.trans(tl.load(y_at + y_part + start))
             if PARTS > 2:
                 x2, y2 = tl.load(x_at + 2 * x_part + start), tl.trans(tl.load(y_at + 2 * y_part + start))
-                acc = product(x2, y0, acc, "ieee", INTERPRETED)
+                acc = product(x0 if SWAPPED else x2, y2 if SWAPPED else y0, acc, "ieee", INTERPRETED)
                 acc = product(x1, y1, acc, "ieee", INTERPRETED)
-                acc = product(x0, y2, acc, "ieee", INTERPRETED)
-            acc = product(x1, y0, acc, "ieee", INTERPRETED)
-            acc = product(x0, y1, acc, "ieee", INTERPRETED)
+                acc = product(x2 if SWAPPED else x0, y0 if SWAPPED else y2, acc, "ieee", INTERPRETED)
+            acc = product(x0 if SWAPPED else x1, y1 if SWAPPED else y0, acc, "ieee", INTERPRETED)
+            acc = product(x1 if SWAPPED else x0, y0 if SWAPPED else y1, acc, "ieee", INTERPRETED)
         acc = product(x0, y0, acc, "ieee", INTERPRETED)
     return acc
 

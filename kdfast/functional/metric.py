@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._core import checks, random
 from .._ops import triplet as op
-from .._ops.triplet import classes, cpu, distances, inputs, mining, portable, sampling
+from .._ops.triplet import classes, cpu, dense, distances, inputs, mining, portable, sampling, triton_mining
 
 REDUCTIONS = ("mean_nonzero", "mean", "sum", "none")
 
@@ -113,8 +113,7 @@ def triplet_loss(
     with op.full_precision(problem.mine):
         if problem.mine.shape[0] == 0:
             return portable.nothing(problem.layers, reduction)
-        rows = (cpu if impl == "cpu" else portable).triplet_rows(settings, problem, seed)
-        return portable.finish(rows, reduction)
+        return portable.finish(_module(settings).triplet_rows(settings, problem, seed), reduction)
 
 
 def mine_triplets(
@@ -177,9 +176,19 @@ def mine_triplets(
         none = problem.anchors.row.new_empty((0,) if per_anchor else (0, problem.positives, *([per_pair] if draws else [])))
         return Triplets(none, none, none, none.bool())
     with op.full_precision(problem.mine):
-        m = cpu.mine(settings, problem, seed) if impl == "cpu" else portable.mine(settings, problem, seed, per_pair)
+        module = _module(settings)
+        m = portable.mine(settings, problem, seed, per_pair) if module is portable else module.mine(settings, problem, seed)
     anchor = problem.anchors.row.view(-1, *[1] * (m.valid.dim() - 1)).expand(m.valid.shape)
     return Triplets(anchor, m.positive, m.negative, m.valid)
+
+
+def _module(s: mining.Settings):
+    """What serves a mining in an implementation."""
+    if s.impl != "torch" and s.mining in mining.SETS:
+        return dense
+    if s.impl == "triton" and s.mining in mining.PER_PAIR:
+        return triton_mining
+    return cpu if s.impl == "cpu" else portable
 
 
 def _problem(
@@ -217,13 +226,15 @@ def _problem(
     on = batch if sample_on is None else _mined_on(sample_on, name, batch, sources)
     rows = (*batch.layers, *batch.refs, *on.layers, *on.refs)
     simple = not (settings.get("soft") or settings.get("swap") or sample_on is not None)
-    facts = dict(others=tuple(t.dtype for t in rows), width=min(t.shape[1] for t in rows), mined=name, bounded=max_positives is not None)
+    bounded = max_positives is not None or name_of_op == "mine_triplets"
+    facts = dict(others=tuple(t.dtype for t in rows), width=min(t.shape[1] for t in rows), mined=name, bounded=bounded)
     impl = op.choose(name_of_op, impl, batch.layers[0], separates=simple and name_of_op == "triplet_loss", **facts)
-    if impl != "cpu" or batch.layers[0].shape[0] == 0:
+    by_kernels = impl == "cpu" or (impl == "triton" and name in mining.SETS)  # which take rows as given
+    if not by_kernels or batch.layers[0].shape[0] == 0:
         batch = batch.ready(metric, normalize)
         on = batch if sample_on is None else on.ready(metric, normalize)
     mine, mine_ref = on.layers[0].detach(), on.refs[0].detach()
-    if impl != "cpu":
+    if not by_kernels:
         mine, mine_ref = distances.centred(mine, mine_ref, metric)
     bound = mine_ref.shape[0]
     if name not in mining.PER_ANCHOR:

@@ -58,7 +58,8 @@ def multi_similarity_loss(
     with op.full_precision(b.layers[0]):
         if _empty(b):
             return op.portable.nothing(b.layers, reduction)
-        rows = (dense if impl == "cpu" else pairs).multi_similarity_rows(b, pairs.MultiSimilarity(alpha, beta, base, epsilon))
+        settings = pairs.MultiSimilarity(alpha, beta, base, epsilon)
+        rows = pairs.multi_similarity_rows(b, settings) if impl == "torch" else dense.multi_similarity_rows(impl, b, settings)
         return reduce_rows(rows, reduction=reduction)
 
 
@@ -185,16 +186,19 @@ def angular_loss(
     b = _arranged(embeddings, labels, ref, ref_labels, ref_valid, own_index, "euclidean", normalize)
     size = b.refs[0].shape[0]
     positives = min(max_positives, size) if max_positives else classes.largest(b.anchors, size)
-    impl = op.choose("angular_loss", impl, b.layers[0], gathered=b.layers[0].numel() * positives)
+    impl = op.choose("angular_loss", impl, b.layers[0], width=b.layers[0].shape[1], gathered=b.layers[0].numel() * positives)
     with op.full_precision(b.layers[0]):
         if _empty(b):
             return op.portable.nothing(b.layers, reduction)
-        loss, valid = (_angular_queries if impl == "cpu" else pairs.angular_rows)(b, alpha, positives)
+        if impl == "torch":
+            loss, valid = pairs.angular_rows(b, alpha, positives)
+        else:
+            loss, valid = _angular_queries(b, alpha, positives, "cpu" if impl == "cpu" else None)
         return op.portable.finish(op.portable.Rows(loss, valid, valid), reduction)
 
 
-def _angular_queries(b: inputs.Batch, alpha: float, positives: int) -> tuple[Tensor, Tensor]:
-    """As pairs.angular_rows: each x_a + x_p is a query of the streaming softmax over the negatives."""
+def _angular_queries(b: inputs.Batch, alpha: float, positives: int, impl: str | None) -> tuple[Tensor, Tensor]:
+    """As pairs.angular_rows: each x_a + x_p is a query of the streaming softmax over the negatives, in the softmax's `impl`."""
     (x,), (y,) = b.layers, b.refs
     column, exists = classes.positives(b.anchors, b.classes, 0, positives)  # [N, P]
     x_p = distances.gather(y, column)  # [N, P, D]
@@ -206,7 +210,7 @@ def _angular_queries(b: inputs.Batch, alpha: float, positives: int) -> tuple[Ten
         scale=4 * tan2,
         bias=torch.zeros_like(y[:, 0]).masked_fill(~b.classes.exists, -torch.inf),
         exclude=(SameLabel(label, b.classes.label), KeyIndex(own)),
-        impl="cpu",
+        impl=impl,
     )
     lse = lse.view(column.shape)
     exists = exists & (lse > -torch.inf).logical_or(lse.isnan())
@@ -224,7 +228,7 @@ def _float(name: str, value) -> None:
 def _collect(name, impl, *arguments) -> tuple[inputs.Batch, str]:
     """Arguments checked and arranged, and the implementation that serves them."""
     batch = _arranged(*arguments)
-    return batch, op.choose(name, impl, batch.layers[0])
+    return batch, op.choose(name, impl, batch.layers[0], width=batch.layers[0].shape[1])
 
 
 def _arranged(embeddings, labels, ref, ref_labels, ref_valid, own_index, metric, normalize) -> inputs.Batch:
@@ -243,7 +247,8 @@ def _arranged(embeddings, labels, ref, ref_labels, ref_valid, own_index, metric,
 
 def _pair_hinges(impl: str, b: inputs.Batch, metric: str, levels: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Columns of pairs.pair_hinges."""
-    sums, counts = (dense if impl == "cpu" else pairs).pair_hinges(b, pairs.Hinges(metric), levels)
+    settings = pairs.Hinges(metric)
+    sums, counts = pairs.pair_hinges(b, settings, levels) if impl == "torch" else dense.pair_hinges(impl, b, settings, levels)
     return sums.unbind(-1), counts.unbind(-1)
 
 

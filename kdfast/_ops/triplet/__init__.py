@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..._core import impls
-from . import cpu, distances, extrema, inputs, relations_cpu, triton
+from . import cpu, distances, extrema, inputs, relations_cpu, triton, triton_dense  # noqa: F401 (the last registers ops)
 
 __all__ = ["Extreme", "RowExtrema", "row_extrema"]
 
@@ -20,10 +20,9 @@ OPS = (
     "contrastive_loss",
     "angular_loss",
 )
-_MINED_IN_TRITON = ("row_extrema", "triplet_loss", "mine_triplets")
 _CPU, _TRITON = (impls.Implementation(name, m.missing, m.refuses) for name, m in (("cpu", cpu), ("triton", triton)))
 for _op in OPS:
-    impls.register(_op, _CPU, *([_TRITON] if _op in _MINED_IN_TRITON else []))
+    impls.register(_op, _CPU, _TRITON)
 for _op in ("mmd_rbf", "rkd_distance", "rkd_angle"):
     impls.register(_op, impls.Implementation("cpu", relations_cpu.missing, relations_cpu.refuses))
 

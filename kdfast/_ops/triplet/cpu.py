@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._core import extension
 from ..._core.centre import middle
-from . import chosen, classes, dense, distances, mining, sampling
+from . import chosen, classes, distances, mining, sampling
 from .classes import Anchors, References
 from .mining import Settings
 from .portable import Mined, Problem, Rows
@@ -129,9 +129,7 @@ def _mined_pairs(s: Settings, p: Problem, seed: Tensor) -> tuple[Tensor, Tensor,
 
 
 def triplet_rows(s: Settings, p: Problem, seed: Tensor) -> Rows:
-    """Losses per anchor of a problem whose rows are as given."""
-    if s.mining in mining.SETS:
-        return dense.triplet_rows(s, p)
+    """Losses per anchor of a problem whose rows are as given, for minings of one negative an anchor or a pair."""
     positive, negative, unordered = _mined(s, p, seed)
     valid = (positive >= 0) & (negative >= 0)
     pairs = zip(p.layers, p.refs, strict=True)

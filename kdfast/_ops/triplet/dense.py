@@ -1,4 +1,5 @@
-"""impl="cpu" of the losses over all negatives: anchors and references sorted by label, then the passes of csrc/cpu/triplet/dense*.inl.
+"""Losses over all negatives by kernels: anchors and references sorted by label, then the passes of csrc/cpu/triplet/dense*.inl (impl="cpu")
+or of triton_dense.py (impl="triton"), ops of the same names.
 
 The first gradient is a Function of its own: its backward, the second derivative, is that of the portable block functions.
 """
@@ -50,8 +51,9 @@ def _inverse(order: Tensor) -> Tensor:
 
 
 class Loss(NamedTuple):
-    """One of the losses, to `rows`. Its ops: name and name_grad of torch.ops.kdfast."""
+    """One of the losses, to `rows`. Its ops: name and name_grad of torch.ops.kdfast or torch.ops.kdfast_triton."""
 
+    impl: str
     name: str
     rule: tuple  # the numbers its ops take
     block: Callable  # the same sums as a block function of `portable` or `pairs`, with its settings
@@ -66,30 +68,36 @@ def rows(loss: Loss, x: Tensor, y: Tensor, levels: Tensor | None, anchors: Ancho
     return blocks.call(Sums, loss, x, None if x is y else y, levels, *fixed)[:2]
 
 
-def multi_similarity_rows(b: Batch, settings: pairs.MultiSimilarity) -> Tensor:
+def _op(loss: Loss, suffix: str = "") -> Callable:
+    return getattr(torch.ops.kdfast if loss.impl == "cpu" else torch.ops.kdfast_triton, loss.name + suffix)
+
+
+def multi_similarity_rows(impl: str, b: Batch, settings: pairs.MultiSimilarity) -> Tensor:
     """[N] losses, as pairs.multi_similarity_rows."""
     (x,), (y,) = b.layers, b.refs
     epsilon = math.inf if settings.epsilon is None else settings.epsilon
     rule = (settings.alpha, settings.beta, settings.base, epsilon)
-    loss = Loss("multi_similarity", rule, pairs.multi_similarity, settings, y.shape[0])
+    loss = Loss(impl, "multi_similarity", rule, pairs.multi_similarity, settings, y.shape[0])
     return rows(loss, x, y, None, b.anchors, b.classes)[0][:, 0]
 
 
-def pair_hinges(b: Batch, settings: pairs.Hinges, levels: Tensor) -> tuple[Tensor, Tensor]:
+def pair_hinges(impl: str, b: Batch, settings: pairs.Hinges, levels: Tensor) -> tuple[Tensor, Tensor]:
     """As pairs.pair_hinges."""
     (x,), (y,) = b.layers, b.refs
-    loss = Loss("pair_hinges", (chosen.METRICS[settings.metric],), pairs.hinges, settings, y.shape[0])
+    loss = Loss(impl, "pair_hinges", (chosen.METRICS[settings.metric],), pairs.hinges, settings, y.shape[0])
     return rows(loss, *distances.centred(x, y, settings.metric), levels, b.anchors, b.classes)
 
 
-def triplet_rows(s: Settings, p: Problem) -> Rows:
+def triplet_rows(s: Settings, p: Problem, _seed: Tensor) -> Rows:
     """Plain hinges of a set mining, mined on the embeddings themselves."""
     in_batch = p.refs is p.layers
     x = distances.prepare(p.layers[0], s.metric, s.normalize)
     y = x if in_batch else distances.prepare(p.refs[0], s.metric, s.normalize)
     rule = (chosen.METRICS[s.metric], p.positives, mining.SETS.index(s.mining), float(s.sign), s.margin, s.epsilon)
-    ahead = (_needs_gradient(x), not in_batch and _needs_gradient(y)) if p.positives > _FEW_POSITIVES else (False, False)
-    loss = Loss("triplet_hinges", rule, portable.separable, s, p.positives, ahead)
+    ahead = ()
+    if s.impl == "cpu":
+        ahead = (_needs_gradient(x), not in_batch and _needs_gradient(y)) if p.positives > _FEW_POSITIVES else (False, False)
+    loss = Loss(s.impl, "triplet_hinges", rule, portable.separable, s, p.positives, ahead)
     sums, counts = rows(loss, *distances.centred(x, y, s.metric), None, p.anchors, p.classes)
     return Rows(sums[:, 0], counts[:, 0], counts[:, 1])
 
@@ -111,7 +119,7 @@ class Sums(Function):
     @staticmethod
     def forward(loss, x, y, levels, *fixed):
         order = Sorted(*fixed[: len(Sorted._fields)])
-        sums, counts, *kept = getattr(torch.ops.kdfast, loss.name)(*_sides(x, y, levels, order), *loss.rule, *loss.ahead)
+        sums, counts, *kept = _op(loss)(*_sides(x, y, levels, order), *loss.rule, *loss.ahead)
         return sums.index_select(0, order.place), counts.index_select(0, order.place), *kept
 
     @staticmethod
@@ -143,7 +151,7 @@ class Gradients(Function):
         kept, (x, y, levels, *fixed) = tensors[:kept], tensors[kept:]
         order = Sorted(*fixed[: len(Sorted._fields)])
         upstream = grad.index_select(0, order.anchors)
-        dx, dy = getattr(torch.ops.kdfast, loss.name + "_grad")(upstream, *kept, *_sides(x, y, levels, order), *loss.rule, *want)
+        dx, dy = _op(loss, "_grad")(upstream, *kept, *_sides(x, y, levels, order), *loss.rule, *want)
         return dx.index_select(0, order.place) if want[0] else dx, dy.index_select(0, order.ref_place) if want[1] else dy
 
     @staticmethod
@@ -198,7 +206,8 @@ def _gradients(x: Tensor, y: Tensor | None, want_x: bool, want_y: bool) -> tuple
     return torch.empty_like(x) if want_x else x.new_empty(0), torch.empty_like(y) if want_y else x.new_empty(0)
 
 
-def _gradients_fake(kept):
+def gradients_fake(kept: int) -> Callable:
+    """Of an op that is given an upstream gradient, what was kept, x, y, ..., want_x, want_y."""
     return lambda grad, *rest: _gradients(rest[kept], rest[kept + 1], *rest[-2:])
 
 
@@ -209,4 +218,4 @@ if extension.missing_cpu() is None:
         ("multi_similarity", _multi_similarity_fake, 4),
     ):
         torch.library.register_fake(f"kdfast::{_name}", _fake)
-        torch.library.register_fake(f"kdfast::{_name}_grad", _gradients_fake(_kept))
+        torch.library.register_fake(f"kdfast::{_name}_grad", gradients_fake(_kept))

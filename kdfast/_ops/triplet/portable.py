@@ -75,12 +75,12 @@ def _per_anchor_rows(s: Settings, p: Problem) -> Rows:
     with torch.no_grad():
         positive, negative, nan = mining.per_anchor(s, p.mine, p.mine_ref, p.anchors, p.classes)
         valid = (positive >= 0) & (negative >= 0)
-    loss = sum(_chosen(s, x, y, positive.clamp_min(0), negative.clamp_min(0)) for x, y in zip(p.layers, p.refs, strict=True))
+    loss = sum(chosen(s, x, y, positive.clamp_min(0), negative.clamp_min(0)) for x, y in zip(p.layers, p.refs, strict=True))
     loss = torch.where(valid, loss + distances.nan_where(nan, loss.detach()), torch.zeros_like(loss))
     return Rows(loss, valid.long(), (loss > 0).long())
 
 
-def _chosen(s: Settings, x: Tensor, y: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+def chosen(s: Settings, x: Tensor, y: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     """Hinge of chosen triplets, x [..., D] against rows of y by index [...], from ||x - y|| itself."""
     return hinge_of_rows(s, x, distances.gather(y, positive), distances.gather(y, negative))
 
@@ -105,8 +105,8 @@ def _sparse(s, block, layers, refs, fixed_rows, fixed):
     with torch.no_grad():
         anchors, _, c, seed = _unpack(s, block, fixed_rows, fixed)
         negative, valid = mining.choose_negative(s, c, anchors, seed)
-    loss = sum(_chosen(s, x[:, None], y, c.column, negative) for x, y in zip(layers, refs, strict=True))
-    return _summed(loss, valid, c.poisoned, (1,))
+    loss = sum(chosen(s, x[:, None], y, c.column, negative) for x, y in zip(layers, refs, strict=True))
+    return summed(loss, valid, c.poisoned, (1,))
 
 
 def _cube(s, block, layers, refs, fixed_rows, fixed):
@@ -124,10 +124,10 @@ def _cube(s, block, layers, refs, fixed_rows, fixed):
         if s.swap:
             d_an = _swapped(s, d_an, distances.tile(distances.gather(y, c.column), y, s.metric))
         loss = loss + _hinge(s, d.gather(1, c.column)[:, :, None], d_an)
-    return _summed(loss, mined, c.poisoned, (1, 2))
+    return summed(loss, mined, c.poisoned, (1, 2))
 
 
-def _summed(loss: Tensor, valid: Tensor, poisoned: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def summed(loss: Tensor, valid: Tensor, poisoned: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     loss = torch.where(valid, loss, torch.zeros_like(loss))
     sums = loss.sum(dims)
     counts = torch.stack([valid.sum(dims), (loss > 0).sum(dims)], -1)

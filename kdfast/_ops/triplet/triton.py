@@ -10,9 +10,12 @@ from torch import Tensor
 from ..._core import triton_runtime as runtime
 from .classes import Anchors, References
 from .extrema import KINDS, PER_ANCHOR, Extreme
+from .sampling import RANGES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PARTS = 3
+#: numbers in the gathered rows of all positives, at most: 256 MB
+GATHERED = 2**26
 #: what the kernel looks for, in the order of extrema.KINDS
 FLAGS = ("FAR_POSITIVE", "NEAR_POSITIVE", "NEAR_NEGATIVE", "FAR_NEGATIVE")
 
@@ -22,16 +25,34 @@ def missing() -> str | None:
 
 
 def refuses(
-    *, device_type: str = "cuda", dtype: torch.dtype = torch.float32, others=(), width: int = 1, mined: str = "batch_hard", **_facts
+    *,
+    device_type: str = "cuda",
+    dtype: torch.dtype = torch.float32,
+    others=(),
+    width: int = 1,
+    mined: str = "batch_hard",
+    bounded: bool = True,
+    separates: bool = True,
+    gathered: int = 0,
+    **_facts,
 ) -> str | None:
-    """Why the kernel cannot serve a call (None: it can)."""
+    """Why the kernels cannot serve a call (None: they can).
+
+    `bounded`: the caller says how many positives an anchor has at most. `separates`: the loss is a sum over pairs, see portable.separates.
+    `gathered`: numbers in the rows of all positives, where they are gathered.
+    """
     for given in (dtype, *others):
         if given not in DTYPES:
             return f"it takes float32, bfloat16 or float16, not {given}"
     if width == 0:
         return "it takes rows of at least one element"
-    if mined not in PER_ANCHOR:
-        return f"it serves the minings with one triplet an anchor, not {mined!r}"
+    per_pair = mined == "semi_hard_facenet" or mined in RANGES
+    if per_pair and not bounded:
+        return f"without max_positives it would reserve room for every reference as a positive of mining={mined!r}"
+    if not (per_pair or mined in PER_ANCHOR or separates):
+        return f"with mining={mined!r} it sums plain hinges mined on the embeddings: no soft, swap, sample_on, and no list of triplets"
+    if gathered > GATHERED:
+        return f"it would gather the rows of all positives, {gathered} numbers, more than {GATHERED}"
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "it does not run under the transforms of torch.func"
     return runtime.refuses_device(device_type)
@@ -74,7 +95,7 @@ def extrema(
     value = x.new_full((parts, 4, rows), -torch.inf)
     index = torch.full((parts, 4, rows), -1, dtype=torch.int32, device=x.device)
     if rows and columns:
-        x_square, y_square = (_squares(v, euclidean) for v in (x, y))
+        x_square, y_square = (squares(v, euclidean) for v in (x, y))
         x_parts, y_parts = (runtime.split(v, _PARTS, t.depth) for v in (x, y))
         kernels.extrema[(row_tiles, parts)](
             x_parts, y_parts, x_square, y_square, label, own, x_square if beyond is None else beyond, key_label, exists, value, index,
@@ -85,7 +106,7 @@ def extrema(
     return best, index.gather(0, part[None])[0].long()
 
 
-def _squares(x: Tensor, euclidean: bool) -> Tensor:
+def squares(x: Tensor, euclidean: bool) -> Tensor:
     """What a row adds to its distances, [N]: |x|^2, or of the cosine its half of 1; inf or NaN where the row is."""
     square = x.square().sum(-1)
     return square if euclidean else 0.5 + 0 * square

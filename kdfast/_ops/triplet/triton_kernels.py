@@ -11,6 +11,16 @@ NOWHERE: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
+def apart(dot, x_square, y_square, EUCLIDEAN: tl.constexpr):
+    """Squared distances of a tile, or 1 - cos, from its products. The squares have the tile's two dimensions (triton.squares)."""
+    scale = x_square + y_square
+    if EUCLIDEAN:
+        d = scale - 2 * dot
+        return tl.where(d < 4 * EPSILON * scale, 0.0, d)  # coinciding rows are at distance 0
+    return scale - dot
+
+
+@triton.jit
 def leader(key, admitted, column, best, at):
     """The greatest key so far of each row [R] and its column, the lowest among equals, after more of them [R, C].
 
@@ -58,12 +68,7 @@ def extrema(
         here = column < columns
         here = here & tl.load(exists + column, mask=here, other=False)
         y_sq = tl.load(y_square + column, mask=here, other=0.0)
-        scale = x_sq[:, None] + y_sq[None, :]
-        if EUCLIDEAN:
-            d = scale - 2 * dot
-            d = tl.where(d < 4 * EPSILON * scale, 0.0, d)  # coinciding rows are at distance 0
-        else:
-            d = scale - dot
+        d = apart(dot, x_sq[:, None], y_sq[None, :], EUCLIDEAN)
         unordered = d != d
         same = mine[:, None] == tl.load(key_label + column, mask=here, other=0)[None, :]
         admitted = here[None, :] & (myself[:, None] != column[None, :])
