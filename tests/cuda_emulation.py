@@ -64,6 +64,7 @@ def load() -> object:
             schema = str(getattr(torch.ops.kdfast, name).default._schema)
             _definitions.define(schema.removeprefix("kdfast::"))
         torch.ops.load_library(path)
+        torch.library.register_fake("kdfast_emulated::sinkhorn_assign", sinkhorn.assign_shapes)
         torch.library.register_fake("kdfast_emulated::sinkhorn_normalize", sinkhorn.normalize_shapes)
         torch.library.register_vmap(
             "kdfast_emulated::sinkhorn_normalize", functools.partial(sinkhorn.fold_normalize, torch.ops.kdfast_emulated.sinkhorn_normalize)
@@ -79,5 +80,5 @@ def meetings() -> int:
     return count()
 
 
-OPS = ("sinkhorn_solve", "sinkhorn_normalize")
+OPS = ("sinkhorn_solve", "sinkhorn_assign", "sinkhorn_normalize")
 _definitions = torch.library.Library("kdfast_emulated", "DEF")

@@ -1,17 +1,73 @@
-"""The CUDA kernels of sinkhorn_normalize against its definition in float64: on a GPU, elsewhere emulated on the CPU."""
+"""The CUDA kernels of sinkhorn_assign and sinkhorn_normalize against float64 definitions: on a GPU, elsewhere emulated on the CPU."""
 
 import pytest
 import torch
 from cuda_kernels import DEVICE, EMULATED, cuda, moved  # noqa: F401  the fixture serves every test
 
+from kdfast._core import cuda_runtime
 from kdfast._ops.sinkhorn import normalize
-from kdfast.functional import sinkhorn_normalize
+from kdfast.functional import sinkhorn_assign, sinkhorn_normalize
 
 
 def value_and_gradient(f, logits, weight):
     logits = logits.detach().clone().requires_grad_()
     out = f(logits)
     return out.detach(), torch.autograd.grad((out * weight.to(out)).sum(), logits)[0]
+
+
+def codes(scores, epsilon, iters):
+    """The published loop in log space, float64."""
+    log_q = scores.double() / epsilon
+    for _ in range(iters):
+        log_q = log_q - log_q.logsumexp(-2, keepdim=True)
+        log_q = log_q - log_q.logsumexp(-1, keepdim=True)
+    return log_q.exp()
+
+
+# a warp; a block; blocks of a cluster; one pair of rows a block or many, ending within a pair and within a load of four
+@pytest.mark.parametrize("iters", [1, 3])
+@pytest.mark.parametrize(("batch", "n", "k"), [(1, 1, 1), (2, 7, 5), (1, 301, 130), (3, 2, 1000), (1, 41, 8195)], ids=str)
+def test_codes(batch, n, k, iters):
+    scores = torch.rand(batch, n, k) * 2 - 1
+    ours, want = sinkhorn_assign(moved(scores), iters=iters, impl="cuda").cpu().double(), codes(scores, 0.05, iters)
+    naive = sinkhorn_assign(moved(scores), iters=iters, impl="torch").cpu().double()
+    unit = torch.finfo(torch.float32).eps * float(want.max()) * 20  # of the exponents, up to 20
+    assert float((ours - want).abs().max()) <= 2 * float((naive - want).abs().max()) + 4 * unit
+    torch.testing.assert_close(ours.sum(-1), torch.ones(batch, n).double(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_codes_of_half_precision_and_strided_scores(dtype):
+    scores = (torch.rand(2, 9, 50) * 2 - 1).to(dtype)
+    ours = sinkhorn_assign(moved(scores), impl="cuda")
+    torch.testing.assert_close(ours.cpu().double(), codes(scores, 0.05, 3), rtol=1e-4, atol=1e-6)
+    for part in (scores[:, ::2], scores[..., 3:40], scores[..., 4:40]):
+        again = sinkhorn_assign(moved(part.contiguous()), impl="cuda")
+        torch.testing.assert_close(sinkhorn_assign(moved(scores)[..., 3:40] if part.shape[-1] == 37 else moved(part), impl="cuda"), again)
+
+
+def test_codes_of_extreme_scores():
+    scores = 1000 * torch.randn(2, 12, 20)
+    ours = sinkhorn_assign(moved(scores), impl="cuda").cpu().double()
+    torch.testing.assert_close(ours.sum(-1), torch.ones(2, 12).double(), rtol=1e-5, atol=0)
+    scores[0, 3, 4] = torch.nan
+    ours = sinkhorn_assign(moved(scores), impl="cuda")
+    assert ours[0].isnan().any() and not ours[1].isnan().any()
+
+
+def test_no_scores():
+    assert sinkhorn_assign(moved(torch.rand(0, 3, 4)), impl="cuda").shape == (0, 3, 4)
+    assert sinkhorn_assign(moved(torch.rand(2, 0, 4)), impl="cuda").shape == (2, 0, 4)
+
+
+def test_scores_that_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="float64"):
+        sinkhorn_assign(moved(torch.rand(2, 3).double()), impl="cuda")
+    with pytest.raises(ValueError, match="65536 columns"):
+        sinkhorn_assign(moved(torch.rand(1, 65537)), impl="cuda")
+    monkeypatch.setattr(cuda_runtime, "has_clusters", lambda: False)
+    with pytest.raises(ValueError, match="8192 columns"):
+        sinkhorn_assign(moved(torch.rand(1, 8193)), impl="cuda")
 
 
 # 4, 8 and 32 lanes a matrix, filled or not; more matrices than a block has
@@ -76,10 +132,15 @@ def test_what_is_refused(logits, iters, reason):
 
 
 @pytest.mark.skipif(not EMULATED, reason="the emulator's order of threads")
-@pytest.mark.parametrize("n", [4, 7, 20])
-def test_threads_in_any_order(n, monkeypatch):
-    logits, weight = torch.randn(3, n, n), torch.randn(3, n, n)
-    forward = value_and_gradient(lambda x: sinkhorn_normalize(x, impl="cuda"), logits, weight)
-    monkeypatch.setenv("KDFAST_EMULATE_BACKWARD", "lanes")
-    for x, y in zip(value_and_gradient(lambda x: sinkhorn_normalize(x, impl="cuda"), logits, weight), forward, strict=True):
-        assert torch.equal(x, y)
+def test_threads_in_any_order(monkeypatch):
+    small, scores = [torch.randn(3, n, n) for n in (4, 7, 20)], [torch.randn(1, n, k) for n, k in ((300, 70), (60, 600), (41, 9000))]
+
+    def everything():
+        found = [x for logits in small for x in value_and_gradient(lambda x: sinkhorn_normalize(x, impl="cuda"), logits, logits)]
+        return found + [sinkhorn_assign(x, impl="cuda") for x in scores]
+
+    forward = everything()
+    for order in ("warps", "lanes"):
+        monkeypatch.setenv("KDFAST_EMULATE_BACKWARD", order)
+        for x, y in zip(everything(), forward, strict=True):
+            assert torch.equal(x, y)

@@ -12,6 +12,8 @@
 #include <initializer_list>
 #include <optional>
 
+#include "element_type.h"
+
 // USE_CUDA is set for the module that runs on GPUs; without it the same bindings serve the emulator, on CPU tensors.
 #ifdef USE_CUDA
 #define KDFAST_CUDA_OPS(m) STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, m)
@@ -54,6 +56,13 @@ const T* packed(const char* name, const Tensor& x, ScalarType type, std::initial
 
 inline const float* floats(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) {
   return packed<float>(name, x, ScalarType::Float, shape);
+}
+
+inline kdfast::Element element_of(const char* name, const Tensor& x) {
+  if (x.scalar_type() == ScalarType::Float) return kdfast::Element::kFloat32;
+  if (x.scalar_type() == ScalarType::BFloat16) return kdfast::Element::kBFloat16;
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, name, " must be float32, bfloat16 or float16");
+  return kdfast::Element::kFloat16;
 }
 
 inline float* written(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }

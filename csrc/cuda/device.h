@@ -84,6 +84,14 @@ __device__ __forceinline__ float* shared_memory() {
 
 }  // namespace device
 
+// Multiprocessors of the current device.
+inline int processors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 struct Launch {
   int64_t blocks;  // a multiple of `cluster`
   int threads;

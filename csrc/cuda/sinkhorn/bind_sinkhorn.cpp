@@ -1,4 +1,4 @@
-// kdfast::sinkhorn_solve and sinkhorn_normalize on CUDA: checks and registration.
+// kdfast::sinkhorn_solve, sinkhorn_assign and sinkhorn_normalize on CUDA: checks and registration.
 
 #include <string>
 #include <tuple>
@@ -8,6 +8,7 @@
 
 namespace {
 
+using kdfast::SinkhornAssign;
 using kdfast::SinkhornBatch;
 using kdfast::SinkhornNormalize;
 using kdfast::SinkhornOnChip;
@@ -64,6 +65,33 @@ Solution sinkhorn_solve(const OptionalTensor& cost, const OptionalTensor&, const
   return {f, g, row, column, transport, error, done, steps_f, steps_g};
 }
 
+Tensor sinkhorn_assign(const Tensor& scores, const OptionalTensor& v, const Tensor& inverse_epsilon, bool codes) {
+  STD_TORCH_CHECK(scores.dim() == 3, "scores must have 3 dimensions, got ", scores.dim());
+  const int64_t batch = scores.size(0), n = scores.size(1), columns = scores.size(2);
+  check("scores", scores, scores.scalar_type(), {batch, n, columns});
+  STD_TORCH_CHECK(columns <= 1 || scores.stride(2) == 1, "rows of the scores must be contiguous");
+  STD_TORCH_CHECK(v.has_value() || !codes, "codes need v");
+  STD_TORCH_CHECK(n < INT32_MAX, "at most 2^31 - 2 rows, got ", n);
+  SinkhornAssign p{};
+  p.batch = batch, p.rows = n, p.columns = columns;
+  p.scores = scores.const_data_ptr(), p.element = element_of("scores", scores);
+  p.batch_stride = scores.stride(0), p.row_stride = scores.stride(1);
+  p.aligned = reinterpret_cast<uintptr_t>(p.scores) % 16 == 0 && p.row_stride % 4 == 0 && (batch == 1 || p.batch_stride % 4 == 0);
+  p.inverse_epsilon = floats("inverse_epsilon", inverse_epsilon, {});
+  if (v.has_value()) p.v = floats("v", *v, {batch, columns});
+  p.codes = codes;
+  Tensor out = codes ? torch::stable::new_empty(scores, {batch, n, columns}, ScalarType::Float) : torch::stable::new_empty(scores, {batch, columns}, ScalarType::Float);
+  p.out = written(out);
+  if (out.numel() == 0) return out;
+  on_device_of(scores, [&](void* stream) -> const char* {
+    if (!kdfast::sinkhorn_assign_plan(p)) return "too many columns";
+    Tensor parts = torch::stable::new_empty(scores, {codes ? 0 : v.has_value() ? 1 : 2, batch, p.parts, columns}, ScalarType::Float);
+    p.sums = written(parts), p.tops = p.sums + batch * p.parts * columns;
+    return kdfast::sinkhorn_assign(p, stream);
+  });
+  return out;
+}
+
 Tensor sinkhorn_normalize(const Tensor& logits, const OptionalTensor& gradient, int64_t iterations, double eps) {
   STD_TORCH_CHECK(logits.dim() == 3, "logits must have 3 dimensions, got ", logits.dim());
   STD_TORCH_CHECK(1 <= iterations && iterations <= INT32_MAX / 2, "iterations must be in 1 ... 2^30 - 1, got ", iterations);
@@ -81,5 +109,6 @@ Tensor sinkhorn_normalize(const Tensor& logits, const OptionalTensor& gradient, 
 
 KDFAST_CUDA_OPS(m) {
   m.impl("sinkhorn_solve", TORCH_BOX(&sinkhorn_solve));
+  m.impl("sinkhorn_assign", TORCH_BOX(&sinkhorn_assign));
   m.impl("sinkhorn_normalize", TORCH_BOX(&sinkhorn_normalize));
 }

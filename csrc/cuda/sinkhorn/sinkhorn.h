@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "element_type.h"
+
 namespace kdfast {
 
 // B problems: P_ij = a_i b_j exp((f_i + g_j - C_ij)/epsilon). All but the cost is contiguous.
@@ -49,8 +51,30 @@ struct SinkhornNormalize {
   float* out;
 };
 
+// A pass over scores [B, rows, columns], each row contiguous: softmax of s/epsilon + v, or its sums over the rows, or, where v is null, the
+// log-sum-exp of s/epsilon over the rows.
+struct SinkhornAssign {
+  int64_t batch, rows, columns;
+  const void* scores;
+  Element element;
+  bool aligned;  // four scores of a row, the first at a multiple of four, are one load
+  int64_t batch_stride, row_stride;
+  const float* inverse_epsilon;  // []
+  const float* v;                // [B, columns]
+  bool codes;
+  float* out;  // [B, rows, columns] or [B, columns]
+  // by sinkhorn_assign_plan: blocks that share rows, threads of a block, ranges of rows that are summed by themselves
+  int cluster, threads;
+  int64_t parts;
+  float *sums, *tops;  // [B, parts, columns], scratch
+};
+
+// Sets how rows are shared; false where there are too many columns.
+bool sinkhorn_assign_plan(SinkhornAssign& params);
+
 // Each puts its work in a stream and returns null, or what went wrong.
 const char* sinkhorn_on_chip(SinkhornOnChip params, void* stream);
+const char* sinkhorn_assign(const SinkhornAssign& params, void* stream);
 const char* sinkhorn_normalize(const SinkhornNormalize& params, void* stream);
 
 }  // namespace kdfast

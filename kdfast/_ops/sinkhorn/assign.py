@@ -6,10 +6,14 @@ from torch import Tensor
 
 from kdfast._core import impls
 
-from . import cpu
+from . import cpu, cuda
 from .geometry import TILE, TILE_ELSEWHERE
 
-impls.register("sinkhorn_assign", impls.Implementation("cpu", cpu.missing, cpu.refuses))
+impls.register(
+    "sinkhorn_assign",
+    impls.Implementation("cpu", cpu.missing, cpu.refuses),
+    impls.Implementation("cuda", cuda.missing, cuda.refuses_scores),
+)
 
 
 def assign(scores: Tensor, epsilon: Tensor, iters: int, group, impl: str | None) -> Tensor:
@@ -19,8 +23,8 @@ def assign(scores: Tensor, epsilon: Tensor, iters: int, group, impl: str | None)
     then each pass adds -log of the rows' column sums (which cannot underflow: at least 1/K of their target). Its mean is free:
     without it v is as small, and as exact, as columns differ.
     """
-    impl = impls.choose("sinkhorn_assign", impl, device_type=scores.device.type)
-    one_pass = cpu.assign_pass if impl == "cpu" else _pass
+    impl = impls.choose("sinkhorn_assign", impl, device_type=scores.device.type, dtype=scores.dtype, columns=scores.shape[-1])
+    one_pass = {"cpu": cpu.assign_pass, "cuda": cuda.assign_pass}.get(impl, _pass)
     inverse = 1 / epsilon
     v = _centred(-_total_lse(one_pass(scores, None, inverse, codes=False), group))
     for _ in range(iters - 1):

@@ -12,6 +12,8 @@ from .geometry import Problem
 from .portable import Schedule, Solution
 
 COLUMNS, BLOCK_ROWS, BLOCKS = 256, 128, 8
+#: of a block in assign_pass
+ASSIGNED_COLUMNS = 8192
 #: What normalize takes: a warp holds a matrix, shared memory the divisors of all steps of a block's.
 NORMALIZED_ROWS, NORMALIZED_ITERS = 32, 128
 
@@ -53,6 +55,23 @@ def refuses_matrices(*, device_type: str, dtype: torch.dtype, size: int, iters: 
     if size > NORMALIZED_ROWS or iters > NORMALIZED_ITERS:
         return f"it takes matrices of at most {NORMALIZED_ROWS} rows and {NORMALIZED_ITERS} iterations, not {size} and {iters}"
     return runtime.refuses_device(device_type)
+
+
+def refuses_scores(*, device_type: str, dtype: torch.dtype, columns: int, **_facts) -> str | None:
+    """Why assign_pass cannot serve a call (None: it can)."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 or float16, not {dtype}"
+    wrong = runtime.refuses_device(device_type)
+    if wrong is not None:
+        return wrong
+    most = ASSIGNED_COLUMNS * (BLOCKS if runtime.has_clusters() else 1)
+    return None if columns <= most else f"it takes at most {most} columns, not {columns}"
+
+
+def assign_pass(scores: Tensor, v: Tensor | None, inverse: Tensor, *, codes: bool) -> Tensor:
+    """cpu.assign_pass."""
+    scores = scores if scores.stride(-1) == 1 else scores.contiguous()
+    return runtime.OPS.sinkhorn_assign(scores, v, inverse, codes)
 
 
 def normalize(logits: Tensor, gradient: Tensor | None, iters: int, eps: float) -> Tensor:
