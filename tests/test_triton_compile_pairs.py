@@ -12,8 +12,9 @@ if triton_runtime.INTERPRETED:
 
 from triton_code import DOT, MATRIX_INSTRUCTION, SHARED_MEMORY, Code
 
-from kdfast._ops.similarity import triton_pairs as launches
 from kdfast._ops.similarity import triton_pairs_kernels as kernels
+from kdfast._ops.similarity import triton_slabs as launches
+from kdfast._ops.similarity import triton_wide_kernels as wide_kernels
 
 PRECISIONS = {"ieee": 0, "tf32": 3}
 CASES = pytest.mark.parametrize(
@@ -23,15 +24,20 @@ CASES = pytest.mark.parametrize(
 )
 
 
+TERMS = ("BIASED", "LABELLED", "LIMITED", "COUNTED")
+
+
 def compiled(kernel, arch: int, dtype: torch.dtype, tmp_path, **flags) -> Code:
     """For rows of 512, with tf32 products of float32."""
     x = torch.empty(1, 256, 512, dtype=dtype)
-    narrow = flags.get("CLASSES", False) or (kernel is kernels.symmetric_weights and arch >= 100)
+    narrow = flags.pop("narrow", False) or flags.get("CLASSES", False) or (kernel is kernels.symmetric_weights and arch >= 100)
     part = launches.Part(x, x, launches.tiles(dtype, narrow), launches.format_of(dtype, PRECISIONS["tf32"]))
     weights = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[part.format.weights]
-    options = {**part.options, **flags, "WIDTH": 128}
+    options = {**part.options, "COUNTED": False, "FACTORS": False, "WIDTH": 128, **flags}
     if kernel is kernels.weighted_sums:
         options["DOT"] = DOT[part.format.weights][0]
+    if kernel is wide_kernels.wide_weights:
+        options |= {"EVEN_VALUES": True, "DOT_VALUES": DOT[part.format.weights][0]}
     warps = options.pop("num_warps")
     return Code(kernel, arch, dtype, {k: v for k, v in options.items() if k in kernel.arg_names}, warps, tmp_path, weights=weights)
 
@@ -58,9 +64,19 @@ def test_sigmoid_of_every_pair(arch, dtype, gradient, tmp_path):
 @CASES
 @pytest.mark.parametrize("transposed", [False, True], ids=["of rows", "of columns"])
 def test_sums_that_weights_make(arch, dtype, transposed, tmp_path):
-    assert_in_registers(compiled(kernels.weighted_sums, arch, dtype, tmp_path, TRANSPOSED=transposed, ADD=True), arch)
+    code = compiled(kernels.weighted_sums, arch, dtype, tmp_path, TRANSPOSED=transposed, ADD=True, FACTORS=not transposed)
+    assert_in_registers(code, arch)
+
+
+@CASES
+@pytest.mark.parametrize("terms", [False, True], ids=["scores", "every term"])
+def test_softmax_of_wide_rows(arch, dtype, terms, tmp_path):
+    flags = {**dict.fromkeys(TERMS, terms), "INDICES": 2 if terms else 0, "narrow": terms}
+    assert_in_registers(compiled(wide_kernels.wide_probabilities, arch, dtype, tmp_path, POOLED=True, **flags), arch)
+    flags |= {"WITH_H": terms, "narrow": terms, "BY_SCALE": True, "PLAIN": False, "WANT_BIAS": terms}
+    assert_in_registers(compiled(wide_kernels.wide_weights, arch, dtype, tmp_path, **flags), arch)
 
 
 def test_merging_statistics(tmp_path):
-    code = Code(kernels.merge_statistics, 90, torch.float32, {"PARTS": 32, "COUNT": 128}, 4, tmp_path)
+    code = Code(kernels.merge_statistics, 90, torch.float32, {"FACTORS": True, "PARTS": 32, "COUNT": 128}, 4, tmp_path)
     assert code.local == 0 and code.stack == 0

@@ -30,6 +30,13 @@ def info_nce(i):
     return loss_and_gradient(functional.info_nce(i["q"], i["q"].detach(), i["bank"], impl="triton"), i["q"])
 
 
+def wide(i):
+    """Rows of 2 KB and a bank with gradient, in several slabs."""
+    q, bank = (i[name].detach().repeat(1, 11)[:, :1024].bfloat16().requires_grad_() for name in ("q", "bank"))
+    loss = functional.info_nce(q, q.detach(), bank, bank_labels=i["bank_labels"], query_labels=i["labels"], temperature=50.0, impl="triton")
+    return loss.detach(), *torch.autograd.grad(loss, (q, bank))
+
+
 def matched(i):
     other = i["bank"][:N] + i["q"]
     loss = functional.clip_loss(i["q"], other, 0.1, impl="triton") + functional.siglip_loss(i["q"], other, 0.1, -1.0, impl="triton")
@@ -85,7 +92,7 @@ def sinkhorn(i):
     return given.f, given.g, given.value, points.f, points.g, points.value
 
 
-KERNELS = [info_nce, matched, sup_con, triplet, dense, pairs, extrema, knn, sampled, sinkhorn]
+KERNELS = [info_nce, wide, matched, sup_con, triplet, dense, pairs, extrema, knn, sampled, sinkhorn]
 CASES = pytest.mark.parametrize("case", KERNELS, ids=lambda c: c.__name__)
 
 

@@ -11,7 +11,7 @@ from similarity_kernel_cases import assert_accurate
 
 from kdfast import functional
 from kdfast._core import triton_runtime
-from kdfast._ops.similarity import triton_pairs
+from kdfast._ops.similarity import triton_slabs
 from kdfast._ops.similarity.symmetric import symmetric_lse
 
 if triton_runtime.missing() is not None:
@@ -27,8 +27,8 @@ SHAPES = pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 7, 65, 3), (3, 33, 
 @pytest.fixture
 def small_slabs(monkeypatch):
     """Several slabs, cut along both sides."""
-    monkeypatch.setattr(triton_pairs, "STATISTICS_PAIRS", 2 * 32 * 32)
-    monkeypatch.setattr(triton_pairs, "WEIGHTS_PAIRS", 2 * 32 * 32)
+    monkeypatch.setattr(triton_slabs, "STATISTICS_PAIRS", 2 * 32 * 32)
+    monkeypatch.setattr(triton_slabs, "WEIGHTS_PAIRS", 2 * 32 * 32)
 
 
 def rows(batch, n, width, dtype):

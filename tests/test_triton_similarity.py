@@ -231,7 +231,5 @@ def test_opcheck():
 
 
 def test_what_it_cannot_serve_says_why():
-    with pytest.raises(ValueError, match="up to 256"):
-        ops.similarity_softmax(moved(torch.randn(2, 600)), moved(torch.randn(3, 600)), impl="triton")
     with pytest.raises(ValueError, match="float64"):
         ops.similarity_softmax(moved(torch.randn(2, 6)).double(), moved(torch.randn(3, 6)).double(), impl="triton")

@@ -94,8 +94,7 @@ def problem(query, keys, scale, values, bias, start, exclude, valid, precision_n
     rules = exclude if isinstance(exclude, exclusions.Rules) else exclusions.flatten(exclude, query, keys, acc)
     valid = _valid(valid, query, keys, batch)
 
-    widest = max(query.shape[-1], 0 if values is None else values.shape[-1])
-    impl = impls.choose("similarity_softmax", impl, device_type=query.device.type, dtype=compute.dtype, width=widest)
+    impl = impls.choose("similarity_softmax", impl, device_type=query.device.type, dtype=compute.dtype)
     lead = (1, rows)
     if batch:
         bank = ((keys, 2), (bias, 1), (values, 2), (rules.key_labels, 1), (valid, 0))  # with their dimensions when shared

@@ -1,7 +1,6 @@
 """impl="triton": the ops of cpu.py with the same schemas, in torch.ops.kdfast_triton: tile sizes, launches, registration.
 
-triton_kernels.py has the kernels. They serve rows of up to 1 KB; wider ones take the portable form, whose products
-are the GPU library's own.
+triton_kernels.py has the kernels. They serve rows of up to 1 KB; wider ones go slab by slab (triton_wide.py).
 """
 
 from typing import NamedTuple
@@ -10,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..._core import triton_runtime as runtime
-from . import cpu
+from . import cpu, triton_wide
+from .triton_formats import KERNELS, PRECISIONS, missing, refuses
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_BYTES = 1024  # of a row: wider tiles exceed shared memory
-KERNELS = cpu.Kernels(torch.ops.kdfast_triton, {"ieee": 0, "bf16x3": 1, "bf16": 2, "tf32": 3})
-PRECISIONS = ("ieee", "tf32x3", "ieee", "tf32")  # of products of float32 operands, by that number
+MAX_BYTES = 1024  # of a row here: wider tiles exceed shared memory
+
+
+__all__ = ["KERNELS", "forward", "grad_keys", "grad_rows", "missing", "refuses", "tiles"]
 
 
 class Tiles(NamedTuple):
@@ -27,17 +27,8 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def missing() -> str | None:
-    return runtime.missing()
-
-
-def refuses(*, device_type: str = "cuda", dtype: torch.dtype = torch.float32, width: int = 0, **_facts) -> str | None:
-    if dtype not in DTYPES:
-        return f"it takes float32, bfloat16 or float16, not {dtype}"
-    most = MAX_BYTES // dtype.itemsize
-    if width > most:
-        return f"it takes rows of up to {most} numbers in {dtype}, these have {width}"
-    return runtime.refuses_device(device_type)
+def wide(query: Tensor, values: Tensor | None) -> bool:
+    return max(query.shape[2], 0 if values is None else values.shape[2]) * query.element_size() > MAX_BYTES
 
 
 def tiles(width: int, dtype: torch.dtype, streams: int, arch: int) -> Tiles:
@@ -117,6 +108,10 @@ def forward(
     precision: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As cpu.forward."""
+    if wide(query, values):
+        return triton_wide.forward(
+            query, keys, scale, bias, start_logit, values, start_value, query_labels, key_labels, key_index, limit, valid, pooled, precision
+        )
     from . import triton_kernels as kernels
 
     launch = prepare(
@@ -168,6 +163,11 @@ def grad_rows(
     precision: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As cpu.grad_rows."""
+    if wide(query, values):
+        return triton_wide.grad_rows(
+            slope, h, lse, lse_low, query, keys, scale, bias, values, query_labels, key_labels, key_index, limit, valid,
+            precision,
+        )  # fmt: skip
     from . import triton_kernels as kernels
 
     launch = prepare(
@@ -210,6 +210,11 @@ def grad_keys(
     precision: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As cpu.grad_keys."""
+    if wide(query, values):
+        return triton_wide.grad_keys(
+            slope, h, lse, lse_low, query, keys, scale, bias, values, query_labels, key_labels, key_index, limit, valid,
+            want_keys, want_bias, want_values, precision,
+        )  # fmt: skip
     from . import triton_kernels as kernels
 
     launch = prepare(

@@ -92,11 +92,17 @@ def symmetric_statistics(
 
 
 @triton.jit
-def merge_statistics(part_top, part_total, top, total, lse, lse_low, count, parts, PARTS: tl.constexpr, COUNT: tl.constexpr):
-    """Parts [parts, count] of sums of exponentials into running ones, in their order, and what the log-sum-exps are then."""
+def merge_statistics(
+    part_top, part_total, top, total, lse, lse_low, carry, count, parts, FACTORS: tl.constexpr, PARTS: tl.constexpr, COUNT: tl.constexpr
+):  # fmt: skip
+    """Parts [parts, count] of sums of exponentials into running ones, in their order, and what the log-sum-exps are then.
+
+    FACTORS: part_top becomes what each part, and carry what went before, is to be multiplied by.
+    """
     at = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     exists = at < count
-    highest = tl.load(top + at, mask=exists, other=float("-inf"))
+    begun = tl.load(top + at, mask=exists, other=float("-inf"))
+    highest = begun
     sums = tl.load(total + at, mask=exists, other=0.0)
     for first in range(0, parts, PARTS):
         part = first + tl.arange(0, PARTS)
@@ -107,6 +113,14 @@ def merge_statistics(part_top, part_total, top, total, lse, lse_low, count, part
         shift = finite_or_zero(highest)
         more = tl.load(part_total + index, mask=inside, other=0.0) * tl.exp2(more - shift[None, :])
         sums = sums * tl.exp2(before - shift) + tl.sum(more, 0)
+    if FACTORS:
+        shift = finite_or_zero(highest)
+        tl.store(carry + at, tl.exp2(begun - shift), mask=exists)
+        for first in range(0, parts, PARTS):
+            part = first + tl.arange(0, PARTS)
+            inside = (part < parts)[:, None] & exists[None, :]
+            index = part[:, None] * count + at[None, :]
+            tl.store(part_top + index, tl.exp2(tl.load(part_top + index, mask=inside, other=0.0) - shift[None, :]), mask=inside)
     level, low = exact_log_sum(highest, sums)
     tl.store(top + at, highest, mask=exists)
     tl.store(total + at, sums, mask=exists)
@@ -196,11 +210,16 @@ def sigmoid_pairs(
 
 @triton.jit
 def weighted_sums(
-    weights, values, out, count, inner, width, leading, weights_stride, values_stride, entries, split_inner,
-    TRANSPOSED: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    weights, values, out, factors, valid, count, inner, width, leading, weights_stride, values_stride, valid_stride, first_inner, entries,
+    split_inner,
+    TRANSPOSED: tl.constexpr, ADD: tl.constexpr, FACTORS: tl.constexpr, COUNTED: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """sum_k w_ik v_k of a slab, [entries, count, width], over a split of k; TRANSPOSED: of w_ki. ADD: to what is there."""
+    """sum_k w_ik v_k of a slab, [entries, count, width], over a split of k; TRANSPOSED: of w_ki. ADD: to what is there.
+
+    FACTORS: of a row's weights of each tile of COLUMNS, [tiles, entries, count]. COUNTED: v is read where first_inner + k < valid.
+    """
     width_tiles, row_tiles = tl.cdiv(width, WIDTH), tl.cdiv(count, ROWS)
     program = tl.program_id(0)
     group = program // (width_tiles * row_tiles)
@@ -210,15 +229,21 @@ def weighted_sums(
     k = tl.arange(0, DEPTH)
     one = tl.full([], 1, tl.int64)
     w_base, v_base = weights + b * weights_stride, values + one * b * values_stride
+    if COUNTED:
+        inner = tl.minimum(inner, tl.load(valid + one * b * valid_stride).to(tl.int32) - first_inner)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     for first in tl.range(split * split_inner, tl.minimum((split + 1) * split_inner, inner), DEPTH, num_stages=STAGES):
         if TRANSPOSED:
             w = tl.trans(tl.load(w_base + (first + k)[:, None] * leading + i[None, :]))
         else:
             w = tl.load(w_base + i[:, None] * leading + (first + k)[None, :])
-        v_at = v_base + tl.minimum(first + k, inner - 1)[:, None] * width + d[None, :]  # copies of the last, whose weights are 0
+        v_at = v_base + (one * tl.minimum(first + k, inner - 1)[:, None] * width + d[None, :])  # copies of the last, whose weights are 0
         v = tl.load(v_at) if EVEN else tl.load(v_at, mask=(d < width)[None, :], other=0.0)
-        acc = product(w.to(DOT), v.to(DOT), acc, PRECISION, INTERPRETED)
+        if FACTORS:
+            factor = tl.load(factors + (first // COLUMNS * entries + b) * count + i, mask=i < count, other=0.0)
+            acc += factor[:, None] * product(w.to(DOT), v.to(DOT), tl.zeros([ROWS, WIDTH], tl.float32), PRECISION, INTERPRETED)
+        else:
+            acc = product(w.to(DOT), v.to(DOT), acc, PRECISION, INTERPRETED)
     at = out + one * group * count * width + i[:, None] * width + d[None, :]
     inside = (i < count)[:, None] & (d < width)[None, :]
     if ADD:
