@@ -125,6 +125,22 @@ def all_pairs(loss: str, n: int, d: int, device: str) -> Case:
     return Case(loss, f"{n}, {d}", {**runs, "eager": functools.partial(step, eager)}, 10 * n * n * d, "FLOP")
 
 
+def ratios(n: int, d: int, device: str) -> Case:
+    """rkd_distance: 12 N^2 D with the means, of them 4 for the gradient."""
+    student, teacher = torch.randn(n, d, device=device, requires_grad=True), torch.randn(n, d, device=device)
+
+    def relative(x):
+        distance = torch.cdist(x, x)
+        return distance / distance[distance > 0].mean()
+
+    def step(loss):
+        return torch.autograd.grad(loss(student, teacher), student)[0]
+
+    runs = {impl: functools.partial(step, functools.partial(kd.rkd_distance, impl=impl)) for impl in IMPLS}
+    runs["eager"] = lambda: step(lambda s, t: F.smooth_l1_loss(relative(s), relative(t)))
+    return Case("rkd_distance", f"{n}, {d}", runs, 12 * n * n * d, "FLOP")
+
+
 def neighbours(n: int, m: int, d: int, device: str) -> Case:
     query, bank = (F.normalize(torch.randn(rows, d, device=device), dim=-1) for rows in (n, m))
 
@@ -185,13 +201,15 @@ SIZES = {
     "full": [
         (matched, (16384, 512)), (matched, (16384, 512), True), (supervised, (8192, 256)),
         (batch_hard, (4096, 128)), (batch_hard, (16384, 256)), (all_pairs, ("contrastive", 8192, 128)),
-        (all_pairs, ("batch_all", 8192, 128)), (neighbours, (4096, 65536, 128)), (neighbours, (4096, 1_000_000, 128)),
+        (all_pairs, ("batch_all", 8192, 128)), (ratios, (8192, 128)),
+        (neighbours, (4096, 65536, 128)), (neighbours, (4096, 1_000_000, 128)),
         (sampled, (64, 16384, 50_000, 128)), (sampled, (256, 4096, 1_000_000, 128)), (transport, (256, 256, 50)),
         (transport, (1, 10_000, 20)), (transport, (1, 10_000, 10), 64),
     ],
     "small": [
         (matched, (65, 24)), (matched, (65, 24), True), (supervised, (65, 24)),
-        (batch_hard, (65, 24)), (all_pairs, ("contrastive", 64, 24)), (all_pairs, ("batch_all", 64, 24)), (neighbours, (20, 300, 24)),
+        (batch_hard, (65, 24)), (all_pairs, ("contrastive", 64, 24)), (all_pairs, ("batch_all", 64, 24)), (ratios, (64, 24)),
+        (neighbours, (20, 300, 24)),
         (sampled, (5, 40, 100, 24)), (transport, (2, 33, 4)), (transport, (1, 33, 4), 24),
     ],
 }  # fmt: skip

@@ -17,11 +17,13 @@ from kdfast._ops.knn import triton as knn
 from kdfast._ops.knn import triton_kernels as knn_kernels
 from kdfast._ops.sinkhorn import triton as sinkhorn
 from kdfast._ops.sinkhorn import triton_kernels as sinkhorn_kernels
+from kdfast._ops.triplet import relations_triton as relations
 from kdfast._ops.triplet import triton as triplet
 from kdfast._ops.triplet import triton_dense as dense
 from kdfast._ops.triplet import triton_dense_kernels as dense_kernels
 from kdfast._ops.triplet import triton_kernels as triplet_kernels
 from kdfast._ops.triplet import triton_mining_kernels as mining_kernels
+from kdfast._ops.triplet import triton_relations_kernels as relations_kernels
 
 
 def scan_options(width: int, parts: int) -> tuple[dict, int]:
@@ -63,9 +65,21 @@ def test_losses_of_all_pairs_stay_in_registers(rule, arch, tmp_path):
     check(dense_kernels.row_sums, tiles)
     marked = {"CHUNK": dense.CHUNK, "MARK_ROWS": tiles.rows, "MARK_COLUMNS": tiles.columns}
     for transposed in (False, True):
-        check(dense_kernels.gradient, dense.small_tiles(tiles, transposed, arch), TRANSPOSED=transposed, **marked)
+        check(dense_kernels.gradient, dense.small_tiles(tiles, transposed and arch < 100), TRANSPOSED=transposed, **marked)
     if rule == "triplets":
         check(dense_kernels.positive_distances, dense.small_tiles(tiles))
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("rule", ["gaussians", "distances", "ratios"])
+def test_relations_stay_in_registers(rule, arch, tmp_path):
+    index = ("gaussians", "distances", "ratios").index(rule)
+    options = relations.tiles(index, 128).options(3)
+    warps = options.pop("num_warps")
+    rules = {"RULE": index, "SAME": True, "COUNT": 3, "GRADIENT": True, "CHUNK": dense.CHUNK}
+    code = Code(relations_kernels.relation_sums, arch, torch.bfloat16, {**options, **rules}, warps, tmp_path)
+    in_registers(code, arch)
+    assert code.has(MATRIX_INSTRUCTION[arch])
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

@@ -71,6 +71,11 @@ def pairs(i):
     return (*(loss.detach() for loss in losses), *torch.autograd.grad(sum(losses), i["q"]))
 
 
+def relations(i):
+    loss = functional.mmd_rbf(i["q"], i["bank"], sigmas=(5.0, 10.0), impl="triton")
+    return loss_and_gradient(loss + functional.rkd_distance(i["q"], i["bank"][:N, :60], impl="triton"), i["q"])
+
+
 def extrema(i):
     found = ops.row_extrema(i["q"].detach(), i["bank"], i["labels"], i["bank_labels"], impl="triton")
     return tuple(x for extreme in found for x in extreme)
@@ -92,7 +97,7 @@ def sinkhorn(i):
     return given.f, given.g, given.value, points.f, points.g, points.value
 
 
-KERNELS = [info_nce, wide, matched, sup_con, triplet, dense, pairs, extrema, knn, sampled, sinkhorn]
+KERNELS = [info_nce, wide, matched, sup_con, triplet, dense, pairs, relations, extrema, knn, sampled, sinkhorn]
 CASES = pytest.mark.parametrize("case", KERNELS, ids=lambda c: c.__name__)
 
 
@@ -125,6 +130,8 @@ TARGETS = [
     (functional, "triplet_loss"),
     (functional, "contrastive_loss"),
     (functional, "angular_loss"),
+    (functional, "mmd_rbf"),
+    (functional, "rkd_distance"),
     (functional, "multi_similarity_loss"),
     (functional, "sampled_nce"),
     (functional, "sampled_info_nce"),

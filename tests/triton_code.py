@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 DOT = {torch.bfloat16: (tl.bfloat16, "*bf16"), torch.float16: (tl.float16, "*fp16"), torch.float32: (tl.float32, "*fp32")}
 POINTERS = {
-    **dict.fromkeys(("query", "keys", "values", "start_value", "bank", "cost", "x", "y"), "matrix"),
+    **dict.fromkeys(("query", "keys", "values", "start_value", "bank", "cost", "x", "y", "teacher"), "matrix"),
     **dict.fromkeys(("query_labels", "key_labels", "key_index", "valid", "label", "own", "query_label", "key_label"), "*i64"),
     **dict.fromkeys(("index", "chosen", "row_count", "column_count", "x_labels", "y_labels", "positive"), "*i64"),
     **dict.fromkeys(("first", "last", "exist", "found", "order", "nearest", "farthest", "block"), "*i64"), "uniform_row": "*i1",
@@ -24,7 +24,7 @@ POINTERS = {
 NUMBERS = (
     *("rows", "columns", "width", "value_width", "split_columns", "count", "splits", "batch"),
     *("slots", "split_slots", "size", "groups", "kept", "begin", "end", "start", "taken", "mark_columns"),
-    *("entries", "first_row", "first_column", "leading", "inner", "split_inner", "parts"),
+    *("entries", "first_row", "first_column", "leading", "inner", "split_inner", "parts", "teacher_width"),
 )
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}

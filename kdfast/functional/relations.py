@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._core import checks
 from .._ops import triplet as op
-from .._ops.triplet import fused, relations, relations_cpu
+from .._ops.triplet import fused, relations, relations_cpu, relations_triton
 
 
 def mmd_rbf(x: Tensor, y: Tensor, *, sigmas: Sequence[float], normalize: bool = False, impl: str | None = None) -> Tensor:
@@ -35,12 +35,12 @@ def mmd_rbf(x: Tensor, y: Tensor, *, sigmas: Sequence[float], normalize: bool = 
     for sigma in sigmas:
         checks.positive_number("sigmas", sigma)
     sigmas = tuple(float(sigma) for sigma in sigmas)
-    impl = op.choose("mmd_rbf", impl, x)
+    impl = op.choose("mmd_rbf", impl, x, width=x.shape[1])
     with op.full_precision(x):
         if normalize:
             x, y = (F.normalize(relations.ready(t), dim=-1) for t in (x, y))
-        if impl == "cpu":
-            return fused.loss(relations_cpu.MMD, (sigmas,), x, y)
+        if impl != "torch":
+            return fused.loss((relations_cpu if impl == "cpu" else relations_triton).MMD, (sigmas,), x, y)
         return relations.mmd(x, y, sigmas)
 
 
@@ -54,10 +54,10 @@ def rkd_distance(student: Tensor, teacher: Tensor, *, impl: str | None = None) -
     Raises: ValueError, TypeError naming the argument. Source: Park et al. 2019, eq. 5-7.
     """
     _pair(student, teacher)
-    impl = op.choose("rkd_distance", impl, student)
+    impl = op.choose("rkd_distance", impl, student, others=(teacher.dtype,), width=min(student.shape[1], teacher.shape[1]))
     with op.full_precision(student):
-        if impl == "cpu":
-            return fused.loss(relations_cpu.DISTANCE, (), student, teacher.detach())
+        if impl != "torch":
+            return fused.loss((relations_cpu if impl == "cpu" else relations_triton).DISTANCE, (), student, teacher.detach())
         return relations.distance_loss(student, teacher.detach())
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..._core import impls
-from . import cpu, distances, extrema, inputs, relations_cpu, triton, triton_dense  # noqa: F401 (the last registers ops)
+from . import cpu, distances, extrema, inputs, relations_cpu, relations_triton, triton
 
 __all__ = ["Extreme", "RowExtrema", "row_extrema"]
 
@@ -23,8 +23,10 @@ OPS = (
 _CPU, _TRITON = (impls.Implementation(name, m.missing, m.refuses) for name, m in (("cpu", cpu), ("triton", triton)))
 for _op in OPS:
     impls.register(_op, _CPU, _TRITON)
-for _op in ("mmd_rbf", "rkd_distance", "rkd_angle"):
-    impls.register(_op, impls.Implementation("cpu", relations_cpu.missing, relations_cpu.refuses))
+_CPU, _TRITON = (impls.Implementation(name, m.missing, m.refuses) for name, m in (("cpu", relations_cpu), ("triton", relations_triton)))
+for _op in ("mmd_rbf", "rkd_distance"):
+    impls.register(_op, _CPU, _TRITON)
+impls.register("rkd_angle", _CPU)
 
 
 def choose(op: str, impl: str | None, x: Tensor, **facts) -> str:

@@ -1,5 +1,7 @@
 """impl="cpu" of the relations: C++ kernels (csrc/cpu/relations) that return the value and the gradients from one pass."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,36 +26,41 @@ def refuses(*, device_type: str = "cpu", dtype: torch.dtype = torch.float32, **_
 
 def mmd(wanted: tuple[bool, bool], x: Tensor, y: Tensor, sigmas: tuple[float, ...]) -> tuple[Tensor, ...]:
     """The value, and its gradients in x [N, D] and y [M, D], those wanted."""
+    return mmd_of(torch.ops.kdfast.gaussian_sums, wanted, x, y, sigmas)
+
+
+def mmd_of(op: Callable, wanted: tuple[bool, bool], x: Tensor, y: Tensor, sigmas: tuple[float, ...]) -> tuple[Tensor, ...]:
+    """`mmd` by an op that is given (x, y, sigmas, whether y is x, whether a gradient is wanted)."""
+
+    def sums(x: Tensor, y: Tensor | None, gradient: bool) -> tuple[Tensor, Tensor]:
+        """The sum of kernels over all pairs, float64, and its gradient in x where y stays; y None: of x with itself."""
+        return op(x.contiguous(), (x if y is None else y).contiguous(), sigmas, y is None, gradient)
+
     n, m = x.shape[0], y.shape[0]
     x, y = relations.ready(x), relations.ready(y)
     moved = distances.centred(x, y)  # by the middle of y
-    value_x, of_x = _sums(relations.centred(x), None, sigmas, wanted[0])
-    value_y, of_y = _sums(moved[1], None, sigmas, wanted[1])
-    value, of_x_y = _sums(*moved, sigmas, wanted[0])
+    value_x, of_x = sums(relations.centred(x), None, wanted[0])
+    value_y, of_y = sums(moved[1], None, wanted[1])
+    value, of_x_y = sums(*moved, wanted[0])
     gradients = []
     if wanted[0]:
         gradients.append(of_x * (2 / n**2) - of_x_y * (2 / (n * m)))
     if wanted[1]:
-        gradients.append(of_y * (2 / m**2) - _sums(*reversed(moved), sigmas, True)[1] * (2 / (n * m)))
+        gradients.append(of_y * (2 / m**2) - sums(*reversed(moved), True)[1] * (2 / (n * m)))
     return (value_x / n**2 + value_y / m**2 - 2 * value / (n * m)).float(), *gradients
-
-
-def _sums(x: Tensor, y: Tensor | None, sigmas: tuple[float, ...], gradient: bool) -> tuple[Tensor, Tensor]:
-    """The sum of kernels over all pairs, float64, and its gradient in x where y stays; y None: of x with itself."""
-    return torch.ops.kdfast.gaussian_sums(x.contiguous(), (x if y is None else y).contiguous(), sigmas, y is None, gradient)
 
 
 def rkd_distance(wanted: tuple[bool, bool], student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
     """The value, and its gradient in student [N, D] where wanted[0]."""
-    return _first(wanted, torch.ops.kdfast.rkd_distance(*(_centred(t) for t in (student, teacher)), wanted[0]))
+    return first(wanted, torch.ops.kdfast.rkd_distance(*(centred(t) for t in (student, teacher)), wanted[0]))
 
 
 def rkd_angle(wanted: tuple[bool, bool], student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
     """The same of angles."""
-    return _first(wanted, torch.ops.kdfast.rkd_angle(_rows(student), _rows(teacher), wanted[0]))
+    return first(wanted, torch.ops.kdfast.rkd_angle(_rows(student), _rows(teacher), wanted[0]))
 
 
-def _first(wanted: tuple[bool, bool], found: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def first(wanted: tuple[bool, bool], found: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     return found if wanted[0] else found[:1]
 
 
@@ -61,7 +68,7 @@ def _rows(x: Tensor) -> Tensor:
     return (x if x.dtype in DTYPES else x.float()).contiguous()
 
 
-def _centred(x: Tensor) -> Tensor:
+def centred(x: Tensor) -> Tensor:
     return relations.centred(x.float()).contiguous() if x.shape[0] else x.float()
 
 

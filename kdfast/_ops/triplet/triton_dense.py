@@ -50,9 +50,9 @@ class Pairs(NamedTuple):
         return self.classes[0].new_zeros((-(-len(self.x.x) // t.rows), -(-len(self.y.x) // t.columns)), dtype=torch.uint8)
 
 
-def small_tiles(t: runtime.ScoreTiles, transposed: bool = False, arch: int = 90) -> runtime.ScoreTiles:
+def small_tiles(t: runtime.ScoreTiles, fewer_rows: bool = False) -> runtime.ScoreTiles:
     """Where a thread's registers hold more than scores: by what the compiler spills."""
-    return t._replace(rows=t.rows // 2 if transposed and arch < 100 else t.rows, columns=t.columns // 2)
+    return t._replace(rows=t.rows // 2 if fewer_rows else t.rows, columns=t.columns // 2)
 
 
 class Rule(NamedTuple):
@@ -129,7 +129,7 @@ def _gradient(p: Pairs, rule: Rule, up: tuple[Tensor, Tensor], marks: Tensor, tr
     """d/dx_i of the launch's losses, or TRANSPOSED d/dy_j: sum_j w_ij (x_i - y_j), of the cosine -sum_j w_ij y_j."""
     from . import triton_dense_kernels as kernels
 
-    t = small_tiles(p.tiles, transposed, runtime.architecture(p.x.x.device.index or 0))
+    t = small_tiles(p.tiles, transposed and runtime.architecture(p.x.x.device.index or 0) < 100)
     mine, other = (p.y, p.x) if transposed else (p.x, p.y)
     rows, columns, width = len(mine.x), len(other.x), mine.parts.shape[2]
     row_tiles, chunks = -(-rows // t.rows), -(-width // CHUNK)

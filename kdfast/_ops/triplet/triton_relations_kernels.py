@@ -1,0 +1,92 @@
+"""Sums over the relations of rows in Triton, with their gradients from the same pass. Imported only where Triton is."""
+
+import triton
+import triton.language as tl
+
+from .triton_dense_kernels import EUCLIDEAN, SQUARED, distances, weighted
+
+#: what is summed over the columns: Gaussian kernels; distances; smooth L1 between two sides' distances over their means
+GAUSSIANS: tl.constexpr = tl.constexpr(0)
+DISTANCES: tl.constexpr = tl.constexpr(1)
+RATIOS: tl.constexpr = tl.constexpr(2)
+
+
+@triton.jit
+def without_own(d, row, column):
+    """A row is at distance 0 from itself, which |x|^2 + |x|^2 - 2 x.x is not."""
+    return tl.where(row[:, None] == column[None, :], 0.0, d)
+
+
+@triton.jit
+def relation_sums(
+    x, y, x_square, y_square, teacher, teacher_square, rates, mean, teacher_mean, out, weight_sum, sums,
+    rows, columns, width, teacher_width, split_columns,
+    RULE: tl.constexpr, SAME: tl.constexpr, COUNT: tl.constexpr, GRADIENT: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Two sums for each row, float64 [splits, 2, rows], and with GRADIENT sum_j w_ij y_j, out [splits, rows, width], and sum_j w_ij.
+
+    GAUSSIANS  sum_j f, 0                  f = sum_s exp(-r_s q_ij), r [COUNT]                          w = sum_s 2 r_s exp(-r_s q_ij)
+    DISTANCES  sum_j d_ij, how many are > 0                                                             w = -1 / d_ij
+    RATIOS     sum_j l(z), sum_j l'(z) d_ij    z = d_ij / mean - d'_ij / teacher_mean, l: smooth L1     w = -l'(z) / d_ij
+
+    So sum_j w_ij (y_j - x_i) is the gradient of the first sum in x_i alone, over mean in RATIOS. SAME: y is x.
+    """
+    first_row, split, first_width = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2) * CHUNK
+    row = first_row + tl.arange(0, ROWS)
+    there = row < rows
+    if RULE == RATIOS:
+        inverse, teacher_inverse = 1 / tl.load(mean), 1 / tl.load(teacher_mean)
+    acc = tl.zeros([ROWS, CHUNK], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    one = tl.zeros([ROWS], tl.float64)
+    two = tl.zeros([ROWS], tl.float64)
+    begin = split * split_columns
+    for first_column in range(begin, tl.minimum(begin + split_columns, columns), COLUMNS):
+        column = first_column + tl.arange(0, COLUMNS)
+        here = (column < columns)[None, :]
+        if RULE == RATIOS:
+            other = distances(
+                teacher, teacher, teacher_square, teacher_square, first_row, rows, first_column, columns, teacher_width,
+                EUCLIDEAN, False, ROWS, COLUMNS, DEPTH, PARTS, STAGES, INTERPRETED,
+            )  # fmt: skip
+            other = without_own(other, row, column) * teacher_inverse
+        d = distances(
+            x, y, x_square, y_square, first_row, rows, first_column, columns, width,
+            SQUARED if RULE == GAUSSIANS else EUCLIDEAN, False, ROWS, COLUMNS, DEPTH, PARTS, STAGES, INTERPRETED,
+        )  # fmt: skip
+        if SAME:
+            d = without_own(d, row, column)
+        if RULE == GAUSSIANS:
+            value = tl.zeros([ROWS, COLUMNS], tl.float32)
+            w = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for s in tl.static_range(COUNT):
+                rate = tl.load(rates + s)
+                f = tl.exp(-rate * d)
+                value += f
+                w += 2 * rate * f
+            second = tl.zeros([ROWS, COLUMNS], tl.float32)
+        else:
+            reciprocal = tl.where(d > 0, 1 / tl.where(d > 0, d, 1.0), 0.0)
+            value, w, second = d, -reciprocal, tl.where(d > 0, 1.0, 0.0)
+        if RULE == RATIOS:
+            z = d * inverse - other
+            size = tl.abs(z)
+            slope = tl.where(size < 1, z, tl.where(z < 0, -1.0, 1.0))
+            value, w, second = tl.where(size < 1, 0.5 * z * z, size - 0.5), -slope * reciprocal, slope * d
+        one += tl.sum(tl.where(here, value, 0.0), 1).to(tl.float64)
+        two += tl.sum(tl.where(here, second, 0.0), 1).to(tl.float64)
+        if GRADIENT:
+            w = tl.where(here, w, 0.0)
+            total += tl.sum(w, 1)
+            acc = weighted(w, y, first_column, columns, width, first_width, acc, COLUMNS, CHUNK, INTERPRETED)
+    to = split.to(tl.int64) * rows + row
+    if first_width == 0:
+        at = split.to(tl.int64) * 2 * rows + row
+        tl.store(sums + at, one, mask=there)
+        tl.store(sums + at + rows, two, mask=there)
+        if GRADIENT:
+            tl.store(weight_sum + to, total, mask=there)
+    if GRADIENT:
+        e = first_width + tl.arange(0, CHUNK)
+        tl.store(out + to[:, None] * width + e[None, :], acc, mask=there[:, None] & (e < width)[None, :])
