@@ -190,13 +190,47 @@ def transport(batch: int, n: int, iterations: int, device: str, width: int | Non
             g = -epsilon * (((f[..., None] - c) / epsilon).logsumexp(-2) - size)
         return f.mean(-1) + g.mean(-1)
 
-    runs = {impl: functools.partial(ours, impl) for impl in IMPLS}
+    on_chip = width is None and n <= 256
+    runs = {impl: functools.partial(ours, impl) for impl in (ON_CHIP if on_chip else IMPLS)}
     name = "sinkhorn, given" if width is None else "sinkhorn, points"
     shape = f"{batch}, {n}" + ("" if width is None else f", {width}") + f", {iterations} iterations"
     return Case(name, shape, {**runs, "eager": eager}, moved, "B" if width is None else "FLOP")
 
 
+def assigned(n: int, k: int, device: str) -> Case:
+    """Codes in three iterations."""
+    scores = torch.rand(n, k, device=device) * 2 - 1
+
+    def eager():
+        q = (scores / 0.05).exp()
+        for _ in range(3):
+            q = q / q.sum(-2, keepdim=True)
+            q = q / q.sum(-1, keepdim=True)
+        return q
+
+    runs = {impl: functools.partial(kd.sinkhorn_assign, scores, impl=impl) for impl in ("cuda", "torch")}
+    return Case("sinkhorn_assign", f"{n}, {k}", {**runs, "eager": eager}, 5 * 4 * n * k, "B")
+
+
+def normalized(batch: int, n: int, device: str) -> Case:
+    """Matrices and their gradient, 20 iterations."""
+    logits = torch.randn(batch, n, n, device=device, requires_grad=True)
+
+    def step(f):
+        return torch.autograd.grad(f(logits).square().sum(), logits)[0]
+
+    def eager(x):
+        x = x.softmax(-1) + 1e-6
+        for dim in [-2] + [-1, -2] * 19:
+            x = x / (x.sum(dim, keepdim=True) + 1e-6)
+        return x
+
+    runs = {impl: functools.partial(step, functools.partial(kd.sinkhorn_normalize, impl=impl)) for impl in ("cuda", "torch")}
+    return Case("sinkhorn_normalize", f"{batch}, {n}", {**runs, "eager": functools.partial(step, eager)}, 5 * 4 * batch * n * n, "B")
+
+
 IMPLS = ("triton", "torch")
+ON_CHIP = ("cuda", *IMPLS)
 SIZES = {
     "full": [
         (matched, (16384, 512)), (matched, (16384, 512), True), (supervised, (8192, 256)),
@@ -204,13 +238,16 @@ SIZES = {
         (all_pairs, ("batch_all", 8192, 128)), (ratios, (8192, 128)),
         (neighbours, (4096, 65536, 128)), (neighbours, (4096, 1_000_000, 128)),
         (sampled, (64, 16384, 50_000, 128)), (sampled, (256, 4096, 1_000_000, 128)), (transport, (256, 256, 50)),
+        (transport, (100_000, 4, 20)), (transport, (1024, 64, 50)), (transport, (1024, 128, 50)),
         (transport, (1, 10_000, 20)), (transport, (1, 10_000, 10), 64),
+        (assigned, (4096, 3000)), (assigned, (8192, 65536)), (normalized, (100_000, 4)), (normalized, (4096, 32)),
     ],
     "small": [
         (matched, (65, 24)), (matched, (65, 24), True), (supervised, (65, 24)),
         (batch_hard, (65, 24)), (all_pairs, ("contrastive", 64, 24)), (all_pairs, ("batch_all", 64, 24)), (ratios, (64, 24)),
         (neighbours, (20, 300, 24)),
         (sampled, (5, 40, 100, 24)), (transport, (2, 33, 4)), (transport, (1, 33, 4), 24),
+        (transport, (40, 4, 4)), (transport, (1, 140, 4)), (assigned, (30, 70)), (assigned, (5, 9000)), (normalized, (40, 4)),
     ],
 }  # fmt: skip
 
@@ -240,7 +277,7 @@ def main() -> None:
         reference = case.runs["eager"]()
         for name, run in case.runs.items():
             found = attempt(functools.partial(measure, run, reference, args.repeats, args.device))
-            row = {"case": case.name, "shape": case.shape, "name": "kdfast, " + name if name in IMPLS else name, **found}
+            row = {"case": case.name, "shape": case.shape, "name": "kdfast, " + name if name in ON_CHIP else name, **found}
             if "ms" in found:
                 row[f"T{case.unit}/s"] = case.floor / found["ms"] / 1e9
             results.append(row)

@@ -1,0 +1,122 @@
+"""What only a GPU shows of the CUDA kernels: equal bits on every run, one launch a batch of problems, capture in a graph, Inductor."""
+
+import functools
+
+import pytest
+import torch
+from gpu_cases import same_when_replayed
+
+from kdfast import functional, ops
+from kdfast._core import cuda_runtime
+
+if cuda_runtime.missing() is not None:
+    pytest.skip(cuda_runtime.missing(), allow_module_level=True)
+
+WITH_CLUSTERS = cuda_runtime.has_clusters()
+
+
+@functools.cache
+def costs(*shape):
+    """Random numbers, drawn once: not while a graph is captured."""
+    return torch.rand(*shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+
+
+def solved(impl, *shape, **options):
+    result = ops.sinkhorn(costs(*shape), **{"epsilon": 0.1, "max_iters": 20, "impl": impl, **options})
+    return result.f, result.g, result.value, result.transport_cost, result.error
+
+
+def tiny(impl):
+    return solved(impl, 5000, 4, 4)
+
+
+def packed(impl):
+    return solved(impl, 999, 30, 17)
+
+
+def square(impl):
+    return solved(impl, 300, 128, 128, tol=1e-4)
+
+
+def ragged(impl):
+    sizes = torch.arange(1, 51, device="cuda")
+    return solved(impl, 50, 100, 60, lengths=(2 * sizes, sizes.clamp_max(60)))
+
+
+def clustered(impl):
+    return solved(impl, 200, 256, 256) if WITH_CLUSTERS else solved(impl, 200, 128, 256)
+
+
+def largest(impl):
+    return solved(impl, 3, 1024 if WITH_CLUSTERS else 128, 250, rho=2.0)
+
+
+def normalized(impl):
+    logits = costs(20_001, 4, 4).clone().requires_grad_()
+    wide = costs(33, 30, 30)
+    out = functional.sinkhorn_normalize(logits, impl=impl)
+    return out.detach(), torch.autograd.grad(out[:, 0].sum(), logits)[0], functional.sinkhorn_normalize(wide, impl=impl)
+
+
+def assigned(impl):
+    few, many = costs(2, 3000, 1001), costs(1000, 65536 if WITH_CLUSTERS else 8192).bfloat16()
+    return functional.sinkhorn_assign(few, impl=impl), functional.sinkhorn_assign(many, impl=impl)
+
+
+CASES = pytest.mark.parametrize(
+    "case", [tiny, packed, square, ragged, clustered, largest, normalized, assigned], ids=lambda case: case.__name__
+)
+
+
+@CASES
+def test_the_same_bits_every_time(case):
+    for first, second in zip(case("cuda"), case("cuda"), strict=True):
+        assert torch.equal(first, second)
+
+
+@CASES
+def test_as_in_plain_pytorch(case):
+    for got, want in zip(case("cuda"), case("torch"), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+@CASES
+def test_capture_in_a_graph(case):
+    same_when_replayed(lambda: case("cuda"))
+
+
+def test_one_launch_a_batch():
+    cost = costs(50, 64, 64)
+    ops.sinkhorn(cost, epsilon=0.1, max_iters=30, impl="cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        ops.sinkhorn(cost, epsilon=0.1, max_iters=30, impl="cuda")
+        torch.cuda.synchronize()
+    assert sum(event.count for event in profile.key_averages() if "on_chip_kernel" in event.key) == 1
+
+
+def test_inductor():
+    cost = costs(5, 40, 50)
+
+    def value(c):
+        return ops.sinkhorn(c, epsilon=0.1, max_iters=10, impl="cuda").value.sum()
+
+    torch.testing.assert_close(torch.compile(value, fullgraph=True)(cost), value(cost))
+
+
+def test_what_is_chosen():
+    """On chip where it fits."""
+    small, large = costs(2, 100, 100), costs(1, 2000, 300)
+    assert ops.sinkhorn(small).state.problem.impl == "cuda"
+    assert ops.sinkhorn(large).state.problem.impl != "cuda"
+    assert ops.sinkhorn(x=costs(2, 50, 3), y=costs(2, 50, 3)).state.problem.impl != "cuda"
+
+
+def test_on_a_stream_of_its_own():
+    want = square("cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = square("cuda")
+    torch.cuda.current_stream().wait_stream(stream)
+    for x, y in zip(got, want, strict=True):
+        assert torch.equal(x, y)
