@@ -277,6 +277,8 @@ BAD = {
     "assign epsilons": (lambda: F.sinkhorn_assign(torch.rand(3, 2), epsilon=torch.ones(3)), ValueError, "epsilon must have shape ()"),
     "assign rank": (lambda: F.sinkhorn_assign(torch.rand(3)), ValueError, "scores must have at least 2"),
     "assign epsilon": (lambda: F.sinkhorn_assign(torch.rand(3, 2), epsilon=0.0), ValueError, "epsilon must be a finite number > 0"),
+    "assign large epsilon": (lambda: F.sinkhorn_assign(torch.rand(3, 2), epsilon=1e300), ValueError, "epsilon must be in the range of"),
+    "transport large alpha": (lambda: F.log_optimal_transport(torch.rand(3, 2), 1e300), ValueError, "alpha must be in the range of"),
     "assign iters": (lambda: F.sinkhorn_assign(torch.rand(3, 2), iters=0), ValueError, "iters must be >= 1"),
     "transport alpha": (lambda: F.log_optimal_transport(torch.rand(3, 2), torch.rand(2)), ValueError, "alpha must be one number"),
     "transport one length": (

@@ -52,6 +52,8 @@ def real(name: str, x, *, shape: tuple[int, ...], device: torch.device) -> Tenso
 def _tensor(name: str, x, ndim: int | None, min_ndim: int) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got one of {x.layout}")
     if ndim is not None and x.dim() != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(x.shape)}")
     if x.dim() < min_ndim:
@@ -120,11 +122,13 @@ def count(name: str, x, *, minimum: int = 1) -> int:
         raise TypeError(f"{name} must be an int, got {type(x).__name__}")
     if x < minimum:
         raise ValueError(f"{name} must be >= {minimum}, got {x}")
+    if x >= 2**63:
+        raise ValueError(f"{name} must fit in 64 bits, got {x}")
     return int(x)
 
 
 def choice(name: str, x, options: tuple) -> None:
-    if x not in options:
+    if not isinstance(x, (str, int, type(None))) or x not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {x!r}")
 
 

@@ -138,7 +138,7 @@ def sinkhorn_assign(scores: Tensor, *, epsilon: float | Tensor = 0.05, iters: in
     if isinstance(epsilon, Tensor):
         checks.exact_shape("epsilon", epsilon, ())
         epsilon = epsilon.detach()
-    epsilon = arguments.scalar(epsilon, dtypes.accumulator(scores.dtype), scores.device)
+    epsilon = arguments.scalar("epsilon", epsilon, dtypes.accumulator(scores.dtype), scores.device)
     flat = scores.detach().reshape(math.prod(scores.shape[:-2]), *scores.shape[-2:])
     return assign(flat, epsilon, iters, group, impl).reshape(scores.shape)
 
@@ -165,7 +165,7 @@ def log_optimal_transport(
     checks.number("alpha", alpha)
     checks.count("iters", iters)
     (*batch, n, m), dtype, device = scores.shape, dtypes.accumulator(scores.dtype), scores.device
-    alpha = arguments.scalar(alpha, dtype, device)
+    alpha = arguments.scalar("alpha", alpha, dtype, device)
     if alpha.numel() != 1:
         raise ValueError(f"alpha must be one number, got shape {tuple(alpha.shape)}")
     rows, cols = _counts(lengths, batch, (n, m), device)  # [*B, 1] or [1]

@@ -82,7 +82,7 @@ def problem(cost, x, y, metric, a, b, epsilon, rho, lengths, precision, impl) ->
         tail = t.shape[t.dim() - own :]
         return t.expand((*batch, *tail)).reshape((count, *tail))
 
-    eps = flat(scalar(epsilon, dtype, device), 0)
+    eps = flat(scalar("epsilon", epsilon, dtype, device), 0)
     rows, cols = (None if t is None else flat(t, 0) for t in (rows, cols))
     inside = (None, None) if rows is None else (_inside(n, rows), _inside(m, cols))
     weights = []
@@ -125,9 +125,13 @@ def _weights(name: str, w, size: int, side: str, device) -> None:
         raise ValueError(f"{name} must be on the device of the cost ({device}), got {w.device}")
 
 
-def scalar(x: "float | Tensor", dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`x` as a tensor. A number is filled in on the device: to copy it there would synchronise."""
-    return x.to(device, dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
+def scalar(name: str, x: "float | Tensor", dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`x` as a tensor. A number, not 0 nor infinite there, is filled in on the device: to copy it would synchronise."""
+    if isinstance(x, Tensor):
+        return x.to(device, dtype)
+    if math.isfinite(x) and x and not torch.finfo(dtype).tiny <= abs(x) <= torch.finfo(dtype).max:
+        raise ValueError(f"{name} must be in the range of {dtype}, got {x}")
+    return torch.full((), x, dtype=dtype, device=device)
 
 
 def real_sizes(lengths, sizes: tuple[int, int], device) -> tuple[Tensor | None, Tensor | None]:
