@@ -138,9 +138,10 @@ struct PairGradientWorkspace {
   float* scale;                // per row
 
   template <class Product>
-  PairGradientWorkspace(Product product, const PairParams& p, bool want_x, bool want_y, int64_t row_count, int64_t columns, Arena& arena) {
+  PairGradientWorkspace(Product product, const PairParams& p, bool want_x, bool want_y, int64_t row_count, int64_t columns, Arena& arena,
+                        int64_t most_columns = kPairBlock<Product>) {
     rows = rows_at_once<Product>(p.width, row_count);
-    block = smaller(kPairBlock<Product>, round_up(columns, kPanel));
+    block = smaller(most_columns, round_up(columns, kPanel));
     group = smaller(kTransposedRows<Product>, round_up(rows, kPanel));
     const int64_t sums = round_up(block, Product::kRowMultiple), groups = (rows + group - 1) / group;
     x.plan(product, rows, p.width, arena);

@@ -1,16 +1,13 @@
 // What the bindings of the Sinkhorn family share: the problems of a call, schedules, division among threads.
 #pragma once
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <optional>
 #include <string>
 
 #include "bind.h"
 #include "dispatch.h"
+#include "large_pages.h"
 
 namespace {
 
@@ -32,17 +29,6 @@ inline SinkhornMetric metric_of(const std::string& name) {
   if (name == "euclidean") return SinkhornMetric::kEuclidean;
   STD_TORCH_CHECK(name == "dot", "unknown metric ", name);
   return SinkhornMetric::kDot;
-}
-
-// Asks for large pages under a fresh tensor: the first write to each small page takes as long as a thousand exponentials.
-inline Tensor on_large_pages(Tensor x) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(x.mutable_data_ptr()), bytes = uintptr_t(x.numel()) * x.element_size();
-  const uintptr_t begin = (start + kPage - 1) / kPage * kPage, end = (start + bytes) / kPage * kPage;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: it may fail
-#endif
-  return x;
 }
 
 // The batch of problems of one call.

@@ -7,6 +7,7 @@
 
 #include "bind.h"
 #include "dispatch.h"
+#include "large_pages.h"
 
 namespace {
 
@@ -109,8 +110,13 @@ struct Dense {
     };
     squares(p.pairs.x, p.pairs.rows, x_square);
     if (!p.in_batch) squares(p.pairs.y, p.pairs.columns, y_square);
+    // non-finite rows are for plain floats, and a square is finite where its row is, or the row is far too long for its distances to be
+    const auto finite = [](const Tensor& square) {
+      return std::all_of(data<float>(square), data<float>(square) + square.numel(), [](float one) { return one - one == 0; });
+    };
+    if (!finite(x_square) || !(p.in_batch || finite(y_square))) p.pairs.precision = kdfast::Precision::kFloat32Vectors;
     p.x_square = memory<float>(x_square), p.y_square = memory<float>(p.in_batch ? x_square : y_square);
-    distance = scratch(slots), farthest = zeros<float>(p.pairs.rows + kPanelPad, ScalarType::Float);
+    distance = on_large_pages(scratch(slots)), farthest = zeros<float>(p.pairs.rows + kPanelPad, ScalarType::Float);
     p.distance = memory<float>(distance), p.farthest = memory<float>(farthest);
     for_each_part(workers, p.pairs.rows, [&](int64_t begin, int64_t end) { kernels.dense_positives(p, begin, end); });
     if (p.mirrored) for_each_part(workers, p.pairs.rows, [&](int64_t begin, int64_t end) { kernels.dense_mirror(p, begin, end); });
@@ -185,7 +191,7 @@ struct DenseGradients {
   Tensor pull, x_weight, y_weight;
 
   DenseGradients(const Dense& dense, const Tensor& like, bool want_x, bool want_y)
-      : dense(dense), pull(scratch(dense.slots)), x_weight(zeros<double>(dense.rows(), ScalarType::Double)),
+      : dense(dense), pull(on_large_pages(scratch(dense.slots))), x_weight(zeros<double>(dense.rows(), ScalarType::Double)),
         y_weight(zeros<double>(want_y ? dense.p.pairs.columns : 0, ScalarType::Double)) {
     const DenseParams& p = dense.p;
     STD_TORCH_CHECK(!(want_y && p.in_batch), "in batch the gradient of the references is part of that of x");

@@ -63,9 +63,25 @@ inline void measure_positives(const DenseParams& p, const DenseRows& rows, int64
   store(d, rows.distances(p, row, k, count));
   float* const to = p.distance + p.slot(row, k);
   for (int64_t c = 0; c < smaller(count, p.count(row) - k); ++c) to[c << p.group_shift] = d[c];
+  if (p.mirrored) return;
   float farthest = p.farthest[row];
   for (int64_t c = 0; c < count; ++c) farthest = d[c] > farthest || d[c] != d[c] ? d[c] : farthest;  // NaN is farthest
   p.farthest[row] = farthest;
+}
+
+// Of all positives of a row, which are in its slots.
+inline float farthest_positive(const DenseParams& p, int64_t row) {
+  const int64_t count = p.count(row);
+  if (count == 0) return -kInfinity;
+  const float* const distance = p.distance + p.slot(row, 0);
+  Vec most = splat(-kInfinity), lost = {};
+  for (int64_t k = 0; k < count; k += kLanes) {
+    Vec d = load_row(distance, k, count);
+    for (int64_t c = count - k; c < kLanes; ++c) d[c] = -kInfinity;
+    most = larger(d, most);
+    lost += d == d ? Vec{} : d;
+  }
+  return total(lost) == 0 ? largest(most) : __builtin_nanf("");
 }
 
 // Marks the tiles of a row and a block.
@@ -144,22 +160,18 @@ void dense_positives(const DenseParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// Where positives are mirrored those of a row that come before it are measured as its distance from them: copied for rows begin .. end, a few
-// columns for a group of rows at a time.
+// Where positives are mirrored: those that come before a row are measured as its distance from them, and copied for rows begin .. end, a few columns
+// for a group of rows at a time.
 void dense_mirror(const DenseParams& p, int64_t begin, int64_t end) {
   for (int64_t first = begin; first < end; first += kSlotRows) {
     const int64_t last = smaller(first + kSlotRows, end);
     for (int64_t j = p.first[first]; j < last; j += kSlotRows) {
       for (int64_t i = first; i < last; ++i) {
-        float farthest = p.farthest[i];
-        for (int64_t c = j > p.first[i] ? j : p.first[i]; c < smaller(j + kSlotRows, i); ++c) {
-          const float d = p.distance[p.slot(c, i - p.first[i] - 1)];
-          p.distance[p.slot(i, c - p.first[i])] = d;
-          farthest = d > farthest || d != d ? d : farthest;
-        }
-        p.farthest[i] = farthest;
+        float* const to = p.distance + p.slot(i, 0) - p.first[i];
+        for (int64_t c = j > p.first[i] ? j : p.first[i]; c < smaller(j + kSlotRows, i); ++c) to[c] = p.distance[p.slot(c, i - p.first[i] - 1)];
       }
     }
+    for (int64_t i = first; i < last; ++i) p.farthest[i] = farthest_positive(p, i);
   }
 }
 

@@ -19,7 +19,8 @@ using kdfast::HingeFilter;
 
 // ---- the windows of a task's rows ---------------------------------------------------------------------------------------
 
-constexpr int64_t kLine = 64;  // bytes
+constexpr int64_t kLine = 64;            // bytes
+constexpr int64_t kSortedColumns = 256;  // packed at a time: the more, the fewer times a row's tables come from L2
 
 // Tables of each row: its upper and its lower ends as trees.
 struct SortedWindows {
@@ -69,12 +70,11 @@ struct SortedWindows {
     grow_tree(ends, depth, tree);
   }
 
-  // Brings row i's trees and its counts [stride] near while another row is at work.
-  void prefetch(int64_t i, bool with_low, const int32_t* counts) const {
+  // Brings row i's trees near while another row is at work.
+  void prefetch(int64_t i, bool with_low) const {
     for (int64_t r = 0; r < stride; r += kLine / 4) {
       __builtin_prefetch(high + i * stride + r);
       if (with_low) __builtin_prefetch(low + i * stride + r);
-      __builtin_prefetch(counts + i * stride + r);
     }
   }
 
@@ -88,6 +88,35 @@ struct SortedWindows {
       from[a] = from[a] < count ? from[a] : count;
       to[a] = kLow ? (to[a] < count ? to[a] : count) : count;
     }
+  }
+};
+
+// How many of each row's runs begin at a rank, less those that end there. Most are often at the least or at the greatest rank: these are counted by lanes,
+// for an addition to one number must wait for the last.
+struct RankCounts {
+  int64_t stride;   // of a row
+  int32_t* counts;  // [rows][stride]
+
+  RankCounts(int64_t rows, int64_t ranks, Arena& arena) : stride(ranks + 2 * kLanes) {
+    counts = reinterpret_cast<int32_t*>(arena.take(rows * stride));
+  }
+  int32_t* of(int64_t i) const { return counts + i * stride; }
+
+  static IntVec place(IntVec rank, IntVec greatest) {
+    IntVec lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+    return rank == 0 ? lane : rank + int32_t(kLanes) + (rank < greatest ? IntVec{} : lane);
+  }
+  void prefetch(int64_t i) const {
+    for (int64_t r = 0; r < stride; r += kLine / 4) __builtin_prefetch(of(i) + r);
+  }
+  // Sums up to each of `ranks` ranks, returned.
+  const int32_t* running(int64_t i, int64_t ranks) const {
+    int32_t sum = 0, *const from = of(i) + kLanes;
+    for (int64_t lane = -kLanes; lane < 0; ++lane) sum += from[lane];
+    from[0] = sum;
+    for (int64_t r = 1; r < ranks; ++r) from[r] += from[r - 1];
+    return from;
   }
 };
 
@@ -138,18 +167,18 @@ struct SortedHinges {
   SortedWindows windows_of;
   ColumnWeights column_weights = {};
   float* factors;                  // [block]
-  int32_t *begins, *ends;          // [block]: the runs of a row's levels
-  int32_t* by_rank;                // [rows][windows_of.stride]: runs that begin at a rank, less those that end there
+  int32_t *held, *begins, *ends;   // [block]: the windows that hold a row's levels, and where these runs are counted
+  RankCounts by_rank;
   double *sum, *active, *ties;     // [rows]
 
   // `rows` of the task.
   SortedHinges(const DenseParams& p, const HingeRule& rule, const HingeUpstream& upstream, const PairTask& task, int64_t rows, int64_t block,
                int64_t most, Arena& arena)
-      : p(p), rule(rule), upstream(upstream), task(task), rows(rows), windows_of(rows, most, arena) {
+      : p(p), rule(rule), upstream(upstream), task(task), rows(rows), windows_of(rows, most, arena), by_rank(rows, windows_of.stride, arena) {
     column_weights.plan(block, arena);
     factors = arena.take(block);
-    begins = reinterpret_cast<int32_t*>(arena.take(block)), ends = reinterpret_cast<int32_t*>(arena.take(block));
-    by_rank = reinterpret_cast<int32_t*>(arena.take(rows * windows_of.stride));
+    int32_t** const runs[] = {&held, &begins, &ends};
+    for (int32_t** const of : runs) *of = reinterpret_cast<int32_t*>(arena.take(block));
     sum = HingeStatistic::doubles(rows, arena), active = HingeStatistic::doubles(rows, arena), ties = HingeStatistic::doubles(rows, arena);
   }
 
@@ -159,7 +188,7 @@ struct SortedHinges {
       windows_of.build(p, rule, task.row_begin + i, i, upstream.nearest[task.row_begin + i]);
       sum[i] = active[i] = ties[i] = 0;
     }
-    __builtin_memset(by_rank, 0, size_t(4 * rows * windows_of.stride));
+    __builtin_memset(by_rank.counts, 0, size_t(4 * rows * by_rank.stride));
   }
 
   void begin_rows(int64_t row) { first = row; }
@@ -189,7 +218,10 @@ struct SortedHinges {
   template <bool kWeights>
   void take_row(const Block& block, int64_t row, float* scores) const {
     if (!kWeights && no_negative(block, row)) return;
-    if (row + 1 < task.row_end) windows_of.prefetch(row + 1 - task.row_begin, has_low_end(rule), by_rank);
+    if (row + 1 < task.row_end) {
+      windows_of.prefetch(row + 1 - task.row_begin, has_low_end(rule));
+      by_rank.prefetch(row + 1 - task.row_begin);
+    }
     row_levels<kWeights, false>(p, block, row, rule.sign, scores, factors, nullptr);
     has_low_end(rule) ? take_levels<true, kWeights>(block, row, scores) : take_levels<false, kWeights>(block, row, scores);
   }
@@ -203,9 +235,9 @@ struct SortedHinges {
     Vec number = {}, weights = {};
     for (int64_t j = 0; j < block.padded; j += kLanes) {
       const Vec v = load(levels + j);
-      const IntVec held = load_int(ends + j) - load_int(begins + j);
-      const Vec c = __builtin_convertvector(held, Vec);
-      hinges.add(held, v);
+      const IntVec windows_here = load_int(held + j);
+      const Vec c = __builtin_convertvector(windows_here, Vec);
+      hinges.add(windows_here, v);
       number += c;
       if constexpr (kWeights) {
         const Vec weight = c * g * load(factors + j);
@@ -217,7 +249,10 @@ struct SortedHinges {
     sum[i] += hinges.total();
     active[i] += double(total(number));
     if constexpr (kWeights) upstream.x_weight[row] += double(total(weights));
-    count_runs<kLow>(by_rank + i * windows_of.stride, block.padded);
+    int32_t* const counts = by_rank.of(i);
+    for (int64_t j = 0; j < block.padded; ++j) ++counts[begins[j]];
+    if constexpr (kLow)
+      for (int64_t j = 0; j < block.padded; ++j) --counts[ends[j]];
   }
 
   // The runs of windows that hold row i's levels.
@@ -228,19 +263,15 @@ struct SortedHinges {
       IntVec from[kAtOnce], to[kAtOnce];
       for (int a = 0; a < kAtOnce; ++a) v[a] = load(levels + j + a * kLanes);
       windows_of.runs<kLow>(i, v, from, to, kTies ? last : nullptr);
+      const IntVec greatest = IntVec{} + windows_of.taken[i];
       for (int a = 0; a < kAtOnce; ++a) {
-        *reinterpret_cast<IntVec*>(begins + j + a * kLanes) = from[a], *reinterpret_cast<IntVec*>(ends + j + a * kLanes) = to[a];
+        const auto keep = [at = j + a * kLanes](int32_t* array, IntVec x) { *reinterpret_cast<IntVec*>(array + at) = x; };
+        keep(held, to[a] - from[a]);
+        keep(begins, RankCounts::place(from[a], greatest));
+        if constexpr (kLow) keep(ends, RankCounts::place(to[a], greatest));
         if constexpr (kTies) ties[i] += double(tied(windows_of.upper(i), from[a], last[a], v[a]));
       }
     }
-  }
-
-  // Empty runs end where they begin, or where nothing is counted any more.
-  template <bool kLow>
-  void count_runs(int32_t* counts, int64_t padded) const {
-    for (int64_t j = 0; j < padded; ++j) ++counts[begins[j]];
-    if constexpr (kLow)
-      for (int64_t j = 0; j < padded; ++j) --counts[ends[j]];
   }
 
   // How many windows end at v exactly, of the columns of one vector.
@@ -256,8 +287,7 @@ struct SortedHinges {
   // Once all levels have passed: the c of a row's positives, the rest of its sum, and what the positives weigh.
   void finish(int64_t row) const {
     const int64_t i = row - task.row_begin, slot = p.slot(row, 0), count = p.count(row), taken = windows_of.taken[i];
-    int32_t* const counts = by_rank + i * windows_of.stride;
-    for (int64_t r = 1; r < taken; ++r) counts[r] += counts[r - 1];
+    const int32_t* const counts = by_rank.running(i, taken);
     const bool by_low = rule.mining == Mining::kSemiHard && rule.sign > 0;  // where its upper ends may be rounded to one
     const RankTree window_ends = by_low ? windows_of.lower(i) : windows_of.upper(i);
     const float g = upstream.g != nullptr ? rule.sign * upstream.g[row] : 0, nearest = upstream.nearest[row];
@@ -326,7 +356,8 @@ int64_t sorted_hinges_workspace(const DenseParams& p, const PairSums& sums, int6
     Arena values{nullptr}, gradients{nullptr};
     const PairWorkspace w(product, p.pairs, rows, p.columns, values);
     SortedHinges(p, HingeRule{}, HingeUpstream{}, none, rows, w.block, most, values);
-    const PairGradientWorkspace v(product, p.pairs, sums.x_sums != nullptr, sums.y_sums != nullptr, rows, p.columns, gradients);
+    const PairGradientWorkspace v(product, p.pairs, sums.x_sums != nullptr, sums.y_sums != nullptr, rows, p.columns, gradients,
+                                  kSortedColumns);
     SortedHinges(p, HingeRule{}, HingeUpstream{}, none, rows, v.block, most, gradients);
     return values.words > gradients.words ? values.words : gradients.words;
   });
@@ -355,9 +386,9 @@ void sorted_hinges(const DenseParams& p, const HingeRule& rule, const HingeResul
       return sound;
     });
   } else {
-    with_holding_product(p.pairs, task, [&](auto product) {
+    with_product(p.pairs.precision, [&](auto product) {  // which holds all rows
       Arena arena{workspace};
-      PairGradientWorkspace w(product, p.pairs, sums.x_sums != nullptr, sums.y_sums != nullptr, rows, p.columns, arena);
+      PairGradientWorkspace w(product, p.pairs, sums.x_sums != nullptr, sums.y_sums != nullptr, rows, p.columns, arena, kSortedColumns);
       SortedHinges hinges(p, rule, upstream, task, rows, w.block, most, arena);
       hinges.begin();
       take_gradients(product, p.pairs, task, sums, w, hinges);
