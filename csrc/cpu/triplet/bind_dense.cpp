@@ -28,8 +28,10 @@ struct ColumnSums {
   double* weights_of(int64_t worker) const { return size > 0 ? memory<double>(weights) + worker * columns : nullptr; }
   void add_to(float* to_sums, double* to_weights) const {
     for (int64_t worker = 0; worker < threads; ++worker) {
-      for (int64_t i = 0; i < size; ++i) to_sums[i] += sums_of(worker)[i];
-      for (int64_t j = 0; j < columns; ++j) to_weights[j] += weights_of(worker)[j];
+      const float* const own_sums = sums_of(worker);
+      const double* const own_weights = weights_of(worker);
+      for (int64_t i = 0; i < size; ++i) to_sums[i] += own_sums[i];
+      for (int64_t j = 0; j < columns; ++j) to_weights[j] += own_weights[j];
     }
   }
 };
@@ -136,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> triplet_hinges(const 
 // factor x where it is wanted, else nothing.
 Tensor scaled(const Tensor& x, float factor, bool wanted) {
   Tensor to = output(x, wanted ? std::vector<int64_t>{x.size(0), x.size(1)} : std::vector<int64_t>{0});
-  for (int64_t i = 0; i < to.numel(); ++i) memory<float>(to)[i] = factor * data<float>(x)[i];
+  std::transform(data<float>(x), data<float>(x) + to.numel(), memory<float>(to), [&](float one) { return factor * one; });
   return to;
 }
 
