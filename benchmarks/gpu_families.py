@@ -141,6 +141,22 @@ def ratios(n: int, d: int, device: str) -> Case:
     return Case("rkd_distance", f"{n}, {d}", runs, 12 * n * n * d, "FLOP")
 
 
+def angles(n: int, d: int, device: str) -> Case:
+    """rkd_angle: 60 operations a triple with the gradient."""
+    student, teacher = torch.randn(n, d, device=device, requires_grad=True), torch.randn(n, d, device=device)
+
+    def cosines(x):
+        direction = F.normalize(x[None] - x[:, None], dim=-1)
+        return direction @ direction.mT
+
+    def step(loss):
+        return torch.autograd.grad(loss(student, teacher), student)[0]
+
+    runs = {impl: functools.partial(step, functools.partial(kd.rkd_angle, impl=impl)) for impl in IMPLS}
+    runs["eager"] = lambda: step(lambda s, t: F.smooth_l1_loss(cosines(s), cosines(t)))
+    return Case("rkd_angle", f"{n}, {d}", runs, 60 * n**3, "FLOP")
+
+
 def neighbours(n: int, m: int, d: int, device: str) -> Case:
     query, bank = (F.normalize(torch.randn(rows, d, device=device), dim=-1) for rows in (n, m))
 
@@ -235,7 +251,7 @@ SIZES = {
     "full": [
         (matched, (16384, 512)), (matched, (16384, 512), True), (supervised, (8192, 256)),
         (batch_hard, (4096, 128)), (batch_hard, (16384, 256)), (all_pairs, ("contrastive", 8192, 128)),
-        (all_pairs, ("batch_all", 8192, 128)), (ratios, (8192, 128)),
+        (all_pairs, ("batch_all", 8192, 128)), (ratios, (8192, 128)), (angles, (1024, 128)),
         (neighbours, (4096, 65536, 128)), (neighbours, (4096, 1_000_000, 128)),
         (sampled, (64, 16384, 50_000, 128)), (sampled, (256, 4096, 1_000_000, 128)), (transport, (256, 256, 50)),
         (transport, (100_000, 4, 20)), (transport, (1024, 64, 50)), (transport, (1024, 128, 50)),
@@ -245,7 +261,7 @@ SIZES = {
     "small": [
         (matched, (65, 24)), (matched, (65, 24), True), (supervised, (65, 24)),
         (batch_hard, (65, 24)), (all_pairs, ("contrastive", 64, 24)), (all_pairs, ("batch_all", 64, 24)), (ratios, (64, 24)),
-        (neighbours, (20, 300, 24)),
+        (angles, (40, 24)), (neighbours, (20, 300, 24)),
         (sampled, (5, 40, 100, 24)), (transport, (2, 33, 4)), (transport, (1, 33, 4), 24),
         (transport, (40, 4, 4)), (transport, (1, 140, 4)), (assigned, (30, 70)), (assigned, (5, 9000)), (normalized, (40, 4)),
     ],

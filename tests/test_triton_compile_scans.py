@@ -82,6 +82,13 @@ def test_relations_stay_in_registers(rule, arch, tmp_path):
     assert code.has(MATRIX_INSTRUCTION[arch])
 
 
+@pytest.mark.parametrize("apex", [True, False])
+def test_angles_stay_in_registers(apex, tmp_path):
+    rules = {"APEX": apex, "GRADIENT": True, "ROWS": relations.ANGLES[0], "COLUMNS": relations.ANGLES[1]}
+    for arch in (80, 90, 100):
+        in_registers(Code(relations_kernels.angle_sums, arch, torch.float32, rules, 4, tmp_path), arch)
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_minings_of_a_negative_a_pair_stay_in_registers(arch, tmp_path):
     tiles = triton_runtime.score_tiles(128, 3)

@@ -74,7 +74,8 @@ def pairs(i):
 
 def relations(i):
     loss = functional.mmd_rbf(i["q"], i["bank"], sigmas=(5.0, 10.0), impl="triton")
-    return loss_and_gradient(loss + functional.rkd_distance(i["q"], i["bank"][:N, :60], impl="triton"), i["q"])
+    loss = loss + sum(f(i["q"], i["bank"][:N, :60], impl="triton") for f in (functional.rkd_distance, functional.rkd_angle))
+    return loss_and_gradient(loss, i["q"])
 
 
 def extrema(i):
@@ -133,6 +134,7 @@ TARGETS = [
     (functional, "angular_loss"),
     (functional, "mmd_rbf"),
     (functional, "rkd_distance"),
+    (functional, "rkd_angle"),
     (functional, "multi_similarity_loss"),
     (functional, "sampled_nce"),
     (functional, "sampled_info_nce"),

@@ -6,7 +6,7 @@ import torch
 from similarity_kernel_cases import assert_accurate
 
 from kdfast._core import triton_runtime
-from kdfast.functional import mmd_rbf, rkd_distance
+from kdfast.functional import mmd_rbf, rkd_angle, rkd_distance
 
 if triton_runtime.missing() is not None:
     pytest.skip(f"{triton_runtime.missing()}, and TRITON_INTERPRET is not 1", allow_module_level=True)
@@ -15,7 +15,7 @@ DEVICE = "cpu" if triton_runtime.INTERPRETED else "cuda"
 
 def run(loss, tensors, impl, dtype=torch.float32, device=DEVICE):
     leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
-    if loss is rkd_distance:
+    if loss in (rkd_distance, rkd_angle):
         leaves[1] = leaves[1].detach()
     value = loss(*leaves, impl=impl)
     return [t.detach().cpu() for t in (value, *torch.autograd.grad(value, [t for t in leaves if t.requires_grad]))]
@@ -39,18 +39,22 @@ def test_kernel_means(shape):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 4), (35, 20, 7), (6, 140, 9)], ids=str)
-def test_ratios_of_distances(shape):
+def test_distances_and_angles(shape):
     n, width, teacher_width = shape
-    check(rkd_distance, torch.randn(n, width), torch.randn(n, teacher_width), extra=1e-6)
+    for loss in (rkd_distance, rkd_angle):
+        check(loss, torch.randn(n, width), torch.randn(n, teacher_width), extra=1e-6)
 
 
 def test_equal_rows_and_rows_far_from_the_origin():
     x = torch.randn(12, 6) + 50
     x[3] = x[7]
+    x[4] = x[8] + 1e-3 * torch.randn(6)  # the angles at near neighbours
     check(rkd_distance, x, torch.randn(12, 5), extra=1e-5)
+    check(rkd_angle, x, torch.randn(12, 5), extra=1e-5)
     check(mmd, x, x + 0.1, extra=1e-4)
     same = torch.ones(4, 3)
-    assert run(rkd_distance, (same, torch.randn(4, 3)), "triton")[1].eq(0).all()
+    for loss in (rkd_distance, rkd_angle):
+        assert run(loss, (same, torch.randn(4, 3)), "triton")[1].eq(0).all()
     assert run(mmd, (x, x), "triton")[0].abs() < 1e-6
 
 
@@ -60,7 +64,7 @@ def test_columns_split_over_programs_meet(monkeypatch):
     check(rkd_distance, torch.randn(40, 4), torch.randn(40, 3), extra=1e-6)
 
 
-@pytest.mark.parametrize("loss", [mmd, rkd_distance], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("loss", [mmd, rkd_distance, rkd_angle], ids=lambda f: f.__name__)
 def test_half_precision_and_second_derivative(loss):
     x, y = torch.randn(9, 4).bfloat16(), torch.randn(9, 4).bfloat16()
     found = []
@@ -74,7 +78,7 @@ def test_half_precision_and_second_derivative(loss):
         torch.testing.assert_close(got, want, rtol=1e-2 if got.dim() else 1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("loss", [mmd, rkd_distance], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("loss", [mmd, rkd_distance, rkd_angle], ids=lambda f: f.__name__)
 def test_nan_and_no_gradient(loss):
     x = torch.randn(8, 4)
     with torch.no_grad():
@@ -89,9 +93,10 @@ def test_opcheck_and_compile():
     for same, gradient in ((True, True), (False, False)):
         torch.library.opcheck(ops.gaussian_sums.default, (x, x.clone() if same else y, [0.5, 1.0], same, gradient))
         torch.library.opcheck(ops.rkd_distance.default, (x, y[:7], gradient))
+        torch.library.opcheck(ops.rkd_angle.default, (x, y[:7], gradient))
 
     def loss(x):
-        return mmd(x, y, "triton") + rkd_distance(x, y[:7], impl="triton")
+        return mmd(x, y, "triton") + rkd_distance(x, y[:7], impl="triton") + rkd_angle(x, y[:7], impl="triton")
 
     x.requires_grad_()
     torch.testing.assert_close(torch.compile(loss, backend="aot_eager", fullgraph=True)(x), loss(x))

@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 DOT = {torch.bfloat16: (tl.bfloat16, "*bf16"), torch.float16: (tl.float16, "*fp16"), torch.float32: (tl.float32, "*fp32")}
 POINTERS = {
-    **dict.fromkeys(("query", "keys", "values", "start_value", "bank", "cost", "x", "y", "teacher"), "matrix"),
+    **dict.fromkeys(("query", "keys", "values", "start_value", "bank", "cost", "x", "y", "teacher", "student"), "matrix"),
     **dict.fromkeys(("query_labels", "key_labels", "key_index", "valid", "label", "own", "query_label", "key_label"), "*i64"),
     **dict.fromkeys(("index", "chosen", "row_count", "column_count", "x_labels", "y_labels", "positive"), "*i64"),
     **dict.fromkeys(("first", "last", "exist", "found", "order", "nearest", "farthest", "block"), "*i64"), "uniform_row": "*i1",

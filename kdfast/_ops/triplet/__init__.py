@@ -24,9 +24,8 @@ _CPU, _TRITON = (impls.Implementation(name, m.missing, m.refuses) for name, m in
 for _op in OPS:
     impls.register(_op, _CPU, _TRITON)
 _CPU, _TRITON = (impls.Implementation(name, m.missing, m.refuses) for name, m in (("cpu", relations_cpu), ("triton", relations_triton)))
-for _op in ("mmd_rbf", "rkd_distance"):
+for _op in ("mmd_rbf", "rkd_distance", "rkd_angle"):
     impls.register(_op, _CPU, _TRITON)
-impls.register("rkd_angle", _CPU)
 
 
 def choose(op: str, impl: str | None, x: Tensor, **facts) -> str:

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from ..._core import triton_runtime as runtime
-from . import relations, relations_cpu, triton, triton_dense
+from . import distances, relations, relations_cpu, triton, triton_dense
 from .fused import Fused
 
 _GAUSSIANS, _DISTANCES, _RATIOS = range(3)  # as in triton_relations_kernels
+#: rows and columns of a tile of angles
+ANGLES = (32, 32)
 _SQUARED = 1  # chosen.METRICS: what squared lengths are for
 
 
@@ -34,8 +36,14 @@ def rkd_distance(wanted: tuple[bool, bool], student: Tensor, teacher: Tensor) ->
     return relations_cpu.first(wanted, torch.ops.kdfast_triton.rkd_distance(*sides, wanted[0]))
 
 
+def rkd_angle(wanted: tuple[bool, bool], student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
+    """As relations_cpu.rkd_angle."""
+    return relations_cpu.first(wanted, torch.ops.kdfast_triton.rkd_angle(student, teacher, wanted[0]))
+
+
 MMD = Fused(mmd, relations.mmd)
 DISTANCE = Fused(rkd_distance, relations.distance_loss)
+ANGLE = Fused(rkd_angle, relations.angle_loss)
 
 
 def gaussian_sums(x: Tensor, y: Tensor, sigmas: list[float], same: bool, gradient: bool) -> tuple[Tensor, Tensor]:
@@ -60,6 +68,44 @@ def distance_loss(student: Tensor, teacher: Tensor, gradient: bool) -> tuple[Ten
     share = (pull / (mean * count.clamp_min(1))).float()
     grad = (found - share * apart) * (2 / (n**2 * mean)).float() if gradient else found
     return (loss / n**2).float(), grad
+
+
+def angle_loss(student: Tensor, teacher: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Mean over i, j, k of smooth_l1 of the cosines, and its gradient in student, float32 (or [0])."""
+    from . import triton_relations_kernels as kernels
+
+    n = len(student)
+    none = student.new_zeros(student.shape if gradient else 0, dtype=torch.float32)
+    if n == 0:
+        return none.new_zeros(()), none
+    rows, unit, mine = _geometry(student)
+    other = _geometry(teacher)[2]
+    grid = -(-n // ANGLES[0]), -(-n // ANGLES[1])
+    losses, (of_sides, of_bases) = mine.new_empty(grid, dtype=torch.float64), mine.new_empty((2, n, n) if gradient else (2, 1))
+    options = {"GRADIENT": gradient, "ROWS": ANGLES[0], "COLUMNS": ANGLES[1], "num_warps": 4}
+    kernels.angle_sums[grid](mine, other, of_sides, losses, n, APEX=True, **options)
+    if gradient:
+        kernels.angle_sums[grid](mine, other, of_bases, losses, n, APEX=False, **options)
+        # dx_a = 2 sum_b (D_ab + D_ba) (x_a - x_b), D the slopes; q_ij and q_ik are two sides of an angle
+        slopes = 2 * of_sides + of_bases
+        weight = (slopes + slopes.T).double() * (2 / (unit * n**3))
+        none = (weight.sum(1, keepdim=True) * rows - weight @ rows).float()
+    return (losses.sum() / n**3).float(), none
+
+
+def _geometry(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Centred rows in float64, a power of two that no squared distance exceeds, and [3, N, N]: distances over it in two floats, and r.
+
+    The first float is a multiple of 2^-22, so that sums of three are exact: the distances of near neighbours are not lost in far ones.
+    """
+    rows = relations.centred(x.double())
+    square = rows.square().sum(1)
+    q = distances.squared(rows @ rows.T, square[:, None], square).fill_diagonal_(0)
+    most = q.amax()
+    unit = torch.where(most > 0, torch.exp2(torch.ceil(torch.log2(most))), 1.0)
+    q = q / unit
+    coarse = (q * 2**22).round() / 2**22
+    return rows, unit, torch.stack([coarse, q - coarse, torch.where(q > 0, (0.5 / q).sqrt(), 0.0)]).float()
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:
@@ -110,3 +156,4 @@ def _distance_fake(student, teacher, gradient):
 
 runtime.register("gaussian_sums", gaussian_sums, _gaussian_sums_fake)
 runtime.register("rkd_distance", distance_loss, _distance_fake)
+runtime.register("rkd_angle", angle_loss, lambda *given: tuple(t.float() for t in _distance_fake(*given)))

@@ -251,7 +251,7 @@ def gradient(
         count = tl.minimum(positives_of(class_first, class_last, myself) - start, taken)
         most = tl.max(count, 0)
         if TRANSPOSED:
-            mark = first_row // MARK_COLUMNS + tl.arange(0, tl.cdiv(ROWS, MARK_COLUMNS))
+            mark = first_row // MARK_COLUMNS + tl.arange(0, (ROWS + MARK_COLUMNS - 1) // MARK_COLUMNS)
             marked = tl.load(marks + (first_column // MARK_ROWS) * mark_columns + mark, mask=mark < mark_columns, other=0)
             marked = tl.max(marked.to(tl.int32), 0)
         else:

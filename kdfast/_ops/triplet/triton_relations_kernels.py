@@ -90,3 +90,62 @@ def relation_sums(
     if GRADIENT:
         e = first_width + tl.arange(0, CHUNK)
         tl.store(out + to[:, None] * width + e[None, :], acc, mask=there[:, None] & (e < width)[None, :])
+
+
+@triton.jit
+def angle_sums(
+    student, teacher, slopes, losses, rows, APEX: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Sums of smooth_l1(cos_ijk - cos'_ijk) and of its slopes, with cos_ijk = (q_ij + q_ik - q_jk) r_ij r_ik and r = (2 q)^(-1/2).
+
+    APEX   a tile of i and j, all k: losses [tiles], float64, and sum_k l' dcos/dq_ij, dcos/dq_ij = r_ij (r_ik - r_ij cos_ijk)
+    else   a tile of j and k, all i: sum_i l' dcos/dq_jk, dcos/dq_jk = -r_ij r_ik; no losses
+
+    Each side [3, rows, rows]: q on a grid on which the sum of three is exact, the rest of it, and r. All are symmetric.
+    """
+    a, b = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    a_here, b_here = a < rows, b < rows
+    inside = a_here[:, None] & b_here[None, :]
+    part = tl.full([], 1, tl.int64) * rows * rows
+    tile = a[:, None].to(tl.int64) * rows + b[None, :]
+    q, rest = tl.load(student + tile, mask=inside, other=0.0), tl.load(student + part + tile, mask=inside, other=0.0)
+    q_t, rest_t = tl.load(teacher + tile, mask=inside, other=0.0), tl.load(teacher + part + tile, mask=inside, other=0.0)
+    r, r_t = q, q_t
+    if APEX:
+        r = tl.load(student + 2 * part + tile, mask=inside, other=0.0)
+        r_t = tl.load(teacher + 2 * part + tile, mask=inside, other=0.0)
+    slope = tl.zeros([ROWS, COLUMNS], tl.float32)
+    loss = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for c in tl.range(0, rows, num_stages=1):
+        line = tl.full([], 1, tl.int64) * c * rows
+        numerator, r_a, r_b = sides_of_angles(student + line, part, q, rest, r, a, b, a_here, b_here, APEX)
+        cosine = numerator * r_a * r_b
+        numerator, r_a_t, r_b_t = sides_of_angles(teacher + line, part, q_t, rest_t, r_t, a, b, a_here, b_here, APEX)
+        z = cosine - numerator * r_a_t * r_b_t
+        size = tl.abs(z)
+        if APEX:
+            loss += tl.where(size < 1, 0.5 * z * z, size - 0.5)
+        if GRADIENT:
+            pull = tl.where(size < 1, z, tl.where(z < 0, -1.0, 1.0))
+            if APEX:
+                slope += pull * r_b * (r_a - r_b * cosine)
+            else:
+                slope -= pull * r_a * r_b
+    if APEX:
+        total = tl.sum(tl.sum(tl.where(inside, loss, 0.0), 1).to(tl.float64), 0)
+        tl.store(losses + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), total)
+    if GRADIENT:
+        tl.store(slopes + tile, slope, mask=inside)
+
+
+@triton.jit
+def sides_of_angles(line, part, q, rest, r, a, b, a_here, b_here, APEX: tl.constexpr):
+    """q_ij + q_ik - q_jk and the two r of a tile, from it and the row `line` of all distances to the third corner."""
+    q_a, rest_a = tl.load(line + a, mask=a_here, other=0.0), tl.load(line + part + a, mask=a_here, other=0.0)
+    q_b, rest_b = tl.load(line + b, mask=b_here, other=0.0), tl.load(line + part + b, mask=b_here, other=0.0)
+    r_a = tl.load(line + 2 * part + a, mask=a_here, other=0.0)[:, None]
+    if APEX:
+        return (q + q_a[:, None] - q_b[None, :]) + (rest + (rest_a[:, None] - rest_b[None, :])), r_a, r
+    else:
+        r_b = tl.load(line + 2 * part + b, mask=b_here, other=0.0)[None, :]
+        return (q_a[:, None] + q_b[None, :] - q) + ((rest_a[:, None] + rest_b[None, :]) - rest), r_a, r_b
