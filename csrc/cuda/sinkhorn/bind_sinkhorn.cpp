@@ -12,6 +12,7 @@ using kdfast::SinkhornAssign;
 using kdfast::SinkhornBatch;
 using kdfast::SinkhornNormalize;
 using kdfast::SinkhornOnChip;
+using kdfast::SinkhornRows;
 using kdfast::SinkhornSchedule;
 using Solution = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -65,28 +66,33 @@ Solution sinkhorn_solve(const OptionalTensor& cost, const OptionalTensor&, const
   return {f, g, row, column, transport, error, done, steps_f, steps_g};
 }
 
+SinkhornRows rows_of(const char* name, const Tensor& x, int64_t batch_stride) {
+  const int64_t d = x.dim() - 2;
+  STD_TORCH_CHECK(x.size(d) < INT32_MAX, "at most 2^31 - 2 rows, got ", x.size(d));
+  SinkhornRows rows{x.size(d), x.size(d + 1), x.const_data_ptr(), element_of(name, x), false, batch_stride, x.stride(d), 1, 1, 1};
+  rows.aligned = reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.row_stride % 4 == 0 && batch_stride % 4 == 0;
+  return rows;
+}
+
 Tensor sinkhorn_assign(const Tensor& scores, const OptionalTensor& v, const Tensor& inverse_epsilon, bool codes) {
   STD_TORCH_CHECK(scores.dim() == 3, "scores must have 3 dimensions, got ", scores.dim());
   const int64_t batch = scores.size(0), n = scores.size(1), columns = scores.size(2);
   check("scores", scores, scores.scalar_type(), {batch, n, columns});
   STD_TORCH_CHECK(columns <= 1 || scores.stride(2) == 1, "rows of the scores must be contiguous");
   STD_TORCH_CHECK(v.has_value() || !codes, "codes need v");
-  STD_TORCH_CHECK(n < INT32_MAX, "at most 2^31 - 2 rows, got ", n);
   SinkhornAssign p{};
-  p.batch = batch, p.rows = n, p.columns = columns;
-  p.scores = scores.const_data_ptr(), p.element = element_of("scores", scores);
-  p.batch_stride = scores.stride(0), p.row_stride = scores.stride(1);
-  p.aligned = reinterpret_cast<uintptr_t>(p.scores) % 16 == 0 && p.row_stride % 4 == 0 && (batch == 1 || p.batch_stride % 4 == 0);
+  p.batch = batch, p.scores = rows_of("scores", scores, scores.stride(0));
   p.inverse_epsilon = floats("inverse_epsilon", inverse_epsilon, {});
   if (v.has_value()) p.v = floats("v", *v, {batch, columns});
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.v) % 16 == 0, "v must begin at a multiple of 16 bytes");
   p.codes = codes;
   Tensor out = codes ? torch::stable::new_empty(scores, {batch, n, columns}, ScalarType::Float) : torch::stable::new_empty(scores, {batch, columns}, ScalarType::Float);
   p.out = written(out);
   if (out.numel() == 0) return out;
   on_device_of(scores, [&](void* stream) -> const char* {
     if (!kdfast::sinkhorn_assign_plan(p)) return "too many columns";
-    Tensor parts = torch::stable::new_empty(scores, {codes ? 0 : v.has_value() ? 1 : 2, batch, p.parts, columns}, ScalarType::Float);
-    p.sums = written(parts), p.tops = p.sums + batch * p.parts * columns;
+    Tensor parts = torch::stable::new_empty(scores, {codes ? 0 : v.has_value() ? 1 : 2, batch, p.scores.parts, columns}, ScalarType::Float);
+    p.sums = written(parts), p.tops = p.sums + batch * p.scores.parts * columns;
     return kdfast::sinkhorn_assign(p, stream);
   });
   return out;

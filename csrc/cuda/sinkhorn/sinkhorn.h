@@ -51,21 +51,25 @@ struct SinkhornNormalize {
   float* out;
 };
 
-// A pass over scores [B, rows, columns], each row contiguous: softmax of s/epsilon + v, or its sums over the rows, or, where v is null, the
-// log-sum-exp of s/epsilon over the rows.
-struct SinkhornAssign {
-  int64_t batch, rows, columns;
-  const void* scores;
+// Matrices [B, rows, columns], each row contiguous, that a pass reads once.
+struct SinkhornRows {
+  int64_t rows, columns;
+  const void* data;
   Element element;
-  bool aligned;  // four scores of a row, the first at a multiple of four, are one load
+  bool aligned;  // four numbers of a row, the first at a multiple of four, are one load
   int64_t batch_stride, row_stride;
+  // How they are shared: blocks of a cluster by columns, threads of a block, ranges of rows whose sums are scratch
+  int cluster, threads, parts;
+};
+
+// A pass over scores: softmax of s/epsilon + v, or its sums over the rows, or, where v is null, the log-sum-exp of s/epsilon over the rows.
+struct SinkhornAssign {
+  int64_t batch;
+  SinkhornRows scores;
   const float* inverse_epsilon;  // []
   const float* v;                // [B, columns]
   bool codes;
-  float* out;  // [B, rows, columns] or [B, columns]
-  // by sinkhorn_assign_plan: blocks that share rows, threads of a block, ranges of rows that are summed by themselves
-  int cluster, threads;
-  int64_t parts;
+  float* out;          // [B, rows, columns] or [B, columns]
   float *sums, *tops;  // [B, parts, columns], scratch
 };
 
