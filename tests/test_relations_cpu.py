@@ -169,6 +169,8 @@ def test_gradients(name):
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], once)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), value)
 
 
 @every
