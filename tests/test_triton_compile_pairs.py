@@ -16,7 +16,7 @@ from kdfast._ops.similarity import triton_pairs_kernels as kernels
 from kdfast._ops.similarity import triton_slabs as launches
 from kdfast._ops.similarity import triton_wide_kernels as wide_kernels
 
-PRECISIONS = {"ieee": 0, "tf32": 3}
+PRECISIONS = {"ieee": 0, "bf16x3": 1, "tf32": 3}
 CASES = pytest.mark.parametrize(
     ("arch", "dtype"),
     [(80, torch.bfloat16), (90, torch.bfloat16), (100, torch.bfloat16), (90, torch.float32)],
@@ -28,10 +28,10 @@ TERMS = ("BIASED", "LABELLED", "LIMITED", "COUNTED")
 
 
 def compiled(kernel, arch: int, dtype: torch.dtype, tmp_path, **flags) -> Code:
-    """For rows of 512, with tf32 products of float32."""
+    """For rows of 512, with tf32 products of float32 unless `precision` is another."""
     x = torch.empty(1, 256, 512, dtype=dtype)
     narrow = flags.pop("narrow", False) or flags.get("CLASSES", False) or (kernel is kernels.symmetric_weights and arch >= 100)
-    part = launches.Part(x, x, launches.tiles(dtype, narrow), launches.format_of(dtype, PRECISIONS["tf32"]))
+    part = launches.Part(x, x, launches.tiles(dtype, narrow), launches.format_of(dtype, PRECISIONS[flags.pop("precision", "tf32")]))
     weights = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[part.format.weights]
     options = {**part.options, "COUNTED": False, "FACTORS": False, "WIDTH": 128, **flags}
     if kernel is kernels.weighted_sums:
@@ -75,6 +75,18 @@ def test_softmax_of_wide_rows(arch, dtype, terms, tmp_path):
     assert_in_registers(compiled(wide_kernels.wide_probabilities, arch, dtype, tmp_path, POOLED=True, **flags), arch)
     flags |= {"WITH_H": terms, "narrow": terms, "BY_SCALE": True, "PLAIN": False, "WANT_BIAS": terms}
     assert_in_registers(compiled(wide_kernels.wide_weights, arch, dtype, tmp_path, **flags), arch)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16x3"])
+def test_exact_products_of_float32(precision, tmp_path):
+    flags = {**dict.fromkeys(TERMS, False), "INDICES": 0, "precision": precision}
+    for kernel, more in (
+        (wide_kernels.wide_probabilities, {"POOLED": True}),
+        (wide_kernels.wide_weights, {"WITH_H": False, "BY_SCALE": True, "PLAIN": False, "WANT_BIAS": True}),
+        (kernels.weighted_sums, {"TRANSPOSED": False, "ADD": True, "FACTORS": True}),
+    ):
+        code = compiled(kernel, 90, torch.float32, tmp_path, **flags, **more)
+        assert code.stack == 0 and code.has("HGMMA" if precision == "bf16x3" else "FFMA")
 
 
 def test_merging_statistics(tmp_path):

@@ -13,8 +13,10 @@ from kdfast._ops.similarity import cpu, reference, triton
 
 if triton_runtime.missing() is not None:
     pytest.skip(f"{triton_runtime.missing()}, and TRITON_INTERPRET is not 1", allow_module_level=True)
-from kdfast._ops.similarity import triton_kernels
+from kdfast._ops.similarity import triton_kernels, triton_pairs_kernels, triton_wide_kernels
 
+# of float32, whose exact products take another path (test_triton_wide.py); the interpreter multiplies exactly
+PRODUCTS = "tf32" if triton_runtime.INTERPRETED else None
 DEVICE = "cpu" if triton_runtime.INTERPRETED else "cuda"
 
 
@@ -26,7 +28,8 @@ def kernel(name):
     """One of the three ops, from CPU tensors to CPU tensors."""
 
     def call(*args, **options):
-        out = getattr(cpu, name)(*map(moved, args), **{k: moved(v) for k, v in options.items()}, kernels=triton.KERNELS)
+        options = {"products": PRODUCTS, **{k: moved(v) for k, v in options.items()}}
+        out = getattr(cpu, name)(*map(moved, args), **options, kernels=triton.KERNELS)
         return tuple(x.cpu() for x in out)
 
     return call
@@ -154,7 +157,7 @@ def test_half_precision_inputs(dtype):
 
 
 def loss(impl, q, k, bank, tau, **options):
-    return functional.info_nce(q, k, bank, temperature=tau, impl=impl, **options)
+    return functional.info_nce(q, k, bank, temperature=tau, impl=impl, precision=PRODUCTS, **options)
 
 
 def test_info_nce_and_its_gradients():
@@ -172,7 +175,7 @@ def test_second_derivative():
     q, bank = (torch.randn(n, 8).to(DEVICE).requires_grad_() for n in (5, 40))
 
     def second(impl):
-        lse, pooled = ops.similarity_softmax(q, bank, scale=0.3, impl=impl)
+        lse, pooled = ops.similarity_softmax(q, bank, scale=0.3, impl=impl, precision=PRODUCTS)
         first = torch.autograd.grad(lse.sum() + pooled.square().sum(), (q, bank), create_graph=True)
         return torch.autograd.grad(sum(x.square().sum() for x in first), (q, bank))
 
@@ -206,16 +209,25 @@ class Counter:
         return lambda *args, **options: self.launched.append(self.name)
 
 
-def test_few_queries_against_a_large_bank_take_three_launches_at_most(monkeypatch):
-    """Forward and backward: the bank is split over programs, its parts are merged, and the gradient comes with them."""
+@pytest.mark.parametrize(
+    ("dtype", "forward", "of_bank"),
+    [
+        (torch.bfloat16, ["forward", "merge"], ["grad_keys"]),
+        (torch.float32, ["wide_probabilities", "merge_statistics", "weighted_sums"], ["wide_weights", "weighted_sums"]),
+    ],
+    ids=["bfloat16", "float32"],
+)
+def test_few_queries_against_a_large_bank_take_three_launches_at_most(dtype, forward, of_bank, monkeypatch):
+    """Forward and backward: the gradient comes with the parts of the bank."""
     launched = []
-    for name in ("forward", "merge", "grad_rows", "grad_keys"):
-        monkeypatch.setattr(triton_kernels, name, Counter(name, launched))
-    q, k, bank = (torch.zeros(n, 128, device=DEVICE) for n in (256, 256, 65536))
+    for module in (triton_kernels, triton_pairs_kernels, triton_wide_kernels):
+        for name in {*forward, *of_bank} & vars(module).keys():
+            monkeypatch.setattr(module, name, Counter(name, launched))
+    q, k, bank = (torch.zeros(n, 128, device=DEVICE, dtype=dtype) for n in (256, 256, 65536))
     functional.info_nce(q.requires_grad_(), k, bank, normalize=False, impl="triton").backward()
-    assert launched == ["forward", "merge"]
+    assert launched == forward
     functional.info_nce(q, k, bank.requires_grad_(), normalize=False, impl="triton").backward()
-    assert launched[2:] == ["forward", "merge", "grad_keys"]
+    assert launched[len(forward) :] == forward + of_bank
 
 
 def test_opcheck():
@@ -224,10 +236,10 @@ def test_opcheck():
     query, keys, scale = (moved(a[name]) for name in ("query", "keys", "scale"))
     nothing = (None,) * 9
     kernels = torch.ops.kdfast_triton
-    torch.library.opcheck(kernels.similarity_softmax.default, (query, keys, scale, *nothing, True, 0))
+    torch.library.opcheck(kernels.similarity_softmax.default, (query, keys, scale, *nothing, True, 3))
     args = (torch.ones_like(lse), None, lse, low, query, keys, scale, *(None,) * 7)
-    torch.library.opcheck(kernels.similarity_grad_rows.default, (*args, 0))
-    torch.library.opcheck(kernels.similarity_grad_keys.default, (*args, True, False, False, 0))
+    torch.library.opcheck(kernels.similarity_grad_rows.default, (*args, 3))
+    torch.library.opcheck(kernels.similarity_grad_keys.default, (*args, True, False, False, 3))
 
 
 def test_what_it_cannot_serve_says_why():

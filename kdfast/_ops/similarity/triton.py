@@ -1,6 +1,7 @@
 """impl="triton": the ops of cpu.py with the same schemas, in torch.ops.kdfast_triton: tile sizes, launches, registration.
 
-triton_kernels.py has the kernels. They serve rows of up to 1 KB; wider ones go slab by slab (triton_wide.py).
+triton_kernels.py has the kernels. They serve rows of up to 1 KB; wider ones, and exact products of float32, go slab by slab
+(triton_wide.py).
 """
 
 from typing import NamedTuple
@@ -27,8 +28,10 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def wide(query: Tensor, values: Tensor | None) -> bool:
-    return max(query.shape[2], 0 if values is None else values.shape[2]) * query.element_size() > MAX_BYTES
+def in_slabs(query: Tensor, values: Tensor | None, precision: int) -> bool:
+    """Whether rows are too wide for a tile of their sums, or exact products of float32, by whole rows here, would spill kilobytes."""
+    exact = query.dtype == torch.float32 and precision in (KERNELS.products["ieee"], KERNELS.products["bf16x3"])
+    return exact or max(query.shape[2], 0 if values is None else values.shape[2]) * query.element_size() > MAX_BYTES
 
 
 def tiles(width: int, dtype: torch.dtype, streams: int, arch: int) -> Tiles:
@@ -108,7 +111,7 @@ def forward(
     precision: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As cpu.forward."""
-    if wide(query, values):
+    if in_slabs(query, values, precision):
         return triton_wide.forward(
             query, keys, scale, bias, start_logit, values, start_value, query_labels, key_labels, key_index, limit, valid, pooled, precision
         )
@@ -163,7 +166,7 @@ def grad_rows(
     precision: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As cpu.grad_rows."""
-    if wide(query, values):
+    if in_slabs(query, values, precision):
         return triton_wide.grad_rows(
             slope, h, lse, lse_low, query, keys, scale, bias, values, query_labels, key_labels, key_index, limit, valid,
             precision,
@@ -210,7 +213,7 @@ def grad_keys(
     precision: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As cpu.grad_keys."""
-    if wide(query, values):
+    if in_slabs(query, values, precision):
         return triton_wide.grad_keys(
             slope, h, lse, lse_low, query, keys, scale, bias, values, query_labels, key_labels, key_index, limit, valid,
             want_keys, want_bias, want_values, precision,

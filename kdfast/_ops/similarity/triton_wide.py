@@ -1,4 +1,4 @@
-"""impl="triton" of the streaming softmax for rows too wide for a tile of their sums to stay in registers: slab by slab.
+"""impl="triton" of the streaming softmax where a tile of sums, or of exact products of float32, is too much for registers: slab by slab.
 
 A slab's scores are made in one launch, by steps of the width, their probabilities stored, and multiplied by the rows they weigh in
 another. The operators and their arguments are those of triton.py.
