@@ -8,7 +8,7 @@ from ._version import __version__
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status (0, 1 for a failure, 2 for bad arguments, 130 when interrupted)."""
+    """Run the command line; returns the exit status (0, 1 for a failure or an unknown name, 2 for bad arguments, 130 when interrupted)."""
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: finished files stay, nothing is half-written", file=sys.stderr)
         return 130
-    except (ValueError, RuntimeError, ImportError) as error:
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
         print(f"kdfast {given.name}: {error}", file=sys.stderr)
         return 1
 
@@ -69,9 +69,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isdecimal() else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
     return value
 
 

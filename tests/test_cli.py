@@ -31,12 +31,21 @@ def test_bad_arguments_exit_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     assert stopped.value.code == 2
-    assert "usage: kdfast" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "usage: kdfast" in said and "_positive" not in said
 
 
 def test_unknown_family_is_named(capsys):
     assert cli.main(["bench", "similarity", "nonsense"]) == 1
     assert "'nonsense'" in (message := capsys.readouterr().err) and "similarity" in message
+
+
+@pytest.mark.parametrize("command", [["bench", "knn"], ["distill", "--method", "KD"], ["demo", "--quick"]], ids=" ".join)
+def test_output_that_cannot_be_made_is_told_at_once(command, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main([*command, "--output", str(tmp_path / "file" / "folder")]) == 1
+    said = capsys.readouterr()
+    assert str(tmp_path / "file" / "folder") in said.err and not said.out
 
 
 def test_arguments_reach_the_commands(monkeypatch, tmp_path):

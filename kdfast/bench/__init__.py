@@ -9,11 +9,12 @@ from . import registry, report, runner
 def run(families: list[str], level: str, output: Path, names: Sequence[str] = ()) -> list[Path]:
     """Measure `families` (none: all), or only their cases called `names`: prints a table a comparison.
 
-    Writes one CSV a family to `output`; returns the paths. Raises ValueError for an unknown family, level or case, before
-    anything is measured.
+    Writes one CSV a family to `output`; returns the paths. Raises ValueError for an unknown family, level or case, OSError where
+    `output` cannot be made: before anything is measured.
     """
-    written = []
-    for family, chosen in _chosen(families, names).items():
+    written, cases = [], _chosen(families, names)
+    output.mkdir(parents=True, exist_ok=True)
+    for family, chosen in cases.items():
         rows = []
         for name in chosen:
             for comparison in runner.run(family, name, level):

@@ -14,7 +14,7 @@ def run(output: Path, *, quick: bool = False, seeds: int = 3, epochs: int | None
     """Run the text demo (`quick`: the digits), print the table, write results.json and results.png to `output`.
 
     The teacher's embeddings are kept in `output` too, for the next run. Raises TeacherMissing when its package is
-    not installed, ImportError when a library is not: both before any work.
+    not installed, ImportError when a library is not, OSError where `output` cannot be made: all before any work.
     """
     from . import digits, text
 
@@ -23,6 +23,7 @@ def run(output: Path, *, quick: bool = False, seeds: int = 3, epochs: int | None
     missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise ImportError(f"not installed: pip install {' '.join(missing)}")
+    output.mkdir(parents=True, exist_ok=True)
     task, teacher, methods = subject.prepare(output, epochs=epochs or subject.EPOCHS)
     with measure.threads(1):  # steps of milliseconds gain little from a second thread, and on a busy machine lose much
         results = {

@@ -29,9 +29,10 @@ def run(methods: list[str], output: Path, *, data: str = "digits", seeds: int = 
 
     Returns the rows of the CSV: method, seed, accuracy (of the student's own output on the test samples, in per cent),
     milliseconds of processor time a step, and MiB of memory at the peak of a step beyond what stays between steps (one measurement).
-    Raises ValueError for an unknown name, ImportError for a missing library: before any work.
+    Raises ValueError for an unknown name, ImportError for a missing library, OSError where `output` cannot be made: before any work.
     """
     chosen = _chosen(methods, data)
+    output.mkdir(parents=True, exist_ok=True)
     with measure.threads(1):
         problem = _problem(data)
         runs = [partial(_trained, problem, name, seed, steps) for name in chosen for seed in range(seeds)]
@@ -53,6 +54,7 @@ def tune(methods: list[str], output: Path, *, data: str = "digits", seeds: int =
     Raises as `run` does.
     """
     chosen = [name for name in _chosen(methods, data) if name in RECIPES]
+    output.mkdir(parents=True, exist_ok=True)
     with measure.threads(1):
         problem = _problem(data)
         problem = problem._replace(test=problem.validation)
