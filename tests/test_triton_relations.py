@@ -38,7 +38,7 @@ def test_kernel_means(shape):
     check(mmd, torch.randn(n, width), torch.randn(m, width) + 0.3, extra=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 4), (35, 20, 7), (6, 140, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 4), (33, 20, 7), (6, 140, 9)], ids=str)
 def test_distances_and_angles(shape):
     n, width, teacher_width = shape
     for loss in (rkd_distance, rkd_angle):
@@ -60,8 +60,7 @@ def test_equal_rows_and_rows_far_from_the_origin():
 
 def test_columns_split_over_programs_meet(monkeypatch):
     monkeypatch.setattr(triton_runtime, "splits", lambda *_: 3)
-    check(mmd, torch.randn(9, 4), torch.randn(70, 4), extra=1e-6)
-    check(rkd_distance, torch.randn(40, 4), torch.randn(40, 3), extra=1e-6)
+    check(mmd, torch.randn(5, 4), torch.randn(50, 4), extra=1e-6)
 
 
 @pytest.mark.parametrize("loss", [mmd, rkd_distance, rkd_angle], ids=lambda f: f.__name__)
@@ -90,7 +89,7 @@ def test_nan_and_no_gradient(loss):
 def test_opcheck_and_compile():
     x, y = torch.randn(7, 4, device=DEVICE), torch.randn(9, 4, device=DEVICE)
     ops = torch.ops.kdfast_triton
-    for same, gradient in ((True, True), (False, False)):
+    for same, gradient in ((True, False), (False, True)):
         torch.library.opcheck(ops.gaussian_sums.default, (x, x.clone() if same else y, [0.5, 1.0], same, gradient))
         torch.library.opcheck(ops.rkd_distance.default, (x, y[:7], gradient))
         torch.library.opcheck(ops.rkd_angle.default, (x, y[:7], gradient))

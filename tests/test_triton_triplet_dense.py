@@ -80,17 +80,16 @@ def test_ragged_sizes(shape):
         check(triplet_loss, a | {"mining": "batch_all", "margin": 1.25, "normalize": False, "reduction": "mean"}, extra=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_rows_in_half_precision(dtype):
+def test_rows_in_half_precision():
     """Rows widened: what the losses of the same rows in float32 are, and gradients rounded."""
-    a = case(20, 30, 9, 3)
-    a |= {name: a[name].to(dtype) for name in ("embeddings", "ref")}
+    a = case(9, 17, 9, 3)
+    a |= {name: a[name].bfloat16() for name in ("embeddings", "ref")}
     for loss, how in ((contrastive_loss, {}), (triplet_loss, {"mining": "batch_all"})):
-        got, want = run(loss, a | how, "triton", dtype), run(loss, a | how, "triton")
+        got, want = run(loss, a | how, "triton", torch.bfloat16), run(loss, a | how, "triton")
         torch.testing.assert_close(got[0], want[0])
         for g, w in zip(got[1:], want[1:], strict=True):
-            assert g.dtype == dtype
-            torch.testing.assert_close(g, w.to(dtype))
+            assert g.dtype == torch.bfloat16
+            torch.testing.assert_close(g, w.bfloat16())
 
 
 @pytest.mark.parametrize("name", mining.SETS)
@@ -101,7 +100,7 @@ def test_more_positives_than_a_table_holds(name, monkeypatch):
 
 
 def test_columns_split_over_programs_meet(monkeypatch):
-    a = case(5, 70, 6, 4, grid=True) | {"mining": "semi_hard", "margin": 1.25, "normalize": False, "reduction": "none"}
+    a = case(3, 70, 6, 4, grid=True) | {"mining": "semi_hard", "margin": 1.25, "normalize": False, "reduction": "none"}
     monkeypatch.setattr(triton_runtime, "splits", lambda *_: 3)
     check(triplet_loss, a, extra=1e-6)
 
