@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/kept_scratch.h"
 
 namespace py = pybind11;
 
@@ -83,6 +84,8 @@ PYBIND11_MODULE(_C, m) {
       "force_isa", [](const std::optional<std::string>& name) { kdfast::force_isa(name ? name->c_str() : nullptr); }, py::arg("name"),
       "Use this instruction set from now on; None: the best. RuntimeError if it is unknown or not on this machine.");
   m.def("build_info", &build_info, "{'compiler', 'flags', 'cxx'}");
+  m.def("release_scratch", &kdfast::release_scratch,
+        "Gives the scratch that large transport problems keep from call to call (at most 64 MiB) back to the system; returns its bytes.");
   m.def("fma_rate", &fma_rate, py::arg("dtype") = "fp32", py::arg("seconds") = 0.2, py::arg("threads") = 1,
         "Measured multiply-add rate in GFLOP/s of processor time, of the instruction set in force, summed over threads.\n"
         "dtype 'fp32' or 'bf16' (dot products of pairs; the fp32 rate where the instruction set has none).");

@@ -48,8 +48,7 @@ Solution solve(const Problems<Real>& problems, const Tensor& a, const Tensor& b,
   const Division division(batch, n, m, schedule.iterations);
   const SinkhornTeam team{division.team, run_team};
   const int64_t space = solve_workspace(problems.first_padded(), schedule, team.size);
-  Tensor work = on_large_pages(torch::stable::new_empty(a, {division.workers * space + 16}));
-  Real* const aligned = reinterpret_cast<Real*>((reinterpret_cast<uintptr_t>(values<Real>(work)) + 63) / 64 * 64);
+  const Workspace<Real> work(a, division.workers * space);
   Real *const to_f = values<Real>(f), *const to_g = values<Real>(g), *const to_row = values<Real>(row), *const to_col = values<Real>(col);
   Real *const to_transport = values<Real>(transport), *const to_error = values<Real>(error);
   Real *const to_steps_f = values<Real>(steps_f), *const to_steps_g = values<Real>(steps_g);
@@ -59,7 +58,7 @@ Solution solve(const Problems<Real>& problems, const Tensor& a, const Tensor& b,
     SinkhornSolution<Real> s{to_f + i * n, to_row + i * n, to_g + i * m, to_col + i * m, to_transport + i, to_error + i, to_done + i, nullptr, nullptr, n, m};
     if (history) s.history_f = to_steps_f + i * steps * n, s.history_g = to_steps_g + i * steps * m;
     std::copy_n(start + i * m, p.m, s.g);
-    solve_one(p, schedule, team, s, aligned + worker * space);
+    solve_one(p, schedule, team, s, work.data() + worker * space);
   });
   return out;
 }

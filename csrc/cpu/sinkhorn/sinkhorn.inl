@@ -27,7 +27,7 @@ constexpr double kDrift = 28.85;        // 20 nats: past 2^this, what underflowe
 constexpr double kMaxEntry = 0x1p115;   // rows without weight may be near any column: their sums are reported as at most this
 constexpr int64_t kGroup = 16;          // rows weighed together, at most
 constexpr int64_t kGroupBytes = 16384;  // of their entries: two groups are most of L1
-constexpr int64_t kKeptBytes = 1 << 20; // points: the cost is kept where it fits in half of L2,
+constexpr int64_t kKeptBytes = 1 << 20; // half of L2: points whose cost fits there have it kept,
 constexpr int64_t kKeptWidth = 92;      // or where forming it anew takes longer than reading it from memory
 constexpr int64_t kShare = 64;          // elements between what workers report: no cache line in common
 
@@ -243,6 +243,7 @@ class SinkhornSolver {
   }
 
   int64_t group() const {
+    if (form_ == Form::kStored) return kGroup;  // from L2 they are added as well while memory is waited for
     const int64_t rows = kGroupBytes / (w_.m * int64_t(sizeof(Real)) + 1) / 4 * 4;
     return rows < 4 ? 4 : smaller(rows, kGroup);
   }
@@ -253,6 +254,7 @@ class SinkhornSolver {
   void weigh(int64_t worker) {
     const FlushDenormals flush;
     const bool stored = form_ == Form::kStored || keep_;
+    const bool far = form_ != Form::kStored && p_.metric == SinkhornMetric::kGiven && p_.n * p_.m * int64_t(sizeof(T)) > kKeptBytes;
     const int64_t begin = first_row(worker), end = first_row(worker + 1), step = group();
     Real *const columns = w_.columns + worker * w_.worker_columns, *const chunk = columns + w_.m;
     Real* const entries = w_.entries + worker * w_.worker_entries;
@@ -265,16 +267,19 @@ class SinkhornSolver {
     const auto first = [&](int64_t q) { return begin + (backward_ ? groups - 1 - q : q) * step; };
     Ahead ahead{};
     for (int64_t q = 0; q < groups; ++q) {
-      const int64_t i = first(q), rows = smaller(step, end - i), following = q + 1 < groups ? first(q + 1) : i;
+      const int64_t i = first(q), rows = smaller(step, end - i);
       if (waiting != rows) {  // taken together otherwise
         add_rows(old, waiting, p_.m);
         waiting = 0;
       }
       Real *const e = stored ? w_.kernel + i * w_.m : entries, *const next = weights[q % 2];
       Real sums[kGroup] = {}, used[kGroup] = {};
-      const bool whole = p_.metric == SinkhornMetric::kGiven && following + rows <= end;
-      ahead.row = whole ? following : i, ahead.peek = form_ == Form::kLargest && whole && waiting > 0;
-      weigh_group(i, rows, e, waiting > 0 ? &old : nullptr, w_.costs + worker * w_.worker_entries, &ahead, sums, used);
+      if (far) {
+        const int64_t following = q + 1 < groups ? first(q + 1) : i;
+        const bool whole = following + rows <= end;
+        ahead.row = whole ? following : i, ahead.peek = form_ == Form::kLargest && whole && waiting > 0;
+      }
+      weigh_group(i, rows, e, waiting > 0 ? &old : nullptr, w_.costs + worker * w_.worker_entries, far ? &ahead : nullptr, sums, used);
       for (int64_t r = 0; r < rows; ++r) doubtful |= form_ == Form::kStored && !trusted(sums[r]);
       if (keep_) __builtin_memcpy(w_.stored_u + i, used, size_t(rows) * sizeof(Real));
       error += update_rows(i, rows, sums, used, next);
@@ -288,7 +293,7 @@ class SinkhornSolver {
   }
 
   // sums_r = sum_j b_j e_rj of rows i ... i + rows, at the exponents `used`, adding as many rows of `old`, where given, to
-  // their columns. `ahead` is of these rows before, and of those that follow after.
+  // their columns. `ahead`, where rows come from memory, is of these before, and of those that follow after.
   void weigh_group(int64_t i, int64_t rows, Real* e, const WeightedRows<Real>* old, Real* buffer, Ahead* ahead, Real* sums, Real* used) {
     V lanes[kGroup], most[kGroup];
     if (form_ == Form::kStored) {
@@ -305,21 +310,23 @@ class SinkhornSolver {
     }
     CostRows<Real, T> costs{nullptr, 0, w_.exponent, k_, p_.m};
     costs.c = cost_rows<Real, T>(p_, points_, i, rows, 0, p_.m, buffer, &costs.stride);
-    for (int64_t r = 0; r < rows; ++r) used[r] = form_ == Form::kAbsorbed ? k_ * w_.f[i + r] : ahead->known ? ahead->exponents[r] : least_exponent(costs.from(r));
+    const bool known = ahead != nullptr && ahead->known, peek = ahead != nullptr && ahead->peek;
+    for (int64_t r = 0; r < rows; ++r) used[r] = form_ == Form::kAbsorbed ? k_ * w_.f[i + r] : known ? ahead->exponents[r] : least_exponent(costs.from(r));
     each_rows(rows, [&](int64_t r, auto together) {
       constexpr int kRows = decltype(together)::value;
-      const CostRows<Real, T> next = costs.from(ahead->row - i + r);
-      if (ahead->peek) {
-        weigh_costs<kRows, true, Next::kPeek>(costs.from(r), used + r, w_.b, e + r * w_.m, old->from(r), lanes + r, next, most + r);
+      if (peek) {
+        weigh_costs<kRows, true, Next::kPeek>(costs.from(r), used + r, w_.b, e + r * w_.m, old->from(r), lanes + r, costs.from(ahead->row - i + r), most + r);
+      } else if (old != nullptr && ahead != nullptr) {
+        weigh_costs<kRows, true, Next::kFetch>(costs.from(r), used + r, w_.b, e + r * w_.m, old->from(r), lanes + r, costs.from(ahead->row - i + r));
       } else if (old != nullptr) {
-        weigh_costs<kRows, true, Next::kFetch>(costs.from(r), used + r, w_.b, e + r * w_.m, old->from(r), lanes + r, next);
+        weigh_costs<kRows, true, Next::kNone>(costs.from(r), used + r, w_.b, e + r * w_.m, old->from(r), lanes + r);
       } else {
         weigh_costs<kRows, false, Next::kNone>(costs.from(r), used + r, w_.b, e + r * w_.m, WeightedRows<Real>{}, lanes + r);
       }
     });
     sum_lanes_of(lanes, rows, sums);
-    ahead->known = ahead->peek;
-    for (int64_t r = 0; r < rows && ahead->known; ++r) ahead->exponents[r] = against<Real>(most[r]);
+    if (ahead != nullptr) ahead->known = peek;
+    for (int64_t r = 0; r < rows && peek; ++r) ahead->exponents[r] = against<Real>(most[r]);
     if (form_ == Form::kLargest) return;
     each_rows(rows, [&](int64_t first, auto together) {
       constexpr int kRows = decltype(together)::value;

@@ -8,8 +8,6 @@ namespace {
 using kdfast::SinkhornAssign;
 using kdfast::SinkhornNormalize;
 
-constexpr int64_t kFarBytes = 4 << 20;  // codes beyond this are written past the caches
-
 // ---- assignments: rows are softmax(s / epsilon + v) ----------------------------------------------------------------------
 
 template <class Real>
@@ -55,7 +53,7 @@ inline bool close(Real sum) {
   return sum >= Real(1 / kClose) && sum <= Real(kClose);
 }
 
-// Each chunk takes the largest of those before, and finds its own only where its sums are not close to 1 for all columns.
+// Each chunk takes the largest of those before, and vectors of columns find their own where a sum is not close to 1.
 template <class Real, class T>
 void assign_columns(const SinkhornAssign<Real>& p, const T* scores, Real* work) {
   const int64_t padded = round_up(p.columns, kWidth<Real>);
@@ -64,12 +62,19 @@ void assign_columns(const SinkhornAssign<Real>& p, const T* scores, Real* work) 
   for (int64_t i = p.begin; i < p.end; i += kChunk) {
     const int64_t end = smaller(i + kChunk, p.end);
     for (int64_t j = 0; j < padded; ++j) largest[j] = p.largest[j], p.sums[j] = 0;
-    bool known = i > p.begin;
-    if (known) assign_chunk<true>(p, scores, i, end, largest, p.sums);
-    for (int64_t j = 0; j < p.columns && known; ++j) known = close(p.sums[j]);
-    if (!known) {
-      for (int64_t j = 0; j < padded; ++j) p.sums[j] = 0;
+    if (i == p.begin) {
       assign_chunk<false>(p, scores, i, end, largest, p.sums);
+    } else {
+      assign_chunk<true>(p, scores, i, end, largest, p.sums);
+      for (int64_t j = 0; j < p.columns; j += kWidth<Real>) {
+        SinkhornAssign<Real> few = p;
+        few.columns = smaller(kWidth<Real>, p.columns - j);
+        bool known = true;
+        for (int64_t lane = j; lane < j + few.columns; ++lane) known &= close(p.sums[lane]);
+        if (known) continue;
+        store(p.sums + j, VecOf<Real>{});
+        assign_chunk<false>(few, scores + j, i, end, largest + j, p.sums + j);
+      }
     }
     for (int64_t j = 0; j < padded; j += kWidth<Real>) {
       const VecOf<Real> most = load(largest + j);
@@ -84,7 +89,7 @@ void assign_columns(const SinkhornAssign<Real>& p, const T* scores, Real* work) 
 template <class Real>
 inline void scale_row(const Real* e, Real weight, int64_t m, bool far, Real* to) {
   const VecOf<Real> scale = splat(weight);
-  const int64_t head = far ? smaller(m, -reinterpret_cast<intptr_t>(to) / int64_t(sizeof(Real)) & (kWidth<Real> - 1)) : 0;
+  const int64_t head = far ? smaller(m, elements_to_line(to)) : 0;
   if (head > 0) store_count(to, load(e) * scale, head);
   each_vector<Real>(m - head, [&](int64_t j, int, int64_t count) {
     const VecOf<Real> x = load(e + head + j) * scale;

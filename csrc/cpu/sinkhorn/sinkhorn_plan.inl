@@ -9,7 +9,8 @@ namespace {
 
 using kdfast::SinkhornPlan;
 
-constexpr int64_t kPlanRows = 4;  // whose costs are formed together
+constexpr int64_t kPlanRows = 4;     // whose costs are formed together
+constexpr int64_t kPlanAhead = 512;  // elements ahead of which a given cost and the result are fetched: across the end of a page
 
 // What rows of the plan are made from, and the column sums of a_i E_ij C_ij: `chunk` those of the last rows, for the sake of rounding.
 template <class Real>
@@ -33,14 +34,16 @@ int64_t sinkhorn_plan_workspace(const SinkhornProblem<Real>& p) {
 // a e_j c_j goes to the columns, and b_j e_j c_j and, t the exponent, a b_j e_j c_j t to `first` and `second` by lanes. Products are formed so that
 // 0 times an infinite cost (a forbidden pair), and times an entry near the bound (a row without weight), are 0.
 template <bool kMoments, class Real, class T>
-inline void plan_row(const SinkhornPlan<Real>& plan, const CostRows<Real, T>& row, const PlanArrays<Real>& w, Real f, Real a, Real* to, VecOf<Real>* first,
-                     VecOf<Real>* second) {
+inline void plan_row(const SinkhornPlan<Real>& plan, const CostRows<Real, T>& row, const PlanArrays<Real>& w, Real f, Real a, bool far, Real* to,
+                     VecOf<Real>* first, VecOf<Real>* second) {
   using V = VecOf<Real>;
   const V zero = {}, most = splat(Real(kLargestExponent)), least = splat(Real(kLeastExponent)), finite = splat(kLargestCost<Real>);
   const V shift = splat(row.k * f), weight = splat(Real(plan.weight)), slope = splat(Real(plan.slope)), mass = splat(a);
   const bool over_cost = plan.over_cost, add = plan.add;
   V firsts[4] = {}, seconds[4] = {};
-  each_vector<Real>(row.m, [&](int64_t j, int lane, int64_t count) {
+  const auto entries = [&](int64_t j, int lane, int64_t count) {
+    __builtin_prefetch(row.c + j + kPlanAhead);
+    if (!far) __builtin_prefetch(to + j + kPlanAhead, 1);
     const V t = row.at(0, j, count, shift), e = exp2(t > most ? most : t), share = e * load(w.b + j);
     V out = share * (mass * weight);
     if constexpr (kMoments) {
@@ -55,8 +58,15 @@ inline void plan_row(const SinkhornPlan<Real>& plan, const CostRows<Real, T>& ro
       out = cost > zero ? out / cost : zero;
     }
     if (add) out += load_count<Real>(to + j, count);
-    store_count(to + j, out, count);
-  });
+    if (far && count == kWidth<Real>) {
+      store_far(to + j, out);
+    } else {
+      store_count(to + j, out, count);
+    }
+  };
+  const int64_t head = far ? smaller(row.m, elements_to_line(to)) : 0;
+  if (head > 0) entries(0, 0, head);
+  each_vector<Real>(row.m - head, [&](int64_t j, int lane, int64_t count) { entries(head + j, lane, count); });
   if constexpr (kMoments) {
     *first = (firsts[0] + firsts[1]) + (firsts[2] + firsts[3]);
     *second = (seconds[0] + seconds[1]) + (seconds[2] + seconds[3]);
@@ -76,6 +86,7 @@ void plan_rows(const SinkhornProblem<Real>& p, const SinkhornPlan<Real>& plan, R
     w.exponent[j] = w.b[j] > 0 || (moments && j < p.m) ? k * plan.g[j] : Real(-__builtin_inf());
     w.columns[j] = w.chunk[j] = 0;
   }
+  const bool far = !moments && !plan.add && (plan.end - plan.begin) * p.m * int64_t(sizeof(Real)) > kFarBytes;
   int64_t stride = 0;
   double steepness = 0;
   for (int64_t i = plan.begin, rows = 0; i < plan.end; i += rows) {
@@ -89,17 +100,18 @@ void plan_rows(const SinkhornProblem<Real>& p, const SinkhornPlan<Real>& plan, R
         each_vector<Real>(p.m, [&](int64_t j, int, int64_t count) { store_count(to + j, load_count<Real>(row.c + j, count), count); });
       } else if (moments) {
         VecOf<Real> first, second;
-        plan_row<true>(plan, row, w, plan.f[i + r], p.a[i + r], to, &first, &second);
+        plan_row<true>(plan, row, w, plan.f[i + r], p.a[i + r], false, to, &first, &second);
         plan.row[at] = sum_lanes(first);
         steepness += double(sum_lanes(second));
         if (at % kChunk == kChunk - 1) add_chunk(w.columns, w.chunk, w.m);
       } else if (p.a[i + r] > 0) {
-        plan_row<false, Real, T>(plan, row, w, plan.f[i + r], p.a[i + r], to, nullptr, nullptr);
+        plan_row<false, Real, T>(plan, row, w, plan.f[i + r], p.a[i + r], far, to, nullptr, nullptr);
       } else if (!plan.add) {  // entries may be infinite where a row has no weight
         for (int64_t j = 0; j < p.m; ++j) to[j] = p.a[i + r] * plan.f[i + r];
       }
     }
   }
+  if (far) store_fence();
   if (!moments) return;
   add_chunk(w.columns, w.chunk, w.m);
   __builtin_memcpy(plan.col, w.columns, size_t(p.m) * sizeof(Real));
