@@ -68,6 +68,9 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "float? rho_a, float? rho_b, Tensor? f, Tensor? g, Tensor? weight, Tensor? slope, bool over_cost, bool sum, "
       "int begin, int end) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "sinkhorn_product(Tensor? cost, Tensor? x, Tensor? y, Tensor a, Tensor b, Tensor epsilon, Tensor? rows, Tensor? cols, str metric, "
+      "float? rho_a, float? rho_b, Tensor f, Tensor g, Tensor v, Tensor plus, Tensor factor) -> Tensor");
+  m.def(
       "sinkhorn_replay(Tensor? cost, Tensor? x, Tensor? y, Tensor a, Tensor b, Tensor epsilon, Tensor? rows, Tensor? cols, str metric, "
       "float? rho_a, float? rho_b, Tensor g, Tensor history_f, Tensor history_g, Tensor done, Tensor to_f, Tensor to_g, bool to_epsilon, "
       "int iterations, float? tol, str method, float? anneal_start, float? anneal_factor) -> (Tensor, Tensor, Tensor, Tensor)");

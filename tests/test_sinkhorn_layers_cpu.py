@@ -30,6 +30,17 @@ def test_assign_of_apart_rows_and_extreme_scores(isa):
         torch.testing.assert_close(ours.sum(-1), torch.ones(len(ours)))
 
 
+def test_assign_of_few_columns_whose_largest_comes_late(isa):
+    """Their sums over later chunks of rows are far from 1 at the largest scores of the rows before."""
+    scores = torch.rand(600, 70, dtype=torch.float64)
+    scores[300:310, 5] = 3.0
+    scores[400, 69] = 2.5
+    scores[:128, 20] = 4.0
+    expected = F.sinkhorn_assign(scores, epsilon=0.05, impl="torch")
+    torch.testing.assert_close(F.sinkhorn_assign(scores.float(), epsilon=0.05, impl="cpu").double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(F.sinkhorn_assign(scores, epsilon=0.05, impl="cpu"), expected, rtol=1e-10, atol=1e-14)
+
+
 @pytest.mark.parametrize("n, k", [(256, 300), (33, 65), (2048, 130)], ids=str)
 def test_assign_is_as_exact_as_the_loop(isa, n, k):
     """At an epsilon of 0.05, where scores are twenty nats: potentials are kept as differences, and long columns summed in chunks."""

@@ -69,6 +69,16 @@ struct SinkhornPlan {
   Real *row, *col, *steepness;
 };
 
+// Of rows begin ... end: columns_j = sum_i E_ij (plus_i + factor_i sum_j' E_ij' v_j'), E at potentials f and g.
+template <class Real>
+struct SinkhornProduct {
+  const Real *f, *g;          // [n], [m]
+  const Real* v;              // [m]
+  const Real *plus, *factor;  // [n]
+  int64_t begin, end;
+  Real* columns;  // [m], written
+};
+
 // One pass over rows begin ... end of scores [rows, columns]; factor = log2(e)/epsilon. Without v: the largest factor s of each column
 // and its sum of 2^(factor s - largest). With v [columns]: the column sums of softmax(s/epsilon + v) (padded by a vector), or that itself.
 template <class Real>
@@ -107,6 +117,10 @@ struct SinkhornKernels {
   int64_t (*sinkhorn_plan_workspace_double)(const SinkhornProblem<double>&);
   void (*sinkhorn_plan)(const SinkhornProblem<float>&, const SinkhornPlan<float>&, float* workspace);
   void (*sinkhorn_plan_double)(const SinkhornProblem<double>&, const SinkhornPlan<double>&, double* workspace);
+  int64_t (*sinkhorn_product_workspace)(const SinkhornProblem<float>&);
+  int64_t (*sinkhorn_product_workspace_double)(const SinkhornProblem<double>&);
+  void (*sinkhorn_product)(const SinkhornProblem<float>&, const SinkhornProduct<float>&, float* workspace);
+  void (*sinkhorn_product_double)(const SinkhornProblem<double>&, const SinkhornProduct<double>&, double* workspace);
   int64_t (*sinkhorn_replay_workspace)(const SinkhornProblem<float>&, int64_t workers);
   int64_t (*sinkhorn_replay_workspace_double)(const SinkhornProblem<double>&, int64_t workers);
   void (*sinkhorn_replay)(const SinkhornProblem<float>&, const SinkhornReplay<float>&, const SinkhornTeam&, float* workspace);

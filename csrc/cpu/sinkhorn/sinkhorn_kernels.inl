@@ -1,6 +1,7 @@
 // A unit compiled once for each instruction set, and its part of the dispatch table.
 #include "sinkhorn/sinkhorn.inl"
 #include "sinkhorn/sinkhorn_plan.inl"
+#include "sinkhorn/sinkhorn_product.inl"
 #include "sinkhorn/sinkhorn_replay.inl"
 
 namespace kdfast {
@@ -14,6 +15,10 @@ const SinkhornKernels KDFAST_UNIT(sinkhorn) = {
     .sinkhorn_plan_workspace_double = sinkhorn_plan_workspace<double>,
     .sinkhorn_plan = sinkhorn_plan<float>,
     .sinkhorn_plan_double = sinkhorn_plan<double>,
+    .sinkhorn_product_workspace = sinkhorn_product_workspace<float>,
+    .sinkhorn_product_workspace_double = sinkhorn_product_workspace<double>,
+    .sinkhorn_product = sinkhorn_product<float>,
+    .sinkhorn_product_double = sinkhorn_product<double>,
     .sinkhorn_replay_workspace = sinkhorn_replay_workspace<float>,
     .sinkhorn_replay_workspace_double = sinkhorn_replay_workspace<double>,
     .sinkhorn_replay = sinkhorn_replay<float>,

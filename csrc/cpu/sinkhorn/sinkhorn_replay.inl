@@ -64,6 +64,7 @@ inline void weigh_pair(const CostRows<Real, T>& rows, const Real* u, const Real*
     const V first = load(y + j), second = load(weight + j);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
+      __builtin_prefetch(rows.c + (r + kRows) * rows.stride + j);  // of the rows after these
       const V given = rows.at(r, j, count, shift[r]), t = given > most ? most : given, x = exp2(t);
       store(e + kRows * j + r * kWidth<Real>, x);
       lanes[r] = multiply_add(x, first, lanes[r]);

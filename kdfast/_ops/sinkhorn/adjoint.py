@@ -175,12 +175,9 @@ def _over_blocks(p: Problem, run, to_epsilon: bool) -> Pulled:
 
 
 def _solve_adjoint(p: Problem, tiles: Tiles, eps, f, g, f_hat, g_hat, to_f, to_g) -> Tensor:
-    """y [B, m] with y + lambda_a A^T x = to_g, x = to_f - lambda_b B y."""
-    damp_a, damp_b = damping(p.rho_a, eps), damping(p.rho_b, eps)
+    """conjugate_gradients by PyTorch's products with tiles of exponentials."""
+    damp_b = damping(p.rho_b, eps)
     balanced = p.rho_a is None and p.rho_b is None
-    log_c = p.b.log() + (g - g_hat) / eps[:, None]
-    c = torch.exp(log_c - log_c.amax(-1, keepdim=True))  # the plan's column sums, up to a factor: there may be no mass in this precision
-    free = c > 0  # a column without weight keeps y = to_g
     row_factor, col_factor = torch.exp((f_hat - f) / eps[:, None]), torch.exp((g - g_hat) / eps[:, None])
 
     def jacobians():
@@ -191,7 +188,6 @@ def _solve_adjoint(p: Problem, tiles: Tiles, eps, f, g, f_hat, g_hat, to_f, to_g
     kept = None if tiles.whole is None else list(jacobians())
 
     def through(y: Tensor, plus: Tensor | None) -> Tensor:
-        """A^T (plus - lambda_b B y), or A^T B y, in one pass."""
         out = torch.zeros_like(y)
         for rows, e, other in kept or jacobians():
             x = p.a[:, rows] * times(e, y)
@@ -202,6 +198,19 @@ def _solve_adjoint(p: Problem, tiles: Tiles, eps, f, g, f_hat, g_hat, to_f, to_g
                 out += times(other.mT, x)
         return p.b * out
 
+    return conjugate_gradients(p, eps, g, g_hat, to_f, to_g, through)
+
+
+def conjugate_gradients(p: Problem, eps: Tensor, g: Tensor, g_hat: Tensor, to_f: Tensor, to_g: Tensor, through) -> Tensor:
+    """y [B, m] with y + lambda_a A^T x = to_g, x = to_f - lambda_b B y.
+
+    through(y, plus) is A^T (plus - lambda_b B y), or A^T B y where `plus` is None, in one pass. A's columns sum to b exp((g - g_hat)/eps).
+    """
+    damp_a, damp_b = damping(p.rho_a, eps), damping(p.rho_b, eps)
+    balanced = p.rho_a is None and p.rho_b is None
+    log_c = p.b.log() + (g - g_hat) / eps[:, None]
+    c = torch.exp(log_c - log_c.amax(-1, keepdim=True))  # the plan's column sums, up to a factor: there may be no mass in this precision
+    free = c > 0  # a column without weight keeps y = to_g
     residual = torch.where(free, to_g - damp_a * through(torch.where(free, 0.0, to_g), to_f), 0.0)
     share = c / c.sum(-1, keepdim=True).clamp_min(TINY)
 

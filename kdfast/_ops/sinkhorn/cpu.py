@@ -10,7 +10,7 @@ from kdfast._core import extension
 from . import adjoint
 from .adjoint import Moments, Pulled
 from .geometry import Gradients, Problem, blocks, pull_slopes, row_tiles
-from .portable import Schedule, Solution
+from .portable import Schedule, Solution, effective_epsilon
 
 #: What normalize takes: sixteen such matrices and their gradients stay in L2.
 NORMALIZED_ENTRIES = 4096
@@ -97,6 +97,30 @@ def replay(
     return Pulled(*parts.outputs(p), *(torch.cat(part) for part in zip(*pieces, strict=True)))
 
 
+def implicit(p: Problem, f: Tensor, g: Tensor, done: Tensor, to_f: Tensor, to_g: Tensor, to_epsilon: bool, schedule: Schedule) -> Pulled:
+    """adjoint.implicit: fixed marginals by one pass over the cost a step of conjugate gradients, all problems at once."""
+    if p.rho_a is not None or p.rho_b is not None:
+        return adjoint.implicit(p, f, g, done, to_f, to_g, to_epsilon, schedule)
+    epsilon = effective_epsilon(p, schedule, done)
+    q, once = p._replace(epsilon=epsilon), Schedule(1, None, "log", None, None)
+    step = solve(q, g, once, True)  # from g, by true maxima: its rows and columns sum to 1 in this precision
+    factor = torch.exp((g - step.g) / epsilon[:, None])
+
+    def through(y: Tensor, plus: Tensor | None) -> Tensor:
+        plus, weight = (torch.zeros_like(p.a), p.a) if plus is None else (plus, -p.a)
+        return p.b * factor * _product(q, step.f, step.g, y, plus, weight)
+
+    with torch.autocast("cpu", enabled=False):
+        y = adjoint.conjugate_gradients(q, epsilon, g, step.g, to_f, to_g, through)
+    pulled = replay(q, g, step.history_f, step.history_g, torch.ones_like(done), to_f, y, to_epsilon, once)
+    return pulled._replace(epsilon=pulled.epsilon * (epsilon / p.epsilon))
+
+
+def _product(p: Problem, f: Tensor, g: Tensor, *arguments: Tensor) -> Tensor:
+    """sum_i E_ij (plus_i + factor_i sum_j E_ij v_j) [B, m] for v [B, m], plus and factor [B, n], E at potentials f and g."""
+    return torch.ops.kdfast.sinkhorn_product(*_fields(p), f, g, *(t.contiguous() for t in arguments))
+
+
 def _replayed(p: Problem, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *tensors, to_epsilon, schedule = arguments
     return torch.ops.kdfast.sinkhorn_replay(*_fields(p), *(t.contiguous() for t in tensors), to_epsilon, *schedule)
@@ -161,6 +185,10 @@ def _plan_shapes(cost, x, y, a, b, epsilon, *rest) -> tuple[Tensor, Tensor, Tens
     )
 
 
+def _product_shapes(cost, x, y, a, b, *rest) -> Tensor:
+    return torch.empty_like(b)
+
+
 def _replay_shapes(cost, x, y, a, b, epsilon, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return a.new_empty(*a.shape, b.shape[1]), torch.empty_like(a), torch.empty_like(b), torch.empty_like(epsilon)
 
@@ -188,6 +216,7 @@ def fold_normalize(op, info, in_dims, logits: Tensor, gradient: Tensor | None, i
 if missing() is None:
     torch.library.register_fake("kdfast::sinkhorn_solve", _solve_shapes)
     torch.library.register_fake("kdfast::sinkhorn_plan", _plan_shapes)
+    torch.library.register_fake("kdfast::sinkhorn_product", _product_shapes)
     torch.library.register_fake("kdfast::sinkhorn_replay", _replay_shapes)
     torch.library.register_fake("kdfast::sinkhorn_assign", assign_shapes)
     torch.library.register_fake("kdfast::sinkhorn_normalize", normalize_shapes)

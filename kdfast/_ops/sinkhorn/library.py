@@ -109,7 +109,8 @@ def _replay(*args):
 
 
 def _implicit(*args):
-    return tuple(adjoint.implicit(Problem(*args[:_FIELDS]), *args[_FIELDS:-5], Schedule(*args[-5:])))
+    p = Problem(*args[:_FIELDS])
+    return tuple((cpu if p.impl == "cpu" else adjoint).implicit(p, *args[_FIELDS:-5], Schedule(*args[-5:])))
 
 
 def _pulled_shapes(*args):
