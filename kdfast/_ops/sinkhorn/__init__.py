@@ -62,8 +62,9 @@ def sinkhorn(
         lengths: (n_i, m_i), integer tensors [*B]: the rest of each problem is padding, neither read nor given gradient.
         init: (f, g) [*B, n], [*B, m] to start from (g is what matters), without gradient.
         anneal: (epsilon_start, factor): iteration t runs at max(epsilon, epsilon_start factor^t), the last at epsilon.
-        method: "log" (no n x m buffer for a given cost); "kernel" (one n x m scratch, quicker); "auto" ("kernel" where
-            the scratch fits in cache); "proximal" (IPOT, Xie et al. 2020: one Sinkhorn iteration a step at
+        method: "log" (no n x m buffer for a given cost); "kernel" (one n x m scratch, quicker; on the CPU at most
+            64 MiB of it stay for the next call, kdfast._C.release_scratch() frees them); "auto" ("kernel" where the
+            scratch fits in cache); "proximal" (IPOT, Xie et al. 2020: one Sinkhorn iteration a step at
             epsilon/step, which tends to unregularised transport; value is the transport cost).
         grad: "envelope": `value` only, exact at convergence; the other outputs raise RuntimeError in backward.
             "implicit": every output, by the fixed point's linear system, exact at convergence. "unrolled": every
