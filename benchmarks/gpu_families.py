@@ -72,6 +72,28 @@ def matched(n: int, d: int, device: str, sigmoid: bool = False) -> Case:
     return Case("siglip_loss" if sigmoid else "clip_loss", f"{n}, {d}", runs, 8 * n * n * d, "FLOP")
 
 
+def distilled(n: int, m: int, d: int, device: str) -> Case:
+    """A student and a teacher twice as wide, each with a bank, which has no gradient."""
+    shapes = ((n, d), (n, 2 * d), (m, d), (m, 2 * d))
+    student, teacher, bank, teacher_bank = (F.normalize(torch.randn(s, device=device), dim=-1).bfloat16() for s in shapes)
+    student.requires_grad_()
+
+    def step(loss):
+        return torch.autograd.grad(loss(student), student)[0]
+
+    def ours(student, impl):
+        options = {"student_temperature": 0.1, "teacher_temperature": 0.05, "impl": impl}
+        return kd.similarity_distillation(student, teacher, bank, teacher_bank, **options)
+
+    def eager(student):
+        p = (20.0 * (teacher @ teacher_bank.T).float()).softmax(-1)
+        return -(p * (10.0 * (student @ bank.T).float()).log_softmax(-1)).sum(-1).mean()
+
+    runs = {impl: functools.partial(step, functools.partial(ours, impl=impl)) for impl in IMPLS}
+    runs |= {"eager": lambda: step(eager), "torch.compile": functools.partial(step, torch.compile(eager))}
+    return Case("similarity_distillation", f"{n}, {m}, {d}", runs, 10 * n * m * d, "FLOP")
+
+
 def supervised(n: int, d: int, device: str) -> Case:
     x = F.normalize(torch.randn(n, d, device=device), dim=-1).bfloat16().requires_grad_()
     labels = torch.arange(n, device=device) // 8
@@ -252,7 +274,7 @@ IMPLS = ("triton", "torch")
 ON_CHIP = ("cuda", *IMPLS)
 SIZES = {
     "full": [
-        (matched, (16384, 512)), (matched, (16384, 512), True), (supervised, (8192, 256)),
+        (matched, (16384, 512)), (matched, (16384, 512), True), (supervised, (8192, 256)), (distilled, (4096, 65536, 128)),
         (batch_hard, (4096, 128)), (batch_hard, (16384, 256)), (all_pairs, ("contrastive", 8192, 128)),
         (all_pairs, ("batch_all", 8192, 128)), (ratios, (8192, 128)), (angles, (1024, 128)),
         (neighbours, (4096, 65536, 128)), (neighbours, (4096, 1_000_000, 128)),
@@ -262,7 +284,7 @@ SIZES = {
         (assigned, (4096, 3000)), (assigned, (8192, 65536)), (normalized, (100_000, 4)), (normalized, (4096, 32)),
     ],
     "small": [
-        (matched, (65, 24)), (matched, (65, 24), True), (supervised, (65, 24)),
+        (matched, (65, 24)), (matched, (65, 24), True), (supervised, (65, 24)), (distilled, (65, 300, 24)),
         (batch_hard, (65, 24)), (all_pairs, ("contrastive", 64, 24)), (all_pairs, ("batch_all", 64, 24)), (ratios, (64, 24)),
         (angles, (40, 24)), (neighbours, (20, 300, 24)),
         (sampled, (5, 40, 100, 24)), (transport, (2, 33, 4)), (transport, (1, 33, 4), 24),

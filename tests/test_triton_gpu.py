@@ -48,6 +48,12 @@ def sup_con(i):
     return loss_and_gradient(functional.sup_con(i["q"], i["labels"], temperature=0.1, impl="triton"), i["q"])
 
 
+def distillation(i):
+    sides = (i["q"], i["q"].detach(), i["bank"], i["bank"])
+    loss = functional.similarity_distillation(*sides, student_temperature=9.0, teacher_temperature=4.0, divergence="kl", impl="triton")
+    return loss_and_gradient(loss, i["q"])
+
+
 def triplet(i):
     options = {"ref": i["bank"], "ref_labels": i["bank_labels"], "impl": "triton"}
     return loss_and_gradient(functional.triplet_loss(i["q"], i["labels"], **options), i["q"])
@@ -99,7 +105,7 @@ def sinkhorn(i):
     return given.f, given.g, given.value, points.f, points.g, points.value
 
 
-KERNELS = [info_nce, wide, matched, sup_con, triplet, dense, pairs, relations, extrema, knn, sampled, sinkhorn]
+KERNELS = [info_nce, wide, distillation, matched, sup_con, triplet, dense, pairs, relations, extrema, knn, sampled, sinkhorn]
 CASES = pytest.mark.parametrize("case", KERNELS, ids=lambda c: c.__name__)
 
 
@@ -126,6 +132,7 @@ def test_as_in_plain_pytorch(case, monkeypatch):
 
 TARGETS = [
     (functional, "info_nce"),
+    (functional, "similarity_distillation"),
     (functional, "clip_loss"),
     (functional, "siglip_loss"),
     (functional, "sup_con"),

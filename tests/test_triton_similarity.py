@@ -170,6 +170,24 @@ def test_info_nce_and_its_gradients():
         torch.testing.assert_close(x, y, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("divergence", ["ce", "kl"])
+def test_similarity_distillation_and_its_gradients(divergence):
+    torch.manual_seed(0)
+    sides = (13, 20), (13, 24), (90, 20), (90, 24)
+    student, teacher, bank, teacher_bank = (torch.nn.functional.normalize(torch.randn(s), dim=-1).to(DEVICE) for s in sides)
+    leaves = student.requires_grad_(), bank.requires_grad_()
+
+    def results(impl):
+        loss = functional.similarity_distillation(
+            student, teacher, bank, teacher_bank, student_temperature=0.2, teacher_temperature=0.1, divergence=divergence, impl=impl,
+            precision=PRODUCTS,
+        )  # fmt: skip
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    for x, y in zip(results("triton"), results("torch"), strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-5, atol=2e-6)
+
+
 def test_second_derivative():
     torch.manual_seed(0)
     q, bank = (torch.randn(n, 8).to(DEVICE).requires_grad_() for n in (5, 40))

@@ -10,6 +10,7 @@ impl="cpu" takes the losses and O^S - O^T from one pass over both banks, so that
 else, and what has a gradient besides, is composed of the streaming softmaxes of the two sides.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch.autograd import Function
 
 from ..._core import impls
 from ..._core.recording import recorded
-from . import cpu
+from . import cpu, triton
 from .apply import streaming_softmax
 from .arguments import how_to_compute, problem, row_parameter
 from .autograd import _keep, _kept, _versions
@@ -28,11 +29,17 @@ from .first_order import start_weight
 from .positives import dot
 
 
-def _refuses(*, teacher_dtype: torch.dtype | None = None, **facts) -> str | None:
-    return cpu.refuses(**facts) or (None if teacher_dtype is None else cpu.refuses(dtype=teacher_dtype))
+def _of_both_sides(refuses: Callable[..., str | None]) -> Callable[..., str | None]:
+    def both(*, teacher_dtype: torch.dtype | None = None, **facts) -> str | None:
+        return refuses(**facts) or (None if teacher_dtype is None else refuses(**(facts | {"dtype": teacher_dtype})))
+
+    return both
 
 
-impls.register("similarity_distillation", impls.Implementation("cpu", cpu.missing, _refuses))
+impls.register(  # Triton serves the streaming softmaxes of the composition
+    "similarity_distillation",
+    *(impls.Implementation(name, m.missing, _of_both_sides(m.refuses)) for name, m in (("cpu", cpu), ("triton", triton))),
+)
 
 
 class Fixed(NamedTuple):
