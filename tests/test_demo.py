@@ -161,6 +161,7 @@ def test_quick_demo_end_to_end(tmp_path, monkeypatch, capsys):
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"results.json", "results.png"}
     shown = capsys.readouterr().out
     assert "BINGO + 10 cosine" in shown and "fused and plain losses differ by at most" in shown
+    assert "one seed" in shown and "±" not in shown and "spread" not in shown
 
 
 def test_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):

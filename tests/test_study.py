@@ -135,6 +135,7 @@ def test_gains_are_paired_by_seed():
     found = {"none": (80.0, 90.0), "KD": (82.0, 92.0)}
     costs = {"step_ms": 1.0, "step_mib": 2.0}
     rows = [{"method": m, "seed": i, "accuracy": a, **costs} for m, accuracies in found.items() for i, a in enumerate(accuracies)]
+    assert report.table(rows[:1], 99.0, "none")[-1] == "| none | 80.0 |  | 1.0 | 2.0 |"
     assert report.table(rows, 99.0, "none")[-2:] == ["| none | 85.0 ± 7.1 |  | 1.0 | 2.0 |", "| KD | 87.0 ± 7.1 | +2.0 ± 0.0 | 1.0 | 2.0 |"]
 
 

@@ -27,7 +27,7 @@ def table(results: dict) -> str:
         cells = [name]
         for metric in metrics:
             mean, spread = mean_and_spread(found["scores"][metric])
-            cells.append(f"{mean:.2f} ± {spread:.2f}")
+            cells.append(f"{mean:.2f} ± {spread:.2f}" if results["settings"]["seeds"] > 1 else f"{mean:.2f}")
         cells.append(f"{1e3 * statistics.mean(found['step_seconds']):.1f}")
         for key, scale in (("seconds", 1e3), ("extra_bytes", 1 / MIB)):
             cost = found.get("loss_cost")
@@ -36,7 +36,7 @@ def table(results: dict) -> str:
     lines = text.aligned([header, *rows])
     settings = results["settings"]
     legend = (
-        f"(per cent, mean ± standard deviation over {settings['seeds']} seeds; step: a whole training step;\n"
+        f"(per cent, {text.over_seeds(settings['seeds'])}; step: a whole training step;\n"
         f"loss: forward and backward of a batch of {settings['batch_size']}, beside the same formula in plain PyTorch, one thread;\n"
         "MiB: its peak memory beyond the inputs)"
     )
@@ -52,7 +52,8 @@ def findings(results: dict) -> str:
         best, second = (results["methods"][name]["scores"][metric] for name in ranked[:2])
         gain, spread = statistics.mean(best) - statistics.mean(second), max(mean_and_spread(best)[1], mean_and_spread(second)[1])
         verdict = "more than the spread over seeds" if gain > spread else "within the spread over seeds: no difference shown"
-        lines.append(f"    {ranked[0]} over {ranked[1]}: {gain:+.2f} ({verdict}, {spread:.2f})")
+        verdict = f"{verdict}, {spread:.2f}" if len(best) > 1 else "of one seed, which does not tell it from chance"
+        lines.append(f"    {ranked[0]} over {ranked[1]}: {gain:+.2f} ({verdict})")
     same = results["same_curve"]
     lines.append(
         f"{same['method']}, seed {same['seed']}: fused and plain losses differ by at most {same['largest_difference']:.1e} "
@@ -94,7 +95,7 @@ def _plot(results: dict, path: Path) -> None:
         axis.errorbar(means, list(methods), xerr=spreads, fmt="o", capsize=3, color="#1f3b57")
         axis.grid(axis="x", alpha=0.3)
         axis.invert_yaxis()
-        axis.set_xlabel(f"{metric} (%), mean and standard deviation over {results['settings']['seeds']} seeds")
+        axis.set_xlabel(f"{metric} (%), {text.over_seeds(results['settings']['seeds'])}")
     same = results["same_curve"]
     axes[-1].plot(same["plain"], label="plain PyTorch", color="#d1605e", linewidth=3)
     axes[-1].plot(same["fused"], label="kdfast", color="#1f3b57", linewidth=0.8)

@@ -4,7 +4,7 @@ import csv
 import statistics
 from pathlib import Path
 
-from .._core import files
+from .._core import files, text
 
 
 def table(rows: list[dict], teacher: float, baseline: str) -> list[str]:
@@ -12,7 +12,7 @@ def table(rows: list[dict], teacher: float, baseline: str) -> list[str]:
     seeds = sorted({row["seed"] for row in rows})
     scores = _by(rows, "method")
     lines = [
-        f"Accuracy in per cent, mean ± standard deviation over {len(seeds)} seeds; gain over {baseline} with the same seed; the teacher "
+        f"Accuracy in per cent, {text.over_seeds(len(seeds))}; gain over {baseline} with the same seed; the teacher "
         f"has {teacher:.1f}. A step: milliseconds of processor time on one thread; MiB at its peak beyond what stays between steps.",
         "",
         "| method | accuracy | gain | ms | MiB |",
@@ -48,8 +48,8 @@ def _by(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
 
 
 def _mean_and_spread(values: list[float], sign: str = "") -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{sign}.1f} ± {spread:.1f}"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.1f}{spread}"
 
 
 def write(rows: list[dict], lines: list[str], folder: Path, name: str = "results") -> list[Path]:
