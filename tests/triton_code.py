@@ -19,7 +19,7 @@ POINTERS = {
     **dict.fromkeys(("first", "last", "exist", "found", "order", "nearest", "farthest", "block"), "*i64"), "uniform_row": "*i1",
     **dict.fromkeys(("exists", "dropped"), "*i1"), "position": "*i32", "classes": "*i32", "rho": "fp32",
     **dict.fromkeys(("active", "unordered", "number"), "*i32"), "marks": "*u8",
-    **dict.fromkeys(("alpha", "beta", "epsilon", "margin", "sign", "low", "high", "least", "real_width"), "fp32"),
+    **dict.fromkeys(("alpha", "beta", "tolerance", "margin", "sign", "low", "high", "least", "real_width"), "fp32"),
 }  # fmt: skip
 NUMBERS = (
     *("rows", "columns", "width", "value_width", "split_columns", "count", "splits", "batch"),

@@ -78,7 +78,7 @@ def hinge(d, d_positive, negative, margin, sign, MINING: tl.constexpr):
 
 @triton.jit
 def positive_distances(
-    x, y, x_square, y_square, first, last, own, near, table, rows, columns, width, start, taken, epsilon,
+    x, y, x_square, y_square, first, last, own, near, table, rows, columns, width, start, taken, tolerance,
     MINING: tl.constexpr, METRIC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
     STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -98,14 +98,14 @@ def positive_distances(
         number = number_of(class_first[:, None], class_last[:, None], myself[:, None], column[None, :]) - start
         if MINING == MULTI_SIMILARITY:
             nearest = tl.load(near + row, mask=there, other=0.0)[:, None]
-            d = tl.where(d + epsilon > nearest, d, float("nan"))
+            d = tl.where(d + tolerance > nearest, d, float("nan"))
         tl.store(table + (number * rows + row[:, None]), d, mask=positive & there[:, None] & (number >= 0) & (number < taken))
 
 
 @triton.jit
 def row_sums(
     x, y, x_square, y_square, first, last, own, exist, a, b, near, far, table, active, marks, sums, found,
-    rows, columns, width, split_columns, mark_columns, start, taken, alpha, beta, epsilon, margin, sign,
+    rows, columns, width, split_columns, mark_columns, start, taken, alpha, beta, tolerance, margin, sign,
     RULE: tl.constexpr, MINING: tl.constexpr, METRIC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     PARTS: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +158,7 @@ def row_sums(
             negatives += here
             marked = marked | (tl.max(here, 0) > 0)
         if RULE == SIMILARITY:
-            positive, negative = positive & (d + epsilon > nearest), negative & (d - epsilon < farthest)
+            positive, negative = positive & (d + tolerance > nearest), negative & (d - tolerance < farthest)
             of_positives += tl.sum(tl.where(positive, tl.exp(alpha * (d - farthest)), 0.0), 1)
             here = tl.sum(tl.where(negative, tl.exp(beta * (nearest - d)), 0.0), 1)
             of_negatives += here
@@ -166,7 +166,7 @@ def row_sums(
         if RULE == TRIPLETS:
             of_negatives += tl.sum(tl.where(unordered, d, 0.0), 1)
             if MINING == MULTI_SIMILARITY:
-                negative = negative & (d - epsilon < farthest)
+                negative = negative & (d - tolerance < farthest)
             for k in tl.range(0, most, num_stages=1):
                 asked = there & (k < count)
                 d_positive = tl.load(table + k * rows + row, mask=asked, other=float("nan"))[:, None]
@@ -221,7 +221,7 @@ def facing(t, TRANSPOSED: tl.constexpr):
 @triton.jit
 def gradient(
     x, y, x_square, y_square, first, last, own, exist, up, up_negative, a, b, near, far, table, active, marks, out, weight_sum,
-    rows, columns, width, split_columns, mark_columns, start, taken, alpha, beta, epsilon, margin, sign,
+    rows, columns, width, split_columns, mark_columns, start, taken, alpha, beta, tolerance, margin, sign,
     RULE: tl.constexpr, MINING: tl.constexpr, METRIC: tl.constexpr, TRANSPOSED: tl.constexpr, CHUNK: tl.constexpr,
     MARK_ROWS: tl.constexpr, MARK_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     PARTS: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -277,12 +277,12 @@ def gradient(
                 level_b = facing(tl.load(b + anchor, mask=there, other=float("-inf")), TRANSPOSED)
                 nearest = facing(tl.load(near + anchor, mask=there, other=0.0), TRANSPOSED)
                 farthest = facing(tl.load(far + anchor, mask=there, other=0.0), TRANSPOSED)
-                slope = tl.where(positive & (d + epsilon > nearest), tl.exp(alpha * (d - level_a)), 0.0)
-                slope = g * tl.where(negative & (d - epsilon < farthest), -tl.exp(beta * (level_b - d)), slope)
+                slope = tl.where(positive & (d + tolerance > nearest), tl.exp(alpha * (d - level_a)), 0.0)
+                slope = g * tl.where(negative & (d - tolerance < farthest), -tl.exp(beta * (level_b - d)), slope)
             if RULE == TRIPLETS:
                 if MINING == MULTI_SIMILARITY:
                     farthest = facing(tl.load(far + anchor, mask=there, other=0.0), TRANSPOSED)
-                    negative = negative & (d - epsilon < farthest)
+                    negative = negative & (d - tolerance < farthest)
                 times = tl.zeros([ROWS, COLUMNS], tl.float32)
                 for k in tl.range(0, most, num_stages=1):
                     d_positive = tl.load(table + k * anchors + anchor, mask=there & (k < count), other=float("nan"))
