@@ -24,7 +24,8 @@ step tests 180 "$python" -m pytest -q -p no:cacheprovider tests/test_triton_gpu.
   tests/test_triton_wide.py tests/test_triton_triplet.py tests/test_triton_triplet_dense.py tests/test_triton_triplet_mining.py \
   tests/test_triton_relations.py tests/test_triton_knn.py \
   tests/test_triton_gather.py tests/test_triton_sinkhorn.py
-step tests-cuda 120 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda_gpu.py tests/test_cuda_sinkhorn.py tests/test_cuda_sinkhorn_layers.py
+step tests-cuda 120 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda_gpu.py tests/test_cuda_sinkhorn.py tests/test_cuda_sinkhorn_streamed.py \
+  tests/test_cuda_sinkhorn_layers.py
 if command -v compute-sanitizer >/dev/null; then
   step memcheck 60 compute-sanitizer --error-exitcode 1 "$python" benchmarks/gpu_similarity.py --shapes 65,300,24 --repeats 1 --peers none
   step memcheck-families 90 compute-sanitizer --error-exitcode 1 "$python" benchmarks/gpu_families.py --sizes small --repeats 1

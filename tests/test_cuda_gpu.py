@@ -51,6 +51,12 @@ def largest(impl):
     return solved(impl, 3, 1024 if WITH_CLUSTERS else 128, 250, rho=2.0)
 
 
+def streamed(impl):
+    wide = ops.sinkhorn(costs(2, 700, 20_000 if WITH_CLUSTERS else 5000), epsilon=0.1, max_iters=5, impl=impl)
+    narrow = ops.sinkhorn(costs(40, 300, 60).bfloat16(), epsilon=0.1, max_iters=5, impl=impl)
+    return wide.f, wide.g, wide.value, narrow.f, narrow.g, narrow.transport_cost
+
+
 def normalized(impl):
     logits = costs(20_001, 4, 4).clone().requires_grad_()
     wide = costs(33, 30, 30)
@@ -64,7 +70,7 @@ def assigned(impl):
 
 
 CASES = pytest.mark.parametrize(
-    "case", [tiny, packed, square, ragged, clustered, largest, normalized, assigned], ids=lambda case: case.__name__
+    "case", [tiny, packed, square, ragged, clustered, largest, streamed, normalized, assigned], ids=lambda case: case.__name__
 )
 
 
@@ -104,10 +110,11 @@ def test_inductor():
 
 
 def test_what_is_chosen():
-    """On chip where it fits."""
+    """Costs that are given, and of those that do not fit on chip the ones without a tolerance."""
     small, large = costs(2, 100, 100), costs(1, 2000, 300)
-    assert ops.sinkhorn(small).state.problem.impl == "cuda"
-    assert ops.sinkhorn(large).state.problem.impl != "cuda"
+    assert ops.sinkhorn(small, tol=0.1).state.problem.impl == "cuda"
+    assert ops.sinkhorn(large).state.problem.impl == "cuda"
+    assert ops.sinkhorn(large, tol=0.1).state.problem.impl != "cuda"
     assert ops.sinkhorn(x=costs(2, 50, 3), y=costs(2, 50, 3)).state.problem.impl != "cuda"
 
 

@@ -165,11 +165,12 @@ def test_an_empty_batch():
     ("cost", "options", "reason"),
     [
         (torch.rand(1, 3, 3, dtype=torch.float64), {}, "float64"),
-        (torch.rand(1, 3, 257), {}, "1024 x 256"),
-        (torch.rand(1, 1025, 3), {}, "1024 x 256"),
+        (torch.rand(1, 3, 257), {"tol": 0.1}, "1024 x 256"),
+        (torch.rand(1, 1025, 3), {"method": "proximal"}, "1024 x 256"),
+        (torch.rand(1, 1, 65537), {}, "65536 columns"),
         (torch.rand(1, 3, 3), {"method": "proximal", "tol": 0.1}, "no tol"),
     ],
-    ids=["dtype", "columns", "rows", "tolerance of proximal steps"],
+    ids=["dtype", "columns", "rows", "more columns", "tolerance of proximal steps"],
 )
 def test_what_is_refused(cost, options, reason):
     with pytest.raises(ValueError, match=reason):
@@ -181,7 +182,7 @@ def test_what_is_refused(cost, options, reason):
 def test_fewer_rows_without_clusters(monkeypatch):
     monkeypatch.setattr(cuda_runtime, "has_clusters", lambda: False)
     with pytest.raises(ValueError, match="128 x 256"):
-        sinkhorn(moved(torch.rand(1, 129, 3)), impl="cuda")
+        sinkhorn(moved(torch.rand(1, 129, 3)), tol=0.1, impl="cuda")
 
 
 def test_a_slow_drift():

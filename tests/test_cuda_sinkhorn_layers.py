@@ -50,6 +50,11 @@ def test_codes_of_extreme_scores():
     scores = 1000 * torch.randn(2, 12, 20)
     ours = sinkhorn_assign(moved(scores), impl="cuda").cpu().double()
     torch.testing.assert_close(ours.sum(-1), torch.ones(2, 12).double(), rtol=1e-5, atol=0)
+    low = torch.rand(2, 300, 1200) - 60  # below 2^-1000
+    low[..., 512:1100] = -torch.inf  # all that a warp has
+    low[..., 512:1100:7] = -1000.0
+    found = [sinkhorn_assign(moved(low), impl=impl) for impl in ("cuda", "torch")]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6, equal_nan=True)
     scores[0, 3, 4] = torch.nan
     ours = sinkhorn_assign(moved(scores), impl="cuda")
     assert ours[0].isnan().any() and not ours[1].isnan().any()

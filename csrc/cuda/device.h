@@ -92,6 +92,14 @@ inline int processors() {
   return count;
 }
 
+// Whether blocks of a cluster can run on it.
+inline bool has_clusters() {
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major >= 9;
+}
+
 struct Launch {
   int64_t blocks;  // a multiple of `cluster`
   int threads;

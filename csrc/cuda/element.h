@@ -16,6 +16,10 @@ __device__ __forceinline__ float float_of(uint16_t bits, Element type) {
   return wide.value;
 }
 
+__device__ __forceinline__ float load_one(const void* data, int64_t at, Element type) {
+  return type == Element::kFloat32 ? static_cast<const float*>(data)[at] : float_of(static_cast<const uint16_t*>(data)[at], type);
+}
+
 struct alignas(16) Four {
   float x[4];
 };

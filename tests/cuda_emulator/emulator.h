@@ -246,6 +246,7 @@ inline const float* of_block(const float* shared, unsigned rank) {
 }  // namespace device
 
 inline int processors() { return 1; }
+inline bool has_clusters() { return true; }
 
 struct Launch {
   int64_t blocks;

@@ -84,11 +84,11 @@ class Assigner {
   }
 
   __device__ void add_rows(int i, int end) {
-    float shift[kRows];
-    pairs_.weigh(e_, shift);
+    float most[kRows];
+    pairs_.weigh(e_, most);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const float scale = i + r < end ? device::divide(device::exp2_fast(shift[r] - pairs_.level(r)), pairs_.total(r)) : 0.0f;
+      const float scale = i + r < end ? device::divide(device::exp2_fast(most[r] - pairs_.level(r)), pairs_.total(r)) : 0.0f;
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) e_[r][c] *= scale, sum_[c] += e_[r][c];
       if constexpr (kPass == Pass::kCodes) store_row(i + r, end, e_[r]);
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(256) merge_kernel(const SinkhornAssign p) {
   for (int64_t part = 0; p.v == nullptr && part < p.scores.parts; ++part) most = fmaxf(most, p.tops[from + part * columns]);
   for (int64_t part = 0; part < p.scores.parts; ++part) {
     const int64_t i = from + part * columns;
-    sum += p.v == nullptr ? p.sums[i] * device::exp2_fast(shift_of(p.tops[i]) - shift_of(most)) : p.sums[i];
+    sum += p.v == nullptr ? p.sums[i] * device::exp2_fast(p.tops[i] - shift_of(most)) : p.sums[i];
   }
   p.out[at] = p.v == nullptr ? kNatsPerBit * (shift_of(most) + log2f(sum)) : sum;
 }

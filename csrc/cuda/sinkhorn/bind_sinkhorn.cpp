@@ -14,7 +14,16 @@ using kdfast::SinkhornNormalize;
 using kdfast::SinkhornOnChip;
 using kdfast::SinkhornRows;
 using kdfast::SinkhornSchedule;
+using kdfast::SinkhornStreamed;
 using Solution = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+SinkhornRows rows_of(const char* name, const Tensor& x, int64_t batch_stride) {
+  const int64_t d = x.dim() - 2;
+  STD_TORCH_CHECK(x.size(d) < INT32_MAX, "at most 2^31 - 2 rows, got ", x.size(d));
+  SinkhornRows rows{x.size(d), x.size(d + 1), x.const_data_ptr(), element_of(name, x), false, batch_stride, x.stride(d), 1, 1, 1};
+  rows.aligned = reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.row_stride % 4 == 0 && batch_stride % 4 == 0;
+  return rows;
+}
 
 SinkhornBatch batch_of(const Tensor& cost, const Tensor& a, const Tensor& b, const Tensor& epsilon, const OptionalTensor& rows, const OptionalTensor& columns,
                        std::optional<double> rho_a, std::optional<double> rho_b) {
@@ -24,9 +33,9 @@ SinkhornBatch batch_of(const Tensor& cost, const Tensor& a, const Tensor& b, con
   p.a = floats("a", a, {p.batch, p.n}), p.b = floats("b", b, {p.batch, p.m}), p.epsilon = floats("epsilon", epsilon, {p.batch});
   const bool shared = cost.dim() == 2;
   if (shared) {
-    check("cost", cost, ScalarType::Float, {p.n, p.m});
+    check("cost", cost, cost.scalar_type(), {p.n, p.m});
   } else {
-    check("cost", cost, ScalarType::Float, {p.batch, p.n, p.m});
+    check("cost", cost, cost.scalar_type(), {p.batch, p.n, p.m});
   }
   const int64_t d = cost.dim() - 2;
   STD_TORCH_CHECK(p.m <= 1 || cost.stride(d + 1) == 1, "rows of the cost must be contiguous");
@@ -39,6 +48,19 @@ SinkhornBatch batch_of(const Tensor& cost, const Tensor& a, const Tensor& b, con
   }
   p.rho_a = float(rho_a.value_or(0)), p.rho_b = float(rho_b.value_or(0));
   return p;
+}
+
+const char* streamed(const SinkhornOnChip& whole, const Tensor& cost, const Tensor& like, void* stream) {
+  const SinkhornBatch& p = whole.problems;
+  if (whole.schedule.proximal || whole.schedule.tol >= 0) return "problems that do not fit on chip take no tol, nor method 'proximal'";
+  SinkhornStreamed s{p.batch, rows_of("cost", cost, p.batch_stride), p.a, p.b, p.epsilon, p.rows, p.columns, p.rho_a, p.rho_b,
+                     whole.schedule, whole.start_g, whole.out, 0, nullptr, nullptr, nullptr, nullptr};
+  if (!kdfast::sinkhorn_streamed_plan(s)) return "too many columns";
+  const auto scratch = [&](int64_t parts, int64_t each) { return torch::stable::new_empty(like, {p.batch, parts, each}, ScalarType::Float); };
+  const Tensor v = scratch(1, p.m), sums = scratch(s.cost.parts, p.m), spent = scratch(s.cost.parts, kdfast::sinkhorn_warps(s.cost));
+  const Tensor errors = scratch(s.cost.parts, 1);
+  s.v = written(v), s.sums = written(sums), s.spent = written(spent), s.errors = written(errors);
+  return kdfast::sinkhorn_streamed(s, stream);
 }
 
 Solution sinkhorn_solve(const OptionalTensor& cost, const OptionalTensor&, const OptionalTensor&, const Tensor& a, const Tensor& b, const Tensor& epsilon,
@@ -62,16 +84,12 @@ Solution sinkhorn_solve(const OptionalTensor& cost, const OptionalTensor&, const
   Tensor steps_f = reals({batch, steps, n}), steps_g = reals({batch, steps, m});
   p.out = {written(f), written(row), written(g), written(column), written(transport), written(error), static_cast<int64_t*>(done.mutable_data_ptr()), nullptr, nullptr};
   if (history) p.out.history_f = written(steps_f), p.out.history_g = written(steps_g);
-  if (batch > 0) on_device_of(a, [&](void* stream) { return kdfast::sinkhorn_on_chip(p, stream); });
+  if (batch == 0) return {f, g, row, column, transport, error, done, steps_f, steps_g};
+  on_device_of(a, [&](void* stream) {
+    const bool on_chip = cost->scalar_type() == ScalarType::Float && kdfast::sinkhorn_fits_on_chip(n, m);
+    return on_chip ? kdfast::sinkhorn_on_chip(p, stream) : streamed(p, *cost, a, stream);
+  });
   return {f, g, row, column, transport, error, done, steps_f, steps_g};
-}
-
-SinkhornRows rows_of(const char* name, const Tensor& x, int64_t batch_stride) {
-  const int64_t d = x.dim() - 2;
-  STD_TORCH_CHECK(x.size(d) < INT32_MAX, "at most 2^31 - 2 rows, got ", x.size(d));
-  SinkhornRows rows{x.size(d), x.size(d + 1), x.const_data_ptr(), element_of(name, x), false, batch_stride, x.stride(d), 1, 1, 1};
-  rows.aligned = reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.row_stride % 4 == 0 && batch_stride % 4 == 0;
-  return rows;
 }
 
 Tensor sinkhorn_assign(const Tensor& scores, const OptionalTensor& v, const Tensor& inverse_epsilon, bool codes) {

@@ -13,7 +13,7 @@
 // underflowed in E would count. Then E is formed anew at the potentials reached, and where that is not enough the iteration is exact.
 #include <math.h>
 
-#include "sinkhorn/sinkhorn.h"
+#include "sinkhorn/schedule.cuh"
 #include "sinkhorn/team.cuh"
 
 namespace kdfast {
@@ -38,7 +38,7 @@ class OnChip {
   __device__ void solve() {
     int t = 1;
     for (; t <= schedule_.iterations; ++t) {
-      const float last = p_.epsilon[problem_], now = epsilon_at(t, last);
+      const float last = p_.epsilon[problem_], now = epsilon_at(schedule_, t, last);
       const bool fresh = t == 1 || now != epsilon_;
       tests_ = schedule_.tol >= 0 && t > 1 && epsilon_ == last;
       if (fresh) settle(), epsilon_ = now;
@@ -98,14 +98,6 @@ class OnChip {
     const int rows = device::known_here(rows_ - team_.first_row());
 #pragma unroll
     for (int r = 0; r < R; ++r, at += p_.row_stride) load_row(at, columns_of(r, rows), e_[r]);
-  }
-
-  __device__ float epsilon_at(int t, float last) const {
-    if (schedule_.proximal) return device::divide(last, float(t));
-    double now = t < schedule_.iterations ? schedule_.anneal_start : 0;
-#pragma unroll 1
-    for (int i = 1; i < t && now > double(last); ++i) now *= schedule_.anneal_factor;
-    return now > double(last) ? float(now) : last;
   }
 
   // ---- one iteration --------------------------------------------------------------------------------------------------
@@ -320,6 +312,8 @@ static_assert(Square::kRows == Wide::kRows, "");
 constexpr int64_t kCluster = 8;  // blocks, on every device that has clusters
 
 }  // namespace
+
+bool sinkhorn_fits_on_chip(int64_t n, int64_t m) { return m <= Wide::kColumns && n <= Wide::kRows * (has_clusters() ? kCluster : 1); }
 
 const char* sinkhorn_on_chip(SinkhornOnChip params, void* stream) {
   const int64_t n = params.problems.n, m = params.problems.m, most = n > m ? n : m;

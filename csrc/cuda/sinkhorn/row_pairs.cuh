@@ -50,23 +50,24 @@ class RowPairs {
     device::load_four(v, int64_t(problem) * columns + j, Element::kFloat32, columns % 4 == 0, columns - j, 0, out);
   }
 
-  // Exponents x, in bits, become 2^(x - shift[r]); level(r) is then the largest of all threads' and total(r) their sum of 2^(x - level(r)).
-  __device__ void weigh(Tile& x, float (&shift)[kRows]) {
+  // Exponents x, in bits, become 2^(x - most[r]), 0 where the warp has nothing and that is -infinity; level(r) is then the largest of all threads' and total(r) their sum of 2^(x - level(r)).
+  __device__ void weigh(Tile& x, float (&most)[kRows]) {
     float* const pairs = device::shared_memory() + turn_ * kShared;
     turn_ ^= 1;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      float most = -INFINITY, sum = 0;
+      float sum = 0;
+      most[r] = -INFINITY;
 #pragma unroll
-      for (int c = 0; c < kWidth; ++c) most = fmaxf(most, x[r][c]);
+      for (int c = 0; c < kWidth; ++c) most[r] = fmaxf(most[r], x[r][c]);
 #pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, offset));
-      shift[r] = shift_of(most);
+      for (int offset = 16; offset > 0; offset /= 2) most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], offset));
+      const float shift = shift_of(most[r]);
 #pragma unroll
-      for (int c = 0; c < kWidth; ++c) x[r][c] = device::exp2_fast(x[r][c] - shift[r]), sum += x[r][c];
+      for (int c = 0; c < kWidth; ++c) x[r][c] = device::exp2_fast(x[r][c] - shift), sum += x[r][c];
 #pragma unroll
       for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-      if (thread_ % 32 == 0) pairs[2 * (r * kWarps + thread_ / 32)] = most, pairs[2 * (r * kWarps + thread_ / 32) + 1] = sum;
+      if (thread_ % 32 == 0) pairs[2 * (r * kWarps + thread_ / 32)] = most[r], pairs[2 * (r * kWarps + thread_ / 32) + 1] = sum;
     }
     __syncthreads();
     // Half a warp joins the warps' parts of a row: every warp does, for itself.
@@ -85,6 +86,9 @@ class RowPairs {
     if (p_.cluster > 1) device::cluster_barrier();
   }
 
+  // Of those that share a row.
+  __device__ int warp() const { return rank_ * (p_.threads / 32) + thread_ / 32; }
+
   // One thread of all that share a row.
   __device__ bool first() const { return thread_ == 0 && rank_ == 0; }
 
@@ -99,7 +103,7 @@ class RowPairs {
     const float own = most;
 #pragma unroll
     for (int offset = 8; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, offset));
-    sum *= device::exp2_fast(shift_of(own) - shift_of(most));
+    sum *= device::exp2_fast(own - shift_of(most));
 #pragma unroll
     for (int offset = 8; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
   }

@@ -73,11 +73,33 @@ struct SinkhornAssign {
   float *sums, *tops;  // [B, parts, columns], scratch
 };
 
-// Sets how rows are shared; false where there are too many columns.
+// All iterations of problems of any size, two launches each. Not with a tolerance, nor proximal.
+struct SinkhornStreamed {
+  int64_t batch;
+  SinkhornRows cost;             // [B, n, m]
+  const float *a, *b, *epsilon;  // as in SinkhornBatch, as all of these
+  const int64_t *rows, *columns;
+  float rho_a, rho_b;
+  SinkhornSchedule schedule;
+  const float* start_g;
+  SinkhornSolution out;
+  int t;  // the iteration of a launch
+  // Scratch: [B, m]; [B, parts, m]; [B, parts, sinkhorn_warps]; [B, parts]
+  float *v, *sums, *spent, *errors;
+};
+
+// Warps that share a row.
+inline int sinkhorn_warps(const SinkhornRows& rows) { return rows.cluster * (rows.threads / 32); }
+
+// On the current device.
+bool sinkhorn_fits_on_chip(int64_t n, int64_t m);
+// Set how rows are shared; false where there are too many columns.
+bool sinkhorn_streamed_plan(SinkhornStreamed& params);
 bool sinkhorn_assign_plan(SinkhornAssign& params);
 
 // Each puts its work in a stream and returns null, or what went wrong.
 const char* sinkhorn_on_chip(SinkhornOnChip params, void* stream);
+const char* sinkhorn_streamed(SinkhornStreamed params, void* stream);
 const char* sinkhorn_assign(const SinkhornAssign& params, void* stream);
 const char* sinkhorn_normalize(const SinkhornNormalize& params, void* stream);
 

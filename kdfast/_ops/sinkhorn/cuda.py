@@ -1,6 +1,7 @@
-"""impl="cuda": the kernels of csrc/cuda/sinkhorn, for problems that stay on chip through all their iterations.
+"""impl="cuda": the kernels of csrc/cuda/sinkhorn.
 
-They take a given cost of at most 256 columns and 128 rows, 1024 rows on GPUs with clusters (from compute capability 9.0).
+A float32 cost of at most 256 columns and 128 rows, 1024 rows on GPUs with clusters (from compute capability 9.0), stays on chip through all
+iterations; others are read once an iteration.
 """
 
 import torch
@@ -11,9 +12,10 @@ from kdfast._core import cuda_runtime as runtime
 from .geometry import Problem
 from .portable import Schedule, Solution
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COLUMNS, BLOCK_ROWS, BLOCKS = 256, 128, 8
-#: of a block in assign_pass
-ASSIGNED_COLUMNS = 8192
+#: of a block that reads rows one pair after another
+STREAMED_COLUMNS = 8192
 #: What normalize takes: a warp holds a matrix, shared memory the divisors of all steps of a block's.
 NORMALIZED_ROWS, NORMALIZED_ITERS = 32, 128
 
@@ -33,8 +35,8 @@ def refuses(
     **_facts,
 ) -> str | None:
     """Why the kernels cannot serve a call (None: they can)."""
-    if dtype != torch.float32:
-        return f"it takes float32, not {dtype}"
+    if dtype not in DTYPES:
+        return f"it takes float32, bfloat16 or float16, not {dtype}"
     if points:
         return "it takes a cost, not points"
     if method == "proximal" and tol is not None:
@@ -42,10 +44,13 @@ def refuses(
     wrong = runtime.refuses_device(device_type)
     if wrong is not None or size is None:
         return wrong
-    rows = BLOCK_ROWS * (BLOCKS if runtime.has_clusters() else 1)
-    if size[0] > rows or size[1] > COLUMNS:
-        return f"it takes problems of at most {rows} x {COLUMNS}, which stay on chip, not {size[0]} x {size[1]}"
-    return None
+    blocks = BLOCKS if runtime.has_clusters() else 1
+    if dtype == torch.float32 and size[0] <= BLOCK_ROWS * blocks and size[1] <= COLUMNS:
+        return None
+    if method == "proximal" or tol is not None:
+        return f"with tol or method='proximal' it takes float32 costs of at most {BLOCK_ROWS * blocks} x {COLUMNS}, which stay on chip"
+    most = STREAMED_COLUMNS * blocks
+    return None if size[1] <= most else f"it takes at most {most} columns, not {size[1]}"
 
 
 def refuses_matrices(*, device_type: str, dtype: torch.dtype, size: int, iters: int, **_facts) -> str | None:
@@ -59,12 +64,12 @@ def refuses_matrices(*, device_type: str, dtype: torch.dtype, size: int, iters: 
 
 def refuses_scores(*, device_type: str, dtype: torch.dtype, columns: int, **_facts) -> str | None:
     """Why assign_pass cannot serve a call (None: it can)."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in DTYPES:
         return f"it takes float32, bfloat16 or float16, not {dtype}"
     wrong = runtime.refuses_device(device_type)
     if wrong is not None:
         return wrong
-    most = ASSIGNED_COLUMNS * (BLOCKS if runtime.has_clusters() else 1)
+    most = STREAMED_COLUMNS * (BLOCKS if runtime.has_clusters() else 1)
     return None if columns <= most else f"it takes at most {most} columns, not {columns}"
 
 
@@ -80,7 +85,7 @@ def normalize(logits: Tensor, gradient: Tensor | None, iters: int, eps: float) -
 
 
 def solve(p: Problem, g: Tensor, schedule: Schedule, history: bool) -> Solution:
-    """Run `schedule` on every problem from column potentials g [B, m], in one launch."""
+    """Run `schedule` on every problem from column potentials g [B, m], in one launch where problems fit on chip, else two an iteration."""
     cost = p.cost if p.cost.stride(-1) == 1 else p.cost.contiguous()
     fields = (cost, *(None if t is None else t.contiguous() for t in p[1:8]), p.metric, p.rho_a, p.rho_b)
     return Solution(*runtime.OPS.sinkhorn_solve(*fields, g.contiguous(), *schedule, history))
