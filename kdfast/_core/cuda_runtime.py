@@ -20,7 +20,12 @@ def refuses_device(device_type: str) -> str | None:
     return None if device_type == DEVICE else f"it runs on {DEVICE} tensors, these are on {device_type}"
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def has_clusters() -> bool:
     """Whether blocks of the GPU in use can share a problem: from compute capability 9.0 on."""
+    return _has_clusters()
+
+
+@functools.cache
+def _has_clusters() -> bool:
     return torch.cuda.get_device_capability() >= (9, 0)
