@@ -1,4 +1,4 @@
-"""What every loss must stand: torch.vmap, differentiated in and outside of it, and rows not contiguous, differentiated twice."""
+"""What every loss must stand: torch.vmap, differentiated in and outside of it, and a second derivative."""
 
 import pytest
 import torch
@@ -53,7 +53,8 @@ def test_gradient_outside_vmap(name, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_second_derivative_of_rows_that_are_not_contiguous(name):
+def test_second_derivative(name):
+    """Of rows that are not contiguous, which kernels copy, and by torch.func.grad of itself."""
     loss, x, v = LOSSES[name], torch.randn(N, D), torch.randn(N, D)
 
     def product(x):  # with the Hessian
@@ -61,5 +62,7 @@ def test_second_derivative_of_rows_that_are_not_contiguous(name):
         linear = not gradient.requires_grad
         return gradient, torch.zeros_like(x) if linear else torch.autograd.grad((gradient * v).sum(), x)[0]
 
+    again = product(x.clone().requires_grad_())[1]
+    torch.testing.assert_close(torch.func.grad(lambda x: (torch.func.grad(loss)(x) * v).sum())(x), again, rtol=1e-4, atol=1e-4)
     for ours, expected in zip(product(x.T.contiguous().T.requires_grad_()), product(x.requires_grad_()), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)

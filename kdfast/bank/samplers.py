@@ -31,7 +31,7 @@ class _Sampler(nn.Module):
     def draw(self, rows: Tensor, generator: torch.Generator | Tensor | None = None, *, positive: bool = False) -> Tensor:
         """K bank rows for each sample, [N, K] int64 on the device of `rows`.
 
-        rows: [N] integers: the samples' own bank rows.
+        rows: [N] integers: the samples' own bank rows. A row that occurs twice draws the same negatives.
         generator: a torch.Generator, consumed for one number, or a 0-d integer seed tensor (compiled code); None: the
             sampler's own, or PyTorch's global one.
         positive: put the sample's own row first: [N, 1 + K], the `index` of `sampled_nce`.

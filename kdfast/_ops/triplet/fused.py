@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..._core.recording import recorded
-
 
 class Fused(NamedTuple):
     #: (wanted, *tensors, *settings) -> (value, *gradients of those wanted, each in its tensor's shape, float32)
@@ -19,8 +17,10 @@ class Fused(NamedTuple):
 
 def loss(fused: Fused, settings: tuple, *tensors: Tensor) -> Tensor:
     """The value, 0-d float32, with gradients for those of `tensors` that need them."""
-    wanted = tuple(recorded(t) for t in tensors)
-    if not any(wanted) and not torch._C._are_functorch_transforms_active():  # Dynamo cannot trace the Function there
+    if torch._C._are_functorch_transforms_active():  # the Functions below do not nest: no torch.func.grad of torch.func.grad
+        return fused.definition(*tensors, *settings)
+    wanted = tuple(torch.is_grad_enabled() and t.requires_grad for t in tensors)
+    if not any(wanted):  # Dynamo cannot trace the Function there
         return fused.kernel(wanted, *tensors, *settings)[0]
     return _Value.apply(fused, settings, wanted, *tensors)[0]
 
@@ -46,11 +46,6 @@ class _Value(Function):
         run = _Gradients.apply if torch.is_grad_enabled() else _Gradients.forward
         found = iter(run(ctx.fused, ctx.settings, ctx.wanted, g, *ctx.saved_tensors[:count], *ctx.saved_tensors[count:]))
         return None, None, None, *(next(found) if wanted else None for wanted in ctx.wanted)
-
-    @staticmethod
-    def vmap(info, in_dims, fused, settings, wanted, *tensors):
-        parts = [_Value.apply(fused, settings, wanted, *each) for each in _each(info, in_dims[3:], tensors)]
-        return tuple(torch.stack(t) for t in zip(*parts, strict=True)), (0,) * (1 + sum(wanted))
 
 
 class _Gradients(Function):
@@ -84,14 +79,3 @@ class _Gradients(Function):
         dg, *found = torch.func.vjp(gradients, g, *(tensors[i] for i in at))[1](cotangents)
         second = dict(zip(at, found, strict=True))
         return None, None, None, dg, *(None,) * len(at), *(second.get(i) for i in range(len(tensors)))
-
-    @staticmethod
-    def vmap(info, in_dims, fused, settings, wanted, *tensors):
-        parts = [_Gradients.apply(fused, settings, wanted, *each) for each in _each(info, in_dims[3:], tensors)]
-        return tuple(torch.stack(t) for t in zip(*parts, strict=True)), (0,) * sum(wanted)
-
-
-def _each(info, in_dims: tuple, tensors: tuple[Tensor, ...]):
-    """The tensors of each entry of vmap's batch."""
-    for b in range(info.batch_size):
-        yield tuple(t if dim is None else t.select(dim, b) for t, dim in zip(tensors, in_dims, strict=True))
