@@ -121,12 +121,28 @@ inline kdfast::Precision precision_of(int64_t precision) {
 
 // ---- results and scratch ----------------------------------------------------------------------------------------------------
 
+// By the C functions where there are any: a call through the dispatcher by name takes a microsecond, and a small call makes a dozen tensors.
 inline Tensor output(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type = ScalarType::Float) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
+  int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_aten_new_empty(like.get(), shape.data(), int64_t(shape.size()), &dtype, nullptr, nullptr, 0, nullptr, &made));
+  return Tensor(made);
 }
 
 inline Tensor scratch(int64_t count, ScalarType type = ScalarType::Float) {
-  return torch::stable::empty({count}, type, std::nullopt, std::nullopt, std::nullopt, std::nullopt);
+  static const Tensor* const any = new Tensor(torch::stable::empty({0}, type));
+  return output(*any, {count}, type);
+}
+
+// A contiguous `x` as a batch of one.
+inline Tensor batch_of_one(const Tensor& x) {
+  std::vector<int64_t> sizes{1}, strides{x.numel()};
+  for (int64_t d = 0; d < x.dim(); ++d) sizes.push_back(x.size(d)), strides.push_back(x.stride(d));
+  AtenTensorHandle view;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(x.get(), int64_t(sizes.size()), sizes.data(), strides.data(), x.storage_offset(), &view));
+  return Tensor(view);
 }
 
 inline float* floats_of(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }

@@ -21,7 +21,7 @@ using kdfast::InfoNceParams;
 struct Batch {
   bool given;
 
-  Tensor in(const Tensor& x) const { return given ? x : torch::stable::unsqueeze(x.is_contiguous() ? x : torch::stable::contiguous(x), 0); }
+  Tensor in(const Tensor& x) const { return given ? x : batch_of_one(x.is_contiguous() ? x : torch::stable::contiguous(x)); }
   OptionalTensor in(const OptionalTensor& x) const { return x.has_value() ? OptionalTensor(in(*x)) : x; }
 };
 

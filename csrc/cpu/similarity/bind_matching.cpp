@@ -18,7 +18,7 @@ using kdfast::MatchingGradients;
 struct MatchingCall {
   Matching m;
   PairParams p;
-  Tensor of_rows, labels;  // memory: scale and shift of every row; its label, or its positive
+  Tensor of_rows, labels;  // memory: scale and, for the sigmoid, shift of every row; its label, or its positive
 
   bool sigmoid() const { return p.shift != nullptr; }
   int64_t sides() const { return sigmoid() ? 0 : m.views ? 1 : 2; }
@@ -32,7 +32,7 @@ MatchingCall matching_call(const Tensor& x, const OptionalTensor& y, const Tenso
   const int64_t rows = x.size(0), width = x.size(1), samples = y.has_value() ? rows : rows / 2;
   const Tensor& other = y.has_value() ? *y : x;
   STD_TORCH_CHECK(other.scalar_type() == x.scalar_type(), "y must have the dtype of x");
-  MatchingCall call{{}, {}, scratch(2 * rows), labels.has_value() ? *labels : scratch(rows, ScalarType::Long)};
+  MatchingCall call{{}, {}, scratch((shift.has_value() ? 2 : 1) * rows), labels.has_value() ? *labels : scratch(rows, ScalarType::Long)};
   Matching& m = call.m;
   m.rows = rows, m.width = width, m.views = !y.has_value();
   m.x = row_matrix("x", x, {rows, width}), m.y = row_matrix("y", other, {rows, width});
@@ -59,12 +59,10 @@ MatchingCall matching_call(const Tensor& x, const OptionalTensor& y, const Tenso
 
 // The log-sum-exps of two views' rows over the rows of other samples, and what they have no room for.
 void view_log_sums(const MatchingCall& call, const Tensor& x, int64_t precision, float* lse, float* low) {
-  const auto one = [](const Tensor& t) { return torch::stable::unsqueeze(t, 0); };
-  Tensor of_rows = call.of_rows;
-  const Tensor scales = one(torch::stable::narrow(of_rows, 0, 0, call.m.rows));
-  const OptionalTensor none, labels = one(call.labels);
-  const auto [sums, pooled, rest] = kdfast::similarity_softmax(one(x), one(x), scales, none, none, none, none, labels, labels, none, none,
-                                                               none, false, precision, none);
+  const Tensor one = batch_of_one(x);
+  const OptionalTensor none, labels = batch_of_one(call.labels);
+  const auto [sums, pooled, rest] = kdfast::similarity_softmax(one, one, batch_of_one(call.of_rows), none, none, none, none, labels, labels, none,
+                                                               none, none, false, precision, none);
   std::copy_n(data<float>(sums), call.m.rows, lse);
   std::copy_n(data<float>(rest), call.m.rows, low);
 }

@@ -77,8 +77,9 @@ struct Partial {
 
 // Sums of `shape`, zero; [0] where not wanted.
 inline Tensor zeros(const Tensor& like, bool wanted, std::initializer_list<int64_t> shape) {
-  Tensor sums = wanted ? output(like, shape) : output(like, {0});
-  return torch::stable::zero_(sums);
+  const Tensor sums = wanted ? output(like, shape) : output(like, {0});
+  std::fill_n(floats_of(sums), sums.numel(), 0.0f);
+  return sums;
 }
 
 // task(PairTask, workspace) over a grid of parts x parts rectangles of each batch entry, in `parts` rounds: in a round no two rectangles
