@@ -83,6 +83,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "force_isa", [](const std::optional<std::string>& name) { kdfast::force_isa(name ? name->c_str() : nullptr); }, py::arg("name"),
       "Use this instruction set from now on; None: the best. RuntimeError if it is unknown or not on this machine.");
+  m.def("few_pairs", &kdfast::few_pairs, py::arg("rows"), py::arg("columns"), py::arg("width"),
+        "Whether so few scores are kept from a loss to its gradient.");
   m.def("build_info", &build_info, "{'compiler', 'flags', 'cxx'}");
   m.def("release_scratch", &kdfast::release_scratch,
         "Gives the scratch that large transport problems keep from call to call (at most 64 MiB) back to the system; returns its bytes.");

@@ -18,15 +18,16 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def(
       "info_nce(Tensor query, Tensor keys, Tensor scale, Tensor? bias, Tensor? query_labels, Tensor? key_labels, Tensor? key_index, "
       "Tensor? limit, Tensor? valid, Tensor? positive, Tensor? columns, Tensor? weights, bool include_positive, bool mean, bool pull, "
-      "int precision, Tensor? panels=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int precision, Tensor? panels=None, bool keep_keys=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "info_nce_grad(Tensor g, Tensor lse, Tensor lse_low, Tensor slopes, Tensor pull, Tensor query, Tensor keys, Tensor scale, Tensor? bias, "
       "Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, Tensor? columns, bool want_query, "
-      "bool want_keys, bool want_scale, bool want_bias, bool want_positive, int precision) -> Tensor[]");
+      "bool want_keys, bool want_scale, bool want_bias, bool want_positive, int precision, Tensor? kept_keys=None) -> Tensor[]");
   m.def(
       "similarity_distillation(Tensor student, Tensor keys, Tensor teacher, Tensor teacher_keys, Tensor scale, Tensor teacher_scale, "
-      "Tensor? bias, Tensor? start_logit, Tensor? teacher_start_logit, Tensor? key_index, Tensor? valid, int precision) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? bias, Tensor? start_logit, Tensor? teacher_start_logit, Tensor? key_index, Tensor? valid, int precision, bool kl=False, "
+      "bool mean=False) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("similarity_distillation_grad_rows(Tensor g, Tensor student, Tensor scale, Tensor difference, bool want_student, bool want_scale) -> Tensor[]");
   m.def(
       "similarity_distillation_grad_keys(Tensor g, Tensor log_sums, Tensor student, Tensor keys, Tensor teacher, Tensor teacher_keys, "
       "Tensor scale, Tensor teacher_scale, Tensor? bias, Tensor? key_index, Tensor? valid, int precision) -> Tensor");
@@ -39,10 +40,11 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "sigmoid_gradients(Tensor g, Tensor x, Tensor y, Tensor scale, Tensor shift, Tensor positive, bool want_x, bool want_y, int precision) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "matching_loss(Tensor x, Tensor? y, Tensor scale, Tensor? shift, Tensor? labels, bool mean, int precision) -> (Tensor, Tensor)");
+      "matching_loss(Tensor x, Tensor? y, Tensor scale, Tensor? shift, Tensor? labels, bool mean, bool keep_x, bool keep_y, int precision) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "matching_loss_grad(Tensor g, Tensor statistics, Tensor x, Tensor? y, Tensor scale, Tensor? shift, Tensor? labels, bool want_x, "
-      "bool want_y, bool want_scale, bool want_shift, int precision) -> Tensor[]");
+      "matching_loss_grad(Tensor g, Tensor statistics, Tensor kept_x, Tensor kept_y, Tensor x, Tensor? y, Tensor scale, Tensor? shift, "
+      "Tensor? labels, bool want_x, bool want_y, bool want_scale, bool want_shift, int precision) -> Tensor[]");
   m.def("unit_length(Tensor x) -> (Tensor, Tensor)");
   m.def("unit_length_grad(Tensor dy, Tensor x, Tensor norm) -> Tensor");
   m.def("sup_con(Tensor x, Tensor scale, Tensor labels, bool mean, int precision) -> (Tensor, Tensor)");

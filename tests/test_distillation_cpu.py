@@ -265,3 +265,22 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.kdfast.similarity_distillation.default, (*(a[name] for name in NAMES), 0))
     given = tuple(a[name] for name in NAMES if not name.endswith("start_logit"))
     torch.library.opcheck(torch.ops.kdfast.similarity_distillation_grad_keys.default, (torch.randn(5), forward(a)[3], *given, 0))
+    rows = torch.randn(5, 8), torch.rand(5), torch.randn(5, 8)
+    for kl, mean in ((True, False), (False, True)):
+        torch.library.opcheck(torch.ops.kdfast.similarity_distillation.default, (*(a[name] for name in NAMES), 0, kl, mean))
+        g = torch.rand(()) if mean else torch.rand(5)
+        torch.library.opcheck(torch.ops.kdfast.similarity_distillation_grad_rows.default, (g, *rows, kl, mean))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_the_gradient(dtype):
+    g, student, scale, difference = torch.randn(5), torch.randn(5, 9).to(dtype), torch.rand(5), torch.randn(5, 9)
+    dstudent, dscale = torch.ops.kdfast.similarity_distillation_grad_rows(g, student, scale, difference, True, True)
+    torch.testing.assert_close(dstudent, (g * scale)[:, None] * difference)
+    torch.testing.assert_close(dscale, g * (student.float() * difference).sum(1))
+    for of_mean, of_rows in zip(
+        torch.ops.kdfast.similarity_distillation_grad_rows(g[0], student, scale, difference, True, True),
+        torch.ops.kdfast.similarity_distillation_grad_rows(g[0].expand(5).contiguous() / 5, student, scale, difference, True, True),
+        strict=True,
+    ):
+        torch.testing.assert_close(of_mean, of_rows)

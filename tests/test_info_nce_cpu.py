@@ -256,8 +256,33 @@ def test_opcheck(mean):
     for lead in ((), (1,)):
         check(torch.ops.kdfast.info_nce, forward(positive=POSITIVE, weights=WEIGHTS, mean=mean), lead)
         check(torch.ops.kdfast.info_nce, forward(columns=COLUMNS, bias=torch.rand(3), mean=mean, include_positive=False, pull=False), lead)
+        check(torch.ops.kdfast.info_nce, forward(positive=POSITIVE, mean=mean, panels=None, keep_keys=True), lead)
         check(torch.ops.kdfast.info_nce_grad, backward(**(dict(g=torch.rand(())) if mean else {})), lead)
+        if mean and not lead:
+            kept = dict(g=torch.rand(()), columns=None, want_bias=False, kept_keys=torch.rand(1, 3, 5))
+            check(torch.ops.kdfast.info_nce_grad, backward(**kept), lead)
         check(torch.ops.kdfast.info_nce_grad, backward(pull=torch.empty(0), want_query=False, want_scale=False, want_keys=False), lead)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("size", "copies"), [((1, 1, 7), 1), ((65, 63, 33), 2), ((7, 257, 64), 1), ((70, 200, 20), 3)], ids=str)
+def test_few_pairs_have_both_gradients_from_the_scores_of_the_loss(isa, size, copies, dtype):
+    """The mean's, beside those of the rows, each of a pass of its own."""
+    n, m, d = size
+    for factor in (1.0, 60.0):  # logits that lie far apart
+        inputs = [
+            (x * factor).detach().requires_grad_()
+            for x in (unit(n, d, dtype=dtype), unit(n, copies, d, dtype=dtype), unit(m, d, dtype=dtype))
+        ]
+        temperature = torch.rand(n).add(0.1).requires_grad_()
+        every = [*inputs, temperature]
+        for include in (True, False):
+            options = dict(temperature=temperature, include_positive=include, impl="cpu")
+            kept = torch.autograd.grad(info_nce(*inputs, **options), every, torch.tensor(0.7))
+            apart = torch.autograd.grad(info_nce(*inputs, reduction="none", **options), every, torch.full((n,), 0.7 / n))
+            for x, y in zip(kept, apart, strict=True):
+                close = 5e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+                torch.testing.assert_close(x, y, rtol=close, atol=close * float(y.abs().max()))
 
 
 @pytest.mark.parametrize("other", DTYPES, ids=str)
@@ -300,6 +325,8 @@ def test_bad_arguments(given, message):
         (dict(pull=torch.empty(0)), "pull must have 3 dimensions"),
         (dict(lse=torch.rand(1, 3)), "lse has size"),
         (dict(columns=COLUMNS + 1), r"columns must be in \[-1, 3\)"),
+        (dict(kept_keys=torch.rand(1, 3, 5)), "kept for the mean"),
+        (dict(g=torch.rand(()), columns=None, want_bias=False, kept_keys=torch.rand(1, 2, 5)), "kept_keys has size"),
     ],
 )
 def test_bad_arguments_of_the_gradient(given, message):

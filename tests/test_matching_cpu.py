@@ -76,6 +76,35 @@ def test_as_accurate_as_the_formula(isa, fused, formula, size, dtype):
         assert_as_good_as(x, naive, truth)
 
 
+@SIZES
+@LOSSES
+def test_the_mean_is_as_accurate(isa, fused, formula, size):
+    """Few pairs have their gradients from the scores of the loss."""
+    inputs, g = problem(*size), torch.tensor(0.7)
+    ours = gradients(fused, inputs, g)
+    mean = lambda *leaves: formula(*leaves).mean()
+    for x, naive, truth in zip(ours, gradients(mean, inputs, g), gradients(mean, inputs, g, torch.float64), strict=True):
+        assert_as_good_as(x, naive, truth)
+
+
+@DTYPES
+@LOSSES
+def test_the_mean_of_few_pairs_is_that_of_the_rows(isa, fused, formula, dtype):
+    """Logits that lie far apart, samples of all lengths, operands that are not finite."""
+    for scale, bad in ((300.0, 0.0), (1e-3, 0.0), (8.0, torch.nan), (8.0, torch.inf)):
+        x, y, _, shift = problem(70, 20)
+        x, y = x * torch.logspace(-3, 0.5, 70)[:, None], y * torch.logspace(0.5, -3, 70)[:, None]
+        x[3, 4] += bad
+        inputs = x.to(dtype), y.to(dtype), torch.tensor(scale), shift
+        rows = len(fused(*inputs, reduction="none"))
+        kept = gradients(fused, inputs, torch.ones(()))
+        apart = gradients(lambda *leaves: fused(*leaves, reduction="none"), inputs, torch.full((rows,), 1 / rows))
+        torch.testing.assert_close(kept[0], apart[0].mean(), equal_nan=True)
+        for a, b in zip(kept[1:], apart[1:], strict=True):
+            close = 5e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps  # logits in the hundreds, rounded in two ways
+            torch.testing.assert_close(a, b, rtol=close, atol=close * float(b.abs().nan_to_num(0, 0, 0).max()), equal_nan=True)
+
+
 @LOSSES
 def test_reductions(fused, formula):
     inputs = problem(20, 16)
@@ -172,11 +201,12 @@ def test_the_ops_are_described_to_the_compiler():
     x, y, scale, shift = problem(6, 9)
     for given in ((y, scale, None, None), (None, scale, None, torch.arange(6) % 3), (y, scale, shift, None)):
         for mean in (True, False):
-            statistics = torch.ops.kdfast.matching_loss(x, *given, mean, 0)[1]
-            torch.library.opcheck(torch.ops.kdfast.matching_loss, (x, *given, mean, 0))
-            g = torch.ones(()) if mean else torch.ones(6)
-            want = (True, given[0] is not None, True, given[2] is not None)
-            torch.library.opcheck(torch.ops.kdfast.matching_loss_grad, (g, statistics, x, *given, *want, 0))
+            for keep in ((True, given[0] is not None), (False, False)):
+                _, *found = torch.ops.kdfast.matching_loss(x, *given, mean, *keep, 0)
+                torch.library.opcheck(torch.ops.kdfast.matching_loss, (x, *given, mean, *keep, 0))
+                g = torch.ones(()) if mean else torch.ones(6)
+                want = (True, given[0] is not None, True, given[2] is not None)
+                torch.library.opcheck(torch.ops.kdfast.matching_loss_grad, (g, *found, x, *given, *want, 0))
 
 
 @pytest.mark.parametrize(
@@ -194,4 +224,4 @@ def test_the_ops_are_described_to_the_compiler():
 def test_bad_tensors_are_refused(change, message):
     arguments = {"x": torch.ones(6, 9), "y": torch.ones(6, 9), "scale": torch.ones(())} | dict.fromkeys(("shift", "labels")) | change
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.kdfast.matching_loss(*arguments.values(), True, 0)
+        torch.ops.kdfast.matching_loss(*arguments.values(), True, False, False, 0)

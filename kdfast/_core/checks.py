@@ -81,7 +81,7 @@ def same_width(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 def positive_number(name: str, x) -> None:
     """`x` is a float > 0, or a floating tensor (whose values are not read: that would synchronise)."""
     number(name, x)
-    if isinstance(x, Real) and not (x > 0 and math.isfinite(x)):
+    if not isinstance(x, Tensor) and not 0 < x < math.inf:
         raise ValueError(f"{name} must be a finite number > 0, got {x}")
 
 
@@ -96,7 +96,7 @@ def number(name: str, x) -> None:
     if isinstance(x, Tensor):
         if x.dtype not in FLOATING:
             raise TypeError(f"{name} must be a float or a floating tensor, got a tensor of {x.dtype}")
-    elif isinstance(x, bool) or not isinstance(x, Real):
+    elif type(x) is not float and (isinstance(x, bool) or not isinstance(x, Real)):  # of a float at once: Real's own test takes longer
         raise TypeError(f"{name} must be a float or a floating tensor, got {type(x).__name__}")
 
 

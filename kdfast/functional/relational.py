@@ -69,7 +69,7 @@ def similarity_distillation(
     if teacher_keys.shape[0] != keys.shape[0]:
         raise ValueError(f"teacher_bank must have a row for each of student_bank's {keys.shape[0]}, got {teacher_keys.shape[0]}")
     valid = None if given.valid is None else checks.prefix("bank_valid", given.valid, keys.shape[0], student.device)
-    teacher = teacher.detach()
+    teacher = teacher.detach() if teacher.requires_grad else teacher
     if own or student_positive is not None or teacher_positive is not None:
         student_positive = _positive("student_positive", student_positive, teacher, student)
         teacher_positive = _positive("teacher_positive", teacher_positive, teacher, teacher).detach()

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <functional>
 #include <tuple>
 
 #include "similarity/bind_similarity.h"
@@ -93,7 +94,7 @@ void run(const DistillationParams& p) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distillation(
     const Tensor& student, const Tensor& keys, const Tensor& teacher, const Tensor& teacher_keys, const Tensor& scale,
     const Tensor& teacher_scale, const OptionalTensor& bias, const OptionalTensor& start_logit, const OptionalTensor& teacher_start_logit,
-    const OptionalTensor& key_index, const OptionalTensor& valid, int64_t precision) {
+    const OptionalTensor& key_index, const OptionalTensor& valid, int64_t precision, bool kl, bool mean) {
   DistillationParams p = parameters(student, keys, teacher, teacher_keys, scale, teacher_scale, bias, key_index, valid, precision);
   STD_TORCH_CHECK(start_logit.has_value() == teacher_start_logit.has_value(), "start_logit and teacher_start_logit come together");
   const int64_t rows = p.student.rows;
@@ -105,7 +106,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distillation(
   const Tensor difference = output(student, {rows, p.student.width}), log_sums = output(student, {4, rows});
   p.loss = made(loss), p.entropy = made(entropy), p.difference = made(difference), p.log_sums = made(log_sums);
   if (rows > 0) run(p);
-  return {loss, entropy, difference, log_sums};
+  if (kl) std::transform(p.loss, p.loss + rows, p.entropy, p.loss, std::minus<float>());
+  if (!mean) return {loss, entropy, difference, log_sums};
+  const Tensor value = output(student, {});
+  *floats_of(value) = mean_of(p.loss, rows);
+  return {value, entropy, difference, log_sums};
+}
+
+// Those of the student's rows and scales, [rows, width] and [rows], that are wanted; of the losses' mean, g is one number.
+std::vector<Tensor> similarity_distillation_grad_rows(const Tensor& g, const Tensor& student, const Tensor& scale, const Tensor& difference,
+                                                      bool want_student, bool want_scale) {
+  STD_TORCH_CHECK(student.dim() == 2, "student must have 2 dimensions, got ", student.dim());
+  kdfast::InfoNceParams p{};  // rows without positives
+  p.batch = 1, p.rows = student.size(0), p.width = student.size(1);
+  p.query = row_matrix("student", student, {p.rows, p.width}), p.scale = packed<float>("scale", scale, {p.rows});
+  const bool mean = g.dim() == 0;
+  kdfast::InfoNceGradients d{};
+  d.g = mean ? packed<float>("g", g, {}) : packed<float>("g", g, {p.rows});
+  d.g_stride = mean ? 0 : 1, d.factor = mean ? 1 / float(p.rows) : 1;
+  d.pull = packed<float>("difference", difference, {p.rows, p.width});
+  std::vector<Tensor> found;
+  const auto wanted = [&](bool want, const std::vector<int64_t>& shape) -> float* {
+    if (!want) return nullptr;
+    found.push_back(output(student, shape));
+    return floats_of(found.back());
+  };
+  d.dquery = wanted(want_student, {p.rows, p.width}), d.dscale = wanted(want_scale, {p.rows});
+  const int64_t workers = workers_for(double(p.rows) * double(p.width) * 4);
+  for_each_task(workers, workers, [&](int64_t, int64_t t) {
+    kdfast::cpu_kernels().info_nce_grad_rows(p, d, t * p.rows / workers, (t + 1) * p.rows / workers);
+  });
+  return found;
 }
 
 // Keys are cut among threads, each of whose sums belong to one thread: no merge, and the same bits for any number of threads.
@@ -138,5 +169,6 @@ Tensor similarity_distillation_grad_keys(const Tensor& g, const Tensor& log_sums
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("similarity_distillation", TORCH_BOX(&similarity_distillation));
+  m.impl("similarity_distillation_grad_rows", TORCH_BOX(&similarity_distillation_grad_rows));
   m.impl("similarity_distillation_grad_keys", TORCH_BOX(&similarity_distillation_grad_keys));
 }

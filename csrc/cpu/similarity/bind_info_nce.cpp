@@ -7,12 +7,13 @@
 #include <tuple>
 #include <vector>
 
-#include "similarity/bind_similarity.h"
+#include "similarity/bind_pairs.h"
 
 namespace {
 
 using kdfast::InfoNceGradients;
 using kdfast::InfoNceParams;
+using kdfast::InfoNceRows;
 
 // ---- tensors --------------------------------------------------------------------------------------------------------
 
@@ -55,14 +56,39 @@ void for_rows(const InfoNceParams& p, const F& f) {
   for_each_task(workers, workers, [&](int64_t, int64_t t) { f(t * rows / workers, (t + 1) * rows / workers); });
 }
 
+// ---- few pairs ------------------------------------------------------------------------------------------------------
+
+// The losses of few_pairs with lse, lse_low and slopes, and from the same scores both gradients: pull, and the keys' for an upstream of 1 of
+// every loss.
+void kept_info_nce(const InfoNceParams& p, const Tensor& keys, int64_t precision, const InfoNceRows& r, float* lse, float* lse_low,
+                   float* keys_sums) {
+  PairParams pairs{};
+  pairs.precision = precision_for_rows(precision_of(precision), std::min(p.rows, keys.size(1)), kPairRowsOnVectors);
+  pairs.batch = 1, pairs.rows = p.rows, pairs.columns = keys.size(1), pairs.width = p.width;
+  pairs.x = p.query, pairs.y = row_matrix("keys", keys, {1, pairs.columns, p.width});
+  pairs.scale = p.scale;
+  const Tensor slopes = scratch(p.rows);
+  float* const slope = floats_of(slopes);
+  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
+  kept_symmetric_sums(pairs, lse, lse_low, nullptr, nullptr, [&] {
+    InfoNceRows rows = r;
+    rows.pull = nullptr;
+    kernels.info_nce_rows(p, rows);
+    for (int64_t i = 0; i < p.rows; ++i) slope[i] = std::accumulate(r.slopes + i * p.positives, r.slopes + (i + 1) * p.positives, 0.0f);
+  }, {slope, lse, lse_low}, {r.pull, keys_sums, nullptr});
+  kernels.info_nce_pull(p, r);
+}
+
 // ---- the ops --------------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const Tensor& keys, const Tensor& scale, const OptionalTensor& bias,
+// Losses or their mean, lse, lse_low, slopes, pull, and the keys' gradient for an upstream of 1 of every loss: where it is asked for, with pull,
+// and the pairs are few and none left out; else [0], and info_nce_grad forms it.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const Tensor& keys, const Tensor& scale, const OptionalTensor& bias,
                                                     const OptionalTensor& query_labels, const OptionalTensor& key_labels,
                                                     const OptionalTensor& key_index, const OptionalTensor& limit, const OptionalTensor& valid,
                                                     const OptionalTensor& positive, const OptionalTensor& columns,
                                                     const OptionalTensor& weights, bool include_positive, bool mean, bool want_pull,
-                                                    int64_t precision, const OptionalTensor& panels) {
+                                                    int64_t precision, const OptionalTensor& panels, bool keep_keys) {
   STD_TORCH_CHECK(positive.has_value() != columns.has_value(), "positive or columns must be given, and not both");
   const Batch batch{query.dim() == 3};
   const Tensor q = batch.in(query), k = batch.in(keys), s = batch.in(scale);
@@ -82,29 +108,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query,
   }
   p.weights = row_data<float>("weights", w, {p.batch, p.rows, p.positives});
 
-  const auto [lse, pull, lse_low] =
-      kdfast::similarity_softmax(q, k, s, b, none, none, none, batch.in(query_labels), batch.in(key_labels), batch.in(key_index),
-                                 batch.in(limit), batch.in(valid), want_pull, precision, panels);
   Tensor losses = batch.given ? output(query, {p.batch, p.rows}) : output(query, {p.rows});
   const Tensor slopes = output(query, {p.batch, p.rows, p.positives});
-  float *const out = floats_of(losses), *const slope = floats_of(slopes), *const pulls = want_pull ? floats_of(pull) : nullptr;
-  for_rows(p, [&](int64_t begin, int64_t end) {
-    kdfast::cpu_kernels().info_nce_rows(p, {begin, end, include_positive, data<float>(lse), out, slope, pulls});
-  });
+  float *const out = floats_of(losses), *const slope = floats_of(slopes);
+  const bool rules = bias.has_value() || query_labels.has_value() || key_index.has_value() || limit.has_value() || valid.has_value();
+  const bool keep = keep_keys && mean && want_pull && !batch.given && given.has_value() && !rules && kdfast::few_pairs(p.rows, k.size(1), p.width);
+  const auto [lse, pull, lse_low] =
+      keep ? std::tuple(output(query, {1, p.rows}), output(query, {1, p.rows, p.width}), output(query, {1, p.rows}))
+           : kdfast::similarity_softmax(q, k, s, b, none, none, none, batch.in(query_labels), batch.in(key_labels), batch.in(key_index),
+                                        batch.in(limit), batch.in(valid), want_pull, precision, panels);
+  const Tensor kept = keep ? output(query, {1, k.size(1), p.width}) : output(query, {0});
+  const InfoNceRows rows{0, p.batch * p.rows, include_positive, data<float>(lse), out, slope, want_pull ? floats_of(pull) : nullptr};
+  if (keep) {
+    kept_info_nce(p, k, precision, rows, floats_of(lse), floats_of(lse_low), floats_of(kept));
+  } else {
+    for_rows(p, [&](int64_t begin, int64_t end) {
+      InfoNceRows part = rows;
+      part.begin = begin, part.end = end;
+      kdfast::cpu_kernels().info_nce_rows(p, part);
+    });
+  }
   if (mean) {
     const float value = mean_of(out, p.batch * p.rows);
     losses = output(query, {});
     *floats_of(losses) = value;
   }
-  return {losses, lse, lse_low, slopes, pull};
+  return {losses, lse, lse_low, slopes, pull, kept};
 }
 
-// The gradients that are wanted, in the order of query, keys, scale, bias, positive, each with a leading batch dimension.
+// The gradients that are wanted, in the order of query, keys, scale, bias, positive, with a leading batch dimension where the arguments have one.
 std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& lse, const Tensor& lse_low, const Tensor& slopes, const Tensor& pull, const Tensor& query,
                                   const Tensor& keys, const Tensor& scale, const OptionalTensor& bias, const OptionalTensor& query_labels,
                                   const OptionalTensor& key_labels, const OptionalTensor& key_index, const OptionalTensor& limit,
                                   const OptionalTensor& valid, const OptionalTensor& columns, bool want_query, bool want_keys,
-                                  bool want_scale, bool want_bias, bool want_positive, int64_t precision) {
+                                  bool want_scale, bool want_bias, bool want_positive, int64_t precision,
+                                  const OptionalTensor& kept_keys) {
   const Batch batch{query.dim() == 3};
   const Tensor q = batch.in(query), s = batch.in(scale);
   InfoNceParams p = rows_of(q, s);
@@ -122,18 +160,29 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& lse, const Tens
   if (want_query || want_scale) d.pull = packed<float>("pull", pull, {p.batch, p.rows, p.width});
 
   OptionalTensor dquery, dkeys, dscale, dbias, dpositive, dlse;
-  const auto wanted = [&](OptionalTensor& x, bool want, const std::vector<int64_t>& shape) -> float* {
+  const auto wanted = [&](OptionalTensor& x, bool want, std::vector<int64_t> shape) -> float* {
     if (!want) return nullptr;
+    if (!batch.given) shape.erase(shape.begin());
     x = output(query, shape);
     return floats_of(*x);
   };
   d.dquery = wanted(dquery, want_query, {p.batch, p.rows, p.width});
   d.dscale = wanted(dscale, want_scale, {p.batch, p.rows});
   d.dpositive = wanted(dpositive, want_positive, {p.batch, p.rows, p.positives, p.width});
-  d.dlse = wanted(dlse, want_keys || want_bias, {p.batch, p.rows});
+  const bool kept = kept_keys.has_value() && kept_keys->numel() > 0;
+  if ((want_keys && !kept) || want_bias) {
+    dlse = output(query, {p.batch, p.rows});
+    d.dlse = floats_of(*dlse);
+  }
   for_rows(p, [&](int64_t begin, int64_t end) { kdfast::cpu_kernels().info_nce_grad_rows(p, d, begin, end); });
 
-  if (dlse.has_value()) {
+  if (kept && want_keys) {
+    STD_TORCH_CHECK(mean && !want_bias && !columns.has_value(), "the gradient of keys is kept for the mean of losses without exclusions");
+    const float factor = d.factor * *d.g;
+    const float* const sums = packed<float>("kept_keys", *kept_keys, {1, keys.size(-2), p.width});
+    float* const out = wanted(dkeys, true, {1, keys.size(-2), p.width});
+    std::transform(sums, sums + kept_keys->numel(), out, [&](float x) { return factor * x; });
+  } else if (dlse.has_value()) {
     const Tensor k = batch.in(keys);
     const OptionalTensor none;
     const auto [all_keys, all_bias, no_values] =
@@ -150,6 +199,8 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& lse, const Tens
       kdfast::cpu_kernels().info_nce_grad_candidates(p, d);
     }
   }
+  if (!batch.given && dkeys.has_value() && dkeys->dim() == 3) dkeys = torch::stable::squeeze(*dkeys, 0);
+  if (!batch.given && dbias.has_value()) dbias = torch::stable::squeeze(*dbias, 0);
   std::vector<Tensor> found;
   for (const OptionalTensor* x : {&dquery, &dkeys, &dscale, &dbias, &dpositive})
     if (x->has_value()) found.push_back(**x);

@@ -67,15 +67,65 @@ void view_log_sums(const MatchingCall& call, const Tensor& x, int64_t precision,
   std::copy_n(data<float>(rest), call.m.rows, low);
 }
 
-constexpr int64_t kStatistics = 3;  // log-sum-exps, their low digits and slopes of a side, [rows] each
+// Log-sum-exps, their low digits and slopes of a side, [rows] each. Of the sigmoid loss the sums of the weights, where the sums are kept.
+constexpr int64_t kStatistics = 3;
 
-std::tuple<Tensor, Tensor> matching_loss(const Tensor& x, const OptionalTensor& y, const Tensor& scale, const OptionalTensor& shift,
-                                         const OptionalTensor& labels, bool mean, int64_t precision) {
+// A backward pass: the rows' upstream gradients and sums over the pairs.
+struct Backward {
+  const MatchingCall& call;
+  const float *row, *column;  // statistics
+  Tensor of_rows;
+  float *row_g, *column_g, *pull;
+
+  Backward(const MatchingCall& call, const float* statistics)
+      : call(call), row(statistics), column(call.m.views ? row : row + kStatistics * call.m.rows), of_rows(scratch(3 * call.m.rows)) {
+    row_g = floats_of(of_rows), column_g = row_g + call.m.rows, pull = column_g + call.m.rows;
+  }
+
+  // g[i stride] times `share` is the upstream gradient of row i's loss.
+  void set(const float* g, int64_t stride, float share) const {
+    const int64_t rows = call.m.rows;
+    for (int64_t i = 0; i < rows; ++i) row_g[i] = column_g[i] = share * g[i * stride];
+    for (int64_t i = 0; i < rows && call.sides() > 0; ++i) row_g[i] *= row[2 * rows + i], column_g[i] *= column[2 * rows + i];
+    for (int64_t i = 0; i < rows; ++i) pull[i] = call.sigmoid() ? 0 : row_g[i] + column_g[call.m.partner(i)];
+  }
+  SymmetricUpstream upstream() const {
+    const int64_t rows = call.m.rows;
+    return {row_g, row, row + rows, column_g, column, column + rows};
+  }
+};
+
+inline float* data_of(bool want, const Tensor& x) { return want ? floats_of(x) : nullptr; }
+
+// (losses or their mean, statistics, sums of the rows of x and of y): the sums for an upstream of 1 of the mean, where they are asked for and
+// few_pairs; else [0], and matching_loss_grad forms them.
+std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const OptionalTensor& y, const Tensor& scale, const OptionalTensor& shift,
+                                                         const OptionalTensor& labels, bool mean, bool keep_x, bool keep_y, int64_t precision) {
   const MatchingCall call = matching_call(x, y, scale, shift, labels, precision);
   const int64_t rows = call.m.rows, sides = call.sides();
-  const Tensor statistics = output(x, {sides * kStatistics, rows}), losses = output(x, {rows});
+  const bool kept = mean && (keep_x || keep_y) && kdfast::few_pairs(rows, rows, call.m.width);
+  const Tensor losses = output(x, {rows}), statistics = output(x, {call.sigmoid() ? int64_t(kept) : sides * kStatistics, rows});
+  const auto sums = [&](bool keep) { return kept && keep ? output(x, {rows, call.m.width}) : output(x, {0}); };
+  const Tensor x_sums = sums(keep_x), y_sums = sums(keep_y);
   float *const row = floats_of(statistics), *const column = row + kStatistics * rows;
-  if (call.sigmoid()) {
+  const auto find_losses = [&] {
+    kdfast::cpu_kernels().matching_losses(call.m, {sides, {row, column}, floats_of(losses), {row + 2 * rows, column + 2 * rows}});
+  };
+  if (kept) {
+    const Backward back(call, row);
+    const float one = 1;
+    if (call.sigmoid()) {
+      std::fill_n(row, rows, 0.0f);
+      back.set(&one, 0, 1 / float(rows));
+      kept_sigmoid_sums(call.p, floats_of(losses), back.row_g, {data_of(keep_x, x_sums), data_of(keep_y, y_sums), row});
+    } else {
+      const bool both = !call.m.views;
+      kept_symmetric_sums(call.p, row, row + rows, both ? column : nullptr, column + rows, [&] {
+        find_losses();
+        back.set(&one, 0, 1 / float(rows));
+      }, back.upstream(), {data_of(keep_x, x_sums), data_of(keep_y, y_sums), nullptr});
+    }
+  } else if (call.sigmoid()) {
     sigmoid_losses(call.p, floats_of(losses));
   } else {
     if (call.m.views) {
@@ -83,12 +133,12 @@ std::tuple<Tensor, Tensor> matching_loss(const Tensor& x, const OptionalTensor& 
     } else {
       symmetric_log_sums(call.p, row, row + rows, column, column + rows);
     }
-    kdfast::cpu_kernels().matching_losses(call.m, {sides, {row, column}, floats_of(losses), {row + 2 * rows, column + 2 * rows}});
+    find_losses();
   }
-  if (!mean) return {losses, statistics};
+  if (!mean) return {losses, statistics, x_sums, y_sums};
   const Tensor value = output(x, {});
   *floats_of(value) = mean_of(floats_of(losses), rows);
-  return {value, statistics};
+  return {value, statistics, x_sums, y_sums};
 }
 
 double total(const Tensor& x, int64_t count) {
@@ -98,53 +148,51 @@ double total(const Tensor& x, int64_t count) {
 }
 
 // The gradients that are wanted, in the order of x, y, scale, shift.
-std::vector<Tensor> matching_loss_grad(const Tensor& g, const Tensor& statistics, const Tensor& x, const OptionalTensor& y, const Tensor& scale,
-                                       const OptionalTensor& shift, const OptionalTensor& labels, bool want_x, bool want_y, bool want_scale,
-                                       bool want_shift, int64_t precision) {
+std::vector<Tensor> matching_loss_grad(const Tensor& g, const Tensor& statistics, const Tensor& kept_x, const Tensor& kept_y, const Tensor& x,
+                                       const OptionalTensor& y, const Tensor& scale, const OptionalTensor& shift, const OptionalTensor& labels,
+                                       bool want_x, bool want_y, bool want_scale, bool want_shift, int64_t precision) {
   const MatchingCall call = matching_call(x, y, scale, shift, labels, precision);
   const Matching& m = call.m;
   const int64_t rows = m.rows, sides = call.sides();
-  const bool mean = g.dim() == 0;
+  const bool mean = g.dim() == 0, kept = kept_x.numel() + kept_y.numel() > 0, sum_x = want_x || want_scale;
   const float* const upstream = mean ? packed<float>("g", g, {}) : packed<float>("g", g, {rows});
-  const float* const row = packed<float>("statistics", statistics, {sides * kStatistics, rows});
-  const float* const column = m.views ? row : row + kStatistics * rows;
+  const Backward back(call, packed<float>("statistics", statistics, {call.sigmoid() ? int64_t(kept) : sides * kStatistics, rows}));
+  const float one = 1;
+  back.set(kept ? &one : upstream, mean ? 0 : 1, mean ? 1 / float(rows) : 1);
 
-  const Tensor of_rows = scratch(3 * rows);
-  float *const row_g = floats_of(of_rows), *const column_g = row_g + rows, *const pull = column_g + rows;
-  for (int64_t i = 0; i < rows; ++i) row_g[i] = column_g[i] = mean ? *upstream / float(rows) : upstream[i];
-  for (int64_t i = 0; i < rows && sides > 0; ++i) row_g[i] *= row[2 * rows + i], column_g[i] *= column[2 * rows + i];
-  for (int64_t i = 0; i < rows; ++i) pull[i] = call.sigmoid() ? 0 : row_g[i] + column_g[m.partner(i)];
-
-  const bool sum_x = want_x || want_scale;
-  const Tensor x_sums = zeros(x, sum_x, {rows, m.width}), y_sums = zeros(x, want_y, {rows, m.width});
-  const Tensor weights = zeros(x, call.sigmoid(), {rows}), dscale = zeros(x, want_scale, {rows});
-  const auto wanted = [](bool want, const Tensor& sums) { return want ? floats_of(sums) : nullptr; };
-  const PairSums sums{wanted(sum_x, x_sums), wanted(want_y, y_sums), wanted(call.sigmoid(), weights)};
-  if (call.sigmoid()) {
-    sigmoid_sums(call.p, row_g, sums);
+  const Tensor x_sums = kept ? kept_x : zeros(x, sum_x, {rows, m.width}), y_sums = kept ? kept_y : zeros(x, want_y, {rows, m.width});
+  const Tensor weights = kept ? statistics : zeros(x, call.sigmoid(), {rows}), dscale = zeros(x, want_scale, {rows});
+  if (kept) {
+    STD_TORCH_CHECK(mean, "sums are kept for the mean of the losses");
+    if (sum_x) packed<float>("kept_x", kept_x, {rows, m.width});
+    if (want_y) packed<float>("kept_y", kept_y, {rows, m.width});
+  } else if (call.sigmoid()) {
+    sigmoid_sums(call.p, back.row_g, {data_of(sum_x, x_sums), data_of(want_y, y_sums), floats_of(weights)});
   } else {
-    symmetric_sums(call.p, {row_g, row, row + rows, column_g, column, column + rows}, sums);
+    symmetric_sums(call.p, back.upstream(), {data_of(sum_x, x_sums), data_of(want_y, y_sums), nullptr});
   }
 
   std::vector<Tensor> found;
   const auto made = [&](bool want, const Tensor& of) -> void* {
     if (!want) return nullptr;
-    found.push_back(x.scalar_type() == ScalarType::Float ? of : output(x, {rows, m.width}, x.scalar_type()));  // floats in place
+    const bool in_place = x.scalar_type() == ScalarType::Float && !kept;
+    found.push_back(in_place ? of : output(x, {rows, m.width}, x.scalar_type()));
     return found.back().mutable_data_ptr();
   };
+  const float factor = kept ? *upstream : 1;
   void *const dx = made(want_x, x_sums), *const dy = made(want_y, y_sums);
-  const MatchingGradients d{pull, sums.x_sums, sums.y_sums, dx, dy, wanted(want_scale, dscale)};
+  const MatchingGradients d{factor, back.pull, data_of(sum_x, x_sums), data_of(want_y, y_sums), dx, dy, data_of(want_scale, dscale)};
   const int64_t workers = workers_for(double(rows) * double(m.width) * 4);
   for_each_task(workers, workers, [&](int64_t, int64_t t) {
     kdfast::cpu_kernels().matching_gradients(m, d, t * rows / workers, (t + 1) * rows / workers);
   });
-  const auto add_scalar = [&](bool want, const Tensor& terms, double factor) {
+  const auto add_scalar = [&](bool want, const Tensor& terms, double times) {
     if (!want) return;
     found.push_back(output(x, {}));
-    *floats_of(found.back()) = float(factor * total(terms, rows));
+    *floats_of(found.back()) = float(times * total(terms, rows));
   };
   add_scalar(want_scale, dscale, m.views ? 0.5 : 1);  // with two views the sums held every pair twice
-  add_scalar(want_shift, weights, 1);
+  add_scalar(want_shift, weights, factor);
   return found;
 }
 

@@ -131,6 +131,25 @@ inline void symmetric_sums(const PairParams& p, const SymmetricUpstream& upstrea
       [&](const PairTask& task, float* work) { kernels.symmetric_grad(p, task, upstream, sums, work); });
 }
 
+// Both for few_pairs, from the same scores: `between()` makes the upstream gradients of the log-sum-exps. column_lse null: not wanted.
+template <class Between>
+void kept_symmetric_sums(const PairParams& p, float* row_lse, float* row_low, float* column_lse, float* column_low, const Between& between,
+                         const SymmetricUpstream& upstream, const PairSums& sums) {
+  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
+  const Partial of_rows(1, p.rows), of_columns(1, p.columns);
+  const Tensor workspace = scratch(kernels.kept_symmetric_workspace(p, sums));
+  auto merge = [&] {
+    leave_vectors();
+    of_rows.merge(row_lse, row_low);
+    if (column_lse != nullptr) of_columns.merge(column_lse, column_low);
+    between();
+  };
+  const kdfast::Step step{[](void* f) { (*static_cast<decltype(merge)*>(f))(); }, &merge};
+  kernels.kept_symmetric(p, {of_rows.maximum(0, 0), of_rows.sum(0, 0), of_columns.maximum(0, 0), of_columns.sum(0, 0)}, step, upstream, sums,
+                         floats_of(workspace));
+  leave_vectors();
+}
+
 // The sigmoid pair loss of every row. Cut as the log-sum-exps; a row's parts are added up in order.
 inline void sigmoid_losses(const PairParams& p, float* losses) {
   const Grid grid(p);
@@ -157,6 +176,14 @@ inline void sigmoid_sums(const PairParams& p, const float* g, const PairSums& su
       p, 1 + (sums.x_sums != nullptr) + (sums.y_sums != nullptr),
       [&](int64_t rows, int64_t columns) { return kernels.sigmoid_grad_workspace(p, sums, rows, columns); },
       [&](const PairTask& task, float* work) { kernels.sigmoid_grad(p, task, g, sums, work); });
+}
+
+// Both for few_pairs, from the same scores.
+inline void kept_sigmoid_sums(const PairParams& p, float* losses, const float* g, const PairSums& sums) {
+  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
+  const Tensor workspace = scratch(kernels.kept_sigmoid_workspace(p, sums));
+  kernels.kept_sigmoid(p, losses, g, sums, floats_of(workspace));
+  leave_vectors();
 }
 
 }  // namespace

@@ -48,6 +48,7 @@ struct InfoNceGradients {
 // One instruction set's.
 struct InfoNceKernels {
   void (*info_nce_rows)(const InfoNceParams&, const InfoNceRows&);
+  void (*info_nce_pull)(const InfoNceParams&, const InfoNceRows&);  // sum_j p_ij k_j times dloss / dlse in, instead
   void (*info_nce_grad_rows)(const InfoNceParams&, const InfoNceGradients&, int64_t begin, int64_t end);
   void (*info_nce_grad_candidates)(const InfoNceParams&, const InfoNceGradients&);
 };

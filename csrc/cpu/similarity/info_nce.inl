@@ -63,6 +63,14 @@ inline float upstream(const InfoNceGradients& d, int64_t row) { return d.factor 
 
 // ---- the entries of the dispatch table ------------------------------------------------------------------------------
 
+// Takes off row i's pull what its positives pull by.
+template <class C>
+void pull_positives(const InfoNceParams& p, const InfoNceRows& r, int64_t i, const C* candidates) {
+  for (int64_t j = 0; j < p.positives; ++j)
+    if (const int64_t column = column_of(p, i, j); column >= 0)
+      scaled<true>(r.pull + i * p.width, -r.slopes[i * p.positives + j], candidates + candidate(p, i, column), p.width);
+}
+
 template <class Q, class C>
 void info_nce_rows_of(const InfoNceParams& p, const InfoNceRows& r, const Q* queries, const C* candidates) {
   for (int64_t i = r.begin; i < r.end; ++i) {
@@ -84,15 +92,19 @@ void info_nce_rows_of(const InfoNceParams& p, const InfoNceRows& r, const Q* que
     if (r.pull == nullptr) continue;
     float* const pull = r.pull + i * p.width;
     scaled<false>(pull, sum, pull, p.width);
-    for (int64_t j = 0; j < p.positives; ++j)
-      if (const int64_t column = column_of(p, i, j); column >= 0)
-        scaled<true>(pull, -slopes[j], candidates + candidate(p, i, column), p.width);
+    pull_positives(p, r, i, candidates);
   }
 }
 
 void info_nce_rows(const InfoNceParams& p, const InfoNceRows& r) {
   with_elements(p.query, [&](const auto* queries) {
     with_elements(p.candidates, [&](const auto* candidates) { info_nce_rows_of(p, r, queries, candidates); });
+  });
+}
+
+void info_nce_pull(const InfoNceParams& p, const InfoNceRows& r) {
+  with_elements(p.candidates, [&](const auto* candidates) {
+    for (int64_t i = r.begin; i < r.end; ++i) pull_positives(p, r, i, candidates);
   });
 }
 

@@ -5,6 +5,7 @@ namespace kdfast {
 extern const InfoNceKernels KDFAST_UNIT(info_nce);
 const InfoNceKernels KDFAST_UNIT(info_nce) = {
     .info_nce_rows = info_nce_rows,
+    .info_nce_pull = info_nce_pull,
     .info_nce_grad_rows = info_nce_grad_rows,
     .info_nce_grad_candidates = info_nce_grad_candidates,
 };

@@ -24,9 +24,10 @@ struct MatchingLosses {
   float* slopes[2];
 };
 
-// With pull_i = -dloss / d(scale x_i.y_partner) and sums over the other pairs as symmetric_grad leaves them, gradients of x and y in the elements'
-// type. Null: not wanted.
+// With pull_i = -dloss / d(scale x_i.y_partner) and sums over the other pairs as symmetric_grad leaves them, all times `factor`, gradients of x
+// and y in the elements' type. Null: not wanted.
 struct MatchingGradients {
+  float factor;
   const float* pull;             // [rows]
   const float *x_sums, *y_sums;  // [rows, width]
   void *dx, *dy;                 // [rows, width]

@@ -42,7 +42,7 @@ struct ClassStatistics {
 };
 
 // Upstream gradients g of the log-sum-exps L of rows and columns: W_ij = g^r_i exp(z_ij - L^r_i) + g^c_j exp(z_ij - L^c_j). L is lse + low.
-// Whole arrays.
+// Whole arrays; those of the columns null: 0.
 struct SymmetricUpstream {
   const float *row_g, *row_lse, *row_low;           // [batch, rows]
   const float *column_g, *column_lse, *column_low;  // [batch, columns]
@@ -59,6 +59,18 @@ struct PairSums {
   float* weights;  // [batch, rows], sum_j W_ij; for the sigmoid pair loss alone
 };
 
+// A step that the caller takes in the middle of a kernel.
+struct Step {
+  void (*take)(void* context);
+  void* context;
+};
+
+// Pairs whose scores are kept from the loss to the gradient: a table of 256 KB, beside 1 MB of operands, and products that one thread does in
+// a fifth of a millisecond.
+inline bool few_pairs(int64_t rows, int64_t columns, int64_t width) {
+  return rows > 0 && rows * columns <= int64_t(1) << 16 && (rows + columns) * width <= int64_t(1) << 18 && rows * columns * width <= int64_t(1) << 23;
+}
+
 // One instruction set's.
 struct PairsKernels {
   int64_t (*symmetric_workspace)(const PairParams&, int64_t rows, int64_t columns);  // floats, for tasks up to this size
@@ -71,6 +83,14 @@ struct PairsKernels {
   void (*sigmoid)(const PairParams&, const PairTask&, float* loss, float* workspace);  // loss [task rows]
   int64_t (*sigmoid_grad_workspace)(const PairParams&, const PairSums&, int64_t rows, int64_t columns);
   void (*sigmoid_grad)(const PairParams&, const PairTask&, const float* g, const PairSums&, float* workspace);  // g [batch, rows]
+
+  // Statistics and sums of few_pairs, all of the one batch entry, from the same scores; `between` makes the upstream gradients. Sums of rows and
+  // columns are written, not added to.
+  int64_t (*kept_symmetric_workspace)(const PairParams&, const PairSums&);
+  void (*kept_symmetric)(const PairParams&, const SymmetricStatistics&, const Step& between, const SymmetricUpstream&, const PairSums&,
+                         float* workspace);
+  int64_t (*kept_sigmoid_workspace)(const PairParams&, const PairSums&);
+  void (*kept_sigmoid)(const PairParams&, float* loss, const float* g, const PairSums&, float* workspace);
 };
 
 }  // namespace kdfast

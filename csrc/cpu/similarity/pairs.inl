@@ -124,6 +124,7 @@ struct PairPass {
 
 // ---- sums weighted by a function of the scores --------------------------------------------------------------------------
 
+// kept: the tile has the scores of all rows and columns.
 struct PairGradientWorkspace {
   int64_t rows, block, group;  // group: rows whose weights are collected transposed
   Rows x;
@@ -139,7 +140,7 @@ struct PairGradientWorkspace {
 
   template <class Product>
   PairGradientWorkspace(Product product, const PairParams& p, bool want_x, bool want_y, int64_t row_count, int64_t columns, Arena& arena,
-                        int64_t most_columns = kPairBlock<Product>) {
+                        int64_t most_columns = kPairBlock<Product>, bool kept = false) {
     rows = rows_at_once<Product>(p.width, row_count);
     block = smaller(most_columns, round_up(columns, kPanel));
     group = smaller(kTransposedRows<Product>, round_up(rows, kPanel));
@@ -148,6 +149,7 @@ struct PairGradientWorkspace {
     y.panels.plan(product, p.width, block, true, want_x, arena);
     x_sums.plan(want_x ? rows : 0, p.width, arena);
     tile.plan(product, Product::kRowChunk, block, arena);
+    if (kept) arena.take((round_up(rows, Product::kRowChunk) - Product::kRowChunk) * tile.stride);  // its other rows
     scale = arena.take(round_up(rows, Product::kRowChunk));
     if (!want_y) return;
     x_panels.plan(product, p.width, group, false, true, arena);
@@ -159,6 +161,8 @@ struct PairGradientWorkspace {
     transposed_words = sums * transposed_stride;
   }
 
+  Tile tile_from(int64_t row) const { return {tile.base + row * tile.stride, tile.stride, tile.shift}; }
+
   // Rows that only fill the last tile are never written.
   void clear_transposed() const { __builtin_memset(transposed, 0, size_t(4 * transposed_words)); }
 };
@@ -168,6 +172,10 @@ struct PairGradientWorkspace {
 //   begin_block(block)
 //   weigh(block, i, scores)         replaces row i's scores by its weights; what becomes of the columns that do not exist is no matter
 //   kKnowsIdle                      whether it has idle(block, row, rows): all weights of a chunk are 0
+//   learn(product, block, workspace) where kKeepsScores: once all scores are there, and before the first is weighed
+template <class Weights>
+constexpr bool kKeepsScores = false;
+
 template <class Product, class Weights>
 struct PairGradientPass {
   const PairParams& p;
@@ -176,6 +184,8 @@ struct PairGradientPass {
   PairGradientWorkspace& w;
   const int64_t first, count;
   Weights& weights;
+
+  static constexpr bool kKept = kKeepsScores<Weights>;
 
   int64_t padded_rows() const { return round_up(count, Product::kRowMultiple); }
 
@@ -193,7 +203,7 @@ struct PairGradientPass {
         Packing<Product>::pack_block(group_panels(row), x, first + row, rows, round_up(rows, kPanel));
       }
     }
-    if (out.x_sums != nullptr) __builtin_memset(w.x_sums.at(0), 0, size_t(4 * padded_rows() * w.x_sums.stride));
+    if (out.x_sums != nullptr && !kKept) __builtin_memset(w.x_sums.at(0), 0, size_t(4 * padded_rows() * w.x_sums.stride));
     stream_blocks(Product{}, w.block, padded_rows(), task.column_begin, task.column_end, *this, w.y);
     if (out.x_sums != nullptr) add_to(out.x_sums + (task.batch * p.rows + first) * p.width, w.x_sums, count);
   }
@@ -204,32 +214,49 @@ struct PairGradientPass {
     return panels;
   }
 
+  // Of kept scores these are all.
   void add_to(float* to, const Sums& sums, int64_t count) const {
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t d = 0; d < p.width; ++d) to[i * p.width + d] += sums.at(i)[d];
+    for (int64_t i = 0; i < count; ++i) {
+      if constexpr (kKept) {
+        __builtin_memcpy(to + i * p.width, sums.at(i), size_t(4 * p.width));
+      } else {
+        for (int64_t d = 0; d < p.width; ++d) to[i * p.width + d] += sums.at(i)[d];
+      }
+    }
   }
 
   void begin_block(const Block& block) const {
     weights.begin_block(block);
-    if (out.y_sums != nullptr) __builtin_memset(w.y_sums.at(0), 0, size_t(4 * round_up(block.columns, Product::kRowMultiple) * w.y_sums.stride));
+    if (out.y_sums != nullptr && !kKept) __builtin_memset(w.y_sums.at(0), 0, size_t(4 * round_up(block.columns, Product::kRowMultiple) * w.y_sums.stride));
   }
 
   void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
-    const int64_t exist = smaller(rows, count - row);
     bool idle = false;
-    if constexpr (Weights::kKnowsIdle) idle = weights.idle(block, row, exist);
+    if constexpr (Weights::kKnowsIdle) idle = weights.idle(block, row, smaller(rows, count - row));
     if (idle && out.y_sums == nullptr) return;
-    if (!idle) score_rows(Product{}, w.x.at(row), w.x.stride, rows, w.y.panels, block.padded, w.tile.scores(0), w.tile.stride);
+    const Tile tile = kKept ? w.tile_from(row) : w.tile;
+    if (!idle) score_rows(Product{}, w.x.at(row), w.x.stride, rows, w.y.panels, block.padded, tile.scores(0), tile.stride);
+    if constexpr (!kKept) {
+      weigh_and_sum(block, row, rows, tile, next, idle);
+    } else if (row + rows == padded_rows()) {
+      weights.learn(Product{}, block, w);
+      for (int64_t i = 0; i < padded_rows(); i += Product::kRowChunk)
+        weigh_and_sum(block, i, smaller(Product::kRowChunk, padded_rows() - i), w.tile_from(i), next, idle);
+    }
+  }
+
+  void weigh_and_sum(const Block& block, int64_t row, int64_t rows, const Tile& tile, const Prefetch& next, bool idle) const {
+    const int64_t exist = smaller(rows, count - row);
     for (int64_t i = 0; i < round_up(rows, 2 * kLanes); ++i) {
-      float* const scores = w.tile.scores(i);
+      float* const scores = tile.scores(i);
       const bool weighed = i < exist && !idle;
       if (weighed) weights.weigh(block, row + i, scores);
       const int64_t kept = weighed ? block.columns : 0;
       __builtin_memset(scores + kept, 0, size_t(4 * (block.padded - kept)));
     }
     for (int64_t i = row; i < row + rows; ++i) next.fetch(i);
-    if (out.y_sums != nullptr) collect(block, row, rows);
-    if (out.x_sums != nullptr && !idle) sum_for_rows(block, row, rows);
+    if (out.y_sums != nullptr) collect(block, row, rows, tile);
+    if (out.x_sums != nullptr && !idle) sum_for_rows(block, row, rows, tile);
     if (out.y_sums == nullptr) return;
     const int64_t in_group = row % w.group + rows;
     const bool last = row + rows == padded_rows();
@@ -238,14 +265,14 @@ struct PairGradientPass {
   }
 
   // The chunk's weights, times each row's scale, as columns of W^T.
-  void collect(const Block& block, int64_t row, int64_t rows) const {
+  void collect(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
     constexpr int64_t kRun = 2 * kLanes;
     alignas(64) float square[kLanes * kRun];
     for (int64_t i = 0; i < rows; i += kRun) {
       const Vec scale0 = load(w.scale + row + i), scale1 = load(w.scale + row + i + kLanes);
       for (int64_t j = 0; j < block.padded; j += kLanes) {
-        transpose(w.tile.scores(i) + j, w.tile.stride, square, kRun);
-        transpose(w.tile.scores(i + kLanes) + j, w.tile.stride, square + kLanes, kRun);
+        transpose(tile.scores(i) + j, tile.stride, square, kRun);
+        transpose(tile.scores(i + kLanes) + j, tile.stride, square + kLanes, kRun);
         float* to = w.transposed + j * w.transposed_stride;
         for (int64_t k = 0; k < kLanes; ++k, to += w.transposed_stride)
           Packing<Product>::store_weights(to, row % w.group + i, load(square + k * kRun) * scale0, load(square + k * kRun + kLanes) * scale1);
@@ -254,22 +281,32 @@ struct PairGradientPass {
   }
 
   // dX += W Y
-  void sum_for_rows(const Block& block, int64_t row, int64_t rows) const {
+  void sum_for_rows(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
     if constexpr (!__is_same(Product, Float32Product)) {
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < block.padded; j += 2 * kLanes)
-          Packing<Product>::store_weights(w.tile.weights(i), j, load(w.tile.scores(i) + j), load(w.tile.scores(i) + j + kLanes));
+          Packing<Product>::store_weights(tile.weights(i), j, load(tile.scores(i) + j), load(tile.scores(i) + j + kLanes));
     }
-    sum_rows(Product{}, w.tile.weights(0), w.tile.stride, rows, block.columns, w.y.panels, AddTile{w.x_sums.at(row), w.x_sums.stride});
+    give_tile(w.x_sums, row, true, [&](auto to) { sum_rows(Product{}, tile.weights(0), tile.stride, rows, block.columns, w.y.panels, to); });
   }
 
   // dY += W^T X for a group of rows
   void sum_for_columns(const Block& block, int64_t row, int64_t rows) const {
     const Panels panels = group_panels(row);
     const int64_t columns = round_up(block.columns, Product::kRowMultiple);
-    for (int64_t j = 0; j < columns; j += Product::kRowChunk)
-      sum_rows(Product{}, w.transposed + j * w.transposed_stride, w.transposed_stride, smaller(Product::kRowChunk, columns - j), rows, panels,
-               AddTile{w.y_sums.at(j), w.y_sums.stride});
+    for (int64_t j = 0; j < columns; j += Product::kRowChunk) {
+      give_tile(w.y_sums, j, row == 0, [&](auto to) {
+        sum_rows(Product{}, w.transposed + j * w.transposed_stride, w.transposed_stride, smaller(Product::kRowChunk, columns - j), rows, panels, to);
+      });
+    }
+  }
+
+  // f(epilogue) for sums from row `at` on. They grow; those of kept scores, which nothing has set to zero, begin with the `first`.
+  template <class F>
+  static void give_tile(const Sums& sums, int64_t at, [[maybe_unused]] bool first, const F& f) {
+    if constexpr (kKept)
+      if (first) return f(StoreTile{sums.at(at), sums.stride});
+    f(AddTile{sums.at(at), sums.stride});
   }
 };
 

@@ -1,5 +1,5 @@
 // A unit compiled once for each instruction set, and its part of the dispatch table.
-#include "similarity/sigmoid.inl"
+#include "similarity/kept.inl"
 #include "similarity/sup_con.inl"
 
 namespace kdfast {
@@ -15,5 +15,9 @@ const PairsKernels KDFAST_UNIT(pairs) = {
     .sigmoid = sigmoid,
     .sigmoid_grad_workspace = sigmoid_grad_workspace,
     .sigmoid_grad = sigmoid_grad,
+    .kept_symmetric_workspace = kept_symmetric_workspace,
+    .kept_symmetric = kept_symmetric,
+    .kept_sigmoid_workspace = kept_sigmoid_workspace,
+    .kept_sigmoid = kept_sigmoid,
 };
 }  // namespace kdfast

@@ -19,6 +19,19 @@ struct SigmoidRow {
   double logit(float score) const { return double(score) * double(scale) + double(shift); }
 };
 
+// softplus(-z) of a positive and its derivative, in double. The mathematical library's instructions wait for vector registers whose upper halves are set,
+// which gcc does not see where softplus is a function of its own.
+struct PositivePair {
+  double loss, slope;
+};
+inline PositivePair positive_pair(double z) {
+#if defined(__x86_64__) && KDFAST_LANES > 4
+  __builtin_ia32_vzeroupper();
+#endif
+  const double e = __builtin_exp(-__builtin_fabs(z));
+  return {(z < 0 ? -z : 0) + __builtin_log1p(e), -(z < 0 ? 1 : e) / (1 + e)};
+}
+
 // All bits set for the columns that exist.
 inline void mark_columns(int32_t* exists, const Block& block) {
   for (int64_t j = 0; j < block.padded; ++j) exists[j] = j < block.columns ? -1 : 0;
@@ -58,10 +71,10 @@ struct SigmoidStatistic {
       const SigmoidRow terms(p, at);
       float* const scores = tile.scores(i);
       const int64_t positive = positive_in(p, at, block);
-      float of_positive = 0;
+      float of_positive = 0, score = 0;
       if (positive >= 0) {
-        const double z = terms.logit(scores[positive]);
-        of_positive = float((z < 0 ? -z : 0) + __builtin_log1p(__builtin_exp(-__builtin_fabs(z))));
+        score = scores[positive];
+        of_positive = float(positive_pair(terms.logit(score)).loss);
         scores[positive] = score_left_out(terms.scale);
       }
       Vec sum0 = {}, sum1 = {};
@@ -69,6 +82,7 @@ struct SigmoidStatistic {
         sum0 += loss_of(terms, scores, j);
         sum1 += loss_of(terms, scores, j + kLanes);
       }
+      if (positive >= 0) scores[positive] = score;
       sum0 += sum1;
       sum0[0] += of_positive;
       store(lanes + i * kLanes, sum0);
@@ -98,7 +112,7 @@ struct SigmoidWeights {
   void weigh(const Block& block, int64_t i, float* scores) const {
     const int64_t at = task.batch * p.rows + first + i, positive = positive_in(p, at, block);
     const SigmoidRow terms(p, at);
-    const float of_positive = positive < 0 ? 0 : float(-double(g[at]) / (1 + __builtin_exp(terms.logit(scores[positive]))));
+    const float of_positive = positive < 0 ? 0 : float(double(g[at]) * positive_pair(terms.logit(scores[positive])).slope);
     const Vec upstream = splat(g[at]);
     Vec sum = {};
     for (int64_t j = 0; j < block.padded; j += kLanes) {

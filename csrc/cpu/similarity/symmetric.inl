@@ -227,11 +227,11 @@ struct SymmetricWeights {
 
   void begin_block(const Block& block) {
     block_near = true;
-    for (int64_t j = 0; j < block.columns; ++j) {
+    for (int64_t j = 0; upstream.column_g != nullptr && j < block.columns; ++j) {
       const int64_t at = task.batch * p.columns + block.first + j;
       block_near &= column.set(j, upstream.column_lse[at], upstream.column_low[at], upstream.column_g[at], centre);
     }
-    for (int64_t j = block.columns; j < block.padded; ++j) column.set(j, 0, 0, 0, centre);
+    for (int64_t j = upstream.column_g != nullptr ? block.columns : 0; j < block.padded; ++j) column.set(j, -kInfinity, 0, 0, centre);
     const int64_t begin = task.batch * p.columns;
     if (p.y_labels != nullptr) labels.begin_block(p.y_labels + begin, block);
     if (upstream.column_class == nullptr) return;

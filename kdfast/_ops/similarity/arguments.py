@@ -89,10 +89,12 @@ def problem(query, keys, scale, values, bias, start, exclude, valid, precision_n
         checks.exact_shape("bias", bias, (count,) if bias.dim() == 1 else (*batch, count))
         checks.alike("bias", bias, "query", query, dtype=False)
         bias = bias.to(acc)
-    compute = how_to_compute(query, precision_name)._replace(panels=panels)
-    start_logit, start_value = _start(start, query, keys if values is None else values, acc, compute.dtype)
+    compute = how_to_compute(query, precision_name, panels)
+    start_logit = start_value = None
+    if start is not None:
+        start_logit, start_value = _start(start, query, keys if values is None else values, acc, compute.dtype)
     rules = exclude if isinstance(exclude, exclusions.Rules) else exclusions.flatten(exclude, query, keys, acc)
-    valid = _valid(valid, query, keys, batch)
+    valid = None if valid is None else _valid(valid, query, keys, batch)
 
     impl = impls.choose("similarity_softmax", impl, device_type=query.device.type, dtype=compute.dtype)
     lead = (1, rows)
@@ -125,9 +127,7 @@ def row_parameter(name: str, x, query: Tensor) -> Tensor:
     return x.to(acc).expand(rows).contiguous()
 
 
-def _start(start, query: Tensor, values: Tensor, acc: torch.dtype, compute: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    if start is None:
-        return None, None
+def _start(start, query: Tensor, values: Tensor, acc: torch.dtype, compute: torch.dtype) -> tuple[Tensor, Tensor | None]:
     if not isinstance(start, tuple) or len(start) != 2:
         raise TypeError(f"start must be a tuple (logit, value), got {type(start).__name__}")
     logit, value = start
@@ -141,20 +141,18 @@ def _start(start, query: Tensor, values: Tensor, acc: torch.dtype, compute: torc
     return logit.to(acc), None if value is None else value.to(compute)
 
 
-def _valid(valid, query: Tensor, keys: Tensor, batch: list[int]) -> Tensor | None:  # [] or [*B] int64
-    if valid is None:
-        return None
+def _valid(valid, query: Tensor, keys: Tensor, batch: list[int]) -> Tensor:  # [] or [*B] int64
     valid = checks.prefix("valid", valid, keys.shape[-2], query.device, tuple(batch))
     return valid if isinstance(valid, Tensor) else torch.full((), int(valid), dtype=torch.int64, device=query.device)
 
 
-def how_to_compute(query: Tensor, precision_name: str | None) -> Compute:
-    name = precision.resolve(precision_name, query.device.type)
-    if query.dtype == torch.float64:
-        return Compute(torch.float64, "ieee")
-    dtype = query.dtype
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
+def how_to_compute(query: Tensor, precision_name: str | None, panels: Tensor | None = None) -> Compute:
+    dtype, device_type = query.dtype, query.device.type
+    name = precision.resolve(precision_name, device_type)
+    if dtype == torch.float64:
+        return Compute(dtype, "ieee", panels)
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
     elif name == "bf16" and dtype == torch.float32:
         dtype = torch.bfloat16
-    return Compute(dtype, "bf16" if dtype == torch.bfloat16 else "ieee" if dtype == torch.float16 else name)
+    return Compute(dtype, "bf16" if dtype == torch.bfloat16 else "ieee" if dtype == torch.float16 else name, panels)

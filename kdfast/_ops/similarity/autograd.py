@@ -27,7 +27,7 @@ def _kept(ctx, rows: int) -> tuple[tuple, tuple]:
 
 
 def _versions(tensors: tuple) -> tuple[int | None, ...]:
-    return tuple(None if t is None or t.is_inference() else t._version for t in tensors)
+    return tuple([None if t is None or t.is_inference() else t._version for t in tensors])
 
 
 class Similarity(Function):

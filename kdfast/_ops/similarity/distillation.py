@@ -81,8 +81,8 @@ def distillation_rows(
     mean: bool = False,
     precision: str | None = None,
     impl: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(losses [N] or, with `mean`, their mean; the student's lse [N] without gradient). A row that admits nothing has lse -inf.
+) -> tuple[Tensor, Tensor | None]:
+    """(losses [N]; the student's lse [N] without gradient) or, with `mean`, (their mean, None). A row that admits nothing has lse -inf.
 
     student [N, Ds], keys [M, Ds], teacher [N, Dt], teacher_keys [M, Dt] or None for `keys`; the sides may differ in dtype. `start` = logits
     [N] of one more candidate, student's and teacher's. key_index [N, E]: columns left out, -1 none. The teacher's rows and keys get
@@ -108,9 +108,10 @@ def distillation_rows(
     inputs = (student, keys, tensors.scale, logit, *fixed)
     transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     if chosen == "cpu" and not transforms and not recorded(fixed.scale, teacher_logit, bias):
-        return Distillation.apply(call, *inputs)
+        losses, log_sums = Distillation.apply(call, *inputs)
+        return losses, None if mean else log_sums[0]
     losses, lse = _composed(call, *inputs)
-    return losses, lse.detach()
+    return losses, None if mean else lse.detach()
 
 
 def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Tensor, Tensor]:
@@ -150,17 +151,16 @@ def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Te
 
 
 class Distillation(Function):
-    """(losses [N] or their mean, lse [N]) by the fused pass, outside transforms."""
+    """(losses [N] or their mean; lse of the student and of the teacher, each followed by its low digits, [4, N]) by the fused pass."""
 
     @staticmethod
     def forward(ctx, call, student, keys, scale, start_logit, *fixed):
         inputs = _for_kernel(call, student, keys, scale, *fixed)
         f = Fixed(*fixed)
         starts = tuple(None if x is None else x.contiguous() for x in (start_logit, f.start_logit))
-        losses, entropy, difference, log_sums = torch.ops.kdfast.similarity_distillation(*inputs[:7], *starts, *inputs[7:], call.products)
-        losses = losses - entropy if call.kl else losses
-        losses = losses.mean() if call.mean else losses
-        lse = log_sums[0]
+        losses, _, difference, log_sums = torch.ops.kdfast.similarity_distillation(
+            *inputs[:7], *starts, *inputs[7:], call.products, call.kl, call.mean
+        )
         slope = None
         if start_logit is not None:
             slope = start_weight(start_logit, *log_sums[:2]) - start_weight(f.start_logit, *log_sums[2:])
@@ -172,9 +172,9 @@ class Distillation(Function):
         elif hold:
             ctx.versions = _versions(bank)
         _keep(ctx, rows, bank, hold)
-        ctx.mark_non_differentiable(lse)
+        ctx.mark_non_differentiable(log_sums)
         ctx.set_materialize_grads(False)
-        return losses, lse
+        return losses, log_sums
 
     @staticmethod
     def backward(ctx, g, _):
@@ -189,18 +189,16 @@ class Distillation(Function):
 def _gradients(call, want, versions, g, student, scale, start_logit, slope, difference, log_sums, keys, *fixed):
     """The gradients of <g, losses> in (student, keys, scale, start_logit), None where not wanted."""
     want_student, want_keys, want_scale, want_start = want
-    dkeys = None
-    if call.mean:
-        g = (g / student.shape[0]).expand(student.shape[0])
-    if want_keys:
-        inputs = _for_kernel(call, student, keys, scale, *fixed)
-        dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(g.contiguous(), log_sums, *inputs, call.products).to(keys.dtype)
-    return (
-        ((g * scale)[:, None] * difference).to(student.dtype) if want_student else None,
-        dkeys,
-        g * dot(student.to(difference.dtype), difference) if want_scale else None,
-        g * slope if want_start else None,
-    )
+    dkeys = dstart = None
+    if want_keys or want_start:
+        of_rows = (g / student.shape[0]).expand(student.shape[0]).contiguous() if call.mean else g
+        if want_start:
+            dstart = of_rows * slope
+        if want_keys:
+            inputs = _for_kernel(call, student, keys, scale, *fixed)
+            dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(of_rows, log_sums, *inputs, call.products).to(keys.dtype)
+    found = iter(torch.ops.kdfast.similarity_distillation_grad_rows(g, student.contiguous(), scale, difference, want_student, want_scale))
+    return next(found).to(student.dtype) if want_student else None, dkeys, next(found) if want_scale else None, dstart
 
 
 class Gradients(Function):
@@ -238,11 +236,19 @@ def _for_kernel(call, student, keys, scale, *fixed):
     return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
-def _fake(student, keys, *_):
+def _fake(
+    student, keys, teacher, teacher_keys, scale, teacher_scale, bias, start_logit, teacher_start_logit, key_index, valid, products,
+    kl=False, mean=False,
+):  # fmt: skip
     count, width = student.shape
-    return tuple(student.new_empty(shape, dtype=torch.float32) for shape in ((count,), (count,), (count, width), (4, count)))
+    return tuple(scale.new_empty(shape) for shape in (() if mean else (count,), (count,), (count, width), (4, count)))
+
+
+def _grad_rows_fake(g, student, scale, difference, want_student, want_scale):
+    return [torch.empty_like(x) for x, wanted in ((difference, want_student), (scale, want_scale)) if wanted]
 
 
 if cpu.missing() is None:
     torch.library.register_fake("kdfast::similarity_distillation", _fake)
+    torch.library.register_fake("kdfast::similarity_distillation_grad_rows", _grad_rows_fake)
     torch.library.register_fake("kdfast::similarity_distillation_grad_keys", lambda g, log_sums, student, keys, *_: g.new_empty(keys.shape))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from ..._core import impls
+from ..._core import extension, impls
 from . import cpu, triton
 from .apply import streaming_softmax, transformed
 from .arguments import Problem, Spec, Tensors
@@ -95,13 +95,14 @@ class InfoNceRows(Function):
         spec, include, mean, pull, products = call
         columns, weights, *rules = rest
         tensors = _folded(spec, query, keys, scale, bias, *rules, positive, columns, weights)
-        losses, lse, lse_low, slopes, pulls = torch.ops.kdfast.info_nce(*tensors, include, mean, pull, products, spec.compute.panels)
         _, _, want_query, want_keys, want_scale, want_bias, want_positive = ctx.needs_input_grad
+        options = include, mean, pull, products, spec.compute.panels, want_keys and pull
+        losses, lse, lse_low, slopes, pulls, dkeys = torch.ops.kdfast.info_nce(*tensors, *options)
         hold = not (want_keys or want_bias)
         bank = (keys, bias, *rest)
         ctx.call, ctx.want = call, (want_query, want_keys, want_scale, want_bias, want_positive)
         ctx.versions = _versions(bank) if hold else None
-        _keep(ctx, (lse, lse_low, slopes, pulls, query, scale, positive), bank, hold)
+        _keep(ctx, (lse, lse_low, slopes, pulls, dkeys, query, scale, positive), bank, hold)
         ctx.set_materialize_grads(False)
         if not mean and losses.shape != spec.rows:
             losses = losses.view(spec.rows)
@@ -115,7 +116,7 @@ class InfoNceRows(Function):
     def backward(ctx, g, *_):
         if g is None:
             return (None,) * 7
-        rows, bank = _kept(ctx, 7)
+        rows, bank = _kept(ctx, 8)
         run = Gradients.apply if torch.is_grad_enabled() else _gradients
         return None, None, *run(ctx.call, ctx.want, ctx.versions, g, *rows, *bank)
 
@@ -124,11 +125,11 @@ class Gradients(Function):
     """`_gradients`, and their derivative: that of the definition, taken twice."""
 
     @staticmethod
-    def forward(ctx, call, want, versions, g, lse, lse_low, slopes, pulls, query, scale, positive, *bank):
+    def forward(ctx, call, want, versions, g, lse, lse_low, slopes, pulls, dkeys, query, scale, positive, *bank):
         ctx.call, ctx.want, ctx.versions = call, want, versions
         _keep(ctx, (g, query, scale, positive), bank, versions is not None)
         ctx.set_materialize_grads(False)
-        return _gradients(call, want, versions, g, lse, lse_low, slopes, pulls, query, scale, positive, *bank)
+        return _gradients(call, want, versions, g, lse, lse_low, slopes, pulls, dkeys, query, scale, positive, *bank)
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -142,7 +143,7 @@ class Gradients(Function):
         dg, dquery, dkeys, dscale, dbias, dpositive = SecondOrder.apply(
             definition, ctx.want, *cotangents, g, query, bank[0], scale, bank[1], positive
         )
-        return None, None, None, dg, *(None,) * 4, dquery, dscale, dpositive, dkeys, dbias, *(None,) * 7
+        return None, None, None, dg, *(None,) * 5, dquery, dscale, dpositive, dkeys, dbias, *(None,) * 7
 
 
 def _definition(call: Call, rest: tuple, query, keys, scale, bias, positive) -> Tensor:
@@ -152,11 +153,13 @@ def _definition(call: Call, rest: tuple, query, keys, scale, bias, positive) -> 
     return losses.mean() if call.mean else losses
 
 
-def _gradients(call, want, versions, g, lse, lse_low, slopes, pulls, query, scale, positive, keys, bias, columns, weights, *rules):
+def _gradients(
+    call, want, versions, g, lse, lse_low, slopes, pulls, dkeys, query, scale, positive, keys, bias, columns, weights, *rules
+) -> tuple[Tensor | None, ...]:
     """The gradients of <g, losses> in (query, keys, scale, bias, positive), None where not wanted."""
     tensors = _folded(call.spec, query, keys, scale, bias, *rules, columns)
     g = g if call.mean or len(call.spec.rows) == 1 else call.spec.per_row(g).contiguous()
-    found = iter(torch.ops.kdfast.info_nce_grad(g, lse, lse_low, slopes, pulls, *tensors, *want, call.products))
+    found = iter(torch.ops.kdfast.info_nce_grad(g, lse, lse_low, slopes, pulls, *tensors, *want, call.products, dkeys))
     inputs = (query, keys, scale, bias, positive)
     return tuple([_like(next(found), x) if wanted else None for x, wanted in zip(inputs, want, strict=True)])
 
@@ -172,25 +175,35 @@ def _folded(spec: Spec, query, keys, scale, bias, query_labels, key_labels, key_
 
 def _like(grad: Tensor, x: Tensor) -> Tensor:
     """A gradient in the shape and dtype of `x`, which the batch may have shared."""
-    if grad.shape != x.shape:
-        grad = grad.view(x.shape) if grad.numel() == x.numel() else grad.sum(0)
-    return grad.to(x.dtype)
+    shape = x.shape
+    if grad.shape != shape:
+        grad = grad.view(shape) if grad.numel() == x.numel() else grad.sum(0)
+    return grad if x.dtype == torch.float32 else grad.to(x.dtype)
 
 
-def _info_nce_fake(query, keys, scale, *args):
-    positive, columns, _, _, mean, pull, _ = args[-7:]
+def _info_nce_fake(
+    query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, positive, columns, weights, include, mean, pull, products,
+    panels=None, keep_keys=False,
+):  # fmt: skip
     batch = query.shape[:-1] if query.dim() == 3 else (1, *query.shape[:-1])
     copies = columns.shape[-1] if positive is None else 1 if positive.dim() == query.dim() else positive.shape[-2]
     lse = scale.new_empty(batch)
     slopes, pulls = scale.new_empty((*batch, copies)), scale.new_empty((*batch, query.shape[-1]) if pull else (0,))
-    return scale.new_empty(()) if mean else torch.empty_like(scale), lse, torch.empty_like(lse), slopes, pulls
+    alone = query.dim() == 2 and positive is not None and all(x is None for x in (bias, query_labels, key_index, limit, valid))
+    kept = keep_keys and mean and pull and alone and extension.load("_C")[0].few_pairs(len(query), *keys.shape)
+    dkeys = scale.new_empty((1, *keys.shape) if kept else (0,))
+    return scale.new_empty(()) if mean else torch.empty_like(scale), lse, torch.empty_like(lse), slopes, pulls, dkeys
 
 
-def _info_nce_grad_fake(g, lse, lse_low, slopes, pull, query, keys, scale, *args):
+def _info_nce_grad_fake(
+    g, lse, lse_low, slopes, pull, query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, columns,
+    want_query, want_keys, want_scale, want_bias, want_positive, products, kept_keys=None,
+):  # fmt: skip
     lead, width = lse.shape, query.shape[-1]
     bank = (lead[0], keys.shape[-2])
     shapes = ((*lead, width), (*bank, width), lead, bank, (*lead, slopes.shape[-1], width))
-    return [scale.new_empty(shape) for shape, wanted in zip(shapes, args[-6:-1], strict=True) if wanted]
+    want = (want_query, want_keys, want_scale, want_bias, want_positive)
+    return [scale.new_empty(shape[query.dim() == 2 :]) for shape, wanted in zip(shapes, want, strict=True) if wanted]
 
 
 if cpu.missing() is None:

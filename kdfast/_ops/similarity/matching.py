@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from ..._core import impls
+from ..._core import extension, impls
 from . import cpu
 from .apply import streaming_softmax, transformed
 from .arguments import how_to_compute, problem
@@ -30,6 +30,7 @@ class Call(NamedTuple):
 
     labels: Tensor | None  # int64 [2N] of two views: pairs of equal labels are left out; None: those of a sample
     mean: bool  # the mean of the losses instead of them
+    grad: bool  # whether gradients may be asked for
     precision: str | None
     impl: str | None
     products: int  # the kernels' number for how they are formed
@@ -60,19 +61,27 @@ def view_rows(x: Tensor, scale: float | Tensor, labels: Tensor | None, *, mean: 
 
 def _losses(x, y, scale, shift, labels, mean, precision, impl) -> Tensor:
     compute = how_to_compute(x, precision)
-    call = Call(labels, mean, precision, impl, cpu.product_number(compute.products, x))
+    call = Call(labels, mean, torch.is_grad_enabled(), precision, impl, cpu.product_number(compute.products, x))
     if impl is None or impl == "cpu":  # another serves the pass over all pairs, within the definition
         impl = impls.choose("matching_loss", impl, device_type=x.device.type, dtype=compute.dtype)
-    if impl != "cpu" or transformed() or any(isinstance(t, Tensor) and t.dim() for t in (scale, shift)):
+    if impl != "cpu" or transformed() or _of_rows(scale) or _of_rows(shift):
         return _definition(call, x, y, scale, shift)
-    scale, shift = (None if t is None else torch.as_tensor(t, dtype=torch.float32, device=x.device) for t in (scale, shift))
     # made contiguous here, not within: what a Function saves must be what it was given, or the second derivative misses it
-    return MatchingLoss.apply(call, x.contiguous(), None if y is None else y.contiguous(), scale, shift)
+    x, y = x.contiguous(), None if y is None else y.contiguous()
+    return MatchingLoss.apply(call, x, y, _scalar(scale), None if shift is None else _scalar(shift))
+
+
+def _of_rows(x: float | Tensor | None) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 0
+
+
+def _scalar(x: float | Tensor) -> Tensor:
+    return x.to("cpu", torch.float32) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float32)
 
 
 def _definition(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor, shift: float | Tensor | None) -> Tensor:
     """In PyTorch's operations around the pass over all pairs, for any device and transform, and for derivatives of the second order."""
-    labels, mean, precision, impl, _ = call
+    labels, mean, _, precision, impl, _ = call
     own = torch.arange(len(x), device=x.device)
     if shift is not None:
         losses = sigmoid_pair_loss(x, y, scale, shift, own, precision=precision, impl=impl)
@@ -89,13 +98,15 @@ def _definition(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor, 
 
 
 class MatchingLoss(Function):
-    """The same by fused kernels, outside transforms."""
+    """The same by fused kernels, outside transforms. Sums over few pairs are formed with the loss, from the same scores."""
 
     @staticmethod
     def forward(ctx, call, x, y, scale, shift):
-        losses, statistics = torch.ops.kdfast.matching_loss(x, y, scale, shift, call.labels, call.mean, call.products)
+        _, want_x, want_y, want_scale, _ = ctx.needs_input_grad
+        keep = call.grad and (want_x or want_scale), call.grad and want_y
+        losses, *found = torch.ops.kdfast.matching_loss(x, y, scale, shift, call.labels, call.mean, *keep, call.products)
         ctx.call = call
-        ctx.save_for_backward(statistics, x, y, scale, shift)
+        ctx.save_for_backward(*found, x, y, scale, shift)
         ctx.set_materialize_grads(False)
         return losses
 
@@ -111,30 +122,32 @@ class MatchingGradients(Function):
     """`_gradients`, and their derivative."""
 
     @staticmethod
-    def forward(ctx, call, want, g, statistics, *inputs):
+    def forward(ctx, call, want, g, statistics, kept_x, kept_y, *inputs):
         ctx.call, ctx.want = call, want
         ctx.save_for_backward(g, *inputs)
         ctx.set_materialize_grads(False)
-        return _gradients(call, want, g, statistics, *inputs)
+        return _gradients(call, want, g, statistics, kept_x, kept_y, *inputs)
 
     @staticmethod
     def backward(ctx, *cotangents):
         dg, *dinputs = SecondOrder.apply(partial(_definition, ctx.call), ctx.want, *cotangents, *ctx.saved_tensors)
-        return None, None, dg, None, *dinputs
+        return None, None, dg, None, None, None, *dinputs
 
 
-def _gradients(call, want, g, statistics, x, y, scale, shift) -> tuple[Tensor | None, ...]:
-    """The gradients of <g, losses> in (x, y, scale, shift), None where not wanted."""
-    found = iter(torch.ops.kdfast.matching_loss_grad(g.contiguous(), statistics, x, y, scale, shift, call.labels, *want, call.products))
+def _gradients(call, want, g, *tensors) -> tuple[Tensor | None, ...]:
+    """The gradients of <g, losses> in (x, y, scale, shift), None where not wanted. `tensors`: statistics, sums that were kept, inputs."""
+    found = iter(torch.ops.kdfast.matching_loss_grad(g.contiguous(), *tensors, call.labels, *want, call.products))
     return tuple([next(found) if wanted else None for wanted in want])
 
 
-def _loss_fake(x, y, scale, shift, labels, mean, products):
-    sides = 0 if shift is not None else 1 if y is None else 2
-    return scale.new_empty(() if mean else x.shape[:1]), scale.new_empty((3 * sides, len(x)))
+def _loss_fake(x, y, scale, shift, labels, mean, keep_x, keep_y, products):
+    kept = mean and (keep_x or keep_y) and extension.load("_C")[0].few_pairs(len(x), *x.shape)
+    statistics = int(kept) if shift is not None else 3 if y is None else 6
+    sums = (scale.new_empty(x.shape if kept and keep else (0,)) for keep in (keep_x, keep_y))
+    return scale.new_empty(() if mean else x.shape[:1]), scale.new_empty((statistics, len(x))), *sums
 
 
-def _grad_fake(g, statistics, x, y, scale, shift, labels, *want_and_products):
+def _grad_fake(g, statistics, kept_x, kept_y, x, y, scale, shift, labels, *want_and_products):
     return [torch.empty_like(t) for t, wanted in zip((x, y, scale, shift), want_and_products[:4], strict=True) if wanted]
 
 
