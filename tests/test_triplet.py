@@ -246,7 +246,7 @@ def test_equal_rows_of_two_layouts_are_at_distance_zero():
 def test_max_positives_bounds_what_compiled_code_reserves():
     x, labels = rows(12, 3), torch.arange(12) % 4
     for name in ("batch_all", "semi_hard_facenet"):
-        for bound in (2, 10**30):
+        for bound in (2, 2**40):
             torch.testing.assert_close(triplet_loss(x, labels, mining=name, max_positives=bound), triplet_loss(x, labels, mining=name))
     first = triplet_loss(x, labels, mining="semi_hard_facenet", max_positives=1, reduction="mean")
     mined_ = mine_triplets(x, labels, mining="semi_hard_facenet", max_positives=1)
