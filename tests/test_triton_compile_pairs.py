@@ -35,7 +35,7 @@ def compiled(kernel, arch: int, dtype: torch.dtype, tmp_path, **flags) -> Code:
     weights = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[part.format.weights]
     options = {**part.options, "COUNTED": False, "FACTORS": False, "WIDTH": 128, **flags}
     if kernel is kernels.weighted_sums:
-        options["DOT"] = DOT[part.format.weights][0]
+        options |= {"DOT": DOT[part.format.weights][0], "DEPTH": min(part.tiles.depth, 128 // part.format.weights.itemsize)}
     if kernel is wide_kernels.wide_weights:
         options |= {"EVEN_VALUES": True, "DOT_VALUES": DOT[part.format.weights][0]}
     warps = options.pop("num_warps")
@@ -64,7 +64,9 @@ def test_sigmoid_of_every_pair(arch, dtype, gradient, tmp_path):
 @CASES
 @pytest.mark.parametrize("transposed", [False, True], ids=["of rows", "of columns"])
 def test_sums_that_weights_make(arch, dtype, transposed, tmp_path):
-    code = compiled(kernels.weighted_sums, arch, dtype, tmp_path, TRANSPOSED=transposed, ADD=True, FACTORS=not transposed)
+    code = compiled(
+        kernels.weighted_sums, arch, dtype, tmp_path, TRANSPOSED=transposed, ADD=True, FACTORS=not transposed, COUNTED=not transposed
+    )
     assert_in_registers(code, arch)
 
 

@@ -24,7 +24,7 @@ POINTERS = {
 NUMBERS = (
     *("rows", "columns", "width", "value_width", "split_columns", "count", "splits", "batch"),
     *("slots", "split_slots", "size", "groups", "kept", "begin", "end", "start", "taken", "mark_columns"),
-    *("entries", "first_row", "first_column", "leading", "inner", "split_inner", "parts", "teacher_width"),
+    *("entries", "first_row", "first_column", "leading", "inner", "first_inner", "split_inner", "parts", "teacher_width"),
 )
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}

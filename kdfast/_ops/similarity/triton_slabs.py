@@ -202,6 +202,7 @@ def add_products(
 
     (entries, count, width), inner = out.shape, values.shape[1]
     rows, columns, depth, warps, stages = part.tiles
+    depth = min(depth, 128 // weights.itemsize)  # fp16 rows may have weights twice as wide
     high, wide = columns if transposed else rows, min(rows, runtime.power_of_two(width))
     programs = -(-width // wide) * -(-count // high) * entries
     splits = runtime.splits(programs, inner, depth, out.device)
