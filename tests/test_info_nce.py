@@ -308,6 +308,12 @@ def test_weights_of_positives_in_a_row_without_negatives():
     assert losses[0] == 0 and (grad[0] == 0).all() and grad.isfinite().all()
 
 
+def test_rows_that_begin_within_a_larger_tensor():
+    q, k, bank = torch.randn(3, 4, 8).unbind()[1], torch.randn(3, 4, 8).unbind()[2], torch.randn(3, 9, 8).unbind()[1]
+    for rows in ((q, k, bank), (q, k)):
+        torch.testing.assert_close(info_nce(*rows), info_nce(*(x.clone() for x in rows)))
+
+
 def test_empty_batch_is_what_the_formula_gives():
     empty, bank = torch.zeros(0, 4, requires_grad=True), torch.randn(3, 4)
     assert info_nce(empty, empty, bank, reduction="none").shape == (0,)

@@ -141,7 +141,7 @@ inline Tensor batch_of_one(const Tensor& x) {
   for (int64_t d = 0; d < x.dim(); ++d) sizes.push_back(x.size(d)), strides.push_back(x.stride(d));
   AtenTensorHandle view;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(x.get(), int64_t(sizes.size()), sizes.data(), strides.data(), x.storage_offset(), &view));
+      aoti_torch__reinterpret_tensor(x.get(), int64_t(sizes.size()), sizes.data(), strides.data(), 0, &view));  // 0: it is added to the offset of x
   return Tensor(view);
 }
 
