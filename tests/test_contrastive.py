@@ -105,7 +105,7 @@ def test_second_derivatives(views):
 def test_empty_batches():
     empty = torch.zeros(0, 4, requires_grad=True)
     for loss in (lambda r: nt_xent(empty, empty, reduction=r), lambda r: clip_loss(empty, empty, 3.0, reduction=r)):
-        assert loss("sum") == 0 and loss("mean").isnan() and loss("none").shape == (0,)
+        assert loss("sum") == 0 and loss("mean") == 0 and loss("none").shape == (0,)
     assert sup_con(empty, torch.zeros(0, dtype=torch.long)) == 0
     assert siglip_loss(empty, empty, 3.0, -1.0, reduction="sum") == 0
 

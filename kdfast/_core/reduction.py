@@ -12,7 +12,7 @@ def reduce_rows(losses: Tensor, *, counted: Tensor | None = None, weight: Tensor
     """Reduce `losses` [*B, N]: "mean" = sum w l / sum w over counted rows, "sum", "none" (w l, 0 where not counted).
 
     `counted` [*B, N] bool: rows that count (default all). Rows that do not contribute exactly 0, whatever they
-    hold; nothing counted gives exactly 0 with a graph. `weight` [*B, N] >= 0, no gradient.
+    hold; nothing counted, as in an empty batch, gives exactly 0 with a graph. `weight` [*B, N] >= 0, no gradient.
     """
     checks.choice("reduction", reduction, NAMES)
     if counted is not None:
@@ -26,7 +26,7 @@ def reduce_rows(losses: Tensor, *, counted: Tensor | None = None, weight: Tensor
     if reduction == "sum":
         return losses.sum()
     if weight is None and counted is None:
-        return losses.mean() if losses.numel() else losses.sum() / 0.0  # PyTorch's mean of nothing is nan
+        return losses.mean() if losses.numel() else losses.sum()
     total = torch.ones_like(losses) if weight is None else weight
     total = (total if counted is None else torch.where(counted, total, torch.zeros_like(total))).sum()
     return losses.sum() / torch.where(total > 0, total, torch.ones_like(total))

@@ -256,7 +256,8 @@ def prepared_loss(
     if same_class == "positive":
         losses, counted = _attracted(p, scale, include_positive, precision, impl)
         return reduce_rows(losses, counted=counted, weight=weight, reduction=reduction)
-    mean = reduction == "mean" and weight is None and p.counted is None and include_positive and not label_smoothing
+    plain = p.counted is None and include_positive and not label_smoothing and p.query.numel() > 0
+    mean = reduction == "mean" and weight is None and plain
     losses, counted = _contrasted(
         p, scale, positive_weights, false_negative_margin, include_positive, label_smoothing, precision, impl, mean=mean
     )
