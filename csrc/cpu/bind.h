@@ -158,7 +158,9 @@ inline int64_t workers_for(double work, int64_t most = INT64_MAX) {
 // function with vector arguments; older instructions, the mathematical library's and Python's, then wait for each other: up to ten times as long.
 inline void leave_vectors() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx")) asm volatile("vzeroupper");
+  if (__builtin_cpu_supports("avx"))
+    asm volatile("vzeroupper" ::: "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",
+                 "xmm13", "xmm14", "xmm15");
 #endif
 }
 
