@@ -9,7 +9,7 @@ from similarity_kernel_cases import assert_accurate
 
 from kdfast._core import extension
 from kdfast._ops.triplet import classes, dense, distances, mining
-from kdfast.functional import triplet_loss
+from kdfast.functional import contrastive_loss, margin_loss, multi_similarity_loss, triplet_loss
 
 _C, REASON = extension.load("_C")
 pytestmark = pytest.mark.skipif(_C is None, reason=str(REASON))
@@ -189,6 +189,26 @@ def test_second_derivative_is_that_of_the_portable_formula(bank):
 
     for got, want in zip(twice("cpu"), twice("torch"), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(("rows", "classes_of"), [(24, 6), (60, 2)])
+@pytest.mark.parametrize("loss", [
+    lambda x, labels, **ref: triplet_loss(x, labels, mining="batch_hard", normalize=False, **ref),
+    lambda x, labels, **ref: triplet_loss(x, labels, mining="batch_all", normalize=False, **ref),
+    lambda x, labels, **ref: triplet_loss(x, labels, mining="multi_similarity", normalize=False, **ref),
+    lambda x, labels, **ref: margin_loss(x, labels, normalize=False, **ref),
+    lambda x, labels, **ref: contrastive_loss(x, labels, normalize=False, **ref),
+    lambda x, labels, **ref: multi_similarity_loss(x, labels, normalize=False, **ref),
+])  # fmt: skip
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_embeddings_as_their_own_bank(rows, classes_of, loss, shift):
+    """The same tensor, under labels that may be others: not the batch, whose pairs' classes are mutual."""
+    x, labels = torch.randn(rows, 8, requires_grad=True), torch.arange(rows) % classes_of
+    bank_labels = (labels + shift) % classes_of
+    value = loss(x, labels, ref=x, ref_labels=bank_labels)
+    expected = loss(x, labels, ref=x.clone(), ref_labels=bank_labels, impl="torch")
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(torch.autograd.grad(value, x), torch.autograd.grad(expected, x), rtol=1e-4, atol=1e-6)
 
 
 def test_only_references_need_gradients():

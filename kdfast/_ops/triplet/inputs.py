@@ -67,7 +67,8 @@ def collect(
         refs, ref_labels, own_index, exists = layers, labels, True, None
     else:
         bank = _bank(ref, ref_labels, ref_valid, names)
-        refs = _layers(names.ref, bank.rows)
+        # tensors of their own, even where the caller gives the embeddings again: below, `is` tells that a batch is its own reference
+        refs = tuple(y.view_as(y) for y in _layers(names.ref, bank.rows))
         if len(refs) != len(layers):
             raise ValueError(f"{names.ref} must have as many layers as {names.rows} ({len(layers)}), got {len(refs)}")
         for x, y in zip(layers, refs, strict=True):
