@@ -332,3 +332,28 @@ def test_bad_arguments(given, message):
 def test_bad_arguments_of_the_gradient(given, message):
     with pytest.raises(RuntimeError, match=message):
         torch.ops.kdfast.info_nce_grad(**backward(**given))
+
+
+def formula_gradients(query, positive, bank, dtype):
+    query, positive, bank = (x.detach().to(dtype).requires_grad_() for x in (query, positive, bank))
+    z = torch.cat([(query * positive).sum(-1, keepdim=True), query @ bank.T], 1)
+    return torch.autograd.grad(F.cross_entropy(z, torch.zeros(len(z), dtype=torch.long)), (query, positive, bank))
+
+
+@pytest.mark.parametrize("shape", [(40_000, 1, 4), (20, 3000, 4), (64, 500, 4), (500, 64, 4)])
+def test_gradients_at_the_bounds_of_few_pairs(isa, shape):
+    gradients_are_as_good_as_the_formulas(*shape, size=1.0)
+
+
+def test_logits_of_many_digits(isa):
+    """The log-sum-exp of 1e7 has a low digit of half a unit."""
+    gradients_are_as_good_as_the_formulas(16, 24, 32, size=1e3)
+
+
+def gradients_are_as_good_as_the_formulas(n, m, d, size):
+    torch.manual_seed(0)
+    query, positive, bank = ((torch.randn(k, d) * size).requires_grad_() for k in (n, n, m))
+    got = torch.autograd.grad(info_nce(query, positive, bank, temperature=1.0, impl="cpu"), (query, positive, bank))
+    exact, naive = (formula_gradients(query, positive, bank, dtype) for dtype in (torch.float64, torch.float32))
+    for g, e, f in zip(got, exact, naive, strict=True):
+        assert (g - e).norm() <= 2 * (f - e).norm() + 4e-7 * e.norm()

@@ -225,3 +225,24 @@ def test_bad_tensors_are_refused(change, message):
     arguments = {"x": torch.ones(6, 9), "y": torch.ones(6, 9), "scale": torch.ones(())} | dict.fromkeys(("shift", "labels")) | change
     with pytest.raises(RuntimeError, match=message):
         torch.ops.kdfast.matching_loss(*arguments.values(), True, False, False, 0)
+
+
+def test_scalars_live_with_the_rows():
+    """Whatever device new tensors are made on."""
+    x, y = torch.randn(2, 6, 8)
+    with torch.device("meta"):
+        losses = clip_loss(x, y, 2.0), siglip_loss(x, y, 2.0, -1.0)
+    torch.testing.assert_close(losses, (clip_loss(x, y, 2.0), siglip_loss(x, y, 2.0, -1.0)))
+
+
+def test_logits_of_many_digits(isa):
+    """The log-sum-exp of 1e7 has a low digit of half a unit."""
+    torch.manual_seed(0)
+    x, y = (1e3 * torch.randn(2, 24, 32)).unbind()
+    grads = {}
+    for name, dtype in (("got", torch.float32), ("exact", torch.float64)):
+        rows = [v.to(dtype).requires_grad_() for v in (x, y)]
+        z, own = rows[0] @ rows[1].T, torch.arange(24)
+        formula = (F.cross_entropy(z, own) + F.cross_entropy(z.T, own)) / 2
+        grads[name] = torch.cat(torch.autograd.grad(clip_loss(*rows, 1.0, impl="cpu") if name == "got" else formula, rows))
+    assert (grads["got"] - grads["exact"]).norm() <= 1e-6 * grads["exact"].norm()

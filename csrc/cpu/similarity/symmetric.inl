@@ -167,18 +167,23 @@ struct SymmetricWorkspace : PairWorkspace {
 
 // ---- gradient -----------------------------------------------------------------------------------------------------------
 
-// One side's L and g. Digits that the float L in base 2 has not go into g. Nothing left in (L = -inf): +inf, so that the weight is 0.
+// One side's L and g. Digits that the float L in base 2 has not go into g, or, where they are not small, stand by themselves. Nothing left in
+// (L = -inf): +inf, so that the weight is 0.
 struct SymmetricSide {
-  float *level, *g, *near_g;
+  float *level, *low_level, *g, *near_g;
 
-  void plan(int64_t count, Arena& arena) { level = arena.take(count), g = arena.take(count), near_g = arena.take(count); }
+  void plan(int64_t count, Arena& arena) {
+    level = arena.take(count), low_level = arena.take(count), g = arena.take(count), near_g = arena.take(count);
+  }
 
   // Returns whether it is within reach of the centre.
   bool set(int64_t i, float lse, float low, float upstream, double centre) const {
     const double exact = 0x1.71547652b82fep0 * (double(lse) + double(low)), distance = exact - centre;
     const float rounded = float(exact), rest = float(exact - double(rounded));
     level[i] = rounded == -kInfinity ? kInfinity : rounded;
-    g[i] = rest == rest ? upstream * (1 - 0x1.62e43p-1f * rest) : upstream;
+    const bool small = !(rest > 0x1p-12f || rest < -0x1p-12f);  // its square is lost; NaN where L is infinite
+    low_level[i] = small ? 0 : rest;
+    g[i] = small && rest == rest ? upstream * (1 - 0x1.62e43p-1f * rest) : upstream;
     const bool near = distance <= kReach && distance >= -kReach;
     near_g[i] = near ? float(double(upstream) * __builtin_exp2(-distance)) : 0;
     return near;
@@ -249,10 +254,10 @@ struct SymmetricWeights {
       for (int64_t j = 0; j < block.padded; j += kLanes)
         store(scores + j, exp2_nonpositive(multiply_add(load(scores + j), m, shift)) * (u + load(column.near_g + j)));
     } else {
-      const Vec shift = splat(-row.level[i]), g = splat(row.g[i]);
+      const Vec shift = splat(-row.level[i]), low = splat(row.low_level[i]), g = splat(row.g[i]);
       for (int64_t j = 0; j < block.padded; j += kLanes) {
-        const Vec of_row = exp2_nonpositive(multiply_add(load(scores + j), m, shift));
-        const Vec of_column = exp2_nonpositive(multiply_add(load(scores + j), m, -load(column.level + j)));
+        const Vec of_row = exp2_nonpositive(multiply_add(load(scores + j), m, shift) - low);
+        const Vec of_column = exp2_nonpositive(multiply_add(load(scores + j), m, -load(column.level + j)) - load(column.low_level + j));
         store(scores + j, multiply_add(g, of_row, load(column.g + j) * of_column));
       }
     }
