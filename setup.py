@@ -48,6 +48,11 @@ def kernel_units() -> list[Path]:
     return paths
 
 
+def headers(*patterns: str) -> list[str]:
+    """What a module is built again for, beside its sources."""
+    return [str(path.relative_to(ROOT)) for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+
+
 def against_cuda(torch, home: str | None) -> str | None:
     """Why CUDA kernels cannot be built (None: they can)."""
     if torch.version.cuda is None:
@@ -72,7 +77,7 @@ def cuda_module(torch, cpp_extension, include: str):
         "kdfast._C_cuda",
         [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cuda/**/*.c*")) if path.suffix in (".cpp", ".cu")],
         include_dirs=[include, str(ROOT / "csrc/cuda")],
-        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cuda/**/*.*h"))],
+        depends=headers("csrc/*.h", "csrc/cuda/**/*.*h"),
         extra_compile_args={"cxx": [*FLAGS, *DEFINES, "-DUSE_CUDA", f'-DKDFAST_FLAGS="{" ".join(nvcc)}"'], "nvcc": nvcc},
     )
 
@@ -120,7 +125,7 @@ def extension() -> dict:
         "kdfast._C",
         [str(path.relative_to(ROOT)) for path in sources],
         include_dirs=[pybind11.get_include(), str(ROOT / "csrc/cpu")],
-        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cpu/**/*.h")) + sorted(ROOT.glob("csrc/cpu/**/*.inl"))],
+        depends=headers("csrc/*.h", "csrc/cpu/**/*.h", "csrc/cpu/**/*.inl"),
         extra_compile_args=[*flags, f'-DKDFAST_FLAGS="{" ".join(flags)}"'],
     )
     modules = [module, cuda_module(torch, cpp_extension, pybind11.get_include())]

@@ -28,7 +28,7 @@ def missing() -> str | None:
 
 def library() -> Path:
     """The shared library that registers torch.ops.kdfast_emulated, kept in build/ until a source or PyTorch changes."""
-    sources = sorted(path for folder in (CUDA, EMULATOR) for path in folder.rglob("*") if path.is_file())
+    sources = sorted([ROOT / "csrc/bind_tensors.h", *(path for folder in (CUDA, EMULATOR) for path in folder.rglob("*") if path.is_file())])
     key = hashlib.sha256("".join([torch.__version__, *FLAGS, *(s.read_text() for s in sources)]).encode()).hexdigest()[:16]
     folder = ROOT / "build/cuda_emulation" / key
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,44 +1,21 @@
-// What the PyTorch side of every kernel shares: checks of tensors, division among threads. Included by bind_*.cpp.
+// What the PyTorch side of every CPU kernel shares: tensors as matrices, scratch, division among threads. Included by bind_*.cpp.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
-#include <optional>
-#include <type_traits>
 #include <vector>
 
+#include "../bind_tensors.h"
 #include "engine/element.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 constexpr double kMinWork = 4e6;  // multiply-adds worth a thread: about 20 us
 
 // ---- tensors, checked -----------------------------------------------------------------------------------------------------
-
-inline void check(const char* name, const Tensor& x, ScalarType type, std::initializer_list<int64_t> shape) {
-  STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU");
-  STD_TORCH_CHECK(x.scalar_type() == type, name, " has dtype ", int(x.scalar_type()), ", expected ", int(type));
-  STD_TORCH_CHECK(x.dim() == int64_t(shape.size()), name, " must have ", shape.size(), " dimensions, got ", x.dim());
-  int64_t d = 0;
-  for (const int64_t size : shape) {
-    STD_TORCH_CHECK(x.size(d) == size, name, " has size ", x.size(d), " in dimension ", d, ", expected ", size);
-    ++d;
-  }
-}
-
-template <class T>
-const T* data(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
 
 inline kdfast::ElementType element_type(const char* op, ScalarType type) {
   if (type == ScalarType::Float) return kdfast::ElementType::kFloat32;
@@ -49,22 +26,7 @@ inline kdfast::ElementType element_type(const char* op, ScalarType type) {
 
 inline kdfast::Matrix matrix(const char* op, const Tensor& x) { return {x.const_data_ptr(), element_type(op, x.scalar_type())}; }
 
-template <class T>
-constexpr ScalarType scalar_type() {
-  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, int64_t>);
-  if (std::is_same_v<T, int64_t>) return ScalarType::Long;
-  return std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
-}
-
-// A contiguous tensor of T.
-template <class T>
-const T* packed(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) {
-  check(name, x, scalar_type<T>(), shape);
-  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
-  return data<T>(x);
-}
-
-// One that is written.
+// The elements of a contiguous tensor of T, to be written.
 template <class T>
 T* packed_output(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) {
   packed<T>(name, x, shape);
@@ -144,8 +106,6 @@ inline Tensor batch_of_one(const Tensor& x) {
       aoti_torch__reinterpret_tensor(x.get(), int64_t(sizes.size()), sizes.data(), strides.data(), 0, &view));  // 0: it is added to the offset of x
   return Tensor(view);
 }
-
-inline float* floats_of(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
 // ---- threads -----------------------------------------------------------------------------------------------------------------
 

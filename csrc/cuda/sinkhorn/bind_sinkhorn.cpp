@@ -30,7 +30,7 @@ SinkhornBatch batch_of(const Tensor& cost, const Tensor& a, const Tensor& b, con
   STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "a and b must have 2 dimensions, got ", a.dim(), " and ", b.dim());
   SinkhornBatch p{};
   p.batch = a.size(0), p.n = a.size(1), p.m = b.size(1);
-  p.a = floats("a", a, {p.batch, p.n}), p.b = floats("b", b, {p.batch, p.m}), p.epsilon = floats("epsilon", epsilon, {p.batch});
+  p.a = packed<float>("a", a, {p.batch, p.n}), p.b = packed<float>("b", b, {p.batch, p.m}), p.epsilon = packed<float>("epsilon", epsilon, {p.batch});
   const bool shared = cost.dim() == 2;
   if (shared) {
     check("cost", cost, cost.scalar_type(), {p.n, p.m});
@@ -43,8 +43,8 @@ SinkhornBatch batch_of(const Tensor& cost, const Tensor& a, const Tensor& b, con
   p.row_stride = cost.stride(d), p.batch_stride = shared ? 0 : cost.stride(0);
   STD_TORCH_CHECK(rows.has_value() == columns.has_value(), "rows and cols must be given together");
   if (rows.has_value()) {
-    p.rows = packed<int64_t>("rows", *rows, ScalarType::Long, {p.batch});
-    p.columns = packed<int64_t>("cols", *columns, ScalarType::Long, {p.batch});
+    p.rows = packed<int64_t>("rows", *rows, {p.batch});
+    p.columns = packed<int64_t>("cols", *columns, {p.batch});
   }
   p.rho_a = float(rho_a.value_or(0)), p.rho_b = float(rho_b.value_or(0));
   return p;
@@ -59,7 +59,7 @@ const char* streamed(const SinkhornOnChip& whole, const Tensor& cost, const Tens
   const auto scratch = [&](int64_t parts, int64_t each) { return torch::stable::new_empty(like, {p.batch, parts, each}, ScalarType::Float); };
   const Tensor v = scratch(1, p.m), sums = scratch(s.cost.parts, p.m), spent = scratch(s.cost.parts, kdfast::sinkhorn_warps(s.cost));
   const Tensor errors = scratch(s.cost.parts, 1);
-  s.v = written(v), s.sums = written(sums), s.spent = written(spent), s.errors = written(errors);
+  s.v = floats_of(v), s.sums = floats_of(sums), s.spent = floats_of(spent), s.errors = floats_of(errors);
   return kdfast::sinkhorn_streamed(s, stream);
 }
 
@@ -76,14 +76,15 @@ Solution sinkhorn_solve(const OptionalTensor& cost, const OptionalTensor&, const
   p.problems = batch_of(*cost, a, b, epsilon, rows, columns, rho_a, rho_b);
   p.schedule = {int(iterations), float(tol.value_or(-1)), proximal, anneal_start.value_or(0), anneal_factor.value_or(1)};
   const auto [batch, n, m] = std::tuple(p.problems.batch, p.problems.n, p.problems.m);
-  p.start_g = floats("g", g0, {batch, m});
+  p.start_g = packed<float>("g", g0, {batch, m});
   const int64_t steps = history ? iterations : 0;
   const auto reals = [&](std::initializer_list<int64_t> shape) { return torch::stable::new_empty(a, shape); };
   Tensor f = reals({batch, n}), g = reals({batch, m}), row = reals({batch, n}), column = reals({batch, m});
   Tensor transport = reals({batch}), error = reals({batch}), done = torch::stable::new_empty(a, {batch}, ScalarType::Long);
   Tensor steps_f = reals({batch, steps, n}), steps_g = reals({batch, steps, m});
-  p.out = {written(f), written(row), written(g), written(column), written(transport), written(error), static_cast<int64_t*>(done.mutable_data_ptr()), nullptr, nullptr};
-  if (history) p.out.history_f = written(steps_f), p.out.history_g = written(steps_g);
+  p.out = {floats_of(f), floats_of(row), floats_of(g), floats_of(column), floats_of(transport), floats_of(error), static_cast<int64_t*>(done.mutable_data_ptr()),
+           nullptr, nullptr};
+  if (history) p.out.history_f = floats_of(steps_f), p.out.history_g = floats_of(steps_g);
   if (batch == 0) return {f, g, row, column, transport, error, done, steps_f, steps_g};
   on_device_of(a, [&](void* stream) {
     const bool on_chip = cost->scalar_type() == ScalarType::Float && kdfast::sinkhorn_fits_on_chip(n, m);
@@ -100,17 +101,17 @@ Tensor sinkhorn_assign(const Tensor& scores, const OptionalTensor& v, const Tens
   STD_TORCH_CHECK(v.has_value() || !codes, "codes need v");
   SinkhornAssign p{};
   p.batch = batch, p.scores = rows_of("scores", scores, scores.stride(0));
-  p.inverse_epsilon = floats("inverse_epsilon", inverse_epsilon, {});
-  if (v.has_value()) p.v = floats("v", *v, {batch, columns});
+  p.inverse_epsilon = packed<float>("inverse_epsilon", inverse_epsilon, {});
+  if (v.has_value()) p.v = packed<float>("v", *v, {batch, columns});
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.v) % 16 == 0, "v must begin at a multiple of 16 bytes");
   p.codes = codes;
   Tensor out = codes ? torch::stable::new_empty(scores, {batch, n, columns}, ScalarType::Float) : torch::stable::new_empty(scores, {batch, columns}, ScalarType::Float);
-  p.out = written(out);
+  p.out = floats_of(out);
   if (out.numel() == 0) return out;
   on_device_of(scores, [&](void* stream) -> const char* {
     if (!kdfast::sinkhorn_assign_plan(p)) return "too many columns";
     Tensor parts = torch::stable::new_empty(scores, {codes ? 0 : v.has_value() ? 1 : 2, batch, p.scores.parts, columns}, ScalarType::Float);
-    p.sums = written(parts), p.tops = p.sums + batch * p.scores.parts * columns;
+    p.sums = floats_of(parts), p.tops = p.sums + batch * p.scores.parts * columns;
     return kdfast::sinkhorn_assign(p, stream);
   });
   return out;
@@ -121,10 +122,10 @@ Tensor sinkhorn_normalize(const Tensor& logits, const OptionalTensor& gradient, 
   STD_TORCH_CHECK(1 <= iterations && iterations <= INT32_MAX / 2, "iterations must be in 1 ... 2^30 - 1, got ", iterations);
   const int64_t batch = logits.size(0), n = logits.size(1);
   STD_TORCH_CHECK(batch <= INT32_MAX, "at most 2^31 - 1 matrices, got ", batch);
-  SinkhornNormalize p{int(batch), int(n), int(iterations), float(eps), floats("logits", logits, {batch, n, n}), nullptr, nullptr};
-  if (gradient.has_value()) p.gradient = floats("gradient", *gradient, {batch, n, n});
+  SinkhornNormalize p{int(batch), int(n), int(iterations), float(eps), packed<float>("logits", logits, {batch, n, n}), nullptr, nullptr};
+  if (gradient.has_value()) p.gradient = packed<float>("gradient", *gradient, {batch, n, n});
   Tensor out = torch::stable::new_empty(logits, {batch, n, n});
-  p.out = written(out);
+  p.out = floats_of(out);
   if (out.numel() > 0) on_device_of(logits, [&](void* stream) { return kdfast::sinkhorn_normalize(p, stream); });
   return out;
 }
