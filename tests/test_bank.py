@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from ranks import needs_gloo, on_two_ranks
 
 import kdfast
 from kdfast._core import bank_protocol
@@ -207,8 +207,7 @@ def rank_batch(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tor
     return torch.randn(n, 4, generator=generator), torch.arange(n) + 10 * rank, index, torch.arange(n) != 1
 
 
-def run_rank(rank: int, path: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+def banks_of_rank(rank: int) -> dict:
     queue, indexed = QueueBank(7, 4, labels=True), IndexedBank(9, 4, init="empty", labels=True)
     own = QueueBank(7, 4, gather=None)
     keys, labels, index, where = rank_batch(rank)
@@ -225,23 +224,19 @@ def run_rank(rank: int, path: str) -> None:
     generator = torch.Generator().manual_seed(5)
     bank, negatives = torch.randn(9, 4, generator=generator), torch.randint(9, (len(keys), 3), generator=generator)
     normalizer = sampled_nce(keys, bank, negatives, temperature=0.5, num_data=9, group=dist.group.WORLD)[1]
-    torch.save(
-        {
-            "normalizer": normalizer,
-            "bank": bank,
-            "negatives": negatives,
-            "queue": queue.state_dict(),
-            "indexed": indexed.state_dict(),
-            "own": len(own),
-        },
-        f"{path}/{rank}.pt",
-    )
-    dist.destroy_process_group()
+    return {
+        "normalizer": normalizer,
+        "bank": bank,
+        "negatives": negatives,
+        "queue": queue.state_dict(),
+        "indexed": indexed.state_dict(),
+        "own": len(own),
+    }
 
 
-def test_ranks_with_uneven_batches_hold_equal_banks(tmp_path):
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
-    saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+@needs_gloo
+def test_ranks_with_uneven_batches_hold_equal_banks():
+    saved = on_two_ranks(banks_of_rank)
     queue, indexed = QueueBank(7, 4, labels=True), IndexedBank(9, 4, init="empty", labels=True)
     batches = [torch.cat(parts) for parts in zip(rank_batch(0), rank_batch(1), strict=True)]
     for _ in range(2):

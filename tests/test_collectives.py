@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import needs_gloo, on_two_ranks
 
 from kdfast._core import collectives
 from kdfast._ops.similarity import sigmoid_pair_loss, similarity_lse
 from kdfast.ops import KeyIndex
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+pytestmark = needs_gloo
 
 SIZES = [(3, 5), (4, 0)]  # rows of either rank; one has none at all
 
@@ -27,11 +27,8 @@ def in_batch_loss(query, keys, offset):
     return (lse - (query * keys[(own + 1) % len(keys)]).sum(-1)).sum() + sigmoid_pair_loss(query, keys, 0.5, -1.0, own).sum()
 
 
-def worker(rank, directory):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
-    torch.save({sizes: measure(rank, sizes, dist.group.WORLD) for sizes in SIZES}, f"{directory}/{rank}.pt")
-    dist.destroy_process_group()
+def measure_all(rank):
+    return {sizes: measure(rank, sizes, dist.group.WORLD) for sizes in SIZES}
 
 
 def measure(rank, sizes, group):
@@ -61,10 +58,8 @@ def measure(rank, sizes, group):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (str(directory),), nprocs=2)
-    return [torch.load(directory / f"{rank}.pt") for rank in range(2)]
+def results():
+    return on_two_ranks(measure_all)
 
 
 @pytest.fixture(params=SIZES, ids=str)

@@ -4,13 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import needs_gloo, on_two_ranks
 from torch import nn
 
 from kdfast.compat import lightly, open_clip, pml, repdistiller, sentence_transformers, swav
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+pytestmark = needs_gloo
 
 ROWS, D = 4, 6  # a rank's batch
 OPT = SimpleNamespace(s_dim=D, t_dim=D, feat_dim=5, n_data=30, nce_k=7, nce_t=0.2, nce_m=0.5)
@@ -71,18 +70,13 @@ def measure(rank, world):
     return results
 
 
-def worker(rank, directory):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
-    torch.save(measure(rank, 2), f"{directory}/{rank}.pt")
-    dist.destroy_process_group()
+def measure_rank(rank):
+    return measure(rank, 2)
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("compat")
-    mp.spawn(worker, (str(directory),), nprocs=2)
-    return [torch.load(directory / f"{rank}.pt") for rank in range(2)]
+def ranks():
+    return on_two_ranks(measure_rank)
 
 
 @pytest.fixture(scope="module")

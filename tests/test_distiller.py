@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed.fsdp
 import torch.nn.functional as F
+from ranks import needs_gloo, on_two_ranks
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -357,15 +358,13 @@ def test_autocast_reaches_student_and_teacher_and_losses_stay_float32():
     assert spy.seen[1].dtype == torch.bfloat16
 
 
-def _ddp_worker(rank: int, world: int, port: int, results) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+def ddp_gradients(rank: int):
     x, y, student, teacher = _ddp_problem()
     torch.manual_seed(100 + rank)  # projectors start differently: build makes them equal
     d = _ddp_distiller(student, teacher).build(x)
     start = {name: value.clone() for name, value in d.state_dict().items()}
     ddp = nn.parallel.DistributedDataParallel(d)
-    mine = slice(rank * len(x) // world, (rank + 1) * len(x) // world)
+    mine = slice(rank * len(x) // 2, (rank + 1) * len(x) // 2)
     loss, _ = ddp(x[mine], y[mine], task=F.cross_entropy)
     loss.backward()
     grads = [p.grad.clone() for p in d.parameters()]
@@ -376,13 +375,10 @@ def _ddp_worker(rank: int, world: int, port: int, results) -> None:
     for p, want in zip(sharded.parameters(), grads, strict=True):
         torch.testing.assert_close(p.grad.full_tensor(), want)
     torch.optim.SGD(d.parameters(), lr=0.1).step()
-    gathered = [None] * world
+    gathered = [None] * 2
     torch.distributed.all_gather_object(gathered, d.state_dict())
     equal = all(torch.equal(gathered[0][name], gathered[1][name]) for name in start)
-    if rank == 0:
-        results.put((start, grads, d.losses["wcord"].bank.keys, equal))
-        results.join()
-    torch.distributed.destroy_process_group()
+    return start, grads, d.losses["wcord"].bank.keys, equal
 
 
 def _ddp_problem():
@@ -405,22 +401,9 @@ def _ddp_distiller(student, teacher):
     return Distiller(student, teacher, terms).double()
 
 
+@needs_gloo
 def test_ddp_and_fully_shard_give_the_single_process_gradient_and_keep_projectors_and_banks_equal():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.JoinableQueue()
-    workers = [context.Process(target=_ddp_worker, args=(rank, 2, port, results)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    start, grads, keys, equal = copy.deepcopy(results.get(timeout=60))
-    results.task_done()
-    for worker in workers:
-        worker.join(30)
-        assert worker.exitcode == 0
+    start, grads, keys, equal = on_two_ranks(ddp_gradients)[0]
     assert equal
     x, y, student, teacher = _ddp_problem()
     d = _ddp_distiller(student, teacher)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from ranks import needs_gloo, on_two_ranks
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -28,20 +28,15 @@ def test_the_distilled_student_beats_the_one_from_few_labels():
     assert distilled > from_labels + 0.05
 
 
-def ddp_worker(rank: int, directory: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+def ddp_example(rank: int):
     example = load("distil_with_ddp")
     d, losses = example.train(torch.device("cpu"))
-    torch.save((losses, example.equal_on_all_ranks(d), torch.initial_seed()), f"{directory}/{rank}.pt")
-    dist.destroy_process_group()
+    return losses, example.equal_on_all_ranks(d), torch.initial_seed()
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
-def test_ddp_keeps_student_projectors_and_bank_equal(tmp_path):
-    torch.multiprocessing.spawn(ddp_worker, (str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        losses, equal, seed = torch.load(tmp_path / f"{rank}.pt")
+@needs_gloo
+def test_ddp_keeps_student_projectors_and_bank_equal():
+    for rank, (losses, equal, seed) in enumerate(on_two_ranks(ddp_example)):
         assert equal and losses[-1] < 0.8 * losses[0]
         assert seed == 1 + rank  # the ranks did start with different random states
 

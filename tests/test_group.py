@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import needs_gloo, on_two_ranks
 
 from kdfast.distill import WCL
 from kdfast.functional import clip_loss, info_nce, nt_xent, siglip_loss, sup_con
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+pytestmark = needs_gloo
 
 SIZES, D = (5, 3), 6
 LABELS = torch.tensor([0, 1, 0, 2, 1, 0, 2, 3])
@@ -43,18 +43,13 @@ def measure(rank, group):
     return results
 
 
-def worker(rank, directory):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
-    torch.save(measure(rank, dist.group.WORLD), f"{directory}/{rank}.pt")
-    dist.destroy_process_group()
+def measure_rank(rank):
+    return measure(rank, dist.group.WORLD)
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("group")
-    mp.spawn(worker, (str(directory),), nprocs=2)
-    return [torch.load(directory / f"{rank}.pt") for rank in range(2)]
+def ranks():
+    return on_two_ranks(measure_rank)
 
 
 @pytest.mark.parametrize("name", LOSSES)
