@@ -36,6 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     level = bench.add_mutually_exclusive_group()
     level.add_argument("--quick", dest="level", action="store_const", const="quick", help="small shapes, a few seconds each")
     level.add_argument("--full", dest="level", action="store_const", const="full", help="all shapes, many rounds")
+    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: %(default)s)")
+    bench.add_argument("--seconds", type=_positive, metavar="N", help="with --device cuda: begin nothing later, and end soon")
+    bench.add_argument("--compile-only", action="store_true", help="with --device cuda: compile what would be measured, in parallel")
     bench.add_argument(
         "--output", type=Path, default=Path("bench-results"), metavar="DIR", help="where the CSV goes (default: %(default)s)"
     )
@@ -84,7 +87,12 @@ def _doctor(given: argparse.Namespace) -> int:
 def _bench(given: argparse.Namespace) -> int:
     from . import bench
 
-    bench.run(given.families, given.level, given.output, given.cases)
+    if given.device == "cpu":
+        bench.run(given.families, given.level, given.output, given.cases)
+    elif given.compile_only:
+        bench.compile_for_gpu(given.families, given.level, given.cases, seconds=given.seconds)
+    else:
+        bench.run_on_gpu(given.families, given.level, given.output, given.cases, seconds=given.seconds)
     return 0
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kdfast import bench
-from kdfast.bench import measure, memory, peers, registry, report, runner
+from kdfast.bench import devices, measure, memory, peers, registry, report, runner
 from kdfast.bench.registry import Case, Peer
 
 MIB = 2**20
@@ -108,7 +108,7 @@ def fake_case(ours=lambda x: x * 2, **peer) -> Case:
 def rows_of(monkeypatch, case: Case) -> dict[str, runner.Row]:
     monkeypatch.setattr(registry, "cases_of", lambda family: {"some": case})
     monkeypatch.setattr(memory, "peak_extra", lambda *args, **kwargs: 0)
-    monkeypatch.setitem(runner.BUDGET, "quick", (0.0, 2))
+    monkeypatch.setitem(devices.CPU.budget, "quick", (0.0, 2))
     (rows,) = runner.run("fake", "some", "quick")
     assert [row.clock for row in rows] == ["cpu"] * 3 + ["wall"] * 3
     return {row.peer: row for row in rows}
@@ -188,7 +188,7 @@ def test_peers_agree_with_the_reference(family, name, dtype):
     reference = case.reference(inputs)
     allowed = measure.tolerance(measure.error(case.peers[1].build(inputs)(), reference), dtype)
     for peer in case.peers:
-        if peer.dtypes is not None and dtype not in peer.dtypes:
+        if not runner.serves(peer, dtype, "cpu"):
             continue
         if peer.quick and peer.missing() is None and not peer.floor:
             assert measure.error(peer.build(inputs)(), reference) <= max(allowed, peer.allowance), peer.name
@@ -197,9 +197,20 @@ def test_peers_agree_with_the_reference(family, name, dtype):
 
 
 @every_case
+def test_formulas_stay_on_the_device_of_their_inputs(family, name):
+    """What names no device is made on "meta" here, and does not mix with tensors of the CPU."""
+    case = registry.cases_of(family)[name]
+    inputs = case.inputs(tuple(SMALL[axis] for axis in case.axes.split()), torch.float32)
+    if "cuda" in case.shapes:
+        with torch.device("meta"):
+            results = [case.reference(inputs), *(peer.build(inputs)() for peer in case.peers[:2])]
+        assert all(x.device.type == "cpu" for result in results for x in result)
+
+
+@every_case
 def test_shapes_fit_their_axes(family, name):
     case = registry.cases_of(family)[name]
-    assert set(case.shapes) == set(registry.LEVELS)
+    assert set(case.shapes) - {"cuda"} == set(registry.LEVELS)
     for shapes in case.shapes.values():
         assert shapes and len(set(shapes)) == len(shapes) and all(len(shape) == len(case.axes.split()) for shape in shapes)
 
@@ -233,7 +244,7 @@ def test_a_library_that_is_not_there_is_named():
 def test_run_writes_a_table_and_a_csv(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(registry, "cases_of", lambda family: {"some": fake_case()})
     monkeypatch.setattr(memory, "peak_extra", lambda *args, **kwargs: 3 * MIB)
-    monkeypatch.setitem(runner.BUDGET, "quick", (0.0, 2))
+    monkeypatch.setitem(devices.CPU.budget, "quick", (0.0, 2))
     (path,) = bench.run(["fake"], "quick", tmp_path / "new")
     with path.open() as file:
         rows = list(csv.DictReader(file))

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import registry, report, runner
+import torch
+
+from . import gpu, registry, report, runner
 
 
 def run(families: list[str], level: str, output: Path, names: Sequence[str] = ()) -> list[Path]:
-    """Measure `families` (none: all), or only their cases called `names`: prints a table a comparison.
+    """Measure `families` (none: all), or only their cases called `names`, on the CPU: prints a table a comparison.
 
     Writes one CSV a family to `output`; returns the paths. Raises ValueError for an unknown family, level or case, OSError where
     `output` cannot be made: before anything is measured.
@@ -24,6 +26,29 @@ def run(families: list[str], level: str, output: Path, names: Sequence[str] = ()
         report.write_csv(rows, written[-1])
         print(written[-1])
     return written
+
+
+def run_on_gpu(families: list[str], level: str, output: Path, names: Sequence[str] = (), *, seconds: float | None = None) -> list[Path]:
+    """The same on a GPU, within `seconds` where given: cuda.csv, cuda.json and cuda.md, written anew after each comparison.
+
+    Raises ValueError and OSError as `run`; RuntimeError without a GPU, or, when all is written, if kdfast failed anywhere.
+    """
+    tasks = gpu.plan(_chosen(families, names), level)
+    _need_gpu()
+    output.mkdir(parents=True, exist_ok=True)
+    return gpu.run(tasks, output, seconds)
+
+
+def compile_for_gpu(families: list[str], level: str, names: Sequence[str] = (), *, seconds: float | None = None) -> None:
+    """Fill the caches of compiled kernels with what `run_on_gpu` needs, several at a time. Raises as it does."""
+    tasks = gpu.plan(_chosen(families, names), level)
+    _need_gpu()
+    gpu.compile_all(tasks, seconds)
+
+
+def _need_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise RuntimeError("no GPU is visible to PyTorch")
 
 
 def _chosen(families: list[str], names: Sequence[str]) -> dict[str, list[str]]:

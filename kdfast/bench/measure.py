@@ -1,7 +1,7 @@
 """Time, measured so that a noisy machine cannot favour anyone; and the gate that a wrong answer does not pass.
 
 Calls take turns, one sample each, round after round: whatever slows the machine meets all of them. A sample repeats a
-short call until it lasts `SAMPLE` seconds. One thread is timed in process-CPU seconds, several in wall seconds.
+short call until it lasts `SAMPLE` seconds, on a GPU too where the host's clock is read; a GPU's own clock takes one call at a time.
 """
 
 import math
@@ -15,6 +15,12 @@ import torch
 from torch import Tensor
 
 SAMPLE = 5e-3  # seconds
+FLUSHED = 2**28  # bytes written before a call is timed by a GPU's clock: more than its caches hold
+#: the error allowed where the plain formula, which sets it elsewhere, does not fit into memory
+USUAL = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+#: seconds a call, given it and how often to repeat it
+Sampler = Callable[[Callable[[], Any], int], float]
 
 
 class Timing(NamedTuple):
@@ -36,28 +42,51 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def by(clock: Callable[[], float], finish: Callable[[], None] = lambda: None) -> Sampler:
+    """Seconds of the host's `clock`; `finish` waits for what a call has left to do."""
+
+    def sample(call: Callable[[], Any], repeats: int) -> float:
+        finish()
+        start = clock()
+        for _ in range(repeats):
+            call()
+        finish()
+        return (clock() - start) / repeats
+
+    return sample
+
+
+def by_events(call: Callable[[], Any], repeats: int) -> float:
+    """Seconds of the GPU's clock for one call, of inputs that its caches no longer hold. The host issues the call while the caches are
+    flushed: of a short call, what issuing it takes is mostly hidden."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.empty(FLUSHED, dtype=torch.int8, device="cuda").zero_()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 def interleave(
-    calls: dict[str, Callable[[], Any]], *, clock: Callable[[], float] = time.perf_counter, seconds: float = 5.0, rounds: int = 5
+    calls: dict[str, Callable[[], Any]], *, sample: Sampler | None = None, seconds: float = 5.0, rounds: int = 5
 ) -> dict[str, Timing]:
-    """Time each of `calls` in turn for at least `rounds` rounds, and on until `seconds` of wall time have passed."""
-    repeats = {name: _repeats(call) for name, call in calls.items()}
+    """Time each of `calls` in turn for at least `rounds` rounds, and on until `seconds` of wall time have passed. `sample` is `by` the
+    wall clock where none is given."""
+    sample = sample or by(time.perf_counter)
+    repeats = {name: _repeats(call, sample) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     deadline, done = time.perf_counter() + seconds, 0
     while calls and (done < rounds or time.perf_counter() < deadline):
         for name, call in calls.items():
-            start = clock()
-            for _ in range(repeats[name]):
-                call()
-            samples[name].append((clock() - start) / repeats[name])
+            samples[name].append(sample(call, repeats[name]))
         done += 1
     return {name: summary(times) for name, times in samples.items()}
 
 
-def _repeats(call: Callable[[], Any]) -> int:
-    call()  # the first call warms caches and allocates
-    start = time.perf_counter()
-    call()
-    return max(1, math.ceil(SAMPLE / max(time.perf_counter() - start, 1e-9)))
+def _repeats(call: Callable[[], Any], sample: Sampler) -> int:
+    sample(call, 1)  # the first call warms caches and allocates
+    return max(1, math.ceil(SAMPLE / max(sample(call, 1), 1e-9)))
 
 
 def summary(samples: list[float]) -> Timing:

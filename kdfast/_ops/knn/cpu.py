@@ -51,7 +51,7 @@ def knn(p: portable.Problem, k: int, candidates: int, step: Callable[[], None], 
     """(distance [N, k], index [N, k]), ascending, ties to the lower index, missing (inf, -1)."""
     n = len(p.query)
     p = p._replace(bank=_tensor(p.bank))
-    out = torch.full((n, k), torch.inf), torch.full((n, k), -1)
+    out = torch.full((n, k), torch.inf, device="cpu"), torch.full((n, k), -1, device="cpu")
     for start in range(0, n, _QUERY_SLAB):
         slab = slice(start, min(start + _QUERY_SLAB, n))
         for whole, part in zip(out, _slab(portable.queries(p, slab), k, candidates, step, products), strict=True):
@@ -74,17 +74,18 @@ def _slab(p: portable.Problem, k: int, candidates: int, step: Callable[[], None]
     rows = p.rows(p.query, slice(0, n)).contiguous()
     centre = None if p.metric == "cosine" else middle(p.rows(p.bank, slice(0, _CENTRE_ROWS)).float())
     query = F.normalize(rows.float(), dim=1) if centre is None else rows.float() - centre
-    rank, index = torch.empty(n, kept + max(kept, _SPARE)), torch.empty(n, kept + max(kept, _SPARE), dtype=torch.int64)
-    state = (rank, index, torch.zeros(n, dtype=torch.int64), torch.full((n,), torch.inf))
+    rank = query.new_empty(n, kept + max(kept, _SPARE))
+    index = torch.empty_like(rank, dtype=torch.int64)
+    state = (rank, index, index.new_zeros(n), rank.new_full((n,), torch.inf))
     for start in range(0, m, _BANK_BLOCK):
         columns = slice(start, min(start + _BANK_BLOCK, m))
         keys = p.rows(p.bank, columns)
         if centre is None:
             norm = torch.linalg.vector_norm(keys, dim=1, dtype=torch.float32)
-            factor, offset = -norm.clamp_(min=1e-12).reciprocal_(), torch.zeros(len(keys))
+            factor, offset = -norm.clamp_(min=1e-12).reciprocal_(), norm.new_zeros(len(keys))
         else:
             keys = keys.float() - centre
-            factor, offset = torch.full((len(keys),), -2.0), keys.square().sum(dim=1).nan_to_num_(_LARGEST, _LARGEST)
+            factor, offset = keys.new_full((len(keys),), -2.0), keys.square().sum(dim=1).nan_to_num_(_LARGEST, _LARGEST)
         dropped = p.dropped(columns)
         if dropped is not None:
             offset = torch.where(dropped, torch.inf, offset)

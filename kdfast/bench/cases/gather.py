@@ -44,7 +44,7 @@ def formula(query: Tensor, bank: Tensor, index: Tensor) -> Tensor:
 
 def reference(x: Inputs) -> tuple[Tensor, ...]:
     def rows(query: Tensor, index: Tensor, bank: Tensor) -> Tensor:
-        return gather.sampled_nce(query, bank, index, TAU, len(bank), torch.tensor(float(len(bank))))[0].mean()
+        return gather.sampled_nce(query, bank, index, TAU, len(bank), query.new_tensor(float(len(bank))))[0].mean()
 
     return peers.in_chunks(rows, (x.query.double(), x.index), x.bank.double(), size=1)
 
@@ -58,6 +58,7 @@ CRD = Case(
         "quick": ((64, 5_000, 128, 1_638), (64, 100_000, 128, 256)),
         "default": ((64, 50_000, 128, 16_384), (256, 1_000_000, 128, 1_024)),
         "full": ((64, 50_000, 128, 16_384), (256, 1_000_000, 128, 1_024), (64, 1_281_167, 128, 16_384)),
+        "cuda": ((256, 1_000_000, 128, 4_096), (64, 50_000, 128, 16_384)),
     },
     axes="N M D K",
     dtypes=(torch.float32, torch.bfloat16),

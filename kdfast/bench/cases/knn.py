@@ -63,6 +63,7 @@ SEARCH = Case(
         "quick": ((512, 8_192, 128, 5),),
         "default": ((4_096, 65_536, 128, 5), (4_096, 65_536, 128, 100)),
         "full": ((4_096, 65_536, 128, 5), (4_096, 65_536, 128, 100), (4_096, 65_536, 512, 5), (1_024, 1_000_000, 128, 1_024)),
+        "cuda": ((4_096, 1_000_000, 128, 10), (4_096, 65_536, 128, 10)),
     },
     axes="N M D k",
     dtypes=(torch.float32,),
@@ -74,7 +75,7 @@ SEARCH = Case(
         Peer("chunks, topk", lambda x: partial(plain, *x)),
         Peer("kdfast, bf16x3", kdfast("bf16x3")),
         Peer("kdfast, bf16", kdfast("bf16")),
-        Peer("faiss-cpu", faiss, missing=peers.installed("faiss", "faiss-cpu"), dtypes=(torch.float32,)),
+        Peer("faiss-cpu", faiss, missing=peers.installed("faiss", "faiss-cpu"), dtypes=(torch.float32,), device="cpu"),
     ),
 )
 GROWTH = SEARCH._replace(

@@ -20,6 +20,7 @@ BANK_GRADIENT = INFO_NCE._replace(
         "quick": ((64, 256, 128), (256, 4096, 128)),
         "default": ((64, 256, 128), (1024, 16384, 128)),
         "full": ((64, 256, 128), (1024, 65536, 128), (4096, 16384, 256)),
+        "cuda": ((4096, 65536, 128), (8192, 32768, 512)),
     },
     reference=reference,
     flop=lambda shape: 8 * math.prod(shape),

@@ -10,6 +10,7 @@ from kdfast.functional import clip_loss, siglip_loss
 
 from ... import peers
 from ...registry import Case
+from . import clip_gpu
 
 
 class Inputs(NamedTuple):
@@ -36,12 +37,12 @@ def sigmoid_inputs(shape: tuple[int, int], dtype: torch.dtype) -> SigmoidInputs:
 
 
 def clip_formula(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    logits, target = scale * image @ text.T, torch.arange(len(image))  # [N, N]
+    logits, target = scale * image @ text.T, torch.arange(len(image), device=image.device)  # [N, N]
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def siglip_formula(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    sign = 2 * torch.eye(len(image), dtype=image.dtype) - 1
+    sign = 2 * torch.eye(len(image), dtype=image.dtype, device=image.device) - 1
     return -F.logsigmoid(sign * (scale * image @ text.T + bias)).sum() / len(image)
 
 
@@ -62,6 +63,7 @@ CLIP = Case(
         "quick": ((64, 128), (256, 128)),
         "default": ((64, 128), (256, 128), (4096, 512)),
         "full": ((64, 128), (256, 128), (1024, 512), (4096, 512), (8192, 768)),
+        "cuda": ((16384, 512), (4096, 512), (32768, 512)),
     },
     axes="N D",
     dtypes=(torch.float32, torch.bfloat16),
@@ -73,6 +75,7 @@ CLIP = Case(
         peers.steps("eager", clip_formula, leaves=3),
         peers.compiled(clip_formula, leaves=3),
         peers.library("open_clip_torch", "open_clip", open_clip, leaves=3),
+        *clip_gpu.PEERS,
         *peers.bare_mm(peers.gradient_products, lambda x: (x.image, x.text)),
     ),
 )

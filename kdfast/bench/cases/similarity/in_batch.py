@@ -43,17 +43,17 @@ def labelled(shape: tuple[int, int], dtype: torch.dtype) -> Labelled:
 def scores(features: Tensor) -> Tensor:
     """Cosines over TAU, -inf on the diagonal."""
     unit = F.normalize(features, dim=-1)
-    return (unit @ unit.T / TAU).masked_fill(torch.eye(len(unit), dtype=torch.bool), -torch.inf)
+    return (unit @ unit.T / TAU).masked_fill(torch.eye(len(unit), dtype=torch.bool, device=unit.device), -torch.inf)
 
 
 def nt_xent_formula(view1: Tensor, view2: Tensor) -> Tensor:
     n = len(view1)
-    return F.cross_entropy(scores(torch.cat([view1, view2])), torch.arange(2 * n).roll(n))
+    return F.cross_entropy(scores(torch.cat([view1, view2])), torch.arange(2 * n, device=view1.device).roll(n))
 
 
 def sup_con_formula(features: Tensor, labels: Tensor) -> Tensor:
     log_p = scores(features).log_softmax(-1)
-    positive = (labels[:, None] == labels) & ~torch.eye(len(labels), dtype=torch.bool)
+    positive = (labels[:, None] == labels) & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     return -(log_p.masked_fill(~positive, 0).sum(-1) / positive.sum(-1)).mean()
 
 
@@ -74,6 +74,7 @@ NT_XENT = Case(
         "quick": ((64, 128), (128, 128)),
         "default": ((64, 128), (128, 128), (2048, 128)),
         "full": ((64, 128), (128, 128), (512, 128), (2048, 128), (4096, 256)),
+        "cuda": ((8192, 128), (4096, 512)),
     },
     axes="N D",
     dtypes=(torch.float32, torch.bfloat16),
@@ -93,6 +94,7 @@ SUP_CON = NT_XENT._replace(
         "quick": ((128, 128), (256, 128)),
         "default": ((128, 128), (256, 128), (4096, 128)),
         "full": ((128, 128), (256, 128), (1024, 128), (4096, 128), (8192, 256)),
+        "cuda": ((8192, 256),),
     },
     inputs=labelled,
     reference=lambda x: peers.step(sup_con_formula, x.features.double(), x.labels),

@@ -1,6 +1,7 @@
 """InfoNCE against a memory bank that needs no gradient: loss and query gradient in one step."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from ... import peers
 from ...registry import Call, Case, Peer, octaves
 
 TAU = 0.07
+aten = torch.ops.aten
 
 
 class Inputs(NamedTuple):
@@ -32,7 +34,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> Inputs:
 
 def formula(query: Tensor, positive: Tensor, bank: Tensor) -> Tensor:
     logits = torch.cat([(query * positive).sum(-1, keepdim=True), query @ bank.T], dim=1) / TAU  # [N, 1 + M]
-    return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long))
+    return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=query.device))
 
 
 def reference(x: Inputs) -> tuple[Tensor, ...]:
@@ -40,12 +42,12 @@ def reference(x: Inputs) -> tuple[Tensor, ...]:
     return peers.in_chunks(formula, (query, positive), bank)
 
 
-def attention(x: Inputs) -> Call:
+def attention(attend: Callable[..., tuple], x: Inputs) -> Call:
     """Attention with K = V returns lse and the pooled row, from which loss and gradient follow in closed form."""
 
     def call() -> tuple[Tensor, ...]:
         q, k = x.query[None, None], x.bank[None, None]
-        pooled, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, scale=1 / TAU)
+        pooled, lse, *_ = attend(q, k, k)
         z = (x.query.float() * x.positive.float()).sum(-1) / TAU
         total = torch.logaddexp(lse.reshape(-1).float(), z)
         negative = -torch.expm1(z - total)[:, None]  # 1 - p(positive)
@@ -60,6 +62,10 @@ INFO_NCE = Case(
         "quick": ((64, 256, 128), (256, 8192, 128)),
         "default": ((64, 256, 128), (1024, 65536, 128)),
         "full": ((64, 256, 128), (1024, 65536, 128), (4096, 16384, 256)),
+        "cuda": (
+            *((4096, 65536, 128), (8192, 65536, 256), (32768, 1_048_576, 128)),
+            *((256, 65536, 128), (4096, 65536, 64), (4096, 65536, 1024)),
+        ),
     },
     axes="N M D",
     dtypes=(torch.float32, torch.bfloat16),
@@ -70,7 +76,19 @@ INFO_NCE = Case(
         peers.steps("kdfast", partial(info_nce, temperature=TAU)),
         peers.steps("eager", formula),
         peers.compiled(formula),
-        Peer("SDPA, K = V", attention),
+        Peer("SDPA, K = V", partial(attention, partial(aten._scaled_dot_product_flash_attention_for_cpu, scale=1 / TAU)), device="cpu"),
+        Peer(
+            "SDPA, K = V, FlashAttention",
+            partial(attention, partial(aten._scaled_dot_product_flash_attention, scale=1 / TAU)),
+            dtypes=(torch.bfloat16,),
+            device="cuda",
+        ),
+        Peer(
+            "SDPA, K = V, cuDNN",
+            partial(attention, lambda q, k, v: aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=1 / TAU)),
+            dtypes=(torch.bfloat16,),
+            device="cuda",
+        ),
         *peers.bare_mm(peers.attention_products, lambda x: (x.query, x.bank)),
     ),
 )

@@ -48,7 +48,7 @@ def metric_learning(x: Inputs) -> Call:
     from pytorch_metric_learning.losses import SupConLoss
 
     n, m = len(x.query), len(x.bank)
-    row, negative = torch.arange(n), torch.arange(n, n + m)
+    row, negative = torch.arange(n, device=x.query.device), torch.arange(n, n + m, device=x.query.device)
     pairs = row, row, row.repeat_interleave(m), negative.repeat(n)  # (anchor, positive, anchor, negative), rows of the references
     criterion = SupConLoss(temperature=TAU)
 
@@ -59,6 +59,7 @@ def metric_learning(x: Inputs) -> Call:
 
 
 NORMALIZED = INFO_NCE._replace(
+    shapes=INFO_NCE.shapes | {"cuda": ((4096, 65536, 128),)},
     inputs=inputs,
     reference=reference,
     peers=(

@@ -35,15 +35,16 @@ def reference(x: Inputs) -> tuple[Tensor, ...]:
 
 
 def autocast(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def call(*args) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return loss(*args)
+    def call(query: Tensor, *others) -> Tensor:
+        with torch.autocast(query.device.type, torch.bfloat16):
+            return loss(query, *others)
 
     return call
 
 
 def kdfast(x: Inputs, loss: Callable[..., Tensor] = normalized.loss, **layout) -> Call:
-    bank = QueueBank(*x.bank.shape, dtype=x.bank.dtype, **layout)
+    with x.bank.device:
+        bank = QueueBank(*x.bank.shape, dtype=x.bank.dtype, **layout)
     bank.push(x.bank)
 
     def call() -> tuple[Tensor, ...]:
@@ -87,13 +88,14 @@ QUEUE = INFO_NCE._replace(
         "quick": ((32, 4096, 128), (64, 4096, 128)),
         "default": ((32, 65536, 128), (64, 65536, 128)),
         "full": ((32, 65536, 128), (64, 65536, 128), (32, 1_000_000, 128)),
+        "cuda": ((256, 65536, 128),),
     },
     inputs=inputs,
     reference=reference,
     peers=(
         Peer("kdfast", kdfast),
         Peer("eager", partial(plain, formula)),
-        Peer("kdfast, packed", partial(kdfast, layout="packed")),
+        Peer("kdfast, packed", partial(kdfast, layout="packed"), device="cpu"),
         Peer("lightly", lightly, missing=peers.installed("lightly", "lightly")),
         Peer("torch.compile", compiled, missing=peers.no_compiler, quick=False),
         *peers.bare_mm(peers.attention_products, lambda x: (x.query, stored(x.bank))),
@@ -104,6 +106,6 @@ QUEUE_AUTOCAST = QUEUE._replace(
     peers=(
         Peer("kdfast", partial(kdfast, loss=autocast(normalized.loss))),
         Peer("eager", partial(plain, autocast(formula))),
-        Peer("kdfast, packed", partial(kdfast, loss=autocast(normalized.loss), layout="packed")),
+        Peer("kdfast, packed", partial(kdfast, loss=autocast(normalized.loss), layout="packed"), device="cpu"),
     ),
 )

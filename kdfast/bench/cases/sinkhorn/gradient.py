@@ -60,6 +60,7 @@ def through_iterations_reference(x: Inputs) -> tuple[Tensor, ...]:
 
 
 VALUE = SOLVE._replace(
+    shapes=SOLVE.shapes | {"cuda": ((256, 256, 256, 50), (1, 10_000, 10_000, 20))},
     reference=lambda x: plan(problem.log_iteration, (x[0].double(), x[1]))(),
     peers=(
         Peer("kdfast", partial(gradient, partial(total, "envelope"))),
@@ -73,6 +74,7 @@ UNROLLED = Case(
         "quick": ((1, 200, 200, 20), (8, 64, 64, 20)),
         "default": ((1, 1000, 1000, 20), (64, 128, 128, 20)),
         "full": ((1, 2000, 2000, 20), (64, 128, 128, 20), (64, 128, 128, 100)),
+        "cuda": ((64, 128, 128, 20), (1, 2000, 2000, 20)),
     },
     axes=SOLVE.axes,
     dtypes=SOLVE.dtypes,
@@ -92,6 +94,7 @@ IMPLICIT = UNROLLED._replace(
         "quick": ((1, 200, 200, 60), (8, 64, 64, 60)),
         "default": ((1, 1000, 1000, 60), (64, 128, 128, 60)),
         "full": ((1, 2000, 2000, 60), (64, 128, 128, 60)),
+        "cuda": ((64, 128, 128, 60), (1, 2000, 2000, 60)),
     },
     peers=(
         Peer("kdfast", partial(gradient, partial(total, "implicit"))),

@@ -65,7 +65,7 @@ def published_normalize(logits: Tensor, iterations: int) -> Tensor:
 def normalized(normalize, x: Inputs) -> Call:
     """The matrices, and the gradient of a weighted sum of their entries."""
     leaf = x[0].detach().requires_grad_()
-    weight = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(1)).to(leaf.dtype)
+    weight = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(leaf)
 
     def call() -> tuple[Tensor, ...]:
         out = normalize(leaf, x[1])
@@ -75,7 +75,12 @@ def normalized(normalize, x: Inputs) -> Call:
 
 
 ASSIGN = Case(
-    shapes={"quick": ((256, 300, 3),), "default": ((2048, 3000, 3),), "full": ((2048, 3000, 3), (4096, 16384, 3), (64, 3000, 3))},
+    shapes={
+        "quick": ((256, 300, 3),),
+        "default": ((2048, 3000, 3),),
+        "full": ((2048, 3000, 3), (4096, 16384, 3), (64, 3000, 3)),
+        "cuda": ((8192, 65_536, 3), (4096, 3000, 3)),
+    },
     axes="N K T",
     dtypes=(torch.float32,),
     inputs=scores,
@@ -89,7 +94,12 @@ ASSIGN = Case(
     ),
 )
 NORMALIZE = Case(
-    shapes={"quick": ((5_000, 4, 20),), "default": ((100_000, 4, 20),), "full": ((100_000, 4, 20), (10_000, 8, 20), (1_000, 32, 20))},
+    shapes={
+        "quick": ((5_000, 4, 20),),
+        "default": ((100_000, 4, 20),),
+        "full": ((100_000, 4, 20), (10_000, 8, 20), (1_000, 32, 20)),
+        "cuda": ((100_000, 4, 20), (4_096, 32, 20)),
+    },
     axes="B n T",
     dtypes=(torch.float32,),
     inputs=logits,

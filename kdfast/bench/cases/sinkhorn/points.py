@@ -56,6 +56,15 @@ def geomloss(inputs: Inputs) -> Call:
     return gradient(lambda x, y, iterations: 2 * criterion(x, y).sum(), inputs)
 
 
+def flash_sinkhorn(inputs: Inputs) -> Call:
+    """In float32 products, potentials updated by turns as ours are."""
+    from flash_sinkhorn import SamplesLoss
+
+    fixed = {"eps": EPSILON, "n_iters": inputs.iterations, "use_epsilon_scaling": False, "last_extrapolation": False}
+    criterion = SamplesLoss("sinkhorn", backend="alternating", allow_tf32=False, **fixed)
+    return gradient(lambda x, y, iterations: criterion(x, y).sum(), inputs)
+
+
 def pot(inputs: Inputs) -> Call:
     import ot
 
@@ -84,6 +93,7 @@ POINTS = Case(
         "quick": ((1, 400, 400, 64, 20), (16, 64, 64, 64, 20)),
         "default": ((1, 2000, 2000, 64, 20), (64, 128, 128, 64, 20)),
         "full": ((1, 2000, 2000, 64, 20), (1, 2000, 2000, 512, 20), (64, 128, 128, 64, 20), (1, 10_000, 10_000, 64, 20)),
+        "cuda": ((1, 10_000, 10_000, 64, 100), (64, 128, 128, 64, 20)),
     },
     axes="B N M D T",
     dtypes=problem.DTYPES,
@@ -96,6 +106,7 @@ POINTS = Case(
         Peer("torch.compile", compiled, missing=peers.no_compiler, quick=False),
         Peer("POT", pot, missing=peers.installed("ot", "POT")),
         Peer("geomloss", geomloss, missing=peers.installed("geomloss", "geomloss"), allowance=1e-4),  # its steps end 2e-5 beside ours
-        Peer("OTT-JAX", ott, missing=peers.installed("ott", "ott-jax"), dtypes=(torch.float32,)),
+        Peer("OTT-JAX", ott, missing=peers.installed("ott", "ott-jax"), dtypes=(torch.float32,), device="cpu"),
+        Peer("flash-sinkhorn", flash_sinkhorn, missing=peers.installed("flash_sinkhorn", "flash-sinkhorn"), device="cuda", allowance=1e-4),
     ),
 )

@@ -4,6 +4,8 @@ Points of 64 coordinates and an epsilon at which 20 iterations converge in float
 potentials in, all give the same number. The time of an iteration does not depend on it.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,8 +33,8 @@ def costs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, int]:
 def log_iteration(cost: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """f and g [B, n], [B, m] after one more iteration of the stable form, for uniform weights."""
     n, m = cost.shape[-2:]
-    f = -EPSILON * ((g[:, None, :] - cost) / EPSILON - torch.log(torch.tensor(m))).logsumexp(-1)
-    return f, -EPSILON * ((f[:, :, None] - cost) / EPSILON - torch.log(torch.tensor(n))).logsumexp(-2)
+    f = -EPSILON * ((g[:, None, :] - cost) / EPSILON - math.log(m)).logsumexp(-1)
+    return f, -EPSILON * ((f[:, :, None] - cost) / EPSILON - math.log(n)).logsumexp(-2)
 
 
 def potentials(cost: Tensor, iterations: int, iteration=log_iteration) -> tuple[Tensor, Tensor]:

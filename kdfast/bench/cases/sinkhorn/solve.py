@@ -69,6 +69,7 @@ SOLVE = Case(
         "quick": ((1, 400, 400, 20), (16, 64, 64, 20)),
         "default": ((1, 2000, 2000, 20), (64, 128, 128, 20)),
         "full": ((1, 2000, 2000, 20), (64, 128, 128, 20), (256, 256, 256, 50), (1, 5000, 5000, 100)),
+        "cuda": ((256, 256, 256, 50), (1, 10_000, 10_000, 20), (100_000, 4, 4, 20), (1024, 64, 64, 50), (1024, 128, 128, 50)),
     },
     axes="B N M T",
     dtypes=problem.DTYPES,
@@ -84,7 +85,7 @@ SOLVE = Case(
         _compiled("torch.compile, kernel", kernel_domain, problem.kernel_iteration),
         Peer("POT", partial(pot, "log_sinkhorn"), missing=peers.installed("ot", "POT")),
         Peer("POT, kernel", partial(pot, "sinkhorn"), missing=peers.installed("ot", "POT")),
-        Peer("OTT-JAX", ott, missing=peers.installed("ott", "ott-jax"), dtypes=(torch.float32,)),
+        Peer("OTT-JAX", ott, missing=peers.installed("ott", "ott-jax"), dtypes=(torch.float32,), device="cpu"),
     ),
 )
 GROWTH = SOLVE._replace(

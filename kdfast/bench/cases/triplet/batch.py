@@ -51,5 +51,5 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
 def sides(labels: Tensor, ref_labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Positives and negatives as masks [N, M]; in batch no row is its own positive."""
     same = labels[:, None] == (labels if ref_labels is None else ref_labels)
-    positive = same if ref_labels is not None else same & ~torch.eye(len(labels), dtype=torch.bool)
+    positive = same if ref_labels is not None else same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     return positive, ~same

@@ -75,11 +75,11 @@ def mining(mine: Callable[[Tensor, Tensor], Triplets], x: Inputs) -> Call:
 
 
 DISTANCE_WEIGHTED = Case(
-    shapes={"quick": ((256, 128, 8),), "default": ((1024, 128, 8),), "full": ((1024, 128, 8), (4096, 128, 8))},
+    shapes={"quick": ((256, 128, 8),), "default": ((1024, 128, 8),), "full": ((1024, 128, 8), (4096, 128, 8)), "cuda": ((4096, 128, 8),)},
     axes="N D C",
     dtypes=(torch.float32,),
     inputs=inputs,
-    reference=lambda x: (torch.ones(len(x.x), dtype=torch.float64),),
+    reference=lambda x: (torch.ones(len(x.x), dtype=torch.float64, device=x.x.device),),
     flop=lambda shape: 2 * shape[0] ** 2 * shape[1],
     peers=(
         Peer("kdfast", partial(mining, kdfast)),

@@ -142,7 +142,12 @@ def with_formula(mining: str, formula: Callable[..., Tensor], reduction: str = "
 
 HARDEST = partial(hardest, distances=batch.distances)
 BATCH_HARD = Case(
-    shapes={"quick": ((512, 128, 4),), "default": ((4096, 128, 4),), "full": ((1024, 128, 4), (4096, 128, 4), (16_384, 128, 4))},
+    shapes={
+        "quick": ((512, 128, 4),),
+        "default": ((4096, 128, 4),),
+        "full": ((1024, 128, 4), (4096, 128, 4), (16_384, 128, 4)),
+        "cuda": ((4096, 128, 4), (16_384, 256, 4)),
+    },
     axes="N D C",
     dtypes=(torch.float32, torch.bfloat16),
     inputs=batch.inputs,
@@ -161,6 +166,7 @@ BANK = BATCH_HARD._replace(
         "quick": ((128, 4096, 128, 4),),
         "default": ((1024, 65_536, 128, 4),),
         "full": ((128, 65_536, 128, 4), (1024, 65_536, 128, 4)),
+        "cuda": ((4096, 65_536, 128, 4),),
     },
     axes="N M D C",
     inputs=against_bank,
@@ -175,7 +181,12 @@ BANK = BATCH_HARD._replace(
 )
 EVERY, SEMI = partial(all_triplets, semi_hard=False), partial(all_triplets, semi_hard=True)
 BATCH_ALL = BATCH_HARD._replace(
-    shapes={"quick": ((512, 128, 4),), "default": ((4096, 128, 4),), "full": ((1024, 128, 4), (4096, 128, 4), (4096, 128, 8))},
+    shapes={
+        "quick": ((512, 128, 4),),
+        "default": ((4096, 128, 4),),
+        "full": ((1024, 128, 4), (4096, 128, 4), (4096, 128, 8)),
+        "cuda": ((4096, 128, 4),),
+    },
     dtypes=(torch.float32,),
     inputs=batch.exact,
     reference=partial(in_double, partial(EVERY, by_parts=True)),

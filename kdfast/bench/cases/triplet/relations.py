@@ -68,7 +68,7 @@ def angle_formula(student: Tensor, teacher: Tensor, *, by_parts: bool = False) -
 
 def distance_formula(student: Tensor, teacher: Tensor) -> Tensor:
     def relative(x: Tensor) -> Tensor:
-        d = torch.where(torch.eye(len(x), dtype=torch.bool), 0, batch.distances(x, x))
+        d = torch.where(torch.eye(len(x), dtype=torch.bool, device=x.device), 0, batch.distances(x, x))
         return d / d[d > 0].mean()
 
     return F.smooth_l1_loss(relative(wide(student)), relative(wide(teacher)))
@@ -89,7 +89,12 @@ def in_double(formula: Callable[..., Tensor], x: NamedTuple, **options) -> tuple
 
 
 RKD_ANGLE = Case(
-    shapes={"quick": ((64, 128),), "default": ((256, 128), (512, 128)), "full": ((256, 128), (512, 128), (1024, 128))},
+    shapes={
+        "quick": ((64, 128),),
+        "default": ((256, 128), (512, 128)),
+        "full": ((256, 128), (512, 128), (1024, 128)),
+        "cuda": ((1024, 128),),
+    },
     axes="N D",
     dtypes=(torch.float32,),
     inputs=pair,
@@ -103,7 +108,12 @@ RKD_ANGLE = Case(
     ),
 )
 RKD_DISTANCE = Case(
-    shapes={"quick": ((256, 128),), "default": ((1024, 128), (4096, 128)), "full": ((1024, 128), (4096, 128), (8192, 512))},
+    shapes={
+        "quick": ((256, 128),),
+        "default": ((1024, 128), (4096, 128)),
+        "full": ((1024, 128), (4096, 128), (8192, 512)),
+        "cuda": ((8192, 128),),
+    },
     axes="N D",
     dtypes=(torch.float32,),
     inputs=pair,
@@ -116,6 +126,7 @@ MMD_RBF = Case(
         "quick": ((256, 256, 128),),
         "default": ((4096, 4096, 128),),
         "full": ((1024, 1024, 128), (4096, 4096, 128), (8192, 8192, 512)),
+        "cuda": ((8192, 8192, 128),),
     },
     axes="N M D",
     dtypes=(torch.float32,),
