@@ -1,35 +1,94 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and about ten minutes: build, doctor, tests, memory checker, benchmarks.
-# Results go to $OUT, or to a folder of benchmarks/results named after the day and the commit. A step that fails does not stop the others.
+# Everything that needs a GPU, in one command of at most LIMIT seconds (590): build, benchmarks, tests, doctor, memory checker, the most
+# valuable first. A step ends at its share of the limit, whatever happens in it, and one that fails does not stop the others. Results go to
+# OUT, or to a folder of benchmarks/results named after the day and the commit (COMMIT, where the tree is no checkout): summary.md, cuda.csv,
+# cuda.json, cuda.md and log.txt, each whole at any time.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-commit=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
-out=${OUT:-benchmarks/results/$(date +%F)-$commit}
-mkdir -p "$out"
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+limit=${LIMIT:-590}
+COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
+out=${OUT:-benchmarks/results/$(date +%F)-$COMMIT}
+export COMMIT PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
 failed=0
+told=()
 
-step() {  # NAME SECONDS COMMAND...
-  local name=$1 seconds=$2
-  shift 2
-  echo "== $name"
-  timeout "$seconds" "$@" >"$out/$name.log" 2>&1 || { failed=1; echo "failed: $name"; }
-  tail -n 12 "$out/$name.log"
+if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+  echo "no GPU is visible to PyTorch ($python): nothing can be measured" >&2
+  exit 1
+fi
+mkdir -p "$out"
+if compgen -G ".peers/*.whl" >/dev/null; then  # as benchmarks/peers.sh leaves them
+  if "$python" -m pip install -q --no-index --no-deps --no-compile --target "$logs/site" .peers/*.whl; then
+    export PYTHONPATH="$PYTHONPATH:$logs/site"
+  else
+    told+=("the peers' wheels could not be installed")
+  fi
+fi
+
+write() {  # FILE: standard input, under a temporary name first
+  cat >"$out/.$1.tmp" && mv "$out/.$1.tmp" "$out/$1"
 }
 
-step build 300 "$python" setup.py -q build_ext --inplace
-step doctor 60 "$python" -m kdfast doctor
-step tests 180 "$python" -m pytest -q -p no:cacheprovider tests/test_triton_gpu.py tests/test_triton_similarity.py tests/test_triton_pairs.py \
-  tests/test_triton_wide.py tests/test_triton_triplet.py tests/test_triton_triplet_dense.py tests/test_triton_triplet_mining.py \
-  tests/test_triton_relations.py tests/test_triton_knn.py \
-  tests/test_triton_gather.py tests/test_triton_sinkhorn.py
-step tests-cuda 120 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda_gpu.py tests/test_cuda_sinkhorn.py tests/test_cuda_sinkhorn_streamed.py \
-  tests/test_cuda_sinkhorn_layers.py
+report() {
+  {
+    echo "# $("$python" -c "import torch; print(torch.cuda.get_device_name())"), $COMMIT, $(date -u +'%F %H:%M UTC')"
+    echo
+    printf -- '- %s\n' "${told[@]}"
+    echo
+    [ ! -f "$out/cuda.md" ] || cat "$out/cuda.md"
+  } | write summary.md
+  for log in "$logs"/*.log; do printf '== %s\n' "$(basename "$log" .log)" && cat "$log"; done | write log.txt
+}
+
+run() {  # NAME PERCENT COMMAND...: until that share of the limit, then it gets `signal`
+  local name=$1 left=$((limit * $2 / 100 - SECONDS)) start=$SECONDS status
+  shift 2
+  ((left > 0)) || left=1
+  timeout -s "${signal:-TERM}" -k 3 "$left" "$@" >"$logs/$name.log" 2>&1
+  status=$?
+  case $status in
+    0) echo "$name: done in $((SECONDS - start)) s" ;;
+    124 | 137) echo "$name: ended by its limit after $((SECONDS - start)) s" ;;
+    *) echo "$name: failed ($status) after $((SECONDS - start)) s" ;;
+  esac >"$logs/$name.told"
+  return $status
+}
+
+conclude() {  # NAME STATUS
+  [ "$2" = 0 ] || failed=1
+  told+=("$(cat "$logs/$1.told")")
+  echo "== ${told[-1]}"
+  tail -n "${3:-12}" "$logs/$1.log"
+  report
+}
+
+step() {  # NAME PERCENT COMMAND...
+  run "$@"
+  conclude "$1" $?
+}
+
+families=(similarity sinkhorn triplet knn gather)
+run build 28 "$python" setup.py -q build_ext --inplace &
+build=$!
+run compile 28 "$python" -m kdfast bench "${families[@]}" --device cuda --compile-only --seconds $((limit * 27 / 100)) &
+compile=$!
+wait $build
+conclude build $?
+wait $compile
+conclude compile $?
+
+until=$((limit * 66 / 100))
+step bench 68 "$python" -m kdfast bench "${families[@]}" --device cuda --seconds $((until > SECONDS ? until - SECONDS : 1)) --output "$out"
+parallel=()
+"$python" -c "import xdist" 2>/dev/null && parallel=(-n 12)
+signal=INT step tests 88 "$python" -m pytest -q -p no:cacheprovider "${parallel[@]}" tests/test_triton_gpu.py tests/test_cuda_gpu.py \
+  tests/test_triton_{similarity,pairs,wide,triplet,triplet_dense,triplet_mining,relations,knn,gather,sinkhorn}.py tests/test_cuda_sinkhorn*.py
+step doctor 92 "$python" -m kdfast doctor
 if command -v compute-sanitizer >/dev/null; then
-  step memcheck 60 compute-sanitizer --error-exitcode 1 "$python" benchmarks/gpu_similarity.py --shapes 65,300,24 --repeats 1 --peers none
-  step memcheck-families 90 compute-sanitizer --error-exitcode 1 "$python" benchmarks/gpu_families.py --sizes small --repeats 1
+  step memcheck 99 compute-sanitizer --error-exitcode 1 "$python" -m kdfast doctor
 fi
-step similarity 240 "$python" benchmarks/gpu_similarity.py --output "$out" --commit "$commit"
-step families 180 "$python" benchmarks/gpu_families.py --output "$out" --commit "$commit"
+tail -n 60 "$out/summary.md"
 exit $failed

@@ -19,8 +19,8 @@ def reference(x: Inputs) -> tuple[Tensor, ...]:
     return (problem.value(*problem.potentials(x[0].double(), x[1])),)
 
 
-def kdfast(method: str, x: Inputs) -> Call:
-    return lambda: (sinkhorn(x[0], epsilon=EPSILON, max_iters=x[1], method=method).value,)
+def kdfast(method: str, x: Inputs, impl: str | None = None) -> Call:
+    return lambda: (sinkhorn(x[0], epsilon=EPSILON, max_iters=x[1], method=method, impl=impl).value,)
 
 
 def log_domain(iteration, x: Inputs) -> Call:
@@ -80,6 +80,7 @@ SOLVE = Case(
         Peer("kdfast", partial(kdfast, "log")),
         Peer("eager", partial(log_domain, problem.log_iteration)),
         Peer("kdfast, kernel", partial(kdfast, "kernel")),
+        Peer("kdfast, triton", partial(kdfast, "log", impl="triton"), device="cuda"),
         Peer("eager, kernel", partial(kernel_domain, problem.kernel_iteration)),
         _compiled("torch.compile", log_domain, problem.log_iteration),
         _compiled("torch.compile, kernel", kernel_domain, problem.kernel_iteration),
