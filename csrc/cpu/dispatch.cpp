@@ -24,6 +24,7 @@ namespace kdfast {
   X(UnitLengthKernels, unit_length, isa)          \
   X(GatherKernels, gather, isa)                   \
   X(SinkhornKernels, sinkhorn, isa)               \
+  X(SinkhornGradientKernels, sinkhorn_gradient, isa) \
   X(SinkhornLayersKernels, sinkhorn_layers, isa)  \
   X(AnglesKernels, angles, isa)                   \
   X(PairSumsKernels, pair_sums, isa)              \

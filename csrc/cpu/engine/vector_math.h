@@ -229,8 +229,9 @@ inline VecOf<Real> log2(VecOf<Real> x) {
 }
 
 // f(j, lane, count): the vectors of 0 .. m in turn, `count` elements at j; `lane` < kUnroll spreads sums over registers.
+// Always inlined: sums would live in memory otherwise.
 template <class Real, int kUnroll = 4, class F>
-inline void each_vector(int64_t m, const F& f) {
+inline __attribute__((always_inline)) void each_vector(int64_t m, const F& f) {
   constexpr int64_t kW = kWidth<Real>;
   int64_t j = 0;
   for (; j + kUnroll * kW <= m; j += kUnroll * kW) {

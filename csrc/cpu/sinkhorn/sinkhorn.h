@@ -113,6 +113,10 @@ struct SinkhornKernels {
   int64_t (*sinkhorn_workspace_double)(const SinkhornProblem<double>&, const SinkhornSchedule&, int64_t workers);
   void (*sinkhorn_solve)(const SinkhornProblem<float>&, const SinkhornSchedule&, const SinkhornTeam&, const SinkhornSolution<float>&, float* workspace);
   void (*sinkhorn_solve_double)(const SinkhornProblem<double>&, const SinkhornSchedule&, const SinkhornTeam&, const SinkhornSolution<double>&, double* workspace);
+};
+
+// One instruction set's.
+struct SinkhornGradientKernels {
   int64_t (*sinkhorn_plan_workspace)(const SinkhornProblem<float>&);
   int64_t (*sinkhorn_plan_workspace_double)(const SinkhornProblem<double>&);
   void (*sinkhorn_plan)(const SinkhornProblem<float>&, const SinkhornPlan<float>&, float* workspace);

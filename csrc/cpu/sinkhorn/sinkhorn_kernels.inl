@@ -1,8 +1,5 @@
 // A unit compiled once for each instruction set, and its part of the dispatch table.
 #include "sinkhorn/sinkhorn.inl"
-#include "sinkhorn/sinkhorn_plan.inl"
-#include "sinkhorn/sinkhorn_product.inl"
-#include "sinkhorn/sinkhorn_replay.inl"
 
 namespace kdfast {
 extern const SinkhornKernels KDFAST_UNIT(sinkhorn);
@@ -11,17 +8,5 @@ const SinkhornKernels KDFAST_UNIT(sinkhorn) = {
     .sinkhorn_workspace_double = sinkhorn_workspace<double>,
     .sinkhorn_solve = sinkhorn_solve<float>,
     .sinkhorn_solve_double = sinkhorn_solve<double>,
-    .sinkhorn_plan_workspace = sinkhorn_plan_workspace<float>,
-    .sinkhorn_plan_workspace_double = sinkhorn_plan_workspace<double>,
-    .sinkhorn_plan = sinkhorn_plan<float>,
-    .sinkhorn_plan_double = sinkhorn_plan<double>,
-    .sinkhorn_product_workspace = sinkhorn_product_workspace<float>,
-    .sinkhorn_product_workspace_double = sinkhorn_product_workspace<double>,
-    .sinkhorn_product = sinkhorn_product<float>,
-    .sinkhorn_product_double = sinkhorn_product<double>,
-    .sinkhorn_replay_workspace = sinkhorn_replay_workspace<float>,
-    .sinkhorn_replay_workspace_double = sinkhorn_replay_workspace<double>,
-    .sinkhorn_replay = sinkhorn_replay<float>,
-    .sinkhorn_replay_double = sinkhorn_replay<double>,
 };
 }  // namespace kdfast
