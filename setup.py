@@ -22,7 +22,8 @@ DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 #: instruction sets are chosen by the files themselves (csrc/cpu/isa), so no -march; NaN and inf must behave, so no -ffast-math
 FLAGS = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 #: of nvcc: what tests/test_cuda_compile.py has looked at, and for later GPUs code that their driver compiles
-ARCHITECTURES = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90)] + ["-gencode=arch=compute_90,code=compute_90"]
+#: (90a: of compute capability 9.0 alone, with what csrc/cuda/hopper.cuh needs)
+ARCHITECTURES = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a")] + ["-gencode=arch=compute_90,code=compute_90"]
 
 
 def give_up(module: str, reason: str) -> None:

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
+from kdfast._ops.similarity import cpu as similarity
 from kdfast._ops.sinkhorn import cpu as sinkhorn
 
 ROOT = Path(__file__).parent.parent
 CUDA, EMULATOR = ROOT / "csrc/cuda", ROOT / "tests/cuda_emulator"
 FLAGS = [
-    *("-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas"),
+    *("-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"),
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
 COMPILER = os.environ.get("CXX", "c++")
@@ -64,6 +65,7 @@ def load() -> object:
             schema = str(getattr(torch.ops.kdfast, name).default._schema)
             _definitions.define(schema.removeprefix("kdfast::"))
         torch.ops.load_library(path)
+        torch.library.register_fake("kdfast_emulated::similarity_softmax", similarity.forward_fake)
         torch.library.register_fake("kdfast_emulated::sinkhorn_assign", sinkhorn.assign_shapes)
         torch.library.register_fake("kdfast_emulated::sinkhorn_normalize", sinkhorn.normalize_shapes)
         torch.library.register_vmap(
@@ -80,5 +82,5 @@ def meetings() -> int:
     return count()
 
 
-OPS = ("sinkhorn_solve", "sinkhorn_assign", "sinkhorn_normalize")
+OPS = ("similarity_softmax", "sinkhorn_solve", "sinkhorn_assign", "sinkhorn_normalize")
 _definitions = torch.library.Library("kdfast_emulated", "DEF")

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from kdfast._core import cuda_runtime
+from kdfast._ops.similarity import cpu
+from kdfast._ops.similarity import cuda as similarity
 
 EMULATED = cuda_runtime.missing() is not None
 DEVICE = "cpu" if EMULATED else "cuda"
@@ -21,6 +23,8 @@ def cuda(monkeypatch):
     monkeypatch.setattr(cuda_runtime, "DEVICE", "cpu")
     monkeypatch.setattr(cuda_runtime, "missing", lambda: None)
     monkeypatch.setattr(cuda_runtime, "has_clusters", lambda: True)
+    monkeypatch.setattr(cuda_runtime, "is_hopper", lambda: True)
+    monkeypatch.setattr(similarity, "GRADIENTS", cpu)
 
 
 def moved(x):

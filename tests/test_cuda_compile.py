@@ -13,10 +13,11 @@ import torch
 ROOT = Path(__file__).parent.parent
 CUDA = ROOT / "csrc/cuda"
 KERNELS, BINDINGS = sorted(CUDA.rglob("*.cu")), sorted(CUDA.rglob("bind_*.cpp"))
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = {80: "80", 90: "90a", 100: "100"}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 #: bytes of a stack that ptxas may make for what a loop does not touch; none on the GPUs that kernels are written for
 STACK = {80: 0, 90: 0, 100: 16}
+CUOBJDUMP = shutil.which("cuobjdump", path=f"{os.environ['PATH']}:{Path(torch.__file__).parent.parent}/triton/backends/nvidia/bin")
 NVCC = shutil.which("nvcc") or ("/usr/local/cuda/bin/nvcc" if Path("/usr/local/cuda/bin/nvcc").is_file() else None)
 
 
@@ -32,7 +33,7 @@ class Usage(NamedTuple):
 def usages(report: str) -> list[Usage]:
     """What `nvcc -Xptxas -v` says of each kernel."""
     found = re.findall(
-        r"entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers(.*?)\n",
+        r"entry function '(\w+)' for 'sm_(\d+)a?'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers(.*?)\n",
         report, re.DOTALL,
     )  # fmt: skip
     sizes = [re.search(r"(\d+) bytes smem", rest) for *_, rest in found]
@@ -44,7 +45,7 @@ def test_kernels_stay_in_registers(source, tmp_path):
     if NVCC is None:
         assert os.environ.get("KDFAST_REQUIRE_EXT") != "1", "nvcc is required to check the CUDA kernels"
         pytest.skip("nvcc is not here")
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES.values()]
     options = ["-c", "-std=c++17", "-O3", "-Xptxas", "-v", "-Werror", "all-warnings", f"-I{CUDA}", "-o", tmp_path / "out.o"]
     done = subprocess.run([NVCC, *options, *targets, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -52,6 +53,25 @@ def test_kernels_stay_in_registers(source, tmp_path):
     assert {usage.arch for usage in found} == set(ARCHITECTURES)
     for usage in found:
         assert usage.stack <= STACK[usage.arch] and usage.registers < 255 and usage.shared <= SHARED_MEMORY[usage.arch], usage
+
+
+def test_hopper_kernels_use_its_matrix_units_and_its_copies(tmp_path):
+    """What csrc/cuda/hopper.cuh is for, in the object code; registers move from the warpgroup that loads to those that multiply."""
+    if NVCC is None or CUOBJDUMP is None:
+        pytest.skip("nvcc and cuobjdump are not here")
+    source = tmp_path / "kernels.cu"
+    kernel = "template __global__ void softmax_kernel<Element::kBFloat16, {}, true, false>(const __grid_constant__ SoftmaxParams);"
+    kernels = "\n".join(kernel.format(width) for width in (64, 128, 256))
+    source.write_text(f'#include "similarity/softmax.cuh"\nnamespace kdfast {{ namespace {{\n{kernels}\n}} }}\n')
+    subprocess.run([NVCC, "-cubin", "-std=c++17", "-O3", "-arch=sm_90a", f"-I{CUDA}", "-o", tmp_path / "out.cubin", source], check=True)
+    text = subprocess.run([CUOBJDUMP, "-sass", tmp_path / "out.cubin"], capture_output=True, text=True, check=True).stdout
+    kernels = text.split("Function : ")[1:]
+    assert len(kernels) == 3
+    for code in kernels:
+        width = int(re.search(r"Li(\d+)ELb", code)[1])
+        assert len(re.findall(r"\bUTMALDG\.3D", code)) >= 2 and len(re.findall(r"\bUSETMAXREG", code)) == 2
+        assert len(re.findall(r"\bHGMMA\.64x", code)) >= 2 * width // 16
+        assert not re.search(r"\b(LDL|STL|HMMA|ATOM|RED)\b", code)
 
 
 @pytest.mark.parametrize("source", BINDINGS, ids=lambda path: path.stem)

@@ -29,3 +29,14 @@ def has_clusters() -> bool:
 @functools.cache
 def _has_clusters() -> bool:
     return torch.cuda.get_device_capability() >= (9, 0)
+
+
+@torch.compiler.assume_constant_result
+def is_hopper() -> bool:
+    """Whether the GPU in use has the instructions of sm_90a: compute capability 9.0, neither earlier nor later."""
+    return _is_hopper()
+
+
+@functools.cache
+def _is_hopper() -> bool:
+    return torch.cuda.get_device_capability() == (9, 0)

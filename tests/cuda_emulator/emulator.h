@@ -13,7 +13,10 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
+#include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <utility>
@@ -24,13 +27,14 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 namespace emulator {
 
 constexpr size_t kStack = 64 << 10, kGuard = 256;
 constexpr int kWarp = 32;  // threads
 
-enum class Meeting { kBarrier, kShuffle, kVote, kCluster };
+enum class Meeting { kBarrier, kShuffle, kVote, kCluster, kProducts };
 
 // Threads that wait for one another; twice the slots, since the quickest may be one meeting ahead of the slowest.
 struct Group {
@@ -73,6 +77,7 @@ struct Device {
   void* argument = nullptr;
   bool last_warp_first = false, last_lane_first = false;
   int64_t meetings = 0;  // of threads of any group, so far
+  std::deque<std::function<void()>> on_the_way;  // what engines beside the threads have been told to do
 };
 
 inline Device& device() {
@@ -86,17 +91,24 @@ inline Device& device() {
   abort();
 }
 
-inline void wait(Group& group, Meeting meeting) {
+// Until the group's next generation.
+inline void pause(Group& group) {
   Thread& t = *device().running;
+  t.waits = &group, t.generation = group.generation;
+  if (_setjmp(t.state) == 0) _longjmp(device().scheduler, 1);
+}
+
+// Whether all are there.
+inline bool arrive(Group& group, Meeting meeting) {
   if (group.arrived == 0) group.meeting = meeting;
   if (group.meeting != meeting) fail("threads meet in different operations");
-  t.generation = group.generation;
-  if (++group.arrived == group.size) {
-    group.arrived = 0, ++group.generation, ++device().meetings;
-    return;
-  }
-  t.waits = &group;
-  if (_setjmp(t.state) == 0) _longjmp(device().scheduler, 1);
+  if (++group.arrived < group.size) return false;
+  group.arrived = 0, ++group.generation, ++device().meetings;
+  return true;
+}
+
+inline void wait(Group& group, Meeting meeting) {
+  if (!arrive(group, meeting)) pause(group);
 }
 
 inline Group& lanes(unsigned mask) {
@@ -187,7 +199,13 @@ inline void run_resident(unsigned first, int cluster, int threads, size_t shared
     }
   }
   const size_t warps = (d.threads.size() + kWarp - 1) / kWarp;
-  for (size_t w = 0; w < warps;) w = run_warp(d.last_warp_first ? warps - 1 - w : w) ? 0 : w + 1;
+  for (;;) {
+    for (size_t w = 0; w < warps;) w = run_warp(d.last_warp_first ? warps - 1 - w : w) ? 0 : w + 1;
+    if (d.on_the_way.empty()) break;
+    const std::function<void()> arriving = std::move(d.on_the_way.front());  // as late as can be: all wait for something
+    d.on_the_way.pop_front();
+    arriving();
+  }
   for (Thread& t : d.threads) {
     d.running = &t;
     if (!t.finished) fail("not all threads reach a barrier");
@@ -204,6 +222,8 @@ extern "C" __attribute__((used, visibility("default"))) inline int64_t emulated_
 
 #define threadIdx (emulator::Index{emulator::device().running->index})
 #define blockIdx (emulator::Index{emulator::device().running->block->index})
+
+using std::min;
 
 inline void __syncthreads() { emulator::wait(emulator::device().running->block->all, emulator::Meeting::kBarrier); }
 inline int __syncthreads_or(int predicate) { return emulator::any(emulator::device().running->block->all, emulator::Meeting::kVote, predicate); }
@@ -245,7 +265,10 @@ inline const float* of_block(const float* shared, unsigned rank) {
 
 }  // namespace device
 
-inline int processors() { return 1; }
+inline int processors() {
+  const char* const given = getenv("KDFAST_EMULATE_PROCESSORS");
+  return given ? atoi(given) : 1;
+}
 inline bool has_clusters() { return true; }
 
 struct Launch {

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..._core import impls
-from . import cpu, triton
+from . import cpu, cuda, triton
 from .apply import streaming_softmax
 from .arguments import Spec, problem
 from .exclusions import Harder, KeyIndex, SameLabel
@@ -18,6 +18,7 @@ __all__ = ["Harder", "KeyIndex", "SameLabel", "sigmoid_pair_loss", "similarity_l
 impls.register(
     "similarity_softmax",
     impls.Implementation("cpu", cpu.missing, cpu.refuses),
+    impls.Implementation("cuda", cuda.missing, cuda.refuses),
     impls.Implementation("triton", triton.missing, triton.refuses),
 )
 

@@ -96,7 +96,9 @@ def problem(query, keys, scale, values, bias, start, exclude, valid, precision_n
     rules = exclude if isinstance(exclude, exclusions.Rules) else exclusions.flatten(exclude, query, keys, acc)
     valid = None if valid is None else _valid(valid, query, keys, batch)
 
-    impl = impls.choose("similarity_softmax", impl, device_type=query.device.type, dtype=compute.dtype)
+    plain = bias is None and values is None and start_value is None
+    facts = {"device_type": query.device.type, "dtype": compute.dtype, "stored": query.dtype, "width": query.shape[-1], "plain": plain}
+    impl = impls.choose("similarity_softmax", impl, **facts)
     lead = (1, rows)
     if batch:
         bank = ((keys, 2), (bias, 1), (values, 2), (rules.key_labels, 1), (valid, 0))  # with their dimensions when shared

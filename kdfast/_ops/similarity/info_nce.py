@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..._core import extension, impls
-from . import cpu, triton
+from . import cpu, cuda, triton
 from .apply import streaming_softmax, transformed
 from .arguments import Problem, Spec, Tensors
 from .autograd import _keep, _kept, _versions
@@ -25,6 +25,7 @@ from .positives import positive_logits
 impls.register(
     "info_nce",
     impls.Implementation("cpu", cpu.missing, cpu.refuses),
+    impls.Implementation("cuda", cuda.missing, cuda.refuses),
     impls.Implementation("triton", triton.missing, triton.refuses),
 )
 

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu, portable, triton
+from . import cpu, cuda, portable, triton
 
 #: the compiled kernels by name of implementation
-KERNELS = {"cpu": cpu.KERNELS, "triton": triton.KERNELS}
+KERNELS = {"cpu": cpu.KERNELS, "cuda": cuda.KERNELS, "triton": triton.KERNELS}
 
 
 class Want(NamedTuple):

@@ -1,0 +1,90 @@
+// kdfast::similarity_softmax on CUDA: checks and registration.
+
+#include <tuple>
+
+#include "bind.h"
+#include "similarity/similarity.h"
+
+namespace {
+
+using kdfast::SimilarityForward;
+using kdfast::SimilarityProblem;
+
+const int64_t* integers(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) { return packed<int64_t>(name, x, ScalarType::Long, shape); }
+
+// What belongs to the bank, contiguous but for a batch that shares it: the distance of its entries.
+int64_t bank_stride(const char* name, const Tensor& x, ScalarType type, std::initializer_list<int64_t> shape) {
+  check(name, x, type, shape);
+  int64_t dense = 1;
+  for (int64_t d = x.dim() - 1; d > 0; --d) {
+    STD_TORCH_CHECK(x.size(d) == 1 || x.stride(d) == dense, name, " must be contiguous in each batch entry");
+    dense *= x.size(d);
+  }
+  if (x.size(0) <= 1 || x.stride(0) == 0) return 0;
+  STD_TORCH_CHECK(x.stride(0) == dense, name, " must be contiguous, or shared by the batch");
+  return dense;
+}
+
+SimilarityProblem problem_of(const Tensor& query, const Tensor& keys, const Tensor& scale, const OptionalTensor& start_logit, const OptionalTensor& query_labels,
+                             const OptionalTensor& key_labels, const OptionalTensor& key_index, const OptionalTensor& limit, const OptionalTensor& valid) {
+  STD_TORCH_CHECK(query.dim() == 3 && keys.dim() == 3, "query and keys must have 3 dimensions, got ", query.dim(), " and ", keys.dim());
+  SimilarityProblem p{};
+  p.batch = query.size(0), p.rows = query.size(1), p.columns = keys.size(1), p.width = query.size(2);
+  STD_TORCH_CHECK(kdfast::similarity_serves(p.width), "it takes widths that are multiples of 8 up to 256, got ", p.width);
+  STD_TORCH_CHECK(p.rows < INT32_MAX - 256 && p.columns < INT32_MAX - 256, "at most 2^31 - 257 rows, got ", p.rows, " and ", p.columns);
+  p.element = element_of("query", query);
+  STD_TORCH_CHECK(p.element != kdfast::Element::kFloat32, "query must be bfloat16 or float16");
+  check("query", query, query.scalar_type(), {p.batch, p.rows, p.width});
+  STD_TORCH_CHECK(query.is_contiguous(), "query must be contiguous");
+  p.query = query.const_data_ptr(), p.keys = keys.const_data_ptr();
+  p.keys_stride = bank_stride("keys", keys, query.scalar_type(), {p.batch, p.columns, p.width});
+  p.scale = floats("scale", scale, {p.batch, p.rows});
+  if (start_logit.has_value()) p.start_logit = floats("start_logit", *start_logit, {p.batch, p.rows});
+  STD_TORCH_CHECK(query_labels.has_value() == key_labels.has_value(), "query_labels and key_labels must be given together");
+  if (key_labels.has_value()) {
+    p.query_labels = integers("query_labels", *query_labels, {p.batch, p.rows});
+    p.labels_stride = bank_stride("key_labels", *key_labels, ScalarType::Long, {p.batch, p.columns});
+    p.key_labels = static_cast<const int64_t*>(key_labels->const_data_ptr());
+  }
+  if (key_index.has_value()) {
+    STD_TORCH_CHECK(key_index->dim() == 3, "key_index must have 3 dimensions, got ", key_index->dim());
+    p.indices = key_index->size(2);
+    p.key_index = integers("key_index", *key_index, {p.batch, p.rows, p.indices});
+  }
+  if (limit.has_value()) p.limit = floats("limit", *limit, {p.batch, p.rows});
+  if (valid.has_value()) {
+    p.valid_stride = bank_stride("valid", *valid, ScalarType::Long, {p.batch}), p.valid = static_cast<const int64_t*>(valid->const_data_ptr());
+  }
+  return p;
+}
+
+// Copies begin at multiples of 16 bytes.
+Tensor aligned(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 ? x : torch::stable::clone(x); }
+
+std::tuple<Tensor, Tensor, Tensor> similarity_softmax(const Tensor& query_in, const Tensor& keys_in, const Tensor& scale, const OptionalTensor& bias,
+                                                      const OptionalTensor& start_logit, const OptionalTensor& values, const OptionalTensor& start_value,
+                                                      const OptionalTensor& query_labels, const OptionalTensor& key_labels, const OptionalTensor& key_index,
+                                                      const OptionalTensor& limit, const OptionalTensor& valid, bool pooled, int64_t, const OptionalTensor&) {
+  STD_TORCH_CHECK(!bias.has_value() && !values.has_value() && !start_value.has_value(), "it takes neither bias nor values");
+  const Tensor query = aligned(query_in), keys = aligned(keys_in);
+  SimilarityForward p{};
+  p.problem = problem_of(query, keys, scale, start_logit, query_labels, key_labels, key_index, limit, valid);
+  const auto [batch, rows, width] = std::tuple(p.problem.batch, p.problem.rows, p.problem.width);
+  Tensor lse = torch::stable::empty_like(scale), lse_low = torch::stable::empty_like(scale);
+  Tensor sums = pooled ? torch::stable::new_empty(scale, {batch, rows, width}) : torch::stable::new_empty(scale, {0});
+  p.out = {written(lse), written(lse_low), pooled ? written(sums) : nullptr};
+  if (lse.numel() == 0) return {lse, sums, lse_low};
+  on_device_of(query, [&](void* stream) -> const char* {
+    if (!kdfast::similarity_plan(p)) return "too many rows";
+    const int64_t parts = p.split.parts > 1 ? p.split.parts : 0;
+    Tensor top = torch::stable::new_empty(scale, {parts, batch, rows}), total = torch::stable::new_empty(scale, {parts, batch, rows});
+    Tensor part_sums = torch::stable::new_empty(scale, {pooled ? parts : 0, batch, rows, width});
+    p.split.top = written(top), p.split.total = written(total), p.split.pooled = written(part_sums);
+    return kdfast::similarity_forward(p, stream);
+  });
+  return {lse, sums, lse_low};
+}
+
+}  // namespace
+
+KDFAST_CUDA_OPS(m) { m.impl("similarity_softmax", TORCH_BOX(&similarity_softmax)); }

@@ -1,0 +1,67 @@
+// The streaming softmax on Hopper: which kernel, how the bank is cut, the launch.
+#include "similarity/softmax.cuh"
+
+namespace kdfast {
+namespace {
+
+constexpr int kWidths[] = {64, 128, 256};
+constexpr int64_t kLeastTiles = 4;  // of a part of the bank, and at most so many parts
+constexpr int64_t kMostParts = 64;
+
+int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+int64_t columns_of_tile(int64_t width) { return width <= 128 ? Tile<128>::kColumns : Tile<256>::kColumns; }
+static_assert(Tile<64>::kColumns == Tile<128>::kColumns);
+
+template <Element kType, int kWidth>
+const char* launch_softmax(const SimilarityForward& call, void* stream) {
+  using T = Tile<kWidth>;
+  const SimilarityProblem& p = call.problem;
+  const bool shared = p.keys_stride == 0;
+  SoftmaxParams params{};
+  params.call = call;
+  const char* error = encode_map(params.query, p.query, kType, p.batch, p.rows, p.width, p.rows * p.width, kRows);
+  if (error == nullptr) error = encode_map(params.keys, p.keys, kType, shared ? 1 : p.batch, p.columns, p.width, shared ? p.columns * p.width : p.keys_stride, T::kColumns);
+  if (error != nullptr) return error;
+  const Launch how{call.blocks, kThreads, T::kShared, 1, stream};
+  const bool masked = p.key_labels != nullptr || p.key_index != nullptr || p.limit != nullptr;
+  if (call.out.pooled == nullptr) return launch(masked ? softmax_kernel<kType, kWidth, false, true> : softmax_kernel<kType, kWidth, false, false>, how, params);
+  return launch(masked ? softmax_kernel<kType, kWidth, true, true> : softmax_kernel<kType, kWidth, true, false>, how, params);
+}
+
+template <Element kType>
+const char* launch_width(const SimilarityForward& p, void* stream) {
+  if (p.problem.width <= kWidths[0]) return launch_softmax<kType, kWidths[0]>(p, stream);
+  if (p.problem.width <= kWidths[1]) return launch_softmax<kType, kWidths[1]>(p, stream);
+  return launch_softmax<kType, kWidths[2]>(p, stream);
+}
+
+}  // namespace
+
+bool similarity_serves(int64_t width) { return width > 0 && width % 8 == 0 && width <= kWidths[2]; }
+
+// Blocks stay and take one unit after another, so what counts is how full their last round is: the fewest parts with which 95 % of all
+// rounds are, or else those that fill most.
+bool similarity_plan(SimilarityForward& p) {
+  const int64_t tile = columns_of_tile(p.problem.width), tiles = ceil_div(p.problem.columns, tile), seats = processors();
+  const int64_t row_tiles = p.problem.batch * ceil_div(p.problem.rows, kRows);
+  const int64_t most = tiles < kLeastTiles ? 1 : tiles / kLeastTiles < kMostParts ? tiles / kLeastTiles : kMostParts;
+  double fullest = 0;
+  for (int64_t parts = 1; parts <= most && fullest < 0.95; ++parts) {
+    const int64_t columns = ceil_div(tiles, parts) * tile;
+    const double filled = double(row_tiles * tiles) / double(ceil_div(row_tiles * ceil_div(tiles * tile, columns), seats) * seats * (columns / tile));
+    if (filled <= fullest) continue;
+    fullest = filled, p.split.parts = ceil_div(tiles * tile, columns), p.split.columns = columns;
+  }
+  const int64_t units = row_tiles * p.split.parts;
+  if (units > INT32_MAX / 2) return false;
+  p.units = int(units), p.blocks = int(units < seats ? units : seats);
+  return true;
+}
+
+const char* similarity_forward(const SimilarityForward& p, void* stream) {
+  const char* const error = p.problem.element == Element::kBFloat16 ? launch_width<Element::kBFloat16>(p, stream) : launch_width<Element::kFloat16>(p, stream);
+  return error != nullptr || p.split.parts == 1 ? error : similarity_merge(p, stream);
+}
+
+}  // namespace kdfast

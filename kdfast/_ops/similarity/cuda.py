@@ -1,0 +1,53 @@
+"""impl="cuda": the forward pass on Hopper GPUs (csrc/cuda/similarity), for rows of up to 256 numbers of 16 bits; gradients are Triton's.
+
+The functions are the ops of cpu.py, with the same schemas.
+"""
+
+import sys
+
+import torch
+
+from ..._core import cuda_runtime as runtime
+from . import cpu, triton
+
+DTYPES = (torch.bfloat16, torch.float16)
+WIDTH, MULTIPLE = 256, 8  # the widest row, and what rows are multiples of: copies take 16 bytes
+#: whose kernels make the sums that gradients need; tests put the CPU's here (tests/cuda_kernels.py)
+GRADIENTS = triton
+
+
+def missing() -> str | None:
+    wrong = runtime.missing() or GRADIENTS.missing()
+    return wrong or (None if runtime.is_hopper() else "it needs a GPU of compute capability 9.0")
+
+
+def refuses(
+    *, device_type: str = "cuda", dtype: torch.dtype = torch.bfloat16, stored: torch.dtype | None = None, width: int = MULTIPLE,
+    plain: bool = True, **_facts,
+) -> str | None:  # fmt: skip
+    """Why it cannot serve a call (None: it can). `plain`: no bias, and what is pooled are the keys."""
+    if dtype not in DTYPES:
+        return f"it takes bfloat16 or float16, not {dtype}"
+    if stored not in (None, dtype):
+        return f"it takes rows stored as {dtype}, not {stored}"
+    if not 0 < width <= WIDTH or width % MULTIPLE:
+        return f"it takes rows of at most {WIDTH} numbers, a multiple of {MULTIPLE}, not {width}"
+    if not plain:
+        return "it takes neither bias nor values"
+    return runtime.refuses_device(device_type)
+
+
+def similarity_softmax(query, keys, scale, bias, start_logit, values, *args):
+    ops = runtime.OPS if values is None else GRADIENTS.KERNELS.ops  # values: of a second derivative
+    return ops.similarity_softmax(query, keys, scale, bias, start_logit, values, *args)
+
+
+def similarity_grad_rows(*args):
+    return GRADIENTS.KERNELS.ops.similarity_grad_rows(*args)
+
+
+def similarity_grad_keys(*args):
+    return GRADIENTS.KERNELS.ops.similarity_grad_keys(*args)
+
+
+KERNELS = cpu.Kernels(sys.modules[__name__], triton.KERNELS.products)

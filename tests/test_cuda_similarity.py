@@ -1,0 +1,222 @@
+"""The streaming softmax on Hopper against the float64 definitions: on such a GPU, elsewhere emulated on the CPU."""
+
+import math
+
+import pytest
+import torch
+from cuda_kernels import DEVICE, EMULATED, cuda, moved  # noqa: F401  the fixture serves every test
+from similarity_kernel_cases import NOTHING, NOTHING_SHAPE, assert_accurate, candidates, case, chosen_options, softmax
+
+from kdfast import functional, ops, selfcheck
+from kdfast._core import cuda_runtime
+from kdfast._ops.similarity import SameLabel, cpu, reference, similarity_lse
+from kdfast._ops.similarity import cuda as implementation
+
+if not EMULATED and not cuda_runtime.is_hopper():
+    pytest.skip("it takes a GPU of compute capability 9.0", allow_module_level=True)
+
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+EMULATION = pytest.mark.skipif(not EMULATED, reason="settings of the emulator")
+# one number and the least width; two tiles of rows; columns around a tile; every width of tile, filled and not
+SHAPES = [(1, 1, 1, 8), (2, 3, 65, 64), (1, 130, 63, 40), (1, 70, 257, 128), (3, 5, 129, 72), (2, 66, 200, 256), (1, 9, 64, 136)]
+
+
+def forward(a, pooled=True):
+    out = cpu.forward(**{k: moved(v) for k, v in a.items()}, pooled=pooled, kernels=implementation.KERNELS)
+    return tuple(x.cpu() for x in out)
+
+
+def check(a, extra=1e-6):
+    lse, pooled, low = forward(a)
+    starts = a["start_logit"] is not None
+    (want, p), (naive, naive_p) = (softmax(candidates(a, dtype)) for dtype in (torch.float64, a["query"].dtype))
+    keys = a["keys"].double()
+    assert_accurate(lse, want, naive)
+    assert_accurate(pooled, p[..., starts:] @ keys, naive_p[..., starts:] @ a["keys"], extra)
+    exact = want.isfinite()
+    assert (lse.double() + low - want)[exact].abs().max() <= 2e-6 * max(1, want[exact].abs().max()) if exact.any() else True
+    alone, nothing, _ = forward(a, pooled=False)
+    assert nothing.numel() == 0
+    torch.testing.assert_close(alone, lse, rtol=1e-6, atol=1e-6)
+
+
+@HALVES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_ragged_sizes(shape, dtype):
+    check(case(*shape, dtype))
+
+
+@HALVES
+@pytest.mark.parametrize("chosen", ["start", "labels", "index", "limit", "valid", "all"])
+def test_exclusions(chosen, dtype):
+    for shape in ((2, 70, 150, 24), (1, 3, 300, 200)):
+        chosen_ones = chosen_options(chosen, shape, dtype)
+        check(case(*shape, dtype, **{k: v for k, v in chosen_ones.items() if k not in ("bias", "start_value")}))
+
+
+def test_own_index():
+    check(case(1, 150, 150, 64, torch.bfloat16, key_index=torch.arange(150).reshape(1, 150, 1)))
+
+
+@NOTHING
+def test_nothing_admitted(nothing):
+    if "bias" in nothing:
+        pytest.skip("bias is not served")
+    batch, rows, columns, _ = NOTHING_SHAPE
+    lse, pooled, low = forward(case(batch, rows, columns, 16, torch.bfloat16, **nothing))
+    assert (lse == -math.inf).all() and (pooled == 0).all() and (low == 0).all()
+
+
+def test_a_shared_bank_is_the_expanded_bank():
+    labels = {"key_labels": torch.randint(3, (1, 130)).expand(3, -1), "query_labels": torch.randint(3, (3, 20))}
+    a = case(3, 20, 130, 24, torch.float16, shared=True, **labels)
+    b = {**a, "keys": a["keys"].contiguous(), "key_labels": a["key_labels"].contiguous()}
+    for x, y in zip(*(forward(c) for c in (a, b)), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_rows_beyond_valid_are_not_read():
+    for width, count in ((64, 37), (256, 70), (128, 128)):
+        a = case(1, 70, 200, width, torch.bfloat16, valid=torch.tensor([count]))
+        want = forward(a)
+        a["keys"][:, count:] = math.nan
+        for x, y in zip(forward(a), want, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("scale", [-20.0, 0.0, 1e4, 1e-30])
+def test_scales(scale):
+    shape = (1, 70, 200, 32)
+    check(case(*shape, torch.bfloat16, scale=scale, **chosen_options("labels", shape)))
+    mixed = case(*shape, torch.bfloat16, **chosen_options("limit", shape))
+    mixed["scale"][:, ::3] *= -1
+    check(mixed)
+
+
+def test_a_level_that_rises():
+    """Logits that grow by hundreds from tile to tile, and fall: sums are scaled anew. (A level is rounded by 2^-24 of itself.)"""
+    a = case(1, 70, 700, 64, torch.bfloat16, scale=10.0, unit=False)
+    for growth in (torch.linspace(0, 4, 700), torch.linspace(4, 0, 700)):
+        check({**a, "keys": (a["keys"].float() * growth[:, None]).bfloat16()}, extra=1e-4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite(value):
+    a = case(1, 70, 200, 32, torch.bfloat16)
+    a["keys"][0, 150, 3] = value
+    lse, _, _ = forward(a)
+    want, _ = softmax(candidates(a))
+    assert torch.equal(lse.isnan(), want.isnan()) and torch.equal(lse.isinf(), want.isinf())
+    a["query"][0, 5, 0] = value
+    lse, _, _ = forward(a)
+    assert lse[0, 5].isnan() == softmax(candidates(a))[0][0, 5].isnan()
+
+
+@EMULATION
+@pytest.mark.parametrize("processors", ["3", "7", "40"])
+def test_a_split_bank(processors, monkeypatch):
+    """Fewer tiles of rows than multiprocessors, and more units than blocks."""
+    monkeypatch.setenv("KDFAST_EMULATE_PROCESSORS", processors)
+    for shape in ((2, 130, 1300, 16), (1, 70, 1000, 136)):
+        check(case(*shape, torch.bfloat16, **{k: v for k, v in chosen_options("all", shape).items() if k not in ("bias", "start_value")}))
+        check(case(*shape, torch.float16))
+
+
+@EMULATION
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_threads_and_copies_in_any_order(width, monkeypatch):
+    """The same bits whichever warp runs first, and whether copies arrive at once or when all wait: no barrier is missing."""
+    monkeypatch.setenv("KDFAST_EMULATE_PROCESSORS", "2")
+    shape = (1, 200, 1200, width)
+    a = case(*shape, torch.bfloat16, **chosen_options("labels", shape), **chosen_options("valid", shape))
+    want = forward(a)
+    for order in ("warps", "lanes"):
+        monkeypatch.setenv("KDFAST_EMULATE_BACKWARD", order)
+        for x, y in zip(forward(a), want, strict=True):
+            assert torch.equal(x, y)
+
+
+def leaf(*shape):
+    return torch.nn.functional.normalize(torch.randn(*shape), dim=-1).bfloat16().to(DEVICE).requires_grad_()
+
+
+def test_info_nce_and_its_gradients():
+    q, k, bank = leaf(70, 64), leaf(70, 64), leaf(300, 64)
+    labels, bank_labels = torch.randint(4, (70,)), torch.randint(4, (300,))
+    options = {"temperature": 0.1, "query_labels": moved(labels), "bank_labels": moved(bank_labels)}
+    loss = functional.info_nce(q, k, bank, impl="cuda", **options)
+    exact = [x.detach().cpu().double().requires_grad_() for x in (q, k, bank)]
+    want = functional.info_nce(*exact, temperature=0.1, query_labels=labels, bank_labels=bank_labels, impl="torch")
+    torch.testing.assert_close(loss.double().cpu(), want, rtol=1e-5, atol=1e-5)
+    for x, y in zip(torch.autograd.grad(loss, (q, k, bank)), torch.autograd.grad(want, exact), strict=True):
+        assert (x.cpu().double() - y).norm() <= 0.01 * y.norm()
+
+
+def test_nt_xent():
+    a, b = leaf(40, 32), leaf(40, 32)
+    loss = functional.nt_xent(a, b, temperature=0.2, impl="cuda")
+    want = functional.nt_xent(a.detach().cpu().double(), b.detach().cpu().double(), temperature=0.2, impl="torch")
+    torch.testing.assert_close(loss.double().cpu(), want, rtol=1e-4, atol=1e-4)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (a, b)))
+
+
+def test_softmax_with_a_gradient_on_pooled_and_twice():
+    q, keys = leaf(2, 9, 16), leaf(150, 16)
+    lse, pooled = ops.similarity_softmax(q, keys, scale=4.0, impl="cuda")
+    exact = [x.detach().cpu().double().requires_grad_() for x in (q, keys)]
+    want_lse, want_pooled = reference.similarity_softmax(*exact, scale=4.0)
+    weight = torch.randn(want_pooled.shape, dtype=torch.float64)
+    first = torch.autograd.grad(lse.sum() + (pooled * moved(weight.float())).sum(), (q, keys))
+    for x, y in zip(first, torch.autograd.grad(want_lse.sum() + (want_pooled * weight).sum(), exact), strict=True):
+        assert (x.cpu().double() - y).norm() <= 0.02 * y.norm()
+    (slope,) = torch.autograd.grad(similarity_lse(q, keys, scale=4.0, impl="cuda")[0].sum(), q, create_graph=True)
+    (second,) = torch.autograd.grad(slope.float().square().sum(), q)
+    assert second.isfinite().all()
+
+
+def test_under_vmap_and_compiled():
+    q, keys = leaf(3, 7, 16).detach(), leaf(140, 16).detach()
+    want = similarity_lse(q, keys, scale=4.0, impl="cuda")[0]
+    got = torch.func.vmap(lambda x: similarity_lse(x, keys, scale=4.0, impl="cuda")[0])(q)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    compiled = torch.compile(lambda x: similarity_lse(x, keys, scale=4.0, impl="cuda")[0], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q), want, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_that_begin_anywhere():
+    """Copies begin at multiples of 16 bytes: other rows are copied first."""
+    buffer = torch.randn(9 * 24 + 1).bfloat16().to(DEVICE)
+    rows = buffer[1:].view(9, 24)
+    torch.testing.assert_close(*(similarity_lse(rows, rows.clone(), impl=impl)[0] for impl in ("cuda", "torch")), rtol=1e-4, atol=1e-4)
+
+
+def test_empty():
+    lse, pooled = ops.similarity_softmax(leaf(0, 16).detach(), leaf(5, 16).detach(), impl="cuda")
+    assert lse.shape == (0,) and pooled.shape == (0, 16)
+
+
+def test_what_it_serves():
+    q, keys = leaf(4, 16).detach(), leaf(9, 16).detach()
+    for wrong, message in (
+        ({"bias": torch.zeros(9, device=DEVICE)}, "neither bias nor values"),
+        ({"values": keys.clone()}, "neither bias nor values"),
+        ({"start": (torch.zeros(4, device=DEVICE), q)}, "neither bias nor values"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.similarity_softmax(q, keys, impl="cuda", **wrong)
+    with pytest.raises(ValueError, match="bfloat16 or float16"):
+        ops.similarity_softmax(q.float(), keys.float(), impl="cuda", precision="ieee")
+    with pytest.raises(ValueError, match="stored as"):
+        ops.similarity_softmax(q.float(), keys.float(), impl="cuda", precision="bf16")
+    with pytest.raises(ValueError, match="multiple of 8"):
+        ops.similarity_softmax(q[:, :12], keys[:, :12], impl="cuda")
+    with pytest.raises(ValueError, match="multiple of 8"):
+        ops.similarity_softmax(q.repeat(1, 17), keys.repeat(1, 17), impl="cuda")
+    exclude = (SameLabel(torch.zeros(4, dtype=torch.long, device=DEVICE), torch.zeros(9, dtype=torch.long, device=DEVICE)),)
+    assert (ops.similarity_softmax(q, keys, exclude=exclude, impl="cuda")[0] == -math.inf).all()
+
+
+def test_the_self_check(monkeypatch):
+    monkeypatch.setattr(selfcheck, "_device", lambda impl: DEVICE)
+    for name in ("similarity_softmax", "info_nce"):
+        assert max(selfcheck._error(*pair) for pair in selfcheck.CHECKS[name]("cuda")) < selfcheck.HALF_TOLERANCE
