@@ -73,7 +73,7 @@ step() {  # NAME PERCENT COMMAND...
 families=(similarity sinkhorn triplet knn gather)
 run build 28 "$python" setup.py -q build_ext --inplace &
 build=$!
-run compile 28 "$python" -m kdfast bench "${families[@]}" --device cuda --compile-only --seconds $((limit * 27 / 100)) &
+run compile 28 nice "$python" -m kdfast bench "${families[@]}" --device cuda --compile-only --seconds $((limit * 27 / 100)) &
 compile=$!
 wait $build
 conclude build $?

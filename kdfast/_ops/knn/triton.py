@@ -168,7 +168,7 @@ def distances(
         norms.append(norm)
     out = query.new_empty((rows, kept * _group()), dtype=torch.float32)
     if out.numel():
-        kernels.group_distances[(kept, rows)](
+        kernels.group_distances[(rows * kept,)](
             query, bank, *(norms or (out, out)), chosen, *_rules(query_labels, key_labels, own, dropped, out), out,
             columns, width, kept, METRIC=metric, DEPTH=depth, num_warps=4, **_flags(query_labels, own, dropped, only),
         )  # fmt: skip

@@ -88,8 +88,9 @@ def group_distances(
 
     METRIC 0: half the squared difference of unit rows, which is 1 - cos without the cancellation; 1: Euclidean; 2: its square.
     """
-    i, k = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    group = tl.load(chosen + i * kept + k)
+    program = tl.program_id(0).to(tl.int64)
+    i = program // kept
+    group = tl.load(chosen + program)
     j = tl.arange(0, GROUP)
     column = group * GROUP + j
     here = column < columns
@@ -121,4 +122,4 @@ def group_distances(
     label = tl.load(key_label + column, mask=here, other=0) if LABELLED else column
     out = tl.load(dropped + column, mask=here, other=0) if DROPPED else column * 0
     may = admitted(row_label, mine, label, out, column, columns, LABELLED, ONLY, OWNED)
-    tl.store(distance + (i * kept + k) * GROUP + j, tl.where(may, value, -1.0))
+    tl.store(distance + program * GROUP + j, tl.where(may, value, -1.0))

@@ -120,7 +120,7 @@ def costs(p: Problem, begin: int, end: int) -> Tensor:
     flags = {name: step.flags[name] for name in ("DIRECT", "ROOT", "DOT")}
     if out.numel():
         with torch.cuda.device_of(out):
-            kernels.cost_rows[(-(-(end - begin) // t.rows) * batch, -(-y.size // t.columns))](
+            kernels.cost_rows[(-(-(end - begin) // t.rows) * -(-y.size // t.columns) * batch,)](
                 x.points, y.points, x.square, y.square, out, begin, end, x.size, y.size, x.points.shape[-1], **flags, **t.options(_PARTS)
             )
     return out

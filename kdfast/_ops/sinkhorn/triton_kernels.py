@@ -113,9 +113,10 @@ def cost_rows(
     PARTS: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Costs of rows `begin` ... `end` - 1 of each problem's points, out [B, end - begin, columns]."""
-    row_tiles = tl.cdiv(end - begin, ROWS)
-    b, first_row = (tl.program_id(0) // row_tiles).to(tl.int64), begin + tl.program_id(0) % row_tiles * ROWS
-    first = tl.program_id(1) * COLUMNS
+    row_tiles, column_tiles = tl.cdiv(end - begin, ROWS), tl.cdiv(columns, COLUMNS)
+    program, tile = tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles
+    b, first_row = (program // column_tiles).to(tl.int64), begin + tile * ROWS
+    first = program % column_tiles * COLUMNS
     c = point_costs(
         x, y, x_square, y_square, b, first_row, rows, first, columns, width,
         DIRECT, ROOT, DOT, ROWS, COLUMNS, DEPTH, PARTS, STAGES, INTERPRETED,
