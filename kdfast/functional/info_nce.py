@@ -9,7 +9,7 @@ from .._core import bank_protocol, checks, collectives, dtypes
 from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
 from .._ops.similarity import similarity_lse
-from .._ops.similarity.arguments import problem
+from .._ops.similarity.arguments import problem, rounded
 from .._ops.similarity.exclusions import Rules
 from .._ops.similarity.info_nce import Positives, info_nce_rows
 from .._ops.similarity.positives import positive_logits
@@ -308,6 +308,8 @@ def _contrasted(p: Prepared, scale, positive_weights, margin, include_positive, 
 
 def _attracted(p: Prepared, scale, include_positive, precision, impl) -> tuple[Tensor, Tensor]:
     """loss_i = lse_i - mean of z over the rows of i's class (and the explicit positives): all in one denominator."""
+    query, rows, positive = rounded(precision, p.query, p.rows, p.positive)
+    p = p._replace(query=query, rows=rows, positive=positive, panels=p.panels if rows is p.rows else None)
     rules = _exclusions(p) if not include_positive else Rules(key_index=p.skip)
     lse, _ = similarity_lse(
         p.query, p.rows, scale=scale, bias=p.bias, exclude=rules, valid=p.valid, precision=precision, impl=impl, panels=p.panels

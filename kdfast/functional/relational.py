@@ -9,6 +9,7 @@ from torch import Tensor
 from .._core import bank_protocol, checks
 from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
+from .._ops.similarity.arguments import rounded
 from .._ops.similarity.distillation import distillation_rows
 from .._ops.similarity.positives import dot
 from ._candidates import inverse, normalized, own_columns, per_row, score_sums
@@ -82,6 +83,9 @@ def similarity_distillation(
     mean = reduction == "mean" and weight is None and not excluded and rows > 0
     sharp = any(isinstance(t, Real) and t < 1e-3 for t in (student_temperature, teacher_temperature))
     with torch.autocast(student.device.type, enabled=False) if sharp else contextlib.nullcontext():
+        precision = "ieee" if sharp and precision is None else precision
+        student, keys, teacher, teacher_keys = rounded(precision, student, keys, teacher, None if shared else teacher_keys)
+        student_positive, teacher_positive = rounded(precision, student_positive, teacher_positive)
         s, t = inverse("student_temperature", student_temperature, student), inverse("teacher_temperature", teacher_temperature, teacher)
         start = None
         if student_positive is not None:
@@ -90,7 +94,7 @@ def similarity_distillation(
             student,
             keys,
             teacher,
-            None if shared else teacher_keys,
+            teacher_keys,
             scale=s,
             teacher_scale=t,
             start=start,
@@ -99,7 +103,7 @@ def similarity_distillation(
             valid=valid,
             kl=divergence == "kl",
             mean=mean,
-            precision="ieee" if sharp and precision is None else precision,
+            precision=precision,
             impl=impl,
         )
     if mean:

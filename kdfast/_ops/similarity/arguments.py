@@ -148,6 +148,12 @@ def _valid(valid, query: Tensor, keys: Tensor, batch: list[int]) -> Tensor:  # [
     return valid if isinstance(valid, Tensor) else torch.full((), int(valid), dtype=torch.int64, device=query.device)
 
 
+def rounded(precision_name: str | None, *matrices: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The matrices in the dtype that their products are formed from, for losses that compare levels from kernels with levels of their own:
+    beside unrounded ones a loss near 0 would be what rounding took from the levels."""
+    return tuple(None if x is None else x.to(how_to_compute(x, precision_name).dtype) for x in matrices)
+
+
 def how_to_compute(query: Tensor, precision_name: str | None, panels: Tensor | None = None) -> Compute:
     dtype, device_type = query.dtype, query.device.type
     name = precision.resolve(precision_name, device_type)

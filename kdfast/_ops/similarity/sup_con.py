@@ -15,7 +15,7 @@ from torch.autograd import Function
 from ..._core import impls
 from . import cpu, triton_pairs
 from .apply import streaming_softmax, transformed
-from .arguments import how_to_compute, problem
+from .arguments import how_to_compute, problem, rounded
 from .definition import SecondOrder
 from .exclusions import Rules
 from .passes import KERNELS
@@ -62,6 +62,7 @@ def sup_con_rows(
 def _definition(call: Call, x: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
     """In PyTorch's operations around the streaming softmax, for any device and transform, and for derivatives of the second order."""
     labels, mean, precision, impl, *_ = call
+    (x,) = rounded(precision, x)
     rules = Rules(key_index=torch.arange(len(x), device=x.device)[:, None])
     spec, tensors = problem(x, x, scale, None, None, None, rules, None, precision, impl)
     lse, *_ = streaming_softmax(spec, tensors.folded(spec), pool=False, need_pooled=False)
