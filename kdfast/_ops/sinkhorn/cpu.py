@@ -9,11 +9,13 @@ from kdfast._core import extension
 
 from . import adjoint
 from .adjoint import Moments, Pulled
-from .geometry import Gradients, Problem, blocks, pull_slopes, row_tiles
+from .geometry import Gradients, Problem, blocks, damping, pull_slopes, row_tiles
 from .portable import Schedule, Solution, effective_epsilon
 
 #: What normalize takes: sixteen such matrices and their gradients stay in L2.
 NORMALIZED_ENTRIES = 4096
+#: Nats up to which rows and columns of a plan are rescaled; beyond, relaxed rows hold so little mass that they take maxima of their own.
+RESCALED = 30.0
 
 
 def missing() -> str | None:
@@ -98,22 +100,30 @@ def replay(
 
 
 def implicit(p: Problem, f: Tensor, g: Tensor, done: Tensor, to_f: Tensor, to_g: Tensor, to_epsilon: bool, schedule: Schedule) -> Pulled:
-    """adjoint.implicit: fixed marginals by one pass over the cost a step of conjugate gradients, all problems at once."""
-    if p.rho_a is not None or p.rho_b is not None:
-        return adjoint.implicit(p, f, g, done, to_f, to_g, to_epsilon, schedule)
+    """adjoint.implicit by one pass over the cost a step of conjugate gradients, all problems at once."""
     epsilon = effective_epsilon(p, schedule, done)
     q, once = p._replace(epsilon=epsilon), Schedule(1, None, "log", None, None)
-    step = solve(q, g, once, True)  # from g, by true maxima: its rows and columns sum to 1 in this precision
-    factor = torch.exp((g - step.g) / epsilon[:, None])
+    step = solve(q, g, once, True)  # from g, by true maxima: with its potentials over lambda, rows and columns sum to 1 in this precision
+    damp_b, g_hat = damping(p.rho_b, epsilon), step.g / damping(p.rho_b, epsilon)
+    # A is B with its rows and columns rescaled
+    rows, columns = (step.f / damping(p.rho_a, epsilon) - step.f) / epsilon[:, None], (g - g_hat) / epsilon[:, None]
+    relaxed = p.rho_a is not None or p.rho_b is not None
+    if relaxed and not (p.readable and _within(rows) and _within(columns)):
+        return adjoint.implicit(p, f, g, done, to_f, to_g, to_epsilon, schedule)
+    row_factor, col_factor = rows.exp(), p.b * columns.exp()
 
     def through(y: Tensor, plus: Tensor | None) -> Tensor:
-        plus, weight = (torch.zeros_like(p.a), p.a) if plus is None else (plus, -p.a)
-        return p.b * factor * _product(q, step.f, step.g, y, plus, weight)
+        plus, weight = (torch.zeros_like(p.a), p.a) if plus is None else (plus, -damp_b * p.a)
+        return col_factor * _product(q, step.f, g_hat, y, row_factor * plus, row_factor * weight)
 
     with torch.autocast("cpu", enabled=False):
-        y = adjoint.conjugate_gradients(q, epsilon, g, step.g, to_f, to_g, through)
+        y = adjoint.conjugate_gradients(q, epsilon, g, g_hat, to_f, to_g, through)
     pulled = replay(q, g, step.history_f, step.history_g, torch.ones_like(done), to_f, y, to_epsilon, once)
     return pulled._replace(epsilon=pulled.epsilon * (epsilon / p.epsilon))
+
+
+def _within(nats: Tensor) -> bool:
+    return nats.numel() == 0 or bool(nats.abs().max() <= RESCALED)
 
 
 def _product(p: Problem, f: Tensor, g: Tensor, *arguments: Tensor) -> Tensor:
