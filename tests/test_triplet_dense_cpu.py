@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from similarity_kernel_cases import assert_accurate
+from triplet_dense_cases import case, check, loss_of
 
 from kdfast._core import extension
 from kdfast._ops.triplet import classes, dense, distances, mining
@@ -15,33 +15,6 @@ _C, REASON = extension.load("_C")
 pytestmark = pytest.mark.skipif(_C is None, reason=str(REASON))
 OPS = torch.ops.kdfast
 REDUCTIONS = ("mean_nonzero", "mean", "sum", "none")
-
-
-def case(n, m, width, classes, *, metric="euclidean", valid=0) -> dict:
-    """Rows of small integers: their distances are exact, so that every implementation counts the same triplets. m None: in batch."""
-    a = {"x": torch.randint(-2, 3, (n, width)).float(), "labels": torch.randint(0, classes, (n,)), "metric": metric}
-    if m is not None:
-        own = torch.where(torch.rand(n) < 0.5, torch.randint(0, m, (n,)), -1)
-        a |= {"ref": torch.randint(-2, 3, (m, width)).float(), "ref_labels": torch.randint(0, classes, (m,)), "own_index": own}
-        a |= {"ref_valid": m - valid}
-    return a
-
-
-def loss_of(a: dict, impl: str, dtype=torch.float32, **how) -> tuple[torch.Tensor, ...]:
-    """The loss and its gradients in x and ref."""
-    leaves = {name: a[name].to(dtype).requires_grad_() for name in ("x", "ref") if name in a}
-    rest = {name: value for name, value in a.items() if name not in ("x", "labels", "ref")}
-    normalize = how.pop("normalize", False)
-    more = {"ref": leaves["ref"]} if "ref" in leaves else {}
-    loss = triplet_loss(leaves["x"], a["labels"], **rest, **more, normalize=normalize, impl=impl, **how)
-    upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
-    return loss.detach(), *torch.autograd.grad(loss, tuple(leaves.values()), upstream)
-
-
-def check(a: dict, **how) -> None:
-    got, naive, want = loss_of(a, "cpu", **how), loss_of(a, "torch", **how), loss_of(a, "torch", torch.float64, **how)
-    for g, n, w in zip(got, naive, want, strict=True):
-        assert_accurate(g, w, n)
 
 
 @pytest.mark.parametrize("direction", ["cluster", "confuse"])
@@ -148,7 +121,7 @@ def test_tiles_without_an_active_triplet_are_skipped(isa):
     a = {"x": x, "labels": torch.arange(n) // 5, "metric": "euclidean"}
     check(a, mining="batch_all", margin=1.3, reduction="sum")
     order = dense.by_label(*_related(a["labels"]), True)
-    tiles = OPS.triplet_hinges(x, None, order.first, order.last, order.own, order.exist, 0, 4, 0, 1.0, 1.3, 0.0, False, False)[3]
+    tiles = OPS.triplet_hinges(x, None, order.first, order.last, order.own, order.exist, 0, 4, 0, 1.0, 1.3, 0.0, False, False, False)[3]
     assert 0 < tiles.float().mean() < 0.8
 
 
@@ -268,12 +241,10 @@ def test_functional_transforms_take_the_portable_path():
         torch.func.grad(lambda x: triplet_loss(x, labels, mining="batch_all", impl="cpu"))(x)
 
 
-@pytest.mark.parametrize(
-    "how", [{"soft": True}, {"swap": True}, {"mining": "semi_hard", "sample_on": torch.ones(9, 2)}], ids=lambda h: [*h][-1]
-)
+@pytest.mark.parametrize("how", [{"swap": True}, {"mining": "semi_hard", "sample_on": torch.ones(9, 2)}], ids=lambda h: [*h][-1])
 def test_losses_that_do_not_separate_are_refused(how):
     x, labels = torch.randn(9, 4), torch.arange(9) % 3
-    with pytest.raises(ValueError, match="it sums plain hinges"):
+    with pytest.raises(ValueError, match="it sums over what is mined on the embeddings"):
         triplet_loss(x, labels, **{"mining": "batch_all", **how}, impl="cpu")
 
 
@@ -284,11 +255,12 @@ def arguments(n=12, m=20, width=5) -> tuple:
 
 
 def test_opcheck():
-    rule = (0, 20, 0, 1.0, 0.5, 0.1)
     x, y, *runs = arguments()
     own = torch.arange(12)
     wants = [(True, False), (True, True), (False, True), (False, False)]
-    for a in ((x, y, *runs), (x, None, *(t // 2 for t in runs[:2]), own, torch.tensor(10))):
+    batch = (x, None, *(t // 2 for t in runs[:2]), own, torch.tensor(10))
+    for a, soft in itertools.product(((x, y, *runs), batch), (False, True)):
+        rule = (0, 20, 0, 1.0, 0.5, 0.1, soft)
         for want in wants if a[1] is not None else wants[::3]:
             torch.library.opcheck(OPS.triplet_hinges.default, (*a, *rule, *want))
             *_, nearest, tiles, dx, dy = OPS.triplet_hinges(*a, *rule, *want)
@@ -298,7 +270,7 @@ def test_opcheck():
 
 def test_bad_arguments():
     x, y, first, last, own, exist = arguments()
-    rule = (0, 20, 0, 1.0, 0.5, 0.1)
+    rule = (0, 20, 0, 1.0, 0.5, 0.1, False)
     for change, message in (
         ((x.double(), y, first, last, own, exist), "x has dtype"),
         ((x, y[:, :4].contiguous(), first, last, own, exist), "y has size"),
@@ -308,5 +280,14 @@ def test_bad_arguments():
     ):
         with pytest.raises(RuntimeError, match=message):
             OPS.triplet_hinges(*change, *rule, False, False)
+    *_, nearest, tiles, dx, dy = OPS.triplet_hinges(x, y, first, last, own, exist, *rule, True, True)
+    g = torch.rand(12, 1)
+    for made, message in (
+        ((torch.zeros(11, 5), torch.zeros(20, 5)), "dx has size 11"),
+        ((torch.zeros(12, 5), torch.zeros(20, 4)), "dy has size 4"),
+        ((torch.zeros(12, 5).double(), dy), "dx has dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            OPS.triplet_hinges_grad(g, nearest, tiles, *made, x, y, first, last, own, exist, *rule, True, True)
     with pytest.raises(RuntimeError, match="mining must be"):
-        OPS.triplet_hinges(x, y, first, last, own, exist, 0, 20, 3, 1.0, 0.5, 0.1, False, False)
+        OPS.triplet_hinges(x, y, first, last, own, exist, 0, 20, 3, 1.0, 0.5, 0.1, False, False, False)

@@ -90,7 +90,7 @@ def triplet_loss(
     loss NaN. At distance 0 the gradient is 0. Under autocast everything is formed in float32.
 
     Cost: O(N M D) time, memory of a block of anchors. Soft, swapped, `sample_on` or several layers visit every triplet of
-    batch_all, semi_hard and multi_similarity (N P M); otherwise these cost N M (D + log P).
+    batch_all, semi_hard and multi_similarity (N P M); otherwise these cost N M (D + log P). Of these the CPU kernels serve soft.
     impl="cpu" keeps about 20 bytes for each triplet of the minings with one negative an anchor or a pair.
 
     Raises: ValueError, TypeError, IndexError naming the argument. Sources: Hermans et al. 2017 (batch_hard, batch_all), Schroff et
@@ -225,10 +225,10 @@ def _problem(
     metric, normalize = sources["metric"], sources["normalize"]
     on = batch if sample_on is None else _mined_on(sample_on, name, batch, sources)
     rows = (*batch.layers, *batch.refs, *on.layers, *on.refs)
-    simple = not (settings.get("soft") or settings.get("swap") or sample_on is not None)
+    separates = name_of_op == "triplet_loss" and not settings["swap"] and sample_on is None
     bounded = max_positives is not None or name_of_op == "mine_triplets"
     facts = dict(others=tuple(t.dtype for t in rows), width=min(t.shape[1] for t in rows), mined=name, bounded=bounded)
-    impl = op.choose(name_of_op, impl, batch.layers[0], separates=simple and name_of_op == "triplet_loss", **facts)
+    impl = op.choose(name_of_op, impl, batch.layers[0], separates=separates, soft=settings.get("soft", False), **facts)
     by_kernels = impl == "cpu" or (impl == "triton" and name in mining.SETS)  # which take rows as given
     if not by_kernels or batch.layers[0].shape[0] == 0:
         batch = batch.ready(metric, normalize)

@@ -8,13 +8,16 @@
 
 namespace {
 
-kdfast::HingeRule rule_of(int64_t mining, double sign, double margin, double epsilon) {
+kdfast::HingeRule rule_of(int64_t mining, double sign, double margin, double epsilon, bool soft) {
   STD_TORCH_CHECK(mining >= 0 && mining <= 2, "mining must be 0, 1 or 2, got ", mining);
   STD_TORCH_CHECK(sign == 1 || sign == -1, "sign must be 1 or -1, got ", sign);
-  return {kdfast::Mining(mining), float(sign), float(epsilon), margin, nullptr};
+  return {kdfast::Mining(mining), float(sign), float(epsilon), margin, soft, nullptr};
 }
 
-bool sorts(const Dense& dense, const kdfast::HingeRule& rule) { return rule.threshold == nullptr && dense.most > kFewWindows; }
+// Whether one pass makes values and gradients.
+bool at_once(const Dense& dense, const kdfast::HingeRule& rule) {
+  return rule.threshold == nullptr && (rule.soft || dense.most > kFewWindows);
+}
 
 // Sums of the columns that each thread keeps for itself, added up in the order of threads.
 struct ColumnSums {
@@ -36,7 +39,7 @@ struct ColumnSums {
   }
 };
 
-// What values of rows with many positives are made with: out.nearest, and out.mined as SortedHinges takes it.
+// What values of one pass are made with: out.nearest, and out.mined as SortedHinges takes it.
 void run_filter(const Dense& dense, const kdfast::HingeRule& rule, const kdfast::HingeResult& out) {
   const int64_t rows = dense.rows();
   std::fill_n(out.nearest, rows, std::numeric_limits<float>::infinity());
@@ -47,21 +50,25 @@ void run_filter(const Dense& dense, const kdfast::HingeRule& rule, const kdfast:
   });
 }
 
-// Rows with many positives: values where out.loss is given, sums of weights where upstream.g is. The weights are of the rows alone: in batch,
-// what a pair weighs in its other role is a sum of the columns.
-void run_sorted(const Dense& dense, const kdfast::HingeRule& rule, const kdfast::HingeResult& out, const kdfast::HingeUpstream& upstream,
+// Rows with many positives, or softplus: values where out.loss is given, sums of weights where upstream.g is. The weights are of the rows alone: in
+// batch, what a pair weighs in its other role is a sum of the columns.
+void run_at_once(const Dense& dense, const kdfast::HingeRule& rule, const kdfast::HingeResult& out, const kdfast::HingeUpstream& upstream,
                 const PairSums& sums) {
   const CpuKernels& kernels = dense.kernels;
   const DenseParams& p = dense.p;
   if (out.loss != nullptr) run_filter(dense, rule, out);
   const ColumnSums columns(dense, upstream.g != nullptr && (p.in_batch || sums.y_sums != nullptr));
   const auto sums_of = [&](int64_t worker) { return PairSums{sums.x_sums, columns.sums_of(worker), nullptr}; };
-  dense.for_each_rows([&](int64_t n, int64_t) { return kernels.sorted_hinges_workspace(p, sums_of(0), n, dense.most); },
-                      [&](int64_t begin, int64_t end, int64_t worker, float* work) {
-                        kdfast::HingeUpstream own = upstream;
-                        own.y_weight = columns.weights_of(worker);
-                        kernels.sorted_hinges(p, rule, out, own, sums_of(worker), begin, end, dense.most, work);
-                      });
+  dense.for_each_rows(
+      [&](int64_t n, int64_t slots) {
+        return rule.soft ? kernels.soft_hinges_workspace(p, sums_of(0), n, slots) : kernels.sorted_hinges_workspace(p, sums_of(0), n, dense.most);
+      },
+      [&](int64_t begin, int64_t end, int64_t worker, float* work) {
+        kdfast::HingeUpstream own = upstream;
+        own.y_weight = columns.weights_of(worker);
+        const int64_t size = rule.soft ? p.slots(begin, end) : dense.most;
+        (rule.soft ? kernels.soft_hinges : kernels.sorted_hinges)(p, rule, out, own, sums_of(worker), begin, end, size, work);
+      });
   if (p.in_batch) {
     columns.add_to(sums.x_sums, upstream.x_weight);
   } else {
@@ -70,7 +77,7 @@ void run_sorted(const Dense& dense, const kdfast::HingeRule& rule, const kdfast:
 }
 
 void run_hinges(const Dense& dense, const kdfast::HingeRule& rule, const kdfast::HingeResult& out) {
-  if (sorts(dense, rule)) return run_sorted(dense, rule, out, {nullptr, out.nearest}, {});
+  if (at_once(dense, rule)) return run_at_once(dense, rule, out, {nullptr, out.nearest}, {});
   dense.for_each_rows([&](int64_t n, int64_t slots) { return dense.kernels.triplet_hinges_workspace(dense.p, n, slots); },
                       [&](int64_t begin, int64_t end, int64_t, float* work) { dense.kernels.triplet_hinges(dense.p, rule, out, begin, end, work); });
 }
@@ -97,15 +104,15 @@ struct Wanted {
   bool x, y;
 };
 
-// Gradients of the sum of g_i times row i's hinges, g padded; where rows have many positives, `out` is filled too if out.loss is given.
+// Gradients of the sum of g_i times row i's hinges, g padded; where one pass makes both, `out` is filled too if out.loss is given.
 std::tuple<Tensor, Tensor> hinge_gradients(const Dense& dense, const Tensor& like, const kdfast::HingeRule& rule, const Tensor& g,
                                            const kdfast::HingeResult& out, const float* nearest, const uint8_t* tiles, Wanted want) {
   DenseGradients gradients(dense, like, want.x, want.y);
-  const Tensor active = zeros<int32_t>(sorts(dense, rule) ? 0 : dense.slots, ScalarType::Int);
+  const Tensor active = zeros<int32_t>(at_once(dense, rule) ? 0 : dense.slots, ScalarType::Int);
   const kdfast::HingeUpstream upstream{memory<float>(g), nearest, tiles, memory<int32_t>(active), memory<float>(gradients.pull),
                                        memory<double>(gradients.x_weight), want.y ? memory<double>(gradients.y_weight) : nullptr};
-  if (sorts(dense, rule)) {
-    run_sorted(dense, rule, out, upstream, gradients.sums);
+  if (at_once(dense, rule)) {
+    run_at_once(dense, rule, out, upstream, gradients.sums);
     return gradients.finish();
   }
   run_hinges_grad(gradients, rule, upstream);
@@ -114,19 +121,19 @@ std::tuple<Tensor, Tensor> hinge_gradients(const Dense& dense, const Tensor& lik
   });
 }
 
-// With a gradient wanted, dx and dy of the sum of all rows are made too, from one look at each level where rows have many positives.
+// With a gradient wanted, dx and dy of the sum of all rows are made too, where one pass makes both from one look at each level.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> triplet_hinges(const Tensor& x, const OptionalTensor& y, const Tensor& first,
                                                                           const Tensor& last, const Tensor& own, const Tensor& columns,
                                                                           int64_t metric, int64_t positives, int64_t mining, double sign,
-                                                                          double margin, double epsilon, bool want_x, bool want_y) {
+                                                                          double margin, double epsilon, bool soft, bool want_x, bool want_y) {
   const Dense dense(x, y, first, last, own, columns, metric, positives);
   const int64_t rows = dense.rows();
-  const kdfast::HingeRule rule = rule_of(mining, sign, margin, epsilon);
+  const kdfast::HingeRule rule = rule_of(mining, sign, margin, epsilon, soft);
   Tensor sums = output(x, {rows, 1}), nearest = output(x, {rows}), tiles = no_tiles(x, dense.p), dx = output(x, {0}), dy = output(x, {0});
   std::vector<int64_t> mined(size_t(rows), 0), active(size_t(rows), 0);
   const kdfast::HingeResult out{memory<float>(sums), mined.data(), active.data(), memory<float>(nearest), memory<uint8_t>(tiles)};
   const bool wanted = want_x || want_y;
-  if (!wanted || !sorts(dense, rule)) run_hinges(dense, rule, out);
+  if (!wanted || !at_once(dense, rule)) run_hinges(dense, rule, out);
   if (wanted) {
     const Tensor ones = zeros<float>(rows + kPanelPad, ScalarType::Float);
     std::fill_n(memory<float>(ones), rows, 1.0f);
@@ -142,24 +149,31 @@ Tensor scaled(const Tensor& x, float factor, bool wanted) {
   return to;
 }
 
+// Whether a gradient made with the values, of the rows of `like`, is at hand: else it has no elements.
+bool given(const char* name, const Tensor& gradient, const Tensor& like) {
+  if (gradient.dim() == 1 && gradient.size(0) == 0) return false;
+  packed<float>(name, gradient, {like.size(0), like.size(1)});
+  return true;
+}
+
 // dx and dy of the sum of all rows, empty where they are not at hand, serve where every row has the same g.
 std::tuple<Tensor, Tensor> triplet_hinges_grad(const Tensor& g, const Tensor& nearest, const Tensor& tiles, const Tensor& dx, const Tensor& dy,
                                                const Tensor& x, const OptionalTensor& y, const Tensor& first, const Tensor& last, const Tensor& own,
                                                const Tensor& columns, int64_t metric, int64_t positives, int64_t mining, double sign,
-                                               double margin, double epsilon, bool want_x, bool want_y) {
+                                               double margin, double epsilon, bool soft, bool want_x, bool want_y) {
   const int64_t rows = x.size(0);
   const float* const upstream_g = packed<float>("g", g, {rows, 1});
-  const bool at_hand = (!want_x || dx.dim() == 2) && (!want_y || dy.dim() == 2);
+  const bool x_given = given("dx", dx, x), y_given = given("dy", dy, y ? *y : x), at_hand = (!want_x || x_given) && (!want_y || y_given);
   if (at_hand && rows > 0 && std::all_of(upstream_g, upstream_g + rows, [&](float one) { return one == upstream_g[0]; }))
     return {scaled(dx, upstream_g[0], want_x), scaled(dy, upstream_g[0], want_y)};
   const Dense dense(x, y, first, last, own, columns, metric, positives);
-  return hinge_gradients(dense, x, rule_of(mining, sign, margin, epsilon), padded(upstream_g, 1, rows), {},
+  return hinge_gradients(dense, x, rule_of(mining, sign, margin, epsilon, soft), padded(upstream_g, 1, rows), {},
                          packed<float>("nearest", nearest, {rows}), tiles_data(tiles, dense.p), {want_x, want_y});
 }
 
 // ---- hinges of pairs: d_ap - level 0 of the positives, level 1 - d_an of the negatives --------------------------------------------
 
-kdfast::HingeRule pair_rule(const Tensor& threshold) { return {kdfast::Mining::kBatchAll, 1, 0, 0, memory<float>(threshold)}; }
+kdfast::HingeRule pair_rule(const Tensor& threshold) { return {kdfast::Mining::kBatchAll, 1, 0, 0, false, memory<float>(threshold)}; }
 
 std::tuple<Tensor, Tensor, Tensor> pair_hinges(const Tensor& x, const OptionalTensor& y, const Tensor& first, const Tensor& last,
                                                const Tensor& own, const Tensor& columns, const Tensor& levels, int64_t metric) {

@@ -80,16 +80,6 @@ inline void with_rows(const ChosenParams& p, const F& f) {
   with_elements(p.x.matrix, [&](const auto* x) { with_elements(p.y.matrix, [&](const auto* y) { f(chosen_rows(p, x, y)); }); });
 }
 
-// The sum of the lanes, by halves.
-inline double wide_total(Vec x) {
-  double sum[kLanes];
-  for (int i = 0; i < kLanes; ++i) sum[i] = double(x[i]);
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
-  return sum[0];
-}
-
 // In double: distances are subtracted from each other.
 template <class U, class V>
 inline double pair_distance(const ChosenParams& p, const ScaledRow<U>& u, const ScaledRow<V>& v) {

@@ -57,6 +57,7 @@ struct HingeRule {
   Mining mining;
   float sign, epsilon;
   double margin;
+  bool soft;                  // softplus instead of the hinge, of triplets alone
   const float* threshold;     // [rows], padded as DenseParams.farthest is; null: triplets
 };
 
@@ -132,6 +133,9 @@ struct DenseKernels {
   int64_t (*sorted_hinges_workspace)(const DenseParams&, const PairSums&, int64_t rows, int64_t most);
   void (*sorted_hinges)(const DenseParams&, const HingeRule&, const HingeResult&, const HingeUpstream&, const PairSums&, int64_t begin, int64_t end,
                         int64_t most, float* workspace);
+  int64_t (*soft_hinges_workspace)(const DenseParams&, const PairSums&, int64_t rows, int64_t slots);
+  void (*soft_hinges)(const DenseParams&, const HingeRule&, const HingeResult&, const HingeUpstream&, const PairSums&, int64_t begin, int64_t end,
+                      int64_t slots, float* workspace);
   void (*triplet_hinges_pull)(const DenseParams&, const HingeRule&, const HingeUpstream&, float* pull, int64_t begin, int64_t end);
   void (*pull_hinges)(const DenseParams&, const PullHinges&, int64_t begin, int64_t end);
   void (*pull_hinges_pull)(const DenseParams&, const float* level, const float* g, float* pull, int64_t begin, int64_t end);

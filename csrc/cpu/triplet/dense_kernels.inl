@@ -1,6 +1,6 @@
 // A unit compiled once for each instruction set, and its part of the dispatch table.
 #include "triplet/dense_pull.inl"
-#include "triplet/dense_sorted.inl"
+#include "triplet/dense_soft.inl"
 #include "triplet/multi_similarity.inl"
 
 namespace kdfast {
@@ -21,6 +21,8 @@ const DenseKernels KDFAST_UNIT(dense) = {
     .hinge_filter = hinge_filter,
     .sorted_hinges_workspace = sorted_hinges_workspace,
     .sorted_hinges = sorted_hinges,
+    .soft_hinges_workspace = soft_hinges_workspace,
+    .soft_hinges = soft_hinges,
     .triplet_hinges_pull = triplet_hinges_pull,
     .pull_hinges = pull_hinges,
     .pull_hinges_pull = pull_hinges_pull,

@@ -29,12 +29,14 @@ using Mask = __mmask16;
 inline Mask below(Vec v, Vec high) { return _mm512_cmp_ps_mask((__m512)v, (__m512)high, _CMP_NGE_UQ); }
 inline Mask between(Vec v, Vec low, Vec high) { return _mm512_mask_cmp_ps_mask(below(v, high), (__m512)v, (__m512)low, _CMP_NLT_UQ); }
 inline Vec add_where(Mask mask, Vec sum, Vec x) { return (Vec)_mm512_mask_add_ps((__m512)sum, mask, (__m512)sum, (__m512)x); }
+inline Vec choose(Mask mask, Vec x, Vec other) { return (Vec)_mm512_mask_mov_ps((__m512)other, mask, (__m512)x); }
 inline int lanes_in(Mask mask) { return __builtin_popcount(mask); }
 #else
 using Mask = IntVec;
 inline Mask below(Vec v, Vec high) { return ~(v >= high); }
 inline Mask between(Vec v, Vec low, Vec high) { return below(v, high) & ~(v < low); }
 inline Vec add_where(Mask mask, Vec sum, Vec x) { return sum + (Vec)(mask & (IntVec)x); }
+inline Vec choose(Mask mask, Vec x, Vec other) { return mask ? x : other; }
 inline int lanes_in(Mask mask) {
   int lanes = 0;
   for (int i = 0; i < kLanes; ++i) lanes -= mask[i];

@@ -153,6 +153,13 @@ struct LevelSum {
 #endif
 };
 
+// Whether a block has no negative of `rows` rows from `row` on: a class takes up whole blocks where it is large.
+inline bool no_negatives(const DenseParams& p, const Block& block, int64_t row, int64_t rows) {
+  for (int64_t i = row; i < row + rows; ++i)
+    if (p.first[i] > block.first || p.last[i] < block.first + block.columns) return false;
+  return true;
+}
+
 // ---- sums and weights -----------------------------------------------------------------------------------------------------
 
 // As the statistic of a pass, the hinges alone; as its weights, W_ij of the rows beside them: in batch W_ji comes from the sums of the columns.
@@ -197,15 +204,7 @@ struct SortedHinges {
     if (upstream.g != nullptr) column_weights.begin_block(block);
   }
 
-  // A class of its own takes up whole blocks where it is large.
-  bool no_negative(const Block& block, int64_t row) const {
-    return p.first[row] <= block.first && p.last[row] >= block.first + block.columns;
-  }
-  bool idle(const Block& block, int64_t row, int64_t rows) const {
-    for (int64_t i = first + row; i < first + row + rows; ++i)
-      if (!no_negative(block, i)) return false;
-    return true;
-  }
+  bool idle(const Block& block, int64_t row, int64_t rows) const { return no_negatives(p, block, first + row, rows); }
 
   void chunk(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
     for (int64_t i = 0; i < rows; ++i) take_row<false>(block, first + row + i, tile.scores(i));
@@ -217,7 +216,7 @@ struct SortedHinges {
 
   template <bool kWeights>
   void take_row(const Block& block, int64_t row, float* scores) const {
-    if (!kWeights && no_negative(block, row)) return;
+    if (!kWeights && no_negatives(p, block, row, 1)) return;
     if (row + 1 < task.row_end) {
       windows_of.prefetch(row + 1 - task.row_begin, has_low_end(rule));
       by_rank.prefetch(row + 1 - task.row_begin);
@@ -349,27 +348,29 @@ void hinge_filter(const DenseParams& p, const HingeRule& rule, const HingeFilter
   for (int64_t i = begin; i < end; ++i) out.nearest[i] = statistic.nearest[i - begin], out.kept[i] = int64_t(statistic.kept[i - begin]);
 }
 
-// Words of workspace for tasks of at most `rows` rows with at most `most` positives to a row.
-int64_t sorted_hinges_workspace(const DenseParams& p, const PairSums& sums, int64_t rows, int64_t most) {
+// Words of workspace for tasks of at most `rows` rows. `size`: of their tables, as Hinges takes it.
+template <class Hinges>
+int64_t row_hinges_workspace(const DenseParams& p, const PairSums& sums, int64_t rows, int64_t size) {
   return scratch_words(p.pairs.precision, [&](auto product) {
     const PairTask none{};
     Arena values{nullptr}, gradients{nullptr};
     const PairWorkspace w(product, p.pairs, rows, p.columns, values);
-    SortedHinges(p, HingeRule{}, HingeUpstream{}, none, rows, w.block, most, values);
+    Hinges(p, HingeRule{}, HingeUpstream{}, none, rows, w.block, size, values);
     const PairGradientWorkspace v(product, p.pairs, sums.x_sums != nullptr, sums.y_sums != nullptr, rows, p.columns, gradients,
                                   kSortedColumns);
-    SortedHinges(p, HingeRule{}, HingeUpstream{}, none, rows, v.block, most, gradients);
+    Hinges(p, HingeRule{}, HingeUpstream{}, none, rows, v.block, size, gradients);
     return values.words > gradients.words ? values.words : gradients.words;
   });
 }
 
 // Rows begin .. end against all references, as triplet_hinges and triplet_hinges_grad: values where out.loss is given, weights into `sums` where
 // upstream.g is.
-void sorted_hinges(const DenseParams& p, const HingeRule& rule, const HingeResult& out, const HingeUpstream& upstream, const PairSums& sums,
-                   int64_t begin, int64_t end, int64_t most, float* workspace) {
+template <class Hinges>
+void row_hinges(const DenseParams& p, const HingeRule& rule, const HingeResult& out, const HingeUpstream& upstream, const PairSums& sums,
+                int64_t begin, int64_t end, int64_t size, float* workspace) {
   const PairTask task{0, begin, end, 0, p.columns};
   const int64_t rows = end - begin;
-  const auto finish = [&](const SortedHinges& hinges) {
+  const auto finish = [&](const Hinges& hinges) {
     for (int64_t i = begin; i < end; ++i) {
       hinges.finish(i);
       if (out.loss != nullptr) hinges.report(out, i);
@@ -379,7 +380,7 @@ void sorted_hinges(const DenseParams& p, const HingeRule& rule, const HingeResul
     with_sound_product(p.pairs.precision, [&](auto product) {
       Arena arena{workspace};
       PairWorkspace w(product, p.pairs, rows, p.columns, arena);
-      SortedHinges hinges(p, rule, upstream, task, rows, w.block, most, arena);
+      Hinges hinges(p, rule, upstream, task, rows, w.block, size, arena);
       hinges.begin();
       const bool sound = take_statistics(product, p.pairs, task, w, hinges);
       finish(hinges);
@@ -389,13 +390,22 @@ void sorted_hinges(const DenseParams& p, const HingeRule& rule, const HingeResul
     with_product(p.pairs.precision, [&](auto product) {  // which holds all rows
       Arena arena{workspace};
       PairGradientWorkspace w(product, p.pairs, sums.x_sums != nullptr, sums.y_sums != nullptr, rows, p.columns, arena, kSortedColumns);
-      SortedHinges hinges(p, rule, upstream, task, rows, w.block, most, arena);
+      Hinges hinges(p, rule, upstream, task, rows, w.block, size, arena);
       hinges.begin();
       take_gradients(product, p.pairs, task, sums, w, hinges);
       hinges.column_weights.flush();
       finish(hinges);
     });
   }
+}
+
+// `size`: positives of a row, at most.
+int64_t sorted_hinges_workspace(const DenseParams& p, const PairSums& sums, int64_t rows, int64_t size) {
+  return row_hinges_workspace<SortedHinges>(p, sums, rows, size);
+}
+void sorted_hinges(const DenseParams& p, const HingeRule& rule, const HingeResult& out, const HingeUpstream& upstream, const PairSums& sums,
+                   int64_t begin, int64_t end, int64_t size, float* workspace) {
+  row_hinges<SortedHinges>(p, rule, out, upstream, sums, begin, end, size, workspace);
 }
 
 }  // namespace

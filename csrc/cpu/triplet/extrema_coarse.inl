@@ -34,6 +34,23 @@ struct Contest {
     }
     most[size] = x + error, column[size++] = int32_t(of_column);
   }
+  // Lanes at(j), j < end, each within `error`, of columns column_of(j).
+  template <class At, class Columns>
+  void enter_all(int64_t end, const At& at, float error, const Columns& column_of) {
+    Vec best = splat(-kInfinity);
+    for (int64_t j = 0; j < end; j += kLanes) best = larger(at(j), best);
+    const float here = largest(best);
+    if (here == -kInfinity || !admits(here, error)) return;
+    raise(here, error);
+    const Vec enough = splat(least - error);
+    for (int64_t j = 0; j < end; j += kLanes) {
+      const Vec x = at(j);
+      for (uint32_t lanes = lanes_at_least(x, enough); lanes != 0; lanes &= lanes - 1) {
+        const int lane = __builtin_ctz(lanes);
+        enter(x[lane], error, column_of(j + lane));
+      }
+    }
+  }
   void drop() {
     int kept = 0;
     for (int k = 0; k < size; ++k)
@@ -74,14 +91,28 @@ struct CoarseVisitor {
 
   void positives(int64_t i, int64_t at, const float* closeness, const float* offset, int64_t size) const {
     CoarseExtremes& e = found[i];
-    const int64_t first = p.scan.classes.first[anchor(i)];
+    const int64_t* const columns = p.scan.classes.order + p.scan.classes.first[anchor(i)] + at;
+    if (size >= kLanes) return many_positives(e, i, closeness, offset, size, columns);
     for (int64_t k = 0; k < size; ++k) {
       const float bound = error(i, offset[k]), c = closeness[k];
-      const int64_t column = p.scan.classes.order[first + at + k];
       if (!holds(bound)) e.lost = true;
-      e.near_positive.enter(c, bound, column);
-      e.far_positive.enter(-c, bound, column);
+      e.near_positive.enter(c, bound, columns[k]);
+      e.far_positive.enter(-c, bound, columns[k]);
     }
+  }
+  void many_positives(CoarseExtremes& e, int64_t i, const float* closeness, const float* offset, int64_t size, const int64_t* columns) const {
+    // the last vector begins so that it ends with them: what is entered twice is measured twice
+    const auto from = [size](int64_t k) { return smaller(k, size - kLanes); };
+    Vec most = splat(-kInfinity), least = splat(kInfinity), rest = {};
+    for (int64_t k = 0; k < size; k += kLanes) {
+      const Vec y_square = load(offset + from(k));
+      most = larger(y_square, most), least = lesser(y_square, least), rest += y_square - y_square;
+    }
+    const float bound = error(i, largest(most));
+    if (!holds(bound) || !holds(error(i, -largest(-least))) || !(total(rest) == 0)) e.lost = true;
+    const auto column_of = [&](int64_t k) { return columns[from(k - k % kLanes) + k % kLanes]; };
+    e.near_positive.enter_all(size, [&](int64_t k) { return load(closeness + from(k)); }, bound, column_of);
+    e.far_positive.enter_all(size, [&](int64_t k) { return -load(closeness + from(k)); }, bound, column_of);
   }
   void prepare(int64_t i) const {
     if (!finite(w.base[i])) found[i].lost = true;
@@ -99,19 +130,7 @@ struct CoarseVisitor {
       e.lost = true;
       return;
     }
-    Vec best = splat(-kInfinity);
-    for (int64_t j = 0; j < block.padded; j += kLanes) best = larger(c.at(j), best);
-    const float here = largest(best);
-    if (here == -kInfinity || !e.near_negative.admits(here, bound)) return;
-    e.near_negative.raise(here, bound);
-    const Vec least = splat(e.near_negative.least - bound);
-    for (int64_t j = 0; j < block.padded; j += kLanes) {
-      const Vec x = c.at(j);
-      for (uint32_t lanes = lanes_at_least(x, least); lanes != 0; lanes &= lanes - 1) {
-        const int lane = __builtin_ctz(lanes);
-        e.near_negative.enter(x[lane], bound, block.first + j + lane);
-      }
-    }
+    e.near_negative.enter_all(block.padded, [&](int64_t j) { return c.at(j); }, bound, [&](int64_t j) { return block.first + j; });
   }
 
   void measure(const Block& block) {

@@ -25,6 +25,16 @@ inline Vec lesser(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b
 inline Vec lesser(Vec a, Vec b) { return a < b ? a : b; }
 #endif
 
+// The sum of the lanes, by halves.
+inline double wide_total(Vec x) {
+  double sum[kLanes];
+  for (int i = 0; i < kLanes; ++i) sum[i] = double(x[i]);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+  return sum[0];
+}
+
 // The factor that brings row `row` to the length it counts with.
 inline float row_scale(const MetricRows& m, int64_t row) {
   float scale = 1;

@@ -79,7 +79,7 @@ struct ScanPass {
     __builtin_memset(w.zeros, 0, size_t(w.block) * 4);
     const int64_t padded_rows = round_up(count, Product::kRowMultiple), chunk_rows = Product::kRowChunk;
     __builtin_memset(w.x.at(count), 0, size_t(4 * w.x.stride * (padded_rows - count)));
-    for (int64_t i = 0; i < count; i += w.class_rows) sound &= classes(i, smaller(w.class_rows, count - i));
+    for (int64_t i = 0, rows; i < count; i += rows) sound &= classes(i, &rows);
     for (int64_t i = 0; i < count; ++i) visitor.prepare(i);
     for (int64_t first = 0; first < p.classes.columns; first += w.block) {
       const int64_t columns = smaller(w.block, p.classes.columns - first);
@@ -121,23 +121,39 @@ struct ScanPass {
     return x > kLargestFloat ? kLargestFloat : x < -kLargestFloat ? -kLargestFloat : x;
   }
 
-  // Shows `rows` anchors from `row` on the references of their classes: a run of the order where anchors are sorted.
-  bool classes(int64_t row, int64_t rows) const {
+  // The references of the classes of up to class_rows anchors from `row` on: a run low .. high of the order where anchors are sorted.
+  void run_of_classes(int64_t row, int64_t* low, int64_t* high) const {
     const auto& c = p.classes;
-    int64_t low = c.columns, high = 0;
-    for (int64_t i = row; i < row + rows; ++i) {
+    *low = c.columns, *high = 0;
+    for (int64_t i = row; i < smaller(row + w.class_rows, count); ++i) {
       const int64_t first = c.first[anchor(i)], size = c.size(anchor(i));
       if (size == 0) continue;
-      low = first < low ? first : low;
-      high = first + size > high ? first + size : high;
+      *low = first < *low ? first : *low;
+      *high = first + size > *high ? first + size : *high;
     }
+  }
+
+  // Shows anchors from `row` on the references of their classes: class_rows of them, and of large classes as many more as these references
+  // serve. Their number goes to `rows`.
+  bool classes(int64_t row, int64_t* rows) const {
+    const auto& c = p.classes;
+    int64_t low, high, next_low, next_high, end = row + w.class_rows;
+    run_of_classes(row, &low, &high);
+    for (; end < count; end += w.class_rows) {
+      run_of_classes(end, &next_low, &next_high);
+      if (next_low < low || next_high > high) break;
+    }
+    end = smaller(end, count), *rows = end - row;
     bool sound = true;
     for (; low < high; low += w.block) {
       const int64_t columns = smaller(w.block, high - low);
       const Block block{low, columns, round_up(columns, kPanel)};
       sound &= pack(block, [&](int64_t j) { return c.order[low + j]; });
-      score_rows(Product{}, w.x.at(row), w.x.stride, round_up(rows, Product::kRowMultiple), w.y.panels, block.padded, w.tile.scores(0), w.tile.stride);
-      for (int64_t i = row; i < row + rows; ++i) positives(block, i, w.tile.scores(i - row));
+      for (int64_t begin = row; begin < end; begin += w.class_rows) {
+        const int64_t some = smaller(w.class_rows, end - begin);
+        score_rows(Product{}, w.x.at(begin), w.x.stride, round_up(some, Product::kRowMultiple), w.y.panels, block.padded, w.tile.scores(0), w.tile.stride);
+        for (int64_t i = begin; i < begin + some; ++i) positives(block, i, w.tile.scores(i - begin));
+      }
     }
     return sound;
   }

@@ -43,10 +43,12 @@ def refuses(
     bounded: bool = True,
     separates: bool = True,
     gathered: int = 0,
+    **_facts,
 ) -> str | None:
     """Why they cannot serve a call on this device type, with these dtypes and this width and mining (None: they can).
 
-    `bounded`: the caller says how many positives an anchor has at most. `separates`: the loss is a sum over pairs, see portable.separates.
+    `bounded`: the caller says how many positives an anchor has at most. `separates`: a triplet's loss is a function of d_ap - d_an, on
+    which it is mined.
     `gathered`: numbers in the rows of all positives, where they are gathered.
     """
     if device_type != "cpu":
@@ -59,7 +61,7 @@ def refuses(
     if mined in mining.PER_PAIR and torch.compiler.is_compiling() and not bounded:
         return f"compiled without max_positives it would reserve room for every reference as a positive of mining={mined!r}"
     if mined in mining.SETS and not separates:
-        return f"with mining={mined!r} it sums plain hinges mined on the embeddings: no soft, swap, sample_on, and no list of triplets"
+        return f"with mining={mined!r} it sums over what is mined on the embeddings: no swap, no sample_on, and no list of triplets"
     if gathered > GATHERED:
         return f"it would gather the rows of all positives, {gathered} numbers, more than {GATHERED}"
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():

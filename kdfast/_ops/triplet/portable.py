@@ -127,6 +127,12 @@ def _cube(s, block, layers, refs, fixed_rows, fixed):
     return summed(loss, mined, c.poisoned, (1, 2))
 
 
+def every_triplet(s, block, layers, refs, fixed_rows, fixed):
+    """The same, mined on the embeddings themselves."""
+    mine, mine_ref = layers[0].detach(), refs[0].detach()
+    return _cube(s, block, layers, refs, (mine, *fixed_rows), (mine_ref, *fixed, None))
+
+
 def summed(loss: Tensor, valid: Tensor, poisoned: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     loss = torch.where(valid, loss, torch.zeros_like(loss))
     sums = loss.sum(dims)

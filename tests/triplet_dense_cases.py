@@ -1,0 +1,33 @@
+"""Problems for the kernels of losses over all negatives, and their comparison with the portable formula in float64."""
+
+import torch
+from similarity_kernel_cases import assert_accurate
+
+from kdfast.functional import triplet_loss
+
+
+def case(n, m, width, classes, *, metric="euclidean", valid=0) -> dict:
+    """Rows of small integers: their distances are exact, so that every implementation counts the same triplets. m None: in batch."""
+    a = {"x": torch.randint(-2, 3, (n, width)).float(), "labels": torch.randint(0, classes, (n,)), "metric": metric}
+    if m is not None:
+        own = torch.where(torch.rand(n) < 0.5, torch.randint(0, m, (n,)), -1)
+        a |= {"ref": torch.randint(-2, 3, (m, width)).float(), "ref_labels": torch.randint(0, classes, (m,)), "own_index": own}
+        a |= {"ref_valid": m - valid}
+    return a
+
+
+def loss_of(a: dict, impl: str, dtype=torch.float32, **how) -> tuple[torch.Tensor, ...]:
+    """The loss and its gradients in x and ref."""
+    leaves = {name: a[name].to(dtype).requires_grad_() for name in ("x", "ref") if name in a}
+    rest = {name: value for name, value in a.items() if name not in ("x", "labels", "ref")}
+    normalize = how.pop("normalize", False)
+    more = {"ref": leaves["ref"]} if "ref" in leaves else {}
+    loss = triplet_loss(leaves["x"], a["labels"], **rest, **more, normalize=normalize, impl=impl, **how)
+    upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    return loss.detach(), *torch.autograd.grad(loss, tuple(leaves.values()), upstream)
+
+
+def check(a: dict, **how) -> None:
+    got, naive, want = loss_of(a, "cpu", **how), loss_of(a, "torch", **how), loss_of(a, "torch", torch.float64, **how)
+    for g, n, w in zip(got, naive, want, strict=True):
+        assert_accurate(g, w, n)
