@@ -280,7 +280,7 @@ def test_bad_arguments():
     ):
         with pytest.raises(RuntimeError, match=message):
             OPS.triplet_hinges(*change, *rule, False, False)
-    *_, nearest, tiles, dx, dy = OPS.triplet_hinges(x, y, first, last, own, exist, *rule, True, True)
+    *_, nearest, tiles, _, dy = OPS.triplet_hinges(x, y, first, last, own, exist, *rule, True, True)
     g = torch.rand(12, 1)
     for made, message in (
         ((torch.zeros(11, 5), torch.zeros(20, 5)), "dx has size 11"),

@@ -96,6 +96,10 @@ struct PairWorkspace {
 //   begin_rows(first)
 //   begin_block(block)
 //   chunk(block, row, rows, tile)   scores of rows `row` .. `row + rows`, counted from `first`, all of which exist
+//   idle(block, row, rows)          where kSkipsChunks: none of these scores is wanted
+template <class Statistic>
+constexpr bool kSkipsChunks = false;
+
 template <class Product, class Statistic>
 struct PairPass {
   const PairParams& p;
@@ -116,6 +120,8 @@ struct PairPass {
   void begin_block(const Block& block) const { statistic.begin_block(block); }
 
   void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
+    if constexpr (kSkipsChunks<Statistic>)
+      if (statistic.idle(block, row, smaller(rows, count - row))) return;
     score_rows(Product{}, w.x.at(row), w.x.stride, rows, w.y.panels, block.padded, w.tile.scores(0), w.tile.stride);
     for (int64_t i = row; i < row + rows; ++i) next.fetch(i);
     statistic.chunk(block, row, smaller(rows, count - row), w.tile);
@@ -137,6 +143,7 @@ struct PairGradientWorkspace {
   float* transposed;           // [block][transposed_stride], weights of a group
   int64_t transposed_stride, transposed_words;
   float* scale;                // per row
+  bool group_idle = false;     // all weights of the group at hand are 0
 
   template <class Product>
   PairGradientWorkspace(Product product, const PairParams& p, bool want_x, bool want_y, int64_t row_count, int64_t columns, Arena& arena,
@@ -234,6 +241,8 @@ struct PairGradientPass {
     bool idle = false;
     if constexpr (Weights::kKnowsIdle) idle = weights.idle(block, row, smaller(rows, count - row));
     if (idle && out.y_sums == nullptr) return;
+    if constexpr (Weights::kKnowsIdle && !kKept)
+      if (row % w.group == 0) w.group_idle = idle && weights.idle(block, row, smaller(w.group, count - row));
     const Tile tile = kKept ? w.tile_from(row) : w.tile;
     if (!idle) score_rows(Product{}, w.x.at(row), w.x.stride, rows, w.y.panels, block.padded, tile.scores(0), tile.stride);
     if constexpr (!kKept) {
@@ -255,12 +264,12 @@ struct PairGradientPass {
       __builtin_memset(scores + kept, 0, size_t(4 * (block.padded - kept)));
     }
     for (int64_t i = row; i < row + rows; ++i) next.fetch(i);
-    if (out.y_sums != nullptr) collect(block, row, rows, tile);
+    if (out.y_sums != nullptr && !w.group_idle) collect(block, row, rows, tile);
     if (out.x_sums != nullptr && !idle) sum_for_rows(block, row, rows, tile);
     if (out.y_sums == nullptr) return;
     const int64_t in_group = row % w.group + rows;
     const bool last = row + rows == padded_rows();
-    if (in_group == w.group || last) sum_for_columns(block, row + rows - in_group, smaller(in_group, count - (row + rows - in_group)));
+    if ((in_group == w.group || last) && !w.group_idle) sum_for_columns(block, row + rows - in_group, smaller(in_group, count - (row + rows - in_group)));
     if (last) add_to(out.y_sums + (task.batch * p.columns + block.first) * p.width, w.y_sums, block.columns);
   }
 

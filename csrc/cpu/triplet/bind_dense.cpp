@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <limits>
 
 #include "triplet/bind_dense.h"
@@ -39,15 +40,33 @@ struct ColumnSums {
   }
 };
 
+// Where a part of the filter's rows begins: those whose distances serve both their rows have the fewer columns the later they come.
+int64_t filter_bound(const DenseParams& p, int64_t part, int64_t parts) {
+  if (!p.symmetric) return bound(p.pairs.rows, part, parts);
+  const double before = 1 - std::sqrt(1 - double(part) / double(parts));
+  return part == parts ? p.pairs.rows : int64_t(before * double(p.pairs.rows)) / kRowsApart * kRowsApart;
+}
+
 // What values of one pass are made with: out.nearest, and out.mined as SortedHinges takes it.
 void run_filter(const Dense& dense, const kdfast::HingeRule& rule, const kdfast::HingeResult& out) {
   const int64_t rows = dense.rows();
   std::fill_n(out.nearest, rows, std::numeric_limits<float>::infinity());
   if (rule.mining != kdfast::Mining::kMultiSimilarity) return;
-  for_each_part(dense.workers, rows, [&](int64_t begin, int64_t end) {
+  const int64_t parts = parts_of(rows, dense.workers), padded_rows = rows + kPanelPad;
+  const Tensor nearest = scratch(parts * padded_rows), kept = zeros<int64_t>(parts * rows, ScalarType::Long);
+  std::fill_n(memory<float>(nearest), parts * padded_rows, std::numeric_limits<float>::infinity());
+  for_each_task(parts, parts, [&](int64_t, int64_t part) {
+    const int64_t begin = filter_bound(dense.p, part, parts), end = filter_bound(dense.p, part + 1, parts);
     const Tensor workspace = scratch(dense.kernels.hinge_filter_workspace(dense.p, end - begin));
-    dense.kernels.hinge_filter(dense.p, rule, {out.nearest, out.mined}, begin, end, memory<float>(workspace));
+    dense.kernels.hinge_filter(dense.p, rule, {memory<float>(nearest) + part * padded_rows, memory<int64_t>(kept) + part * rows}, begin, end,
+                               memory<float>(workspace));
   });
+  for (int64_t part = 0; part < parts; ++part) {
+    for (int64_t i = 0; i < rows; ++i) {
+      out.nearest[i] = std::min(out.nearest[i], memory<float>(nearest)[part * padded_rows + i]);
+      out.mined[i] += memory<int64_t>(kept)[part * rows + i];
+    }
+  }
 }
 
 // Rows with many positives, or softplus: values where out.loss is given, sums of weights where upstream.g is. The weights are of the rows alone: in

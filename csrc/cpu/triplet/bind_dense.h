@@ -97,8 +97,9 @@ struct Dense {
     }
     p.group = group.data();
     slots = p.slots(0, p.pairs.rows);
-    p.mirrored = p.in_batch && p.group_shift == 0;
-    for (int64_t i = 0; i < p.pairs.rows; ++i) p.mirrored &= p.own[i] == i && p.own_inside(i) && p.count(i) == p.all_positives(i);
+    p.symmetric = p.in_batch, p.mirrored = p.group_shift == 0;
+    for (int64_t i = 0; i < p.pairs.rows; ++i) p.symmetric &= p.own[i] == i && p.own_inside(i), p.mirrored &= p.count(i) == p.all_positives(i);
+    p.mirrored &= p.symmetric;
   }
 
   void measure() {

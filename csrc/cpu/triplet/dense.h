@@ -14,6 +14,7 @@ struct DenseParams {
   PairParams pairs;
   Metric metric;
   bool in_batch;             // the references are the anchors
+  bool symmetric;            // and each row's own one is itself
   bool mirrored;             // and each, with many positives, is one of all of these
   int64_t columns;           // references that exist, which come first
   int64_t positives;         // taken of a row, at most
@@ -68,8 +69,9 @@ struct HingeResult {
   uint8_t* tiles;
 };
 
+// Of all rows, to which a task adds what it finds.
 struct HingeFilter {
-  float* nearest;             // [rows], as above
+  float* nearest;             // [rows], as above, and a panel
   int64_t* kept;              // [rows]: negatives that pass
 };
 

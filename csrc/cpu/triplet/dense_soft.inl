@@ -97,8 +97,7 @@ struct SoftHinges {
   bool idle(const Block& block, int64_t row, int64_t rows) const { return no_negatives(p, block, first + row, rows); }
 
   void chunk(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
-    for (int64_t i = 0; i < rows; ++i)
-      if (!no_negatives(p, block, first + row + i, 1)) take_row<false>(block, first + row + i, tile.scores(i));
+    for (int64_t i = 0; i < rows; ++i) take_row<false>(block, first + row + i, tile.scores(i));
   }
   void weigh(const Block& block, int64_t i, float* scores) {
     take_row<true>(block, first + i, scores);
@@ -236,6 +235,9 @@ struct SoftHinges {
                                                                           : positives * kept;
   }
 };
+
+template <>
+constexpr bool kSkipsChunks<SoftHinges> = true;
 
 // ---- the entries of the dispatch table --------------------------------------------------------------------------------
 

@@ -10,12 +10,11 @@
 // Included after an instruction set's header (isa/).
 #pragma once
 
+#include "triplet/dense_filter.inl"
 #include "triplet/dense_grad.inl"
 #include "triplet/ranks.inl"
 
 namespace {
-
-using kdfast::HingeFilter;
 
 // ---- the windows of a task's rows ---------------------------------------------------------------------------------------
 
@@ -153,13 +152,6 @@ struct LevelSum {
 #endif
 };
 
-// Whether a block has no negative of `rows` rows from `row` on: a class takes up whole blocks where it is large.
-inline bool no_negatives(const DenseParams& p, const Block& block, int64_t row, int64_t rows) {
-  for (int64_t i = row; i < row + rows; ++i)
-    if (p.first[i] > block.first || p.last[i] < block.first + block.columns) return false;
-  return true;
-}
-
 // ---- sums and weights -----------------------------------------------------------------------------------------------------
 
 // As the statistic of a pass, the hinges alone; as its weights, W_ij of the rows beside them: in batch W_ji comes from the sums of the columns.
@@ -216,7 +208,6 @@ struct SortedHinges {
 
   template <bool kWeights>
   void take_row(const Block& block, int64_t row, float* scores) const {
-    if (!kWeights && no_negatives(p, block, row, 1)) return;
     if (row + 1 < task.row_end) {
       windows_of.prefetch(row + 1 - task.row_begin, has_low_end(rule));
       by_rank.prefetch(row + 1 - task.row_begin);
@@ -327,26 +318,10 @@ struct SortedHinges {
   }
 };
 
-// ---- the entries of the dispatch table --------------------------------------------------------------------------------
+template <>
+constexpr bool kSkipsChunks<SortedHinges> = true;
 
-// Multi-similarity mining's filter, which windows of many positives are sorted by: what is nearest to each of the rows begin .. end, and how many of
-// its negatives pass.
-int64_t hinge_filter_workspace(const DenseParams& p, int64_t rows) { return triplet_hinges_workspace(p, rows, 0); }
-void hinge_filter(const DenseParams& p, const HingeRule& rule, const HingeFilter& out, int64_t begin, int64_t end, float* workspace) {
-  const PairTask task{0, begin, end, 0, p.columns};
-  DenseParams without = p;
-  without.positives = 0;
-  const HingeResult none{};
-  HingeStatistic statistic{without, rule, none, task};
-  with_sound_product(p.pairs.precision, [&](auto product) {
-    Arena arena{workspace};
-    PairWorkspace w(product, p.pairs, end - begin, p.columns, arena);
-    statistic.plan(end - begin, 0, arena);
-    statistic.begin(end - begin, 0);
-    return take_statistics(product, p.pairs, task, w, statistic);
-  });
-  for (int64_t i = begin; i < end; ++i) out.nearest[i] = statistic.nearest[i - begin], out.kept[i] = int64_t(statistic.kept[i - begin]);
-}
+// ---- the entries of the dispatch table --------------------------------------------------------------------------------
 
 // Words of workspace for tasks of at most `rows` rows. `size`: of their tables, as Hinges takes it.
 template <class Hinges>
