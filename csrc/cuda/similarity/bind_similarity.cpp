@@ -10,8 +10,6 @@ namespace {
 using kdfast::SimilarityForward;
 using kdfast::SimilarityProblem;
 
-const int64_t* integers(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) { return packed<int64_t>(name, x, ScalarType::Long, shape); }
-
 // What belongs to the bank, contiguous but for a batch that shares it: the distance of its entries.
 int64_t bank_stride(const char* name, const Tensor& x, ScalarType type, std::initializer_list<int64_t> shape) {
   check(name, x, type, shape);
@@ -38,20 +36,20 @@ SimilarityProblem problem_of(const Tensor& query, const Tensor& keys, const Tens
   STD_TORCH_CHECK(query.is_contiguous(), "query must be contiguous");
   p.query = query.const_data_ptr(), p.keys = keys.const_data_ptr();
   p.keys_stride = bank_stride("keys", keys, query.scalar_type(), {p.batch, p.columns, p.width});
-  p.scale = floats("scale", scale, {p.batch, p.rows});
-  if (start_logit.has_value()) p.start_logit = floats("start_logit", *start_logit, {p.batch, p.rows});
+  p.scale = packed<float>("scale", scale, {p.batch, p.rows});
+  if (start_logit.has_value()) p.start_logit = packed<float>("start_logit", *start_logit, {p.batch, p.rows});
   STD_TORCH_CHECK(query_labels.has_value() == key_labels.has_value(), "query_labels and key_labels must be given together");
   if (key_labels.has_value()) {
-    p.query_labels = integers("query_labels", *query_labels, {p.batch, p.rows});
+    p.query_labels = packed<int64_t>("query_labels", *query_labels, {p.batch, p.rows});
     p.labels_stride = bank_stride("key_labels", *key_labels, ScalarType::Long, {p.batch, p.columns});
     p.key_labels = static_cast<const int64_t*>(key_labels->const_data_ptr());
   }
   if (key_index.has_value()) {
     STD_TORCH_CHECK(key_index->dim() == 3, "key_index must have 3 dimensions, got ", key_index->dim());
     p.indices = key_index->size(2);
-    p.key_index = integers("key_index", *key_index, {p.batch, p.rows, p.indices});
+    p.key_index = packed<int64_t>("key_index", *key_index, {p.batch, p.rows, p.indices});
   }
-  if (limit.has_value()) p.limit = floats("limit", *limit, {p.batch, p.rows});
+  if (limit.has_value()) p.limit = packed<float>("limit", *limit, {p.batch, p.rows});
   if (valid.has_value()) {
     p.valid_stride = bank_stride("valid", *valid, ScalarType::Long, {p.batch}), p.valid = static_cast<const int64_t*>(valid->const_data_ptr());
   }
@@ -72,14 +70,14 @@ std::tuple<Tensor, Tensor, Tensor> similarity_softmax(const Tensor& query_in, co
   const auto [batch, rows, width] = std::tuple(p.problem.batch, p.problem.rows, p.problem.width);
   Tensor lse = torch::stable::empty_like(scale), lse_low = torch::stable::empty_like(scale);
   Tensor sums = pooled ? torch::stable::new_empty(scale, {batch, rows, width}) : torch::stable::new_empty(scale, {0});
-  p.out = {written(lse), written(lse_low), pooled ? written(sums) : nullptr};
+  p.out = {floats_of(lse), floats_of(lse_low), pooled ? floats_of(sums) : nullptr};
   if (lse.numel() == 0) return {lse, sums, lse_low};
   on_device_of(query, [&](void* stream) -> const char* {
     if (!kdfast::similarity_plan(p)) return "too many rows";
     const int64_t parts = p.split.parts > 1 ? p.split.parts : 0;
     Tensor top = torch::stable::new_empty(scale, {parts, batch, rows}), total = torch::stable::new_empty(scale, {parts, batch, rows});
     Tensor part_sums = torch::stable::new_empty(scale, {pooled ? parts : 0, batch, rows, width});
-    p.split.top = written(top), p.split.total = written(total), p.split.pooled = written(part_sums);
+    p.split.top = floats_of(top), p.split.total = floats_of(total), p.split.pooled = floats_of(part_sums);
     return kdfast::similarity_forward(p, stream);
   });
   return {lse, sums, lse_low};

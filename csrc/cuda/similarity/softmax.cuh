@@ -19,7 +19,7 @@ constexpr int kLoaderRegisters = 24, kConsumerRegisters = 240;
 // weights columns/4; tiles and queries fill shared memory.
 template <int kWidth>
 struct Tile {
-  static constexpr int kColumns = kWidth == 256 ? 64 : 128, kStages = kWidth == 256 ? 5 : kWidth == 128 ? 5 : 8;
+  static constexpr int kColumns = kWidth == 256 ? 80 : 128, kStages = kWidth == 256 ? 4 : kWidth == 128 ? 5 : 8;
   static constexpr int kSlices = kWidth / device::kSlice;
   static constexpr int kSliceBytes = kColumns * device::kSliceRow, kBytes = kSlices * kSliceBytes;
   static constexpr int kQuerySliceBytes = kRows * device::kSliceRow, kQueryBytes = kSlices * kQuerySliceBytes;
@@ -114,11 +114,10 @@ __device__ void load(const SoftmaxParams& p) {
 template <Element kType, int kWidth, bool kPooled, bool kMasked>
 class Consumer {
  public:
-  __device__ explicit Consumer(const SimilarityForward& p)
-      : p_(p), group_(int(threadIdx.x) / kWarpgroup - 1), lane_(int(threadIdx.x) % 32), row_(int(threadIdx.x) % kWarpgroup / 32 * 16 + lane_ / 4) {}
+  __device__ explicit Consumer(const SimilarityForward& p) : p_(p) {}
 
   __device__ void run() {
-    if (group_ == 1) device::named_barrier_arrive(kFirstTurn, kConsumers * kWarpgroup);
+    if (group() == 1) device::named_barrier_arrive(kFirstTurn, kConsumers * kWarpgroup);
 #pragma unroll 1
     for (int number = int(blockIdx.x); number < p_.units; number += p_.blocks) {
       const Unit unit(p_, number, T::kColumns);
@@ -126,7 +125,7 @@ class Consumer {
       if (unit.tiles > 0) stream(unit);
       store(unit);
     }
-    if (group_ == 0) device::named_barrier_wait(kFirstTurn, kConsumers * kWarpgroup);
+    if (group() == 0) device::named_barrier_wait(kFirstTurn, kConsumers * kWarpgroup);
   }
 
  private:
@@ -138,7 +137,6 @@ class Consumer {
 
   const SimilarityForward& p_;
   const Memory<kWidth> memory_;
-  const int group_, lane_, row_;
   Turn<T::kStages> turn_;
   unsigned queries_ = 0;
 
@@ -152,8 +150,14 @@ class Consumer {
   float sums_[kSpans][kSpan / 2];
   uint32_t weights_[kColumns / 16][4];
 
+  // Told from the thread's index each time: registers are scarcer than instructions.
+  __device__ static int thread() { return device::known_here(int(threadIdx.x)); }
+  __device__ static int group() { return thread() / kWarpgroup - 1; }
+  __device__ static int lane() { return thread() % 32; }
+  __device__ static int row() { return thread() % kWarpgroup / 32 * 16 + thread() % 32 / 4; }
+
   // Of row h of the thread's two, among its batch entry's rows and among all; beyond them the last. Not kept through the loop.
-  __device__ int row_of(const Unit& unit, int h) const { return device::known_here(unit.row) + group_ * kGroupRows + row_ + 8 * h; }
+  __device__ int row_of(const Unit& unit, int h) const { return device::known_here(unit.row) + group() * kGroupRows + row() + 8 * h; }
   __device__ int64_t at(const Unit& unit, int h) const { return unit.entry * p_.problem.rows + min(int64_t(row_of(unit, h)), p_.problem.rows - 1); }
 
   __device__ void begin(const Unit& unit) {
@@ -182,7 +186,7 @@ class Consumer {
       const float nats = p_.problem.start_logit[at(unit, h)], level = nats * kBitsPerNat;
       const float rest = fmaf(nats, kBitsPerNat, -level) + nats * kBitsPerNatLow;
       top_[h] = level;
-      if (lane_ % 4 == 0 && nats != -INFINITY) total_[h] = device::exp2_fast(fabsf(level) < INFINITY ? rest : level);
+      if (lane() % 4 == 0 && nats != -INFINITY) total_[h] = device::exp2_fast(fabsf(level) < INFINITY ? rest : level);
     }
   }
 
@@ -226,23 +230,23 @@ class Consumer {
   // before, it excludes.
   __device__ void blank(int stage, int left) {
     char* const keys = memory_.tile(stage);
-    for (int i = left * device::kSliceRow + int(threadIdx.x) % kWarpgroup * 4; i < T::kSliceBytes; i += kWarpgroup * 4)
+    for (int i = left * device::kSliceRow + thread() % kWarpgroup * 4; i < T::kSliceBytes; i += kWarpgroup * 4)
 #pragma unroll
       for (int c = 0; c < T::kSlices; ++c) *reinterpret_cast<uint32_t*>(keys + c * T::kSliceBytes + i) = 0;
     device::shared_written();
-    device::named_barrier_wait(kFirstTurn + kConsumers + group_, kWarpgroup);
+    device::named_barrier_wait(kFirstTurn + kConsumers + group(), kWarpgroup);
   }
 
   // The matrix units are one warpgroup's until it has given its products; meanwhile the other weighs its scores.
   __device__ void await_turn() {
     device::barrier_wait(memory_.filled(turn_.stage), turn_.parity);
-    device::named_barrier_wait(kFirstTurn + group_, kConsumers * kWarpgroup);
+    device::named_barrier_wait(kFirstTurn + group(), kConsumers * kWarpgroup);
     device::products_begin();
   }
-  __device__ void pass_turn() { device::named_barrier_arrive(kFirstTurn + 1 - group_, kConsumers * kWarpgroup); }
+  __device__ void pass_turn() { device::named_barrier_arrive(kFirstTurn + 1 - group(), kConsumers * kWarpgroup); }
 
   __device__ void score() {
-    const uint32_t queries = device::shared_address(memory_.queries()) + uint32_t(group_ * kGroupRows * device::kSliceRow);
+    const uint32_t queries = device::shared_address(memory_.queries()) + uint32_t(group() * kGroupRows * device::kSliceRow);
     const uint32_t keys = device::shared_address(memory_.tile(turn_.stage));
 #pragma unroll
     for (int k = 0; k < kWidth / 16; ++k) {
@@ -277,7 +281,7 @@ class Consumer {
   }
 
   __device__ void release(device::Barrier* barrier) {
-    if (lane_ == 0) device::barrier_arrive(barrier);
+    if (lane() == 0) device::barrier_arrive(barrier);
   }
 
   __device__ void finish_scores(const Unit& unit, int t) {
@@ -292,7 +296,7 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) scores_[i] = flipped_[i / 2 % 2] ? -scores_[i] : scores_[i];
     }
-    const int own = 2 * (lane_ % 4), left = unit.end - first - own;
+    const int own = 2 * (lane() % 4), left = unit.end - first - own;
     if (unit.end - first < kColumns) {
 #pragma unroll
       for (int i = 0; i < kScores; ++i)
@@ -396,13 +400,13 @@ class Consumer {
       total += __shfl_xor_sync(~0u, total, 2);
       if (row_of(unit, h) >= p_.problem.rows) continue;
       const int64_t at = this->at(unit, h) + (split ? unit.part * rows : 0);
-      if (lane_ % 4 == 0 && split) p_.split.top[at] = top_[h], p_.split.total[at] = total;
-      if (lane_ % 4 == 0 && !split) {
+      if (lane() % 4 == 0 && split) p_.split.top[at] = top_[h], p_.split.total[at] = total;
+      if (lane() % 4 == 0 && !split) {
         const LogSum sum = log_sum(top_[h], total);
         p_.out.lse[at] = sum.nats, p_.out.lse_low[at] = sum.low;
       }
       if constexpr (kPooled) {
-        float* const out = (split ? p_.split.pooled : p_.out.pooled) + at * p_.problem.width + 2 * (lane_ % 4);
+        float* const out = (split ? p_.split.pooled : p_.out.pooled) + at * p_.problem.width + 2 * (lane() % 4);
         const float factor = split || total == 0 ? 1.0f : 1 / total;
 #pragma unroll
         for (int g = 0; g < kWidth / 8; ++g) {
