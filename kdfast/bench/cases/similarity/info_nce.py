@@ -89,6 +89,7 @@ INFO_NCE = Case(
             dtypes=(torch.bfloat16,),
             device="cuda",
         ),
+        peers.steps("kdfast, Triton", partial(info_nce, temperature=TAU, impl="triton"))._replace(dtypes=(torch.bfloat16,), device="cuda"),
         *peers.bare_mm(peers.attention_products, lambda x: (x.query, x.bank)),
     ),
 )
