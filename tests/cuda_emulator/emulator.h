@@ -34,7 +34,7 @@ namespace emulator {
 constexpr size_t kStack = 64 << 10, kGuard = 256;
 constexpr int kWarp = 32;  // threads
 
-enum class Meeting { kBarrier, kShuffle, kVote, kCluster, kProducts };
+enum class Meeting { kBarrier, kShuffle, kVote, kCluster };
 
 // Threads that wait for one another; twice the slots, since the quickest may be one meeting ahead of the slowest.
 struct Group {

@@ -1,8 +1,8 @@
 // The words of csrc/cuda/hopper.cuh on the emulator: barriers that count bytes, copies that arrive late, products of a warpgroup.
 //
 // A copy arrives when all threads wait for something, so a tile is not there before it was waited for; where KDFAST_EMULATE_BACKWARD=warps
-// is set, at once, so a tile that is still read is overwritten. Products are made when they are waited for: not from what their registers and
-// tiles held before. Descriptors are taken apart, and shared memory is swizzled, as the PTX ISA has it.
+// is set, at once, so a tile that is still read is overwritten. Products are made when they are waited for, and all others wait: not from what
+// their registers and tiles held before. Descriptors are taken apart, and shared memory is swizzled, as the PTX ISA has it.
 #pragma once
 
 #include <array>
@@ -25,7 +25,8 @@ struct Product {
 
 struct Warpgroup {
   static constexpr unsigned kThreads = 128;
-  Group all{kThreads};
+  Group made{kThreads};  // its generation counts waits that have ended
+  unsigned waiting = 0;
   std::array<std::vector<Product>, kThreads> open;
   std::array<std::deque<std::vector<Product>>, kThreads> groups;
   std::array<bool, kThreads> fenced{};
@@ -152,23 +153,30 @@ inline void give(const Product& product) {
   w.open[place()].push_back(product);
 }
 
+inline void make_all_but(size_t pending, Block& block, Warpgroup& w) {
+  while (w.groups[0].size() > pending) {
+    for (size_t i = 0; i < w.groups[0].front().size(); ++i) {
+      std::array<Product, Warpgroup::kThreads> part;
+      for (size_t t = 0; t < part.size(); ++t) {
+        if (w.groups[t].size() != w.groups[0].size() || w.groups[t].front().size() <= i) fail("threads of a warpgroup give different numbers of products");
+        part[t] = w.groups[t].front()[i];
+      }
+      make(block, part);
+    }
+    for (auto& groups : w.groups) groups.pop_front();
+  }
+}
+
+// The products are made when nobody else can go on either.
 inline void wait_for_products(size_t pending) {
   Warpgroup& w = warpgroup();
   w.fenced[place()] = false;
-  if (w.all.arrived + 1 == Warpgroup::kThreads) {
-    while (w.groups[0].size() > pending) {
-      for (size_t i = 0; i < w.groups[0].front().size(); ++i) {
-        std::array<Product, Warpgroup::kThreads> part;
-        for (size_t t = 0; t < part.size(); ++t) {
-          if (w.groups[t].size() != w.groups[0].size() || w.groups[t].front().size() <= i) fail("threads of a warpgroup give different numbers of products");
-          part[t] = w.groups[t].front()[i];
-        }
-        make(here(), part);
-      }
-      for (auto& groups : w.groups) groups.pop_front();
-    }
-  }
-  wait(w.all, Meeting::kProducts);
+  if (++w.waiting == Warpgroup::kThreads)
+    device().on_the_way.push_back([&w, &block = here(), pending] {
+      make_all_but(pending, block, w);
+      w.waiting = 0, ++w.made.generation, ++device().meetings;
+    });
+  pause(w.made);
 }
 
 }  // namespace emulator
