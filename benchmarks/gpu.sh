@@ -85,7 +85,7 @@ step bench 68 "$python" -m kdfast bench "${families[@]}" --device cuda --seconds
 parallel=()
 "$python" -c "import xdist" 2>/dev/null && parallel=(-n 12)
 signal=INT step tests 88 "$python" -m pytest -q -p no:cacheprovider "${parallel[@]}" tests/test_triton_gpu.py tests/test_cuda{,_similarity}_gpu.py \
-  tests/test_triton_{similarity,pairs,wide,triplet,triplet_dense,triplet_mining,relations,knn,gather,sinkhorn}.py tests/test_cuda_{similarity,sinkhorn*}.py
+  tests/test_triton_{similarity,pairs,wide,triplet,triplet_dense,triplet_mining,relations,knn,gather,sinkhorn,sinkhorn_plan}.py tests/test_cuda_{similarity,sinkhorn*}.py
 step doctor 92 "$python" -m kdfast doctor
 if command -v compute-sanitizer >/dev/null; then
   step memcheck 99 compute-sanitizer --error-exitcode 1 "$python" -m kdfast doctor

@@ -17,6 +17,8 @@ from kdfast._ops.knn import triton as knn
 from kdfast._ops.knn import triton_kernels as knn_kernels
 from kdfast._ops.sinkhorn import triton as sinkhorn
 from kdfast._ops.sinkhorn import triton_kernels as sinkhorn_kernels
+from kdfast._ops.sinkhorn import triton_plan
+from kdfast._ops.sinkhorn import triton_plan_kernels as plan_kernels
 from kdfast._ops.triplet import relations_triton as relations
 from kdfast._ops.triplet import triton as triplet
 from kdfast._ops.triplet import triton_dense as dense
@@ -139,6 +141,25 @@ def test_sinkhorn_half_steps_stay_in_registers(source, arch, tmp_path):
     code = Code(sinkhorn_kernels.half_step, arch, torch.bfloat16 if source == "products" else torch.float32, made, warps, tmp_path)
     in_registers(code, arch)
     assert code.has(MATRIX_INSTRUCTION[arch]) or source != "products"
+
+
+@pytest.mark.parametrize(("source", "arch"), [("rows", 80), ("rows", 90), ("products", 80), ("products", 90), ("products", 100)])
+def test_sinkhorn_plans_stay_in_registers(source, arch, tmp_path):
+    given = source == "rows"
+    flags = {"GIVEN": given, "DIRECT": False, "ROOT": not given, "DOT": False, "PADDED": given, **({"column_stride": 1} if given else {})}
+
+    def check(name, tiles, **made):
+        options = tiles.options(3)
+        warps = options.pop("num_warps")
+        code = Code(getattr(plan_kernels, name), arch, torch.bfloat16, {**options, **flags, **made}, warps, tmp_path, cost="*fp32")
+        in_registers(code, arch)
+        return code
+
+    usual = sinkhorn.tiles(given, True, 64)
+    check("plan_entries", usual, SLOPED=True, TOTAL=False)
+    check("row_moments", usual)
+    products = check("plan_products", triton_plan.product_tiles(64), SLOPED=True, OVER_COST=not given, CHUNK=triton_plan.CHUNK)
+    assert products.has(MATRIX_INSTRUCTION[arch])
 
 
 @pytest.mark.parametrize("direct", [False, True])

@@ -77,3 +77,27 @@ def row_scores(
             a, b = tl.load(x_at + start, mask=inside, other=0.0), tl.load(y_at + start, mask=inside, other=0.0)
         acc = product(a.to(DOT), tl.trans(b.to(DOT)), acc, PRECISION, INTERPRETED)
     return acc
+
+
+@triton.jit
+def weighted(w, y, first_column, columns, width, first_width, acc, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, INTERPRETED: tl.constexpr):
+    """acc + w y for CHUNK numbers of each row of y [3, columns, width], w in three parts as well: float32's digits."""
+    j = tl.minimum(tl.arange(0, COLUMNS), columns - 1 - first_column)  # weights of columns past the end are 0
+    e = first_width + tl.arange(0, CHUNK)
+    inside = (e < width)[None, :]
+    one = tl.full([], 1, tl.int64)
+    part = one * columns * width
+    at = y + one * first_column * width + (j[:, None] * width + e[None, :])
+    y0 = tl.load(at, mask=inside, other=0.0)
+    y1 = tl.load(at + part, mask=inside, other=0.0)
+    y2 = tl.load(at + 2 * part, mask=inside, other=0.0)
+    w0 = w.to(tl.bfloat16)
+    rest = w - w0.to(tl.float32)
+    w1 = rest.to(tl.bfloat16)
+    w2 = (rest - w1.to(tl.float32)).to(tl.bfloat16)
+    acc = product(w2, y0, acc, "ieee", INTERPRETED)
+    acc = product(w1, y1, acc, "ieee", INTERPRETED)
+    acc = product(w0, y2, acc, "ieee", INTERPRETED)
+    acc = product(w1, y0, acc, "ieee", INTERPRETED)
+    acc = product(w0, y1, acc, "ieee", INTERPRETED)
+    return product(w0, y0, acc, "ieee", INTERPRETED)

@@ -37,6 +37,17 @@ class Moments(NamedTuple):
     steepness: Tensor  # [B]: sum_ij P_ij C_ij log E_ij
 
 
+def plan(p: Problem, f: Tensor, g: Tensor) -> Tensor:
+    """P [B, n, m], in which tiles are written one after another."""
+    out = p.a.new_empty(*p.a.shape, p.b.shape[1])
+    with torch.autocast(p.a.device.type, enabled=False):
+        for lo, hi in blocks(p):
+            q = p.part(lo, hi)
+            for rows, e, _ in exponentials(q, Tiles(q), f[lo:hi], g[lo:hi], q.epsilon):
+                out[lo:hi, rows] = e.mul_(q.a[:, rows, None]).mul_(q.b[:, None])
+    return out
+
+
 def plan_gradient(p: Problem, f: Tensor, g: Tensor, w0: Tensor, w1: Tensor | None) -> Moments:
     """The gradient P_ij (w0 + w1 C_ij) in the cost, w0 and w1 [B], pulled to its source; with w1, the moments of C under P."""
     out = Gradients(p)

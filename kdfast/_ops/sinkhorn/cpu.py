@@ -56,6 +56,11 @@ def plan_gradient(p: Problem, f: Tensor, g: Tensor, w0: Tensor, w1: Tensor | Non
     return Moments(p.a.new_empty(0), dx, dy, row, col, steepness)
 
 
+def plan(p: Problem, f: Tensor, g: Tensor) -> Tensor:
+    """adjoint.plan."""
+    return _plan(p, f, g, torch.ones_like(p.epsilon), None, 0, p.a.shape[1])[0]
+
+
 def apply_plan(p: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> Tensor:
     """adjoint.apply_plan."""
     out = v.new_zeros(*(p.b if transpose else p.a).shape, v.shape[-1])

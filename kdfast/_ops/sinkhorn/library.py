@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import adjoint, cpu, cuda, portable, triton
+from . import adjoint, cpu, cuda, portable, triton, triton_plan
 from .geometry import Problem
 from .portable import Schedule
 
@@ -34,7 +34,7 @@ def _fold(name: str, info, in_dims, *args):
     """The vmap rule: V batches of B problems are V B problems. A shared cost stays shared unless its gradient is wanted."""
     dims, size, batch = in_dims, info.batch_size, args[5].shape[0 if in_dims[5] is None else in_dims[5] - 1]
     shared = args[0] is not None and args[0].dim() - (dims[0] is not None) == 2
-    pulls = name not in ("sinkhorn_solve", "sinkhorn_apply_plan", "sinkhorn_costs")
+    pulls = name not in ("sinkhorn_solve", "sinkhorn_plan", "sinkhorn_apply_plan", "sinkhorn_costs")
     folded = []
     for i, (t, dim) in enumerate(zip(args, dims, strict=True)):
         if not isinstance(t, Tensor) or (i == 0 and shared and dim is None and not pulls):
@@ -83,9 +83,24 @@ def _source_shapes(p: Problem) -> tuple[Tensor, ...]:
     return tuple(p.a.new_empty(0) if s is None else s.new_empty(s.shape) for s in (p.cost, p.x, p.y))
 
 
+def _plans(p: Problem):
+    """The module that makes plans of `p`."""
+    return cpu if p.impl == "cpu" else triton_plan if triton_plan.serves(p) else adjoint
+
+
+def _plan(*args):
+    p = Problem(*args[:_FIELDS])
+    return _plans(p).plan(p, *args[_FIELDS:])
+
+
+def _plan_shapes(*args):
+    p = Problem(*args[:_FIELDS])
+    return p.a.new_empty(*p.a.shape, p.b.shape[1])
+
+
 def _plan_gradient(*args):
     p = Problem(*args[:_FIELDS])
-    return tuple((cpu if p.impl == "cpu" else adjoint).plan_gradient(p, *args[_FIELDS:]))
+    return tuple(_plans(p).plan_gradient(p, *args[_FIELDS:]))
 
 
 def _plan_gradient_shapes(*args):
@@ -95,7 +110,7 @@ def _plan_gradient_shapes(*args):
 
 def _apply_plan(*args):
     p = Problem(*args[:_FIELDS])
-    return (cpu if p.impl == "cpu" else adjoint).apply_plan(p, *args[_FIELDS:])
+    return _plans(p).apply_plan(p, *args[_FIELDS:])
 
 
 def _apply_plan_shapes(*args):
@@ -120,6 +135,7 @@ def _pulled_shapes(*args):
 
 _define("sinkhorn_solve", f"{_PROBLEM}, Tensor g, {_SCHEDULE}, bool history", 9, _solve, _solve_shapes)
 _define("sinkhorn_costs", f"{_PROBLEM}, int begin, int end", 1, _costs, _costs_shapes)
+_define("sinkhorn_plan", f"{_PROBLEM}, Tensor f, Tensor g", 1, _plan, _plan_shapes)
 _define("sinkhorn_plan_gradient", f"{_PROBLEM}, Tensor f, Tensor g, Tensor w0, Tensor? w1", 6, _plan_gradient, _plan_gradient_shapes)
 _define("sinkhorn_apply_plan", f"{_PROBLEM}, Tensor f, Tensor g, Tensor v, bool transpose", 1, _apply_plan, _apply_plan_shapes)
 _define(
@@ -138,6 +154,7 @@ _define(
 )
 
 solve = torch.ops.kdfast_torch.sinkhorn_solve.default
+plan = torch.ops.kdfast_torch.sinkhorn_plan.default
 plan_gradient = torch.ops.kdfast_torch.sinkhorn_plan_gradient.default
 apply_plan = torch.ops.kdfast_torch.sinkhorn_apply_plan.default
 replay = torch.ops.kdfast_torch.sinkhorn_replay.default

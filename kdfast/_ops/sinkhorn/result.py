@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdfast._core import checks
 
-from . import autograd
+from . import autograd, library
 from .geometry import Problem
 
 _REFUSALS = {
@@ -48,11 +48,10 @@ class SinkhornResult(NamedTuple):
     def plan(self) -> Tensor:
         """P [*B, n, m]; this is where a tensor of that size is made."""
         p, f, g, batch, grad, _, (kept_rows, kept_cols) = self.state
-        if grad in ("implicit", "unrolled"):
+        if grad in ("implicit", "unrolled") and autograd.followed(f, g, *p[:6]):
             plan = autograd.dense_plan(p, f, g)
         else:
-            with torch.no_grad():
-                plan = autograd.dense_plan(p, f, g)
+            plan = library.plan(*(None if t is None else t.detach() for t in p[:8]), *p[8:], f.detach(), g.detach())
             if grad == "envelope":
                 (plan,) = autograd.refuse((plan,), (refusal(grad, "plan()"),), p[:6])
         if kept_rows is not None:  # zero as it is, but upstream gradients there may be NaN

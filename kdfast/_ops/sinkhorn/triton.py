@@ -1,7 +1,8 @@
 """impl="triton": the iterations of portable.py, each half of one a launch: logsumexp with true maxima, batched, by rows then by columns.
 
 A cost that is given is read twice an iteration, one of points is made again from products as exact as float32's; nothing n x m is stored.
-Plans and gradients are in PyTorch's operations (adjoint.py), from tiles of the same costs.
+The plan, its products and the value's gradient are kernels too (triton_plan.py); gradients of potentials are in PyTorch's operations
+(adjoint.py), from tiles of the same costs.
 """
 
 from typing import NamedTuple
@@ -39,6 +40,12 @@ def tiles(given: bool, along_rows: bool, width: int) -> runtime.ScoreTiles:
     return runtime.ScoreTiles(64, 64, min(32, runtime.power_of_two(width)), 4, 3)
 
 
+def in_parts(x: Tensor, depth: int) -> Tensor:
+    """[B, PARTS, size, D'] of x [B, size, D] (triton_runtime.split)."""
+    parts = runtime.split(x.flatten(0, 1), _PARTS, depth)
+    return parts.unflatten(1, x.shape[:2]).transpose(0, 1).contiguous()
+
+
 class Side(NamedTuple):
     """What a half step over the other side's points sums for."""
 
@@ -71,9 +78,7 @@ class Step:
         if points is not None:
             points, square = points.contiguous(), points.square().sum(-1)
             if not self.flags["DIRECT"]:
-                batch, size, width = points.shape
-                parts = runtime.split(points.flatten(0, 1), _PARTS, tiles(False, True, width).depth)
-                points = parts.unflatten(1, (batch, size)).transpose(0, 1).contiguous()
+                points = in_parts(points, tiles(False, True, points.shape[2]).depth)
         count = None if count is None else count.contiguous()
         return Side(weight.shape[1], points, square, weight.log().contiguous(), count, stride, rho)
 

@@ -44,6 +44,37 @@ def point_costs(
 
 
 @triton.jit
+def costs(
+    cost, x, y, x_square, y_square, b, first_row, rows, real_rows, first, columns, real_columns, width,
+    batch_stride, row_stride, column_stride,
+    GIVEN: tl.constexpr, DIRECT: tl.constexpr, ROOT: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A tile of costs of problem `b`, given or of points; GIVEN, 0 beyond the real rows and columns."""
+    if GIVEN:
+        one = tl.full([], 1, tl.int64)  # the tile's address takes 64 bits, offsets in it 32
+        base = cost + b * batch_stride + one * first_row * row_stride + one * first * column_stride
+        at = base + (tl.arange(0, ROWS)[:, None] * row_stride + tl.arange(0, COLUMNS)[None, :] * column_stride)
+        inside = (first_row + tl.arange(0, ROWS) < real_rows)[:, None] & (first + tl.arange(0, COLUMNS) < real_columns)[None, :]
+        c = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        c = point_costs(
+            x, y, x_square, y_square, b, first_row, rows, first, columns, width,
+            DIRECT, ROOT, DOT, ROWS, COLUMNS, DEPTH, PARTS, STAGES, INTERPRETED,
+        )  # fmt: skip
+    return c
+
+
+@triton.jit
+def real_sizes(row_count, column_count, b, rows, columns, PADDED: tl.constexpr):
+    """Rows and columns of problem `b` that are not padding."""
+    if PADDED:
+        rows = tl.minimum(rows, tl.load(row_count + b).to(tl.int32))
+        columns = tl.minimum(columns, tl.load(column_count + b).to(tl.int32))
+    return rows, columns
+
+
+@triton.jit
 def half_step(
     cost, x, y, x_square, y_square, log_weight, potential, epsilon, row_count, column_count, out, lse, mean_cost, rho,
     batch_stride, row_stride, column_stride, rows, columns, width,
@@ -59,29 +90,19 @@ def half_step(
     row_tiles = tl.cdiv(rows, ROWS)
     b, first_row = (tl.program_id(0) // row_tiles).to(tl.int64), tl.program_id(0) % row_tiles * ROWS
     row = first_row + tl.arange(0, ROWS)
-    one = tl.full([], 1, tl.int64)
     eps = tl.load(epsilon + b)
     inverse = 1 / eps
-    real_rows, real_columns = rows, columns
-    if PADDED:
-        real_rows = tl.minimum(rows, tl.load(row_count + b).to(tl.int32))
-        real_columns = tl.minimum(columns, tl.load(column_count + b).to(tl.int32))
+    real_rows, real_columns = real_sizes(row_count, column_count, b, rows, columns, PADDED)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     spent = tl.zeros([ROWS], tl.float32)
     for first in range(0, columns, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         here = column < columns
-        if GIVEN:
-            # the tile's address takes 64 bits, offsets in it 32
-            base = cost + b * batch_stride + one * first_row * row_stride + one * first * column_stride
-            at = base + (tl.arange(0, ROWS)[:, None] * row_stride + tl.arange(0, COLUMNS)[None, :] * column_stride)
-            c = tl.load(at, mask=(row < real_rows)[:, None] & (column < real_columns)[None, :], other=0.0).to(tl.float32)
-        else:
-            c = point_costs(
-                x, y, x_square, y_square, b, first_row, rows, first, columns, width,
-                DIRECT, ROOT, DOT, ROWS, COLUMNS, DEPTH, PARTS, STAGES, INTERPRETED,
-            )  # fmt: skip
+        c = costs(
+            cost, x, y, x_square, y_square, b, first_row, rows, real_rows, first, columns, real_columns, width,
+            batch_stride, row_stride, column_stride, GIVEN, DIRECT, ROOT, DOT, ROWS, COLUMNS, DEPTH, PARTS, STAGES, INTERPRETED,
+        )  # fmt: skip
         start = tl.load(log_weight + b * columns + column, mask=here, other=float("-inf"))
         start += tl.load(potential + b * columns + column, mask=here, other=0.0) * inverse
         z = start[None, :] - c * inverse

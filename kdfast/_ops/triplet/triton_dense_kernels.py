@@ -7,7 +7,7 @@ the same bits in every kernel, whichever side the rows are: what counts in the l
 import triton
 import triton.language as tl
 
-from ..._core.triton_scores import product, scores
+from ..._core.triton_scores import scores, weighted
 from .triton_kernels import apart
 
 #: what is summed: the two extremes; hinges of pairs; the exponentials of the multi-similarity loss; hinges of mined triplets
@@ -186,30 +186,6 @@ def row_sums(
     tl.store(sums + to + rows, of_negatives, mask=there)
     tl.store(found + to, positives, mask=there)
     tl.store(found + to + rows, negatives, mask=there)
-
-
-@triton.jit
-def weighted(w, y, first_column, columns, width, first_width, acc, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, INTERPRETED: tl.constexpr):
-    """acc + w y for CHUNK numbers of each row of y [3, columns, width], w in three parts as well: float32's digits."""
-    j = tl.minimum(tl.arange(0, COLUMNS), columns - 1 - first_column)  # weights of columns past the end are 0
-    e = first_width + tl.arange(0, CHUNK)
-    inside = (e < width)[None, :]
-    one = tl.full([], 1, tl.int64)
-    part = one * columns * width
-    at = y + one * first_column * width + (j[:, None] * width + e[None, :])
-    y0 = tl.load(at, mask=inside, other=0.0)
-    y1 = tl.load(at + part, mask=inside, other=0.0)
-    y2 = tl.load(at + 2 * part, mask=inside, other=0.0)
-    w0 = w.to(tl.bfloat16)
-    rest = w - w0.to(tl.float32)
-    w1 = rest.to(tl.bfloat16)
-    w2 = (rest - w1.to(tl.float32)).to(tl.bfloat16)
-    acc = product(w2, y0, acc, "ieee", INTERPRETED)
-    acc = product(w1, y1, acc, "ieee", INTERPRETED)
-    acc = product(w0, y2, acc, "ieee", INTERPRETED)
-    acc = product(w1, y0, acc, "ieee", INTERPRETED)
-    acc = product(w0, y1, acc, "ieee", INTERPRETED)
-    return product(w0, y0, acc, "ieee", INTERPRETED)
 
 
 @triton.jit

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .triton_dense_kernels import EUCLIDEAN, SQUARED, distances, weighted
+from ..._core.triton_scores import weighted
+from .triton_dense_kernels import EUCLIDEAN, SQUARED, distances
 
 #: what is summed over the columns: Gaussian kernels; distances; smooth L1 between two sides' distances over their means
 GAUSSIANS: tl.constexpr = tl.constexpr(0)
