@@ -201,6 +201,22 @@ def test_compiled(divergence):
     torch.testing.assert_close(torch.autograd.grad(compiled, leaves), torch.autograd.grad(eager, leaves))
 
 
+@pytest.mark.parametrize("impl", [None, "torch"])
+@pytest.mark.parametrize("recorded", [False, True], ids=["queue", "bank with gradient"])
+def test_one_bank_compiled(impl, recorded):
+    """No tensor is given to a function of autograd twice, which Dynamo refuses."""
+    student, teacher, bank = (F.normalize(torch.randn(count, DS), dim=1) for count in (N, N, M))
+    leaves = [x.requires_grad_() for x in (student, bank)[: 1 + recorded]]
+
+    def f(student, bank):
+        temperatures = {"student_temperature": 0.2, "teacher_temperature": 0.1}
+        return similarity_distillation(student, teacher, bank, divergence="kl", own=True, impl=impl, **temperatures)
+
+    eager, compiled = f(student, bank), torch.compile(f, fullgraph=True, backend="aot_eager")(student, bank)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(torch.autograd.grad(compiled, leaves), torch.autograd.grad(eager, leaves))
+
+
 def test_autocast_rounds_as_the_composition_does():
     d = data()
     with torch.autocast("cpu", torch.bfloat16):

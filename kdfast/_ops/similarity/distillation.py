@@ -46,7 +46,7 @@ class Fixed(NamedTuple):
     """What is not differentiated by the fused pass."""
 
     teacher: Tensor  # [N, Dt]
-    keys: Tensor  # [M, Dt], the teacher's; the student's where there is one bank
+    keys: Tensor | None  # [M, Dt], the teacher's; None where there is one bank: torch.compile takes no tensor twice
     scale: Tensor  # [N]
     start_logit: Tensor | None  # [N]
     bias: Tensor | None  # [M], of both sides
@@ -58,7 +58,6 @@ class Call(NamedTuple):
     """What a call is told beside its tensors."""
 
     kl: bool
-    one_bank: bool
     mean: bool  # the mean of the losses instead of them
     precision: str | None
     impl: str | None
@@ -88,8 +87,8 @@ def distillation_rows(
     [N] of one more candidate, student's and teacher's. key_index [N, E]: columns left out, -1 none. The teacher's rows and keys get
     no gradient; all else does, twice.
     """
-    one_bank = teacher_keys is None
-    teacher, teacher_keys = (t.detach() if t.requires_grad else t for t in (teacher, keys if one_bank else teacher_keys))
+    teacher_keys = None if teacher_keys is keys else teacher_keys
+    teacher, teacher_keys = (t.detach() if t is not None and t.requires_grad else t for t in (teacher, teacher_keys))
     ours, theirs = how_to_compute(student, precision), how_to_compute(teacher, precision)
     chosen = impls.choose("similarity_distillation", impl, device_type=student.device.type, dtype=ours.dtype, teacher_dtype=theirs.dtype)
     _, tensors = problem(student, keys, scale, None, bias, None, Rules(key_index=key_index), valid, precision, impl)
@@ -104,7 +103,7 @@ def distillation_rows(
         tensors.valid,
     )
     products = min(cpu.product_number(ours.products, student), cpu.product_number(theirs.products, teacher))  # the finer
-    call = Call(kl, one_bank, mean, precision, impl, products)
+    call = Call(kl, mean, precision, impl, products)
     inputs = (student, keys, tensors.scale, logit, *fixed)
     transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     if chosen == "cpu" and not transforms and not recorded(fixed.scale, teacher_logit, bias):
@@ -117,8 +116,8 @@ def distillation_rows(
 def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Tensor, Tensor]:
     """The definition by streaming softmaxes: any device, dtype and transform, and derivatives in the teacher's scale and the bias too."""
     f = Fixed(*fixed)
-    wide = torch.promote_types(student.dtype, f.teacher.dtype)
-    operands = (student, keys, f.teacher, f.keys)
+    wide, one_bank = torch.promote_types(student.dtype, f.teacher.dtype), f.keys is None
+    operands = (student, keys, f.teacher, keys.detach() if one_bank else f.keys)
     if not torch.is_autocast_enabled(student.device.type):
         operands = (x.to(wide) for x in operands)
     query, values, teacher, teacher_keys = operands
@@ -137,7 +136,7 @@ def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Te
     if p_start is not None:
         losses = losses - p_start * start_logit
     if call.kl:
-        if call.one_bank and not recorded(f.scale, f.bias):
+        if one_bank and not recorded(f.scale, f.bias):
             own = expected.detach()
         else:
             own = softmax(teacher, teacher_keys, f.scale, None, f.start_logit, pool=True)[-1]
@@ -155,7 +154,7 @@ class Distillation(Function):
 
     @staticmethod
     def forward(ctx, call, student, keys, scale, start_logit, *fixed):
-        inputs = _for_kernel(call, student, keys, scale, *fixed)
+        inputs = _for_kernel(student, keys, scale, *fixed)
         f = Fixed(*fixed)
         starts = tuple(None if x is None else x.contiguous() for x in (start_logit, f.start_logit))
         losses, _, difference, log_sums = torch.ops.kdfast.similarity_distillation(
@@ -195,7 +194,7 @@ def _gradients(call, want, versions, g, student, scale, start_logit, slope, diff
         if want_start:
             dstart = of_rows * slope
         if want_keys:
-            inputs = _for_kernel(call, student, keys, scale, *fixed)
+            inputs = _for_kernel(student, keys, scale, *fixed)
             dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(of_rows, log_sums, *inputs, call.products).to(keys.dtype)
     found = iter(torch.ops.kdfast.similarity_distillation_grad_rows(g, student.contiguous(), scale, difference, want_student, want_scale))
     return next(found).to(student.dtype) if want_student else None, dkeys, next(found) if want_scale else None, dstart
@@ -228,11 +227,11 @@ class Gradients(Function):
         return None, None, None, dg, dstudent, dscale, dstart, None, None, None, dkeys, *(None,) * 7
 
 
-def _for_kernel(call, student, keys, scale, *fixed):
+def _for_kernel(student, keys, scale, *fixed):
     """(student, keys, teacher, teacher_keys, scale, teacher_scale, bias, key_index, valid), contiguous."""
     f, keys = Fixed(*fixed), keys.contiguous()
     valid = None if f.valid is None else f.valid.reshape(1)
-    tensors = (student, keys, f.teacher, keys if call.one_bank else f.keys, scale, f.scale, f.bias, f.key_index, valid)
+    tensors = (student, keys, f.teacher, keys if f.keys is None else f.keys, scale, f.scale, f.bias, f.key_index, valid)
     return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
