@@ -90,8 +90,9 @@ def triplet_loss(
     loss NaN. At distance 0 the gradient is 0. Under autocast everything is formed in float32.
 
     Cost: O(N M D) time, memory of a block of anchors. Soft, swapped, `sample_on` or several layers visit every triplet of
-    batch_all, semi_hard and multi_similarity (N P M); otherwise these cost N M (D + log P). Of these the CPU kernels serve soft.
-    impl="cpu" keeps about 20 bytes for each triplet of the minings with one negative an anchor or a pair.
+    batch_all, semi_hard and multi_similarity (N P M); otherwise these cost N M (D + log P). impl="cpu" serves them soft, and
+    swapped with at most 16 positives an anchor, not on other rows or several layers. It
+    keeps about 20 bytes for each triplet of the minings with one negative an anchor or a pair.
 
     Raises: ValueError, TypeError, IndexError naming the argument. Sources: Hermans et al. 2017 (batch_hard, batch_all), Schroff et
     al. 2015 (FaceNet), Wu et al. 2017 (distance weighting), Wang et al. 2019 (multi-similarity), Balntas et al. 2016 (swap).
@@ -225,10 +226,13 @@ def _problem(
     metric, normalize = sources["metric"], sources["normalize"]
     on = batch if sample_on is None else _mined_on(sample_on, name, batch, sources)
     rows = (*batch.layers, *batch.refs, *on.layers, *on.refs)
-    separates = name_of_op == "triplet_loss" and not settings["swap"] and sample_on is None
     bounded = max_positives is not None or name_of_op == "mine_triplets"
     facts = dict(others=tuple(t.dtype for t in rows), width=min(t.shape[1] for t in rows), mined=name, bounded=bounded)
-    impl = op.choose(name_of_op, impl, batch.layers[0], separates=separates, soft=settings.get("soft", False), **facts)
+    facts |= dict(
+        soft=settings.get("soft", False), swap=settings.get("swap", False), separates=name_of_op == "triplet_loss" and sample_on is None
+    )
+    positives = classes.largest(batch.anchors, batch.refs[0].shape[0])
+    impl = op.choose(name_of_op, impl, batch.layers[0], positives=positives, **facts)
     by_kernels = impl == "cpu" or (impl == "triton" and name in mining.SETS)  # which take rows as given
     if not by_kernels or batch.layers[0].shape[0] == 0:
         batch = batch.ready(metric, normalize)
@@ -238,7 +242,7 @@ def _problem(
         mine, mine_ref = distances.centred(mine, mine_ref, metric)
     bound = mine_ref.shape[0]
     if name not in mining.PER_ANCHOR:
-        bound = max_positives or classes.largest(batch.anchors, bound)
+        bound = max_positives or positives
     random_mining = seeded or name in sampling.RANGES
     seed = random.seed(generator, mine.device) if random_mining else torch.zeros((), dtype=torch.int64, device=mine.device)
     chosen = mining.Settings(

@@ -5,19 +5,19 @@
 #include <cmath>
 #include <limits>
 
-#include "triplet/bind_dense.h"
+#include "triplet/bind_teams.h"
 
 namespace {
 
-kdfast::HingeRule rule_of(int64_t mining, double sign, double margin, double epsilon, bool soft) {
+kdfast::HingeRule rule_of(int64_t mining, double sign, double margin, double epsilon, bool soft, bool swap) {
   STD_TORCH_CHECK(mining >= 0 && mining <= 2, "mining must be 0, 1 or 2, got ", mining);
   STD_TORCH_CHECK(sign == 1 || sign == -1, "sign must be 1 or -1, got ", sign);
-  return {kdfast::Mining(mining), float(sign), float(epsilon), margin, soft, nullptr};
+  return {kdfast::Mining(mining), float(sign), float(epsilon), margin, soft, swap, nullptr};
 }
 
 // Whether one pass makes values and gradients.
 bool at_once(const Dense& dense, const kdfast::HingeRule& rule) {
-  return rule.threshold == nullptr && (rule.soft || dense.most > kFewWindows);
+  return rule.threshold == nullptr && (rule.soft || rule.swap || dense.most > kFewWindows);
 }
 
 // Sums of the columns that each thread keeps for itself, added up in the order of threads.
@@ -69,10 +69,41 @@ void run_filter(const Dense& dense, const kdfast::HingeRule& rule, const kdfast:
   }
 }
 
+// The same of triplets with `swap`.
+void run_swapped(const Dense& dense, const kdfast::HingeRule& rule, const kdfast::HingeResult& out, const kdfast::HingeUpstream& upstream,
+                 const PairSums& sums) {
+  const CpuKernels& kernels = dense.kernels;
+  const DenseParams& p = dense.p;
+  if (out.loss != nullptr) run_filter(dense, rule, out);
+  const bool wanted = upstream.g != nullptr;
+  const ArrangedTeams arranged(dense);
+  const ColumnSums columns(dense, wanted && (p.in_batch || sums.y_sums != nullptr));
+  const Tensor row_sums = zeros<float>(wanted ? arranged.rows() * p.pairs.width : 0, ScalarType::Float);
+  const Tensor of_anchors = zeros<double>(3 * dense.rows(), ScalarType::Double), weight = zeros<double>(arranged.rows(), ScalarType::Double);
+  const Tensor pull = zeros<double>(dense.slots, ScalarType::Double);
+  double* const sum = memory<double>(of_anchors);
+  const kdfast::SwapState state{sum, sum + dense.rows(), sum + 2 * dense.rows(), memory<double>(pull), memory<double>(weight)};
+  const auto sums_of = [&](int64_t worker) { return PairSums{memory<float>(row_sums), columns.sums_of(worker), nullptr}; };
+  const int64_t rows = arranged.rows(), parts = parts_of(rows, columns.threads);
+  const int64_t size = kernels.swapped_hinges_workspace(p, arranged.teams, sums_of(0), rows / parts + 2 * kRowsApart);
+  const Tensor workspace = scratch(size * parts);
+  for_each_task(parts, rows > 0 ? parts : 0, [&](int64_t worker, int64_t part) {
+    kdfast::HingeUpstream own = upstream;
+    own.y_weight = columns.weights_of(worker);
+    kernels.swapped_hinges(p, arranged.teams, rule, own, state, sums_of(worker), bound(rows, part, parts), bound(rows, part + 1, parts),
+                           memory<float>(workspace) + worker * size);
+  });
+  kernels.swapped_finish(p, rule, state, out, upstream);
+  if (!wanted) return;
+  arranged.add_to(p, memory<float>(row_sums), memory<double>(weight), sums, upstream.x_weight, upstream.y_weight);
+  p.in_batch ? columns.add_to(sums.x_sums, upstream.x_weight) : columns.add_to(sums.y_sums, upstream.y_weight);
+}
+
 // Rows with many positives, or softplus: values where out.loss is given, sums of weights where upstream.g is. The weights are of the rows alone: in
 // batch, what a pair weighs in its other role is a sum of the columns.
 void run_at_once(const Dense& dense, const kdfast::HingeRule& rule, const kdfast::HingeResult& out, const kdfast::HingeUpstream& upstream,
                 const PairSums& sums) {
+  if (rule.swap) return run_swapped(dense, rule, out, upstream, sums);
   const CpuKernels& kernels = dense.kernels;
   const DenseParams& p = dense.p;
   if (out.loss != nullptr) run_filter(dense, rule, out);
@@ -144,10 +175,10 @@ std::tuple<Tensor, Tensor> hinge_gradients(const Dense& dense, const Tensor& lik
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> triplet_hinges(const Tensor& x, const OptionalTensor& y, const Tensor& first,
                                                                           const Tensor& last, const Tensor& own, const Tensor& columns,
                                                                           int64_t metric, int64_t positives, int64_t mining, double sign,
-                                                                          double margin, double epsilon, bool soft, bool want_x, bool want_y) {
+                                                                          double margin, double epsilon, bool soft, bool swap, bool want_x, bool want_y) {
   const Dense dense(x, y, first, last, own, columns, metric, positives);
   const int64_t rows = dense.rows();
-  const kdfast::HingeRule rule = rule_of(mining, sign, margin, epsilon, soft);
+  const kdfast::HingeRule rule = rule_of(mining, sign, margin, epsilon, soft, swap);
   Tensor sums = output(x, {rows, 1}), nearest = output(x, {rows}), tiles = no_tiles(x, dense.p), dx = output(x, {0}), dy = output(x, {0});
   std::vector<int64_t> mined(size_t(rows), 0), active(size_t(rows), 0);
   const kdfast::HingeResult out{memory<float>(sums), mined.data(), active.data(), memory<float>(nearest), memory<uint8_t>(tiles)};
@@ -179,20 +210,20 @@ bool given(const char* name, const Tensor& gradient, const Tensor& like) {
 std::tuple<Tensor, Tensor> triplet_hinges_grad(const Tensor& g, const Tensor& nearest, const Tensor& tiles, const Tensor& dx, const Tensor& dy,
                                                const Tensor& x, const OptionalTensor& y, const Tensor& first, const Tensor& last, const Tensor& own,
                                                const Tensor& columns, int64_t metric, int64_t positives, int64_t mining, double sign,
-                                               double margin, double epsilon, bool soft, bool want_x, bool want_y) {
+                                               double margin, double epsilon, bool soft, bool swap, bool want_x, bool want_y) {
   const int64_t rows = x.size(0);
   const float* const upstream_g = packed<float>("g", g, {rows, 1});
   const bool x_given = given("dx", dx, x), y_given = given("dy", dy, y ? *y : x), at_hand = (!want_x || x_given) && (!want_y || y_given);
   if (at_hand && rows > 0 && std::all_of(upstream_g, upstream_g + rows, [&](float one) { return one == upstream_g[0]; }))
     return {scaled(dx, upstream_g[0], want_x), scaled(dy, upstream_g[0], want_y)};
   const Dense dense(x, y, first, last, own, columns, metric, positives);
-  return hinge_gradients(dense, x, rule_of(mining, sign, margin, epsilon, soft), padded(upstream_g, 1, rows), {},
+  return hinge_gradients(dense, x, rule_of(mining, sign, margin, epsilon, soft, swap), padded(upstream_g, 1, rows), {},
                          packed<float>("nearest", nearest, {rows}), tiles_data(tiles, dense.p), {want_x, want_y});
 }
 
 // ---- hinges of pairs: d_ap - level 0 of the positives, level 1 - d_an of the negatives --------------------------------------------
 
-kdfast::HingeRule pair_rule(const Tensor& threshold) { return {kdfast::Mining::kBatchAll, 1, 0, 0, false, memory<float>(threshold)}; }
+kdfast::HingeRule pair_rule(const Tensor& threshold) { return {kdfast::Mining::kBatchAll, 1, 0, 0, false, false, memory<float>(threshold)}; }
 
 std::tuple<Tensor, Tensor, Tensor> pair_hinges(const Tensor& x, const OptionalTensor& y, const Tensor& first, const Tensor& last,
                                                const Tensor& own, const Tensor& columns, const Tensor& levels, int64_t metric) {

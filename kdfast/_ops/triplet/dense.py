@@ -89,17 +89,17 @@ def pair_hinges(impl: str, b: Batch, settings: pairs.Hinges, levels: Tensor) -> 
 
 
 def triplet_rows(s: Settings, p: Problem, _seed: Tensor) -> Rows:
-    """Hinges or their softplus of a set mining, mined on the embeddings themselves."""
+    """Losses of a set mining, mined on the embeddings themselves."""
     in_batch = p.refs is p.layers
     x = distances.prepare(p.layers[0], s.metric, s.normalize)
     y = x if in_batch else distances.prepare(p.refs[0], s.metric, s.normalize)
     rule = (chosen.METRICS[s.metric], p.positives, mining.SETS.index(s.mining), float(s.sign), s.margin, s.epsilon)
     ahead = ()
     if s.impl == "cpu":
-        rule = (*rule, s.soft)
-        at_once = s.soft or p.positives > _FEW_POSITIVES
+        rule = (*rule, s.soft, s.swap)
+        at_once = s.soft or s.swap or p.positives > _FEW_POSITIVES
         ahead = (_needs_gradient(x), not in_batch and _needs_gradient(y)) if at_once else (False, False)
-    loss = Loss(s.impl, "triplet_hinges", rule, portable.every_triplet if s.soft else portable.separable, s, p.positives, ahead)
+    loss = Loss(s.impl, "triplet_hinges", rule, portable.every_triplet if s.soft or s.swap else portable.separable, s, p.positives, ahead)
     sums, counts = rows(loss, *distances.centred(x, y, s.metric), None, p.anchors, p.classes)
     return Rows(sums[:, 0], counts[:, 0], counts[:, 1])
 
@@ -169,7 +169,7 @@ class Gradients(Function):
         n, m = x.shape[0], moving[-1].shape[0]
         limit = blocks.budget(x.device, moving[-1].numel())
         by_triplet = loss.block is portable.every_triplet
-        cut = blocks.plan(n, loss.positives, m, m, limit) if by_triplet else blocks.whole(n, loss.positives, m, limit)
+        cut = blocks.plan(n, loss.positives, m, max(m, x.shape[1]), limit) if by_triplet else blocks.whole(n, loss.positives, m, limit)
         spec = blocks.Spec(loss.block, loss.settings, cut, len(moving) - 1, 1, len(Anchors._fields))
         wanted = (True, True) if in_batch else ctx.want
         bars = {i: bar for i, bar, want in zip((0, len(moving) - 1), (x_bar, x_bar if in_batch else y_bar), wanted, strict=True) if want}

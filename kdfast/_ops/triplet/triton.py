@@ -35,12 +35,13 @@ def refuses(
     separates: bool = True,
     gathered: int = 0,
     soft: bool = False,
+    swap: bool = False,
     **_facts,
 ) -> str | None:
     """Why the kernels cannot serve a call (None: they can).
 
-    `bounded`: the caller says how many positives an anchor has at most. `separates`: a triplet's loss is a function of d_ap - d_an, on
-    which it is mined; `soft`: not its hinge, which is a sum over pairs.
+    `bounded`: the caller says how many positives an anchor has at most. `separates`: one sum of losses, mined on the embeddings
+    themselves. `soft`, `swap`: as triplet_loss has them.
     `gathered`: numbers in the rows of all positives, where they are gathered.
     """
     for given in (dtype, *others):
@@ -51,7 +52,7 @@ def refuses(
     per_pair = mined == "semi_hard_facenet" or mined in RANGES
     if per_pair and not bounded:
         return f"without max_positives it would reserve room for every reference as a positive of mining={mined!r}"
-    if not (per_pair or mined in PER_ANCHOR or (separates and not soft)):
+    if not (per_pair or mined in PER_ANCHOR or (separates and not (soft or swap))):
         return f"with mining={mined!r} it sums plain hinges mined on the embeddings: no soft, swap, sample_on, and no list of triplets"
     if gathered > GATHERED:
         return f"it would gather the rows of all positives, {gathered} numbers, more than {GATHERED}"
