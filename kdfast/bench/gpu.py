@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import devices, registry, report, runner
+from . import devices, measure, registry, report, runner
 from .runner import Row
 
 LIMIT = 90.0  # seconds of a comparison
@@ -84,6 +84,7 @@ def run(tasks: list[Task], output: Path, seconds: float | None = None) -> list[P
 
 def compile_all(tasks: Iterable[Task], seconds: float | None = None) -> None:
     """Call what compiles itself once, several tasks at a time: the caches on disk serve `run` afterwards. Problems are left to it."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # of each process: else every one starts as many as there are cores
     with multiprocessing.get_context("spawn").Pool(min(WORKERS, os.cpu_count() or 1)) as pool:  # terminated where the block ends
         until = time.monotonic() + (seconds if seconds is not None else float("inf"))
         waiting = [pool.apply_async(_call_once, (task,)) for task in tasks]
@@ -153,7 +154,8 @@ def _measure_own(task: Task) -> list[Row]:
 def _call_once(task: Task) -> None:
     """Each peer but plain PyTorch, which compiles nothing."""
     case = registry.cases_of(task.family)[task.name]
-    inputs = devices.place(case.inputs(task.shape, task.dtype), "cuda")
+    with measure.threads(1):
+        inputs = devices.place(case.inputs(task.shape, task.dtype), "cuda")
     for peer in case.peers:
         if peer is case.peers[1] or peer.floor or not runner.serves(peer, task.dtype, "cuda") or runner.missing(peer, task.level):
             continue

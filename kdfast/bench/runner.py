@@ -141,12 +141,12 @@ def _check(case: Case, peer: Peer, inputs, reference: tuple[Tensor, ...], allowe
     try:
         call = peer.build(inputs)
         result = call()
+        if peer.floor:
+            return Checked(peer, call, measure.error(result, peer.floor(inputs)))
     except Exception as problem:  # a peer may fail in any way; kdfast must not
         if peer is case.peers[0]:
             raise
         return Checked(peer, None, note=f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}")
-    if peer.floor:
-        return Checked(peer, call, measure.error(result, peer.floor(inputs)))
     error, allowed = measure.error(result, reference), max(allowed, peer.allowance)
     if error <= allowed:
         return Checked(peer, call, error, allowed)
