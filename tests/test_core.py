@@ -70,10 +70,9 @@ def test_seeds_come_from_a_generator_or_are_given():
     a, b = (random.seed(torch.Generator().manual_seed(3), torch.device("cpu")) for _ in range(2))
     assert torch.equal(a, b) and a.dtype == torch.int64
     assert random.seed(torch.tensor([9]), torch.device("cpu")) == 9
-    with pytest.raises(ValueError, match="generator"):
-        random.seed(torch.zeros(2), torch.device("cpu"))
-    with pytest.raises(TypeError, match="generator"):
-        random.seed(7, torch.device("cpu"))
+    for wrong, error in ((torch.zeros(2, dtype=torch.int64), ValueError), (torch.zeros(1), TypeError), (7, TypeError)):
+        with pytest.raises(error, match="generator"):
+            random.seed(wrong, torch.device("cpu"))
 
 
 def test_reduction():

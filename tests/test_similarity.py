@@ -285,7 +285,7 @@ def test_bad_input_is_named(impl):
         (ValueError, "keys must have at least 1 row", (q, k[:0]), {}),
         (ValueError, r"keys must be \[M, D\] or have the leading", (q, normal(2, 5, 8)), {}),
         (TypeError, "keys must have the dtype of query", (q, k.double()), {}),
-        (ValueError, "keys must be on the device of query", (q, k.to("meta")), {}),
+        (ValueError, "keys must hold values, got a tensor on the meta device", (q, k.to("meta")), {}),
         (ValueError, "values must have a row for each", (q, k), dict(values=normal(4, 8))),
         (ValueError, "bias must have shape", (q, k), dict(bias=normal(4))),
         (TypeError, "bias must be float16", (q, k), dict(bias=labels[1])),

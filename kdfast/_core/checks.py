@@ -52,8 +52,11 @@ def real(name: str, x, *, shape: tuple[int, ...], device: torch.device) -> Tenso
 def _tensor(name: str, x, ndim: int | None, min_ndim: int) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got one of {x.layout}")
+    if x.layout is not torch.strided or x.is_nested or x.is_quantized:
+        kind = "nested" if x.is_nested else "quantized" if x.is_quantized else f"of {x.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
+    if x.device.type == "meta":
+        raise ValueError(f"{name} must hold values, got a tensor on the meta device")
     if ndim is not None and x.dim() != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(x.shape)}")
     if x.dim() < min_ndim:
@@ -91,13 +94,36 @@ def nonnegative_number(name: str, x) -> None:
         raise ValueError(f"{name} must be a finite number >= 0, got {x}")
 
 
+def finite_number(name: str, x) -> None:
+    """`x` is a float that is not infinite nor NaN."""
+    if isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a float, got a Tensor")
+    number(name, x)
+    if not math.isfinite(x):
+        raise ValueError(f"{name} must be finite, got {x}")
+
+
+def in_range(name: str, x: float, dtype: torch.dtype) -> None:
+    """The number `x`, where it is finite, stays so in `dtype`."""
+    if math.isfinite(x) and abs(x) > torch.finfo(dtype).max:
+        raise ValueError(f"{name} must be in the range of {dtype}, got {x}")
+
+
 def number(name: str, x) -> None:
     """`x` is a real number or a floating tensor."""
     if isinstance(x, Tensor):
+        _tensor(name, x, None, 0)
         if x.dtype not in FLOATING:
             raise TypeError(f"{name} must be a float or a floating tensor, got a tensor of {x.dtype}")
     elif type(x) is not float and (isinstance(x, bool) or not isinstance(x, Real)):  # of a float at once: Real's own test takes longer
         raise TypeError(f"{name} must be a float or a floating tensor, got {type(x).__name__}")
+    elif isinstance(x, Integral) and abs(x) >= 2**63:
+        raise ValueError(f"{name} must be a float where an int does not fit in 64 bits, got one of {int(x).bit_length()} bits")
+
+
+def flag(name: str, x) -> None:
+    if not isinstance(x, bool):
+        raise TypeError(f"{name} must be a bool, got {type(x).__name__}")
 
 
 def fraction(name: str, x) -> None:

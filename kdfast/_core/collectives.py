@@ -12,6 +12,12 @@ from torch.autograd import Function
 from . import dtypes
 
 
+def check_group(group) -> None:
+    """`group` is None or a torch.distributed group that this process is in."""
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(f"group must be None or a torch.distributed group of this process, got {type(group).__name__}")
+
+
 def all_gather_rows(x: Tensor, group) -> tuple[Tensor, int]:
     """The rows of every rank, in rank order, and the position of this rank's first one: ([N_all, ...], offset).
 

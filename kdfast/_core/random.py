@@ -3,7 +3,16 @@
 import torch
 from torch import Tensor
 
-from .checks import INTEGRAL
+from . import checks
+
+
+def check(name: str, generator) -> None:
+    """`generator` is something that `seed` takes."""
+    if isinstance(generator, Tensor):
+        if checks.integral(name, generator).numel() != 1:
+            raise ValueError(f"{name}, given as a seed tensor, must hold one integer, got shape {tuple(generator.shape)}")
+    elif generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{name} must be a torch.Generator, a seed tensor or None, got {type(generator).__name__}")
 
 
 def seed(generator: torch.Generator | Tensor | None, device: torch.device) -> Tensor:
@@ -12,14 +21,9 @@ def seed(generator: torch.Generator | Tensor | None, device: torch.device) -> Te
     A torch.Generator (or None: PyTorch's global one) is consumed for one 63-bit draw, in eager code only; an
     integer tensor with one element is taken as the seed itself, which is the form for compiled code.
     """
+    check("generator", generator)
     if isinstance(generator, Tensor):
-        if generator.numel() != 1 or generator.dtype not in INTEGRAL:
-            raise ValueError(
-                f"generator, given as a seed tensor, must hold one integer, got shape {tuple(generator.shape)} of {generator.dtype}"
-            )
         return generator.reshape(()).to(device=device, dtype=torch.int64)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, a seed tensor or None, got {type(generator).__name__}")
     source = device if generator is None else generator.device
     return torch.randint(0, 2**63 - 1, (), generator=generator, dtype=torch.int64, device=source).to(device)
 

@@ -19,6 +19,8 @@ def inverse(name: str, temperature: float | Tensor, query: Tensor) -> Tensor | f
     """1 / temperature, after its checks; a tensor in the accumulator dtype of `query`, never cast by autocast."""
     checks.positive_number(name, temperature)
     if not isinstance(temperature, Tensor):
+        if temperature * torch.finfo(dtypes.accumulator(query.dtype)).max < 1:
+            raise ValueError(f"{name} must be so large that 1 / {name} is finite, got {temperature}")
         return 1.0 / temperature
     rows = tuple(query.shape[:-1])
     if temperature.dim() and tuple(temperature.shape) != rows:

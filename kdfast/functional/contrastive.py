@@ -41,6 +41,8 @@ def nt_xent(
     """
     _pair("view1", view1, "view2", view2)
     checks.choice("reduction", reduction, REDUCTIONS)
+    checks.flag("normalize", normalize)
+    collectives.check_group(group)
     features = torch.cat([view1, view2])
     features = normalized(features) if normalize else features
     n = view1.shape[0]
@@ -90,6 +92,8 @@ def sup_con(
     """
     checks.rows("features", features)
     checks.choice("reduction", reduction, REDUCTIONS)
+    checks.flag("normalize", normalize)
+    collectives.check_group(group)
     labels = checks.integral("labels", labels, shape=tuple(features.shape[:-1]), device=features.device)
     if bank is None:
         for name, value in (("bank_labels", bank_labels), ("bank_valid", bank_valid)):
@@ -151,6 +155,8 @@ def clip_loss(
     _pair("image", image, "text", text)
     checks.positive_number("logit_scale", logit_scale)
     checks.scalar("logit_scale", logit_scale)
+    checks.flag("normalize", normalize)
+    collectives.check_group(group)
     if normalize:
         image, text = normalized(image), normalized(text)
     if group is not None:  # local images against all texts, local texts against all images: different pairs, so a pass for each
@@ -208,6 +214,8 @@ def siglip_loss(
     checks.positive_number("logit_scale", logit_scale)
     for name, x in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
         checks.scalar(name, x)
+    checks.flag("normalize", normalize)
+    collectives.check_group(group)
     if normalize:
         image, text = normalized(image), normalized(text)
     if group is None and image.shape[0]:

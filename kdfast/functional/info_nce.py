@@ -117,6 +117,8 @@ class Prepared(NamedTuple):
 
 def _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bias, bank_valid, own_index, normalize, group) -> Prepared:
     checks.rows("query", query)
+    checks.flag("normalize", normalize)
+    collectives.check_group(group)
     given = bank_protocol.unpack(bank, valid=bank_valid, labels=bank_labels, bias=bank_bias)
     if positive is not None:
         checks.floating("positive", positive)
@@ -195,8 +197,8 @@ def _in_batch(query, positive, given, targets, query_labels, own_index, group) -
         labels = None if labels is None else collectives.all_gather_rows(labels, group)[0]
     own = torch.arange(offset * copies, (offset + n) * copies, device=query.device).view(n, copies)
     skip = own = own if query.dim() == 2 else own.expand(*query.shape[:-1], copies)
-    if own_index is not None and own_index is not True:
-        given_own = own_columns(own_index, query, rows.shape[-2] // copies)
+    given_own = None if own_index is True else own_columns(own_index, query, rows.shape[-2] // copies)
+    if given_own is not None:
         given_own = torch.where(given_own >= 0, given_own * copies, -1)
         extra = given_own[..., None] + torch.arange(copies, device=query.device) * (given_own >= 0)[..., None]
         skip = torch.cat([skip, extra], dim=-1)
@@ -215,8 +217,7 @@ def _check_options(p, positive_weights, same_class, margin, include_positive, la
     checks.fraction("label_smoothing", label_smoothing)
     if margin is not None:
         checks.scalar("false_negative_margin", margin)
-    if not isinstance(include_positive, bool):
-        raise TypeError(f"include_positive must be a bool, got {type(include_positive).__name__}")
+    checks.flag("include_positive", include_positive)
     if label_smoothing and (margin is not None or not include_positive or same_class == "positive"):
         raise ValueError('label_smoothing cannot be combined with false_negative_margin, include_positive=False or same_class="positive"')
     if same_class == "positive":

@@ -216,13 +216,16 @@ def _problem(
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{argument} must be a float, got {type(value).__name__}")
         checks.nonnegative_number(argument, value)
+    for argument in ("soft", "swap"):
+        checks.flag(argument, settings.get(argument, False))
+    random.check("generator", generator)
     if name == "semi_hard" and margin == 0:
         raise ValueError("margin must be > 0 for mining='semi_hard', whose negatives lie within it, got 0")
     if max_positives is not None:
         checks.count("max_positives", max_positives)
-    if isinstance(embeddings, list | tuple) and len(embeddings) > 1 and sample_on is None:
-        raise ValueError(f"sample_on must be given with several layers, to mine one index set on, got {len(embeddings)} layers and None")
     batch = inputs.collect(embeddings, labels, ready=False, **sources)
+    if len(batch.layers) > 1 and sample_on is None:
+        raise ValueError(f"sample_on must be given with several layers, to mine one index set on, got {len(batch.layers)} layers and None")
     metric, normalize = sources["metric"], sources["normalize"]
     on = batch if sample_on is None else _mined_on(sample_on, name, batch, sources)
     rows = (*batch.layers, *batch.refs, *on.layers, *on.refs)

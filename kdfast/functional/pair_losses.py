@@ -1,7 +1,6 @@
 """Metric-learning losses over all pairs of a batch or a bank: multi-similarity, margin, contrastive, angular."""
 
 import math
-from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -48,11 +47,11 @@ def multi_similarity_loss(
     """
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
     for name, value in (("alpha", alpha), ("beta", beta)):
-        _float(name, value)
+        checks.finite_number(name, value)
         checks.positive_number(name, value)
-    _float("base", base)
+    checks.finite_number("base", base)
     if epsilon is not None:
-        _float("epsilon", epsilon)
+        checks.finite_number("epsilon", epsilon)
         checks.nonnegative_number("epsilon", epsilon)
     b, impl = _collect("multi_similarity_loss", impl, embeddings, labels, ref, ref_labels, ref_valid, own_index, "euclidean", normalize)
     with op.full_precision(b.layers[0]):
@@ -89,7 +88,7 @@ def margin_loss(
     Source: Wu et al. 2017, eq. 8, without its regulariser of beta; defaults as in pytorch-metric-learning.
     """
     checks.choice("reduction", reduction, _REDUCTIONS)
-    _float("margin", margin)
+    checks.finite_number("margin", margin)
     checks.nonnegative_number("margin", margin)
     b, impl = _collect("margin_loss", impl, embeddings, labels, ref, ref_labels, ref_valid, own_index, metric, normalize)
     x = b.layers[0]
@@ -104,7 +103,8 @@ def margin_loss(
                 checks.index_range("labels", b.anchors.label, beta.shape[0])
                 beta = distances.gather(beta[:, None], b.anchors.label)[:, 0]
         else:
-            _float("beta", beta)
+            checks.finite_number("beta", beta)
+            checks.in_range("beta", beta, x.dtype)
             beta = torch.full((), beta, dtype=x.dtype, device=x.device)
         if _empty(b):
             return op.portable.nothing((x, beta.expand(0)[:, None]), reduction)
@@ -142,7 +142,7 @@ def contrastive_loss(
     """
     checks.choice("reduction", reduction, _REDUCTIONS)
     for name, value in (("pos_margin", pos_margin), ("neg_margin", neg_margin)):
-        _float(name, value)
+        checks.finite_number(name, value)
     b, impl = _collect("contrastive_loss", impl, embeddings, labels, ref, ref_labels, ref_valid, own_index, metric, normalize)
     with op.full_precision(b.layers[0]):
         if _empty(b):
@@ -178,7 +178,7 @@ def angular_loss(
     Raises: ValueError, TypeError, IndexError naming the argument. Source: Wang et al. 2017, eq. 8.
     """
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
-    _float("alpha", alpha)
+    checks.finite_number("alpha", alpha)
     if not 0 < alpha < 90:
         raise ValueError(f"alpha must be an angle in (0, 90) degrees, got {alpha}")
     if max_positives is not None:
@@ -216,13 +216,6 @@ def _angular_queries(b: inputs.Batch, alpha: float, positives: int, impl: str | 
     exists = exists & (lse > -torch.inf).logical_or(lse.isnan())
     loss = F.softplus(lse - 2 * (1 + tan2) * (x[:, None] * x_p).sum(-1), threshold=50)
     return torch.where(exists, loss, torch.zeros_like(loss)).sum(-1), exists.sum(-1)
-
-
-def _float(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def _collect(name, impl, *arguments) -> tuple[inputs.Batch, str]:

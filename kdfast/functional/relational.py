@@ -62,6 +62,8 @@ def similarity_distillation(
         raise ValueError(f"teacher must have a row for each of student's {rows}, got {teacher.shape[0]}")
     checks.choice("divergence", divergence, ("ce", "kl"))
     checks.choice("reduction", reduction, REDUCTIONS)
+    checks.flag("own", own)
+    checks.flag("normalize", normalize)
     given = bank_protocol.unpack(student_bank, valid=bank_valid, name="student_bank")
     keys = _bank_rows("student_bank", given.rows, "student", student)
     shared = teacher_bank is None
@@ -141,6 +143,7 @@ def wasserstein_dependency(
     checks.rows("query", query, ndim=2)
     checks.exact_shape("positive", checks.floating("positive", positive), tuple(query.shape))
     checks.alike("positive", positive, "query", query)
+    checks.flag("normalize", normalize)
     given = bank_protocol.unpack(bank, valid=bank_valid, labels=bank_labels)
     rows = _bank_rows("bank", given.rows, "query", query)
     if query_labels is not None:

@@ -35,6 +35,7 @@ def mmd_rbf(x: Tensor, y: Tensor, *, sigmas: Sequence[float], normalize: bool = 
     for sigma in sigmas:
         checks.positive_number("sigmas", sigma)
     sigmas = tuple(float(sigma) for sigma in sigmas)
+    checks.flag("normalize", normalize)
     impl = op.choose("mmd_rbf", impl, x, width=x.shape[1])
     with op.full_precision(x):
         if normalize:

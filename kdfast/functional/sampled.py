@@ -64,6 +64,8 @@ def sampled_info_nce(
     checks.floating("positive", positive)
     checks.exact_shape("positive", positive, tuple(query.shape))
     checks.alike("positive", positive, "query", query)
+    checks.flag("include_positive", include_positive)
+    checks.flag("normalize", normalize)
     if bank_labels is not None and query_labels is None:
         raise ValueError("bank_labels need query_labels")
     index = _checked(query, rows.rows, index, temperature, weight, reduction)
@@ -127,6 +129,8 @@ def sampled_nce(
     checks.rows("query", query, ndim=2)
     index = _checked(query, rows.rows, index, temperature, weight, reduction)
     num_data = checks.count("num_data", num_data)
+    checks.flag("normalize", normalize)
+    collectives.check_group(group)
     negatives = index.shape[1] - 1
     if negatives < 1:
         raise ValueError(f"index must hold the positive and at least one negative a row, got shape {tuple(index.shape)}")

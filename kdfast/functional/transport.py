@@ -6,7 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from kdfast._core import checks, dtypes
+from kdfast._core import checks, collectives, dtypes
 from kdfast._core import reduction as reductions
 from kdfast._ops.sinkhorn import SinkhornResult, arguments, sinkhorn
 from kdfast._ops.sinkhorn.assign import assign
@@ -108,6 +108,7 @@ def _options(metric, epsilon, max_iters, tol, anneal, method, grad, precision, i
 def _prepared(x, y, normalize: bool) -> tuple[Tensor, Tensor]:
     checks.rows("x", x)
     checks.rows("y", y)
+    checks.flag("normalize", normalize)
     if not normalize:
         return x, y
     return tuple(torch.nn.functional.normalize(p.to(dtypes.accumulator(p.dtype)), dim=-1) for p in (x, y))
@@ -135,6 +136,7 @@ def sinkhorn_assign(scores: Tensor, *, epsilon: float | Tensor = 0.05, iters: in
     checks.floating("scores", scores, min_ndim=2)
     checks.positive_number("epsilon", epsilon)
     checks.count("iters", iters)
+    collectives.check_group(group)
     if isinstance(epsilon, Tensor):
         checks.exact_shape("epsilon", epsilon, ())
         epsilon = epsilon.detach()

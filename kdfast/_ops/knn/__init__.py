@@ -113,7 +113,7 @@ def _checked_sources(query, bank) -> torch.device:
     for name, x in (("query", query), ("bank", bank)):
         if not isinstance(x, (Tensor, np.ndarray)):
             raise TypeError(f"{name} must be a Tensor, a numpy array{' or a kdfast bank' * (name == 'bank')}, got {type(x).__name__}")
-        sample = x if isinstance(x, Tensor) else torch.empty(x.shape, dtype=_dtype(name, x), device="meta")
+        sample = x if isinstance(x, Tensor) else torch.empty((), dtype=_dtype(name, x)).expand(x.shape)
         samples[name] = checks.rows(name, sample, ndim=2)
     if len(bank) == 0:
         raise ValueError(f"bank must have at least 1 row, got shape {tuple(bank.shape)}")

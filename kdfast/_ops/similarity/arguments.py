@@ -1,6 +1,5 @@
 """From what a caller gives to one batched problem: checks, broadcasting of the bank's side, the dtype products are formed in."""
 
-from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -119,8 +118,8 @@ def row_parameter(name: str, x, query: Tensor) -> Tensor:
     """`x`, a float or a tensor [], [N] or [*B, N], as [*B, N] in the accumulator's dtype."""
     rows, acc = query.shape[:-1], dtypes.accumulator(query.dtype)
     if not isinstance(x, Tensor):
-        if type(x) is not float and (isinstance(x, bool) or not isinstance(x, Real)):
-            raise TypeError(f"{name} must be a float or a floating tensor, got {type(x).__name__}")
+        checks.number(name, x)
+        checks.in_range(name, x, acc)
         return query.new_full(rows, x, dtype=acc)
     checks.floating(name, x)
     checks.alike(name, x, "query", query, dtype=False)

@@ -86,8 +86,8 @@ def sinkhorn(
     checks.choice("grad", grad, GRADS)
     schedule = arguments.schedule(max_iters, tol, method, anneal)
     rho = arguments.marginal_penalties(rho, method)
-    first = cost if cost is not None else x
-    device_type = first.device.type if isinstance(first, Tensor) else "cpu"
+    arguments.source(cost, x, y, metric)
+    device_type = (cost if cost is not None else x).device.type
     impl = impls.choose("sinkhorn", impl, **_facts(cost, x, y, metric, method, tol))
     precision = precisions.resolve(precision, device_type)
     with torch.autocast(device_type, enabled=False):
@@ -100,13 +100,10 @@ def sinkhorn(
 
 
 def _facts(cost, x, y, metric, method: str, tol) -> dict:
-    """What the choice of an implementation looks at; arguments that are wrong are found later."""
+    """What the choice of an implementation looks at."""
     first = cost if cost is not None else x
-    if not isinstance(first, Tensor):
-        return {"device_type": "cpu"}
     facts = {"device_type": first.device.type, "dtype": first.dtype, "points": cost is None and not callable(metric)}
-    if first.dim() >= 2 and (cost is not None or (isinstance(y, Tensor) and y.dim() >= 2)):
-        facts["size"] = tuple(cost.shape[-2:]) if cost is not None else (x.shape[-2], y.shape[-2])
+    facts["size"] = tuple(cost.shape[-2:]) if cost is not None else (x.shape[-2], y.shape[-2])
     return {**facts, "method": method, "tol": tol}
 
 

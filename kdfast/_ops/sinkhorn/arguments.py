@@ -50,7 +50,6 @@ def marginal_penalties(rho, method: str) -> tuple[float | None, float | None]:
 
 def problem(cost, x, y, metric, a, b, epsilon, rho, lengths, precision, impl) -> tuple[Problem, tuple[int, ...], tuple]:
     """(the Problem over the flattened batch, the batch's shape, which rows [B, n] and columns [B, m] are not padding or None)."""
-    _source(cost, x, y, metric)
     first = x if cost is None else cost
     n, m = (x.shape[-2], y.shape[-2]) if cost is None else cost.shape[-2:]
     if n == 0 or m == 0:
@@ -98,7 +97,7 @@ def problem(cost, x, y, metric, a, b, epsilon, rho, lengths, precision, impl) ->
     return Problem(cost, x, y, *weights, eps, rows, cols, metric, *rho, impl), batch, inside
 
 
-def _source(cost, x, y, metric) -> None:
+def source(cost, x, y, metric) -> None:
     """Checks that there is either a cost or two sets of points and a metric."""
     if not callable(metric):
         checks.choice("metric", metric, METRICS)

@@ -54,6 +54,7 @@ def collect(
     `ready` False: rows as given, for an implementation that reads them so.
     """
     checks.choice("metric", metric, distances.METRICS)
+    checks.flag("normalize", normalize)
     layers = _layers(names.rows, embeddings)
     n = layers[0].shape[0]
     device = layers[0].device

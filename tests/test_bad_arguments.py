@@ -1,0 +1,115 @@
+"""Arguments of a kind that only some mistake would give: each is named, before PyTorch or a kernel stumbles over it."""
+
+import inspect
+import re
+
+import pytest
+import torch
+
+from kdfast import functional as F
+from kdfast import ops
+
+N, M, D = 4, 6, 3
+X, Y, BANK = torch.randn(N, D), torch.randn(N, D), torch.randn(M, D)
+LABELS, INDEX, SCORES = torch.arange(N) // 2, torch.arange(N)[:, None] % M, torch.randn(N, M)
+CALLS = {
+    "info_nce": (F.info_nce, dict(query=X, positive=Y, bank=BANK)),
+    "nt_xent": (F.nt_xent, dict(view1=X, view2=Y)),
+    "sup_con": (F.sup_con, dict(features=X, labels=LABELS)),
+    "clip_loss": (F.clip_loss, dict(image=X, text=Y, logit_scale=2.0)),
+    "siglip_loss": (F.siglip_loss, dict(image=X, text=Y, logit_scale=2.0, logit_bias=-1.0)),
+    "similarity_distillation": (
+        F.similarity_distillation,
+        dict(student=X, teacher=Y, student_bank=BANK, student_temperature=0.2, teacher_temperature=0.1),
+    ),
+    "wasserstein_dependency": (F.wasserstein_dependency, dict(query=X, positive=Y, bank=BANK, temperature=0.5)),
+    "sampled_info_nce": (F.sampled_info_nce, dict(query=X, positive=Y, bank=BANK, index=INDEX)),
+    "sampled_nce": (F.sampled_nce, dict(query=X, bank=BANK, index=INDEX.expand(N, 2), num_data=9)),
+    "triplet_loss": (F.triplet_loss, dict(embeddings=X, labels=LABELS)),
+    "margin_loss": (F.margin_loss, dict(embeddings=X, labels=LABELS)),
+    "multi_similarity_loss": (F.multi_similarity_loss, dict(embeddings=X, labels=LABELS)),
+    "mmd_rbf": (F.mmd_rbf, dict(x=X, y=BANK, sigmas=(1.0,))),
+    "sinkhorn_loss": (F.sinkhorn_loss, dict(x=X, y=BANK)),
+    "sinkhorn_assign": (F.sinkhorn_assign, dict(scores=SCORES)),
+    "sinkhorn": (ops.sinkhorn, dict(cost=SCORES)),
+    "similarity_softmax": (ops.similarity_softmax, dict(query=X, keys=BANK)),
+    "knn": (ops.knn, dict(query=X, bank=BANK, k=2)),
+}
+
+
+def calls_with(*arguments: str):
+    """(function, its arguments, the name of one of `arguments`) for all that the calls take."""
+    taken = {f"{name}-{a}": (*call, a) for name, call in CALLS.items() for a in arguments if a in inspect.signature(call[0]).parameters}
+    return pytest.mark.parametrize("function, given, argument", taken.values(), ids=taken.keys())
+
+
+def refused(function, given: dict, argument: str, value, error=(TypeError, ValueError)) -> None:
+    with pytest.raises(error, match=re.compile(rf"\b{argument}\b")):
+        function(**{**given, argument: value})
+
+
+@calls_with("group")
+@pytest.mark.parametrize("value", [3, "world", object(), False], ids=repr)
+def test_group(function, given, argument, value):
+    refused(function, given, argument, value, TypeError)
+
+
+@calls_with("normalize", "own", "include_positive", "soft", "swap")
+@pytest.mark.parametrize("value", [1, "yes", None, torch.ones(2)], ids=["int", "str", "None", "tensor"])
+def test_flags(function, given, argument, value):
+    refused(function, given, argument, value, TypeError)
+
+
+@calls_with("temperature", "student_temperature", "teacher_temperature", "logit_scale", "logit_bias", "epsilon", "scale", "beta")
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.tensor(0.5, device="meta"),
+        torch.tensor(0.5).to_sparse(),
+        torch.tensor(1j),
+        torch.tensor(True),
+        10**30,
+        10**400,
+        "0.5",
+        1j,
+    ],
+    ids=["meta", "sparse", "complex tensor", "bool tensor", "10**30", "10**400", "str", "complex"],
+)
+def test_numbers(function, given, argument, value):
+    refused(function, given, argument, value)
+
+
+@calls_with(
+    "query", "positive", "bank", "view2", "labels", "features", "image", "text", "student", "index", "embeddings", "y", "keys", "cost"
+)
+@pytest.mark.parametrize("kind", ["meta", "sparse", "nested", "list"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors(function, given, argument, kind):
+    x = given.get(argument, X)
+    make = {"meta": lambda: x.to("meta"), "sparse": x.to_sparse, "nested": lambda: torch.nested.nested_tensor([x, x]), "list": x.tolist}
+    refused(function, given, argument, make[kind]())
+
+
+@calls_with("weight")
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.ones(N, device="meta"),
+        torch.ones(N).to_sparse(),
+    ],
+    ids=["meta", "sparse"],
+)
+def test_weights(function, given, argument, value):
+    refused(function, given, argument, value)
+
+
+def test_what_leaves_the_range_of_the_arithmetic():
+    """No float32 holds 1 / 1e-320 or 1e308, nor a float64 1 / 1e-320."""
+    refused(F.info_nce, CALLS["info_nce"][1], "temperature", 1e-320)
+    refused(F.margin_loss, CALLS["margin_loss"][1], "beta", 1e308)
+    refused(ops.similarity_softmax, CALLS["similarity_softmax"][1], "scale", 1e308)
+    assert F.info_nce(X, Y, temperature=1e38).isfinite()
+
+
+def test_own_index_false_leaves_no_further_row_out():
+    torch.testing.assert_close(F.info_nce(X, Y, own_index=False), F.info_nce(X, Y))
