@@ -282,6 +282,17 @@ def test_autocast_changes_nothing():
     assert torch.equal(ours, plain)
 
 
+@pytest.mark.parametrize("metric", ["sqeuclidean", lambda x, y: torch.cdist(x, y)], ids=["points", "callable"])
+def test_autocast_lets_dtypes_differ(metric):
+    """Features of a layer under autocast beside stored ones."""
+    x, y = torch.randn(9, 8).bfloat16().requires_grad_(), torch.randn(7, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for pair in ((x, y), (y, x)):
+            value = sinkhorn(x=pair[0], y=pair[1], metric=metric).value
+            assert torch.equal(value, sinkhorn(x=pair[0].float(), y=pair[1].float(), metric=metric).value)
+            assert torch.autograd.grad(value, x)[0].dtype == torch.bfloat16
+
+
 BAD = {
     "neither": ({}, ValueError, "either cost or both x and y"),
     "both": ({"cost": torch.rand(3, 4), "x": torch.rand(3, 2), "y": torch.rand(4, 2)}, ValueError, "cost must not be given together"),

@@ -50,10 +50,13 @@ def marginal_penalties(rho, method: str) -> tuple[float | None, float | None]:
 
 def problem(cost, x, y, metric, a, b, epsilon, rho, lengths, precision, impl) -> tuple[Problem, tuple[int, ...], tuple]:
     """(the Problem over the flattened batch, the batch's shape, which rows [B, n] and columns [B, m] are not padding or None)."""
-    first = x if cost is None else cost
     n, m = (x.shape[-2], y.shape[-2]) if cost is None else cost.shape[-2:]
     if n == 0 or m == 0:
         raise ValueError(f"{'x and y' if cost is None else 'cost'} must have at least one row and one column, got {n} x {m}")
+    if cost is None:
+        wide = torch.promote_types(x.dtype, y.dtype)  # under autocast they may differ
+        x, y = x.to(wide), y.to(wide)
+    first = x if cost is None else cost
     dtype, device = dtypes.accumulator(first.dtype), first.device
     _weights("a", a, n, "rows", device)
     _weights("b", b, m, "columns", device)
