@@ -1,5 +1,6 @@
 """Each method against a formula written out independently, value and gradient, and the rules they share."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -331,6 +332,15 @@ def test_knn_bags_are_the_nearest_others():
 
 def test_knn_bags_of_few_samples_are_padded():
     assert torch.equal(make_bags(torch.eye(2), k=3), torch.tensor([[1, -1, -1], [0, -1, -1]]))
+
+
+def test_knn_bags_of_a_memory_map(tmp_path):
+    x, seen = torch.randn(40, 6), []
+    np.save(tmp_path / "features.npy", x.numpy())
+    bags = make_bags(np.load(tmp_path / "features.npy", mmap_mode="r"), k=4, progress=lambda done, blocks: seen.append((done, blocks)))
+    assert torch.equal(bags, make_bags(x, k=4)) and seen and seen[-1][0] == seen[-1][1]
+    with pytest.raises(TypeError, match="features must be a Tensor"):
+        make_bags(x.numpy(), "kmeans")
 
 
 def test_kmeans_bags_stay_in_their_cluster():

@@ -15,37 +15,41 @@ _KMEANS_ITERATIONS = 50  # Lloyd's steps at most; it stops when no assignment ch
 
 
 def make_bags(
-    features: Tensor,
+    features: Tensor | np.ndarray,
     method: str = "knn",
     k: int = 5,
     labels: Tensor | None = None,
     *,
     num_clusters: int | None = None,
     generator: torch.Generator | None = None,
+    progress: bool | Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """The other members of each sample's bag, as row indices [N, k], padded with -1; a sample is never in its own row.
 
     Args:
-        features: [N, D], the frozen teacher's backbone features; compared by cosine.
+        features: [N, D], the frozen teacher's backbone features; compared by cosine. For "knn" they may be a numpy array, or a
+            memory map (`np.load(path, mmap_mode="r")`), which is read block by block.
         method: "knn": the k nearest samples, nearest first; "kmeans": k random others of the same cluster (spherical
             k-means on the features); "label": k random others of the same label.
         k: members a row holds, >= 1.
         labels: [N] integers, for "label" alone.
         num_clusters: for "kmeans"; default N / (k + 1), rounded up.
         generator: torch.Generator on the CPU for "kmeans" and "label".
+        progress: for "knn", as in `kdfast.ops.knn`: True shows a bar.
 
     Raises:
         ValueError, TypeError: an unknown method, labels missing or not wanted, wrong shapes.
 
     Source: Xu et al. 2022 (BINGO, 2107.01691), section 3.1.
     """
-    checks.rows("features", features, ndim=2)
     checks.choice("method", method, ("knn", "kmeans", "label"))
+    if method != "knn" or not isinstance(features, np.ndarray):
+        checks.rows("features", features, ndim=2)
     checks.count("k", k)
     if (labels is not None) != (method == "label"):
         raise ValueError(f'labels must {"" if method == "label" else "not "}be given for method="{method}"')
     if method == "knn":
-        return ops.knn(features, features, k, own_index=True)[1]
+        return ops.knn(features, features, k, own_index=True, progress=progress)[1]
     if method == "kmeans":
         clusters = -(-len(features) // (k + 1)) if num_clusters is None else checks.count("num_clusters", num_clusters)
         labels = _kmeans(features, clusters, generator)
