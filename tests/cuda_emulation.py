@@ -66,6 +66,7 @@ def load() -> object:
             _definitions.define(schema.removeprefix("kdfast::"))
         torch.ops.load_library(path)
         torch.library.register_fake("kdfast_emulated::similarity_softmax", similarity.forward_fake)
+        torch.library.register_fake("kdfast_emulated::similarity_grad_keys", similarity.grad_keys_fake)
         torch.library.register_fake("kdfast_emulated::sinkhorn_assign", sinkhorn.assign_shapes)
         torch.library.register_fake("kdfast_emulated::sinkhorn_normalize", sinkhorn.normalize_shapes)
         torch.library.register_vmap(
@@ -82,5 +83,5 @@ def meetings() -> int:
     return count()
 
 
-OPS = ("similarity_softmax", "sinkhorn_solve", "sinkhorn_assign", "sinkhorn_normalize")
+OPS = ("similarity_softmax", "similarity_grad_keys", "sinkhorn_solve", "sinkhorn_assign", "sinkhorn_normalize")
 _definitions = torch.library.Library("kdfast_emulated", "DEF")

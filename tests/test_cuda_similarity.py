@@ -40,10 +40,30 @@ def check(a, extra=1e-6):
     torch.testing.assert_close(alone, lse, rtol=1e-6, atol=1e-6)
 
 
+def grad_keys(a, seed=0):
+    """The bank's gradient of sum_i g_i lse_i, exactly and by our kernels; and by the formula in the inputs' dtype."""
+    g = torch.randn(a["scale"].shape, generator=torch.Generator().manual_seed(seed)) / a["query"].shape[1]
+    lse, _, low = forward(a, pooled=False)
+    rest = {k: moved(v) for k, v in a.items() if k not in ("start_logit", "start_value")}
+    columns = {"want_keys": True, "want_bias": False, "kernels": implementation.KERNELS}
+    got, bias, values = cpu.grad_keys(moved(g), moved(lse), moved(low), **rest, **columns)
+    assert bias.numel() == values.numel() == 0
+
+    def formula(dtype):
+        starts = a["start_logit"] is not None
+        _, p = softmax(candidates(a, dtype))
+        return (p[..., starts:] * (g * a["scale"]).to(dtype)[..., None]).mT @ a["query"].to(dtype)
+
+    return got.cpu(), formula(torch.float64), formula(a["query"].dtype)
+
+
 @HALVES
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_ragged_sizes(shape, dtype):
-    check(case(*shape, dtype))
+    a = case(*shape, dtype)
+    check(a)
+    single = shape[1] * shape[2] == 1  # no other rounding of a weight makes up for one
+    assert_accurate(*grad_keys(a), extra=2**-8 if single else 1e-6)
 
 
 @HALVES
@@ -51,11 +71,28 @@ def test_ragged_sizes(shape, dtype):
 def test_exclusions(chosen, dtype):
     for shape in ((2, 70, 150, 24), (1, 3, 300, 200)):
         chosen_ones = chosen_options(chosen, shape, dtype)
-        check(case(*shape, dtype, **{k: v for k, v in chosen_ones.items() if k not in ("bias", "start_value")}))
+        a = case(*shape, dtype, **{k: v for k, v in chosen_ones.items() if k not in ("bias", "start_value")})
+        check(a)
+        assert_accurate(*grad_keys(a), extra=1e-6)
 
 
 def test_own_index():
-    check(case(1, 150, 150, 64, torch.bfloat16, key_index=torch.arange(150).reshape(1, 150, 1)))
+    a = case(1, 150, 150, 64, torch.bfloat16, key_index=torch.arange(150).reshape(1, 150, 1))
+    check(a)
+    assert_accurate(*grad_keys(a), extra=1e-6)
+
+
+def test_the_banks_gradient_of_extreme_rows():
+    """Weights of either sign, of 0 and of rows that admit nothing; a bank shared by the batch; keys beyond `valid` that are NaN."""
+    a = case(2, 150, 200, 72, torch.bfloat16, shared=True, valid=torch.tensor([130, 0]))
+    a["scale"][:, ::3] *= -1
+    a["scale"][:, 5] = 0
+    got, want, naive = grad_keys(a)
+    assert_accurate(got, want, naive, extra=1e-6)
+    assert (got[0, 130:] == 0).all() and (got[1] == 0).all()
+    b = {**a, "keys": a["keys"].clone()}
+    b["keys"][0, 130:] = math.nan
+    assert torch.equal(grad_keys(b)[0], got)
 
 
 @NOTHING
@@ -129,10 +166,14 @@ def test_threads_and_copies_in_any_order(width, monkeypatch):
     monkeypatch.setenv("KDFAST_EMULATE_PROCESSORS", "2")
     shape = (1, 200, 1200, width)
     a = case(*shape, torch.bfloat16, **chosen_options("labels", shape), **chosen_options("valid", shape))
-    want = forward(a)
+
+    def run():
+        return *forward(a), grad_keys(a)[0]
+
+    want = run()
     for order in ("warps", "lanes"):
         monkeypatch.setenv("KDFAST_EMULATE_BACKWARD", order)
-        for x, y in zip(forward(a), want, strict=True):
+        for x, y in zip(run(), want, strict=True):
             assert torch.equal(x, y)
 
 

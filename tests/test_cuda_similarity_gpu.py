@@ -48,6 +48,21 @@ def test_full_sizes(shape, dtype):
         assert (first[1][some].double() - want).norm() <= 0.01 * want.norm()
 
 
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_the_banks_gradient(width):
+    q, k, bank = rows(2000, width), rows(2000, width, seed=1), rows(20_001, width, seed=2)
+    for options in ({}, labelled(bank, len(q))):
+
+        def gradient(impl, q, k, bank, options=options):
+            bank = bank.detach().requires_grad_()
+            return torch.autograd.grad(functional.info_nce(q, k, bank, temperature=0.07, impl=impl, **options), bank)[0]
+
+        first, again = gradient("cuda", q, k, bank), gradient("cuda", q, k, bank)
+        assert torch.equal(first, again)
+        want = gradient("torch", q.double(), k.double(), bank.double())
+        assert (first.double() - want).norm() <= 0.01 * want.norm()
+
+
 def test_capture_in_a_graph():
     q, k, bank = rows(300, 128), rows(300, 128, seed=1), rows(9001, 128, seed=2)
     options = labelled(bank, len(q))

@@ -1,4 +1,4 @@
-// kdfast::similarity_softmax on CUDA: checks and registration.
+// kdfast::similarity_softmax and similarity_grad_keys on CUDA: checks and registration.
 
 #include <tuple>
 
@@ -83,6 +83,35 @@ std::tuple<Tensor, Tensor, Tensor> similarity_softmax(const Tensor& query_in, co
   return {lse, sums, lse_low};
 }
 
+std::tuple<Tensor, Tensor, Tensor> similarity_grad_keys(const Tensor& slope, const OptionalTensor& h, const Tensor& lse, const OptionalTensor& lse_low,
+                                                        const Tensor& query_in, const Tensor& keys_in, const Tensor& scale, const OptionalTensor& bias,
+                                                        const OptionalTensor& values, const OptionalTensor& query_labels, const OptionalTensor& key_labels,
+                                                        const OptionalTensor& key_index, const OptionalTensor& limit, const OptionalTensor& valid, bool want_keys,
+                                                        bool want_bias, bool want_values, int64_t) {
+  STD_TORCH_CHECK(!h.has_value() && !bias.has_value() && !values.has_value() && !limit.has_value(), "it takes neither h, bias, values nor limit");
+  STD_TORCH_CHECK(want_keys && !want_bias && !want_values, "it makes the gradient of the keys alone");
+  const Tensor query = aligned(query_in), keys = aligned(keys_in);
+  kdfast::SimilarityKeyGradient p{};
+  p.problem = problem_of(query, keys, scale, std::nullopt, query_labels, key_labels, key_index, limit, valid);
+  STD_TORCH_CHECK(p.problem.element == kdfast::Element::kBFloat16, "query must be bfloat16");
+  const int64_t batch = p.problem.batch, rows = p.problem.rows;
+  p.slope = packed<float>("slope", slope, {batch, rows}), p.lse = packed<float>("lse", lse, {batch, rows});
+  if (lse_low.has_value()) p.lse_low = packed<float>("lse_low", *lse_low, {batch, rows});
+  Tensor out = torch::stable::new_empty(slope, {batch, p.problem.columns, p.problem.width}), none = torch::stable::new_empty(slope, {0});
+  p.keys = floats_of(out);
+  if (out.numel() == 0) return {out, none, none};
+  on_device_of(query, [&](void* stream) {
+    kdfast::similarity_keys_plan(p);
+    Tensor terms = torch::stable::new_empty(slope, {batch, p.term_columns, 2});
+    p.terms = floats_of(terms);
+    return kdfast::similarity_keys_gradient(p, stream);
+  });
+  return {out, none, none};
+}
+
 }  // namespace
 
-KDFAST_CUDA_OPS(m) { m.impl("similarity_softmax", TORCH_BOX(&similarity_softmax)); }
+KDFAST_CUDA_OPS(m) {
+  m.impl("similarity_softmax", TORCH_BOX(&similarity_softmax));
+  m.impl("similarity_grad_keys", TORCH_BOX(&similarity_grad_keys));
+}

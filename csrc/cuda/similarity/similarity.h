@@ -45,12 +45,25 @@ struct SimilarityForward {
   int units, blocks;  // tiles of rows by parts of the bank; a block has one after another
 };
 
-// Whether the GPU in use has the instructions, and rows of this width a tile.
+// dL/dk_j = sum_i p_ij slope_i s_i q_i, p_ij = exp(z_ij - lse_i - lse_low_i), in float32; without limit,
+// and without labels and indices for rows of more than 128 numbers.
+struct SimilarityKeyGradient {
+  SimilarityProblem problem;
+  const float *slope, *lse, *lse_low;  // [B, N]; lse_low may be null
+  int64_t term_columns;
+  float* terms;  // [B, term_columns, 2]: a query's part in its weights
+  float* keys;   // [B, M, D]
+};
+
+// Whether rows of this width fit a tile.
 bool similarity_serves(int64_t width);
 // Into how many parts the bank is cut and what each has, and the blocks to launch; false: too many rows.
 bool similarity_plan(SimilarityForward& p);
 // Null, or what went wrong.
 const char* similarity_forward(const SimilarityForward& p, void* stream);
 const char* similarity_merge(const SimilarityForward& p, void* stream);
+// Sets term_columns.
+void similarity_keys_plan(SimilarityKeyGradient& p);
+const char* similarity_keys_gradient(const SimilarityKeyGradient& p, void* stream);
 
 }  // namespace kdfast

@@ -4,26 +4,20 @@
 namespace kdfast {
 namespace {
 
-constexpr int kWidths[] = {64, 128, 256};
 constexpr int64_t kLeastTiles = 4;  // of a part of the bank, and at most so many parts
 constexpr int64_t kMostParts = 64;
 
-int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
-
-int64_t columns_of_tile(int64_t width) { return width <= 128 ? Tile<128>::kColumns : Tile<256>::kColumns; }
-static_assert(Tile<64>::kColumns == Tile<128>::kColumns);
-
 template <Element kType, int kWidth>
 const char* launch_softmax(const SimilarityForward& call, void* stream) {
-  using T = Tile<kWidth>;
   const SimilarityProblem& p = call.problem;
-  const bool shared = p.keys_stride == 0;
   SoftmaxParams params{};
   params.call = call;
-  const char* error = encode_map(params.query, p.query, kType, p.batch, p.rows, p.width, p.rows * p.width, kRows);
-  if (error == nullptr) error = encode_map(params.keys, p.keys, kType, shared ? 1 : p.batch, p.columns, p.width, shared ? p.columns * p.width : p.keys_stride, T::kColumns);
+  Streamed& s = params.streamed;
+  s.entries = p.batch, s.rows = p.rows, s.columns = p.columns, s.part_columns = call.split.columns;
+  s.pass_shared = p.keys_stride == 0, s.valid = p.valid, s.valid_stride = p.valid_stride, s.units = call.units, s.blocks = call.blocks;
+  const char* const error = encode_maps<kWidth>(s, kType, p.width, p.query, p.keys);
   if (error != nullptr) return error;
-  const Launch how{call.blocks, kThreads, T::kShared, 1, stream};
+  const Launch how{call.blocks, kThreads, Tile<kWidth>::kShared, 1, stream};
   const bool masked = p.key_labels != nullptr || p.key_index != nullptr || p.limit != nullptr;
   if (call.out.pooled == nullptr) return launch(masked ? softmax_kernel<kType, kWidth, false, true> : softmax_kernel<kType, kWidth, false, false>, how, params);
   return launch(masked ? softmax_kernel<kType, kWidth, true, true> : softmax_kernel<kType, kWidth, true, false>, how, params);

@@ -1,4 +1,5 @@
-"""impl="cuda": the forward pass on Hopper GPUs (csrc/cuda/similarity), for rows of up to 256 numbers of 16 bits; gradients are Triton's.
+"""impl="cuda": kernels for Hopper GPUs (csrc/cuda/similarity), for rows of up to 256 numbers of 16 bits: the forward pass, and the bank's
+gradient of a loss of lse alone in bfloat16. The other sums that gradients need are Triton's.
 
 The functions are the ops of cpu.py, with the same schemas.
 """
@@ -12,7 +13,8 @@ from . import cpu, triton
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTH, MULTIPLE = 256, 8  # the widest row, and what rows are multiples of: copies take 16 bytes
-#: whose kernels make the sums that gradients need; tests put the CPU's here (tests/cuda_kernels.py)
+MASKED_WIDTH = 128  # the widest where the bank's gradient has labels or indices
+#: whose kernels make the other sums; tests put the CPU's here (tests/cuda_kernels.py)
 GRADIENTS = triton
 
 
@@ -46,8 +48,13 @@ def similarity_grad_rows(*args):
     return GRADIENTS.KERNELS.ops.similarity_grad_rows(*args)
 
 
-def similarity_grad_keys(*args):
-    return GRADIENTS.KERNELS.ops.similarity_grad_keys(*args)
+def similarity_grad_keys(slope, h, lse, lse_low, query, keys, scale, bias, values, *args):
+    _, key_labels, key_index, limit, _, want_keys, want_bias, want_values, _ = args
+    here = all(x is None for x in (h, bias, values, limit)) and want_keys and not (want_bias or want_values)
+    here &= query.shape[-1] <= MASKED_WIDTH or (key_labels is None and key_index is None)
+    # float16 has no room for weights that carry an upstream gradient
+    ops = runtime.OPS if here and query.dtype == torch.bfloat16 else GRADIENTS.KERNELS.ops
+    return ops.similarity_grad_keys(slope, h, lse, lse_low, query, keys, scale, bias, values, *args)
 
 
 KERNELS = cpu.Kernels(sys.modules[__name__], triton.KERNELS.products)
