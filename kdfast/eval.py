@@ -19,7 +19,7 @@ def knn_accuracy(
     """The share of queries whose label is the most frequent among their k nearest gallery rows (a tie: the lowest label).
 
     Args:
-        query: [N, D] with query_labels [N], integers >= 0.
+        query: [N, D] with query_labels [N], integers.
         gallery: [M, D] with gallery_labels [M]; None: the queries themselves, each left out for itself.
         k: neighbours, default 5.
         metric: as in kdfast.ops.knn.
@@ -35,11 +35,11 @@ def knn_accuracy(
     gallery, gallery_labels = (query, query_labels) if own else (gallery, gallery_labels)
     gallery_labels = checks.integral("gallery_labels", gallery_labels, shape=(len(checks.rows("gallery", gallery, ndim=2)),))
     index = ops.knn(query, gallery, k, metric=metric, own_index=True if own else None)[1]
-    classes = 1 + max(int(gallery_labels.max()), int(query_labels.max()))
-    votes = torch.zeros(len(query), classes, device=query.device)
+    classes, place = gallery_labels.unique(return_inverse=True)
+    votes = torch.zeros(len(query), len(classes), device=query.device)
     found = (index >= 0).to(votes.dtype)
-    votes.scatter_add_(1, gallery_labels[index.clamp(min=0)], found)
-    return (votes.argmax(1) == query_labels).double().mean().item()
+    votes.scatter_add_(1, place[index.clamp(min=0)], found)
+    return (classes[votes.argmax(1)] == query_labels).double().mean().item()
 
 
 def neighbor_recall(
@@ -68,6 +68,8 @@ def neighbor_recall(
     if (student_gallery is None) != (teacher_gallery is None):
         raise ValueError("student_gallery and teacher_gallery must be given together")
     own = student_gallery is None
+    for name, x in () if own else (("student_gallery", student_gallery), ("teacher_gallery", teacher_gallery)):
+        checks.rows(name, x, ndim=2)
     rows = len(student) - 1 if own else len(student_gallery)
     if not own and rows != len(teacher_gallery):
         raise ValueError(f"student_gallery and teacher_gallery must have a row each a sample, got {rows} and {len(teacher_gallery)}")

@@ -6,8 +6,10 @@ import re
 import pytest
 import torch
 
+import kdfast
+from kdfast import distill, ops
 from kdfast import functional as F
-from kdfast import ops
+from kdfast.eval import knn_accuracy, neighbor_recall
 
 N, M, D = 4, 6, 3
 X, Y, BANK = torch.randn(N, D), torch.randn(N, D), torch.randn(M, D)
@@ -113,3 +115,45 @@ def test_what_leaves_the_range_of_the_arithmetic():
 
 def test_own_index_false_leaves_no_further_row_out():
     torch.testing.assert_close(F.info_nce(X, Y, own_index=False), F.info_nce(X, Y))
+
+
+def test_flags_and_groups_of_banks():
+    for options in ({"labels": 1}, {"normalize": "no"}, {"gather": 3}):
+        refused(kdfast.QueueBank, dict(capacity=4, dim=D), *options, *options.values(), TypeError)
+    refused(kdfast.QueueBank(4, D).push, dict(keys=X), "where", torch.ones(N, dtype=torch.bool).to_sparse())
+    refused(kdfast.IndexedBank, dict(size=4, dim=D), "momentum", torch.ones(3))
+
+
+@pytest.mark.parametrize("option", ["dim", "student_dim", "teacher_dim"])
+@pytest.mark.parametrize("value", [0, -1, True, 1.5], ids=repr)
+def test_widths_of_embeddings(option, value):
+    refused(distill.CRD, dict(num_data=M, dim=2, num_negatives=2), option, value)
+
+
+def test_options_of_methods():
+    for method, option, value in (
+        (distill.KD, "T", torch.ones(3)),
+        (distill.DIST, "temperature", torch.ones(3)),
+        (distill.RKD, "angle_weight", torch.ones(3)),
+        (distill.ICKD, "weight", -1.0),
+        (distill.TWIST, "diversity", "much"),
+    ):
+        refused(method, {}, option, value)
+    refused(distill.CRD, dict(num_data=M), "sampler", 3, TypeError)
+    crd = distill.CRD(M, dim=2, num_negatives=2)
+    refused(crd, dict(student=X, teacher=Y), "index", list(range(N)), TypeError)
+    refused(distill.cutmix, dict(x_a=torch.rand(2, 3, 4, 4)), "x_p", None, TypeError)
+    refused(neighbor_recall, dict(student=X, teacher=Y, teacher_gallery=BANK), "student_gallery", 3, TypeError)
+
+
+def test_labels_and_rows_that_are_not_contiguous():
+    """Columns of a larger table, as a data set keeps them."""
+    table = torch.stack([LABELS, torch.arange(N)], 1)
+    given = dict(k=2, query_labels=table[:, 0], bank_labels=torch.arange(M) // 2, own_index=table[:, 1])
+    found = ops.knn(X, BANK, **given)
+    torch.testing.assert_close(found, ops.knn(X, BANK, **{name: v.contiguous() if name != "k" else v for name, v in given.items()}))
+
+
+def test_accuracy_takes_any_labels():
+    labels = torch.tensor([-3, 7, 2**62, -3, 7, 2**62])
+    assert knn_accuracy(BANK, labels, BANK, labels, k=1) == 1

@@ -89,7 +89,8 @@ def positive_number(name: str, x) -> None:
 
 
 def nonnegative_number(name: str, x) -> None:
-    number(name, x)
+    """`x` is a finite float >= 0, or a 0-d floating tensor (whose value is not read)."""
+    scalar(name, x)
     if isinstance(x, Real) and not (x >= 0 and math.isfinite(x)):
         raise ValueError(f"{name} must be a finite number >= 0, got {x}")
 

@@ -12,10 +12,10 @@ from torch.autograd import Function
 from . import dtypes
 
 
-def check_group(group) -> None:
+def check_group(group, name: str = "group") -> None:
     """`group` is None or a torch.distributed group that this process is in."""
     if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
-        raise TypeError(f"group must be None or a torch.distributed group of this process, got {type(group).__name__}")
+        raise TypeError(f"{name} must be None or a torch.distributed group of this process, got {type(group).__name__}")
 
 
 def all_gather_rows(x: Tensor, group) -> tuple[Tensor, int]:

@@ -19,8 +19,10 @@ class Bank(nn.Module):
         super().__init__()
         if dtype not in checks.FLOATING:
             raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+        checks.flag("labels", labels)
         if isinstance(gather, str) and gather != "auto":
             raise ValueError(f'gather must be "auto", None or a torch.distributed group, got {gather!r}')
+        collectives.check_group(None if gather == "auto" else gather, "gather")
         self.gather = gather
         self.register_buffer("storage", torch.zeros(rows, dim, dtype=dtype))
         self.register_buffer("labels", torch.full((rows,), -1) if labels else None)

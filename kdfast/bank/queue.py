@@ -58,6 +58,7 @@ class QueueBank(Bank):
     ) -> None:
         super().__init__(checks.count("capacity", capacity), checks.count("dim", dim), labels=labels, dtype=dtype, gather=gather)
         checks.choice("layout", layout, ("rows", "packed"))
+        checks.flag("normalize", normalize)
         self.normalize, self.layout = normalize, layout
         self._copy: kernels.Packed | None = None
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))  # the slot the next row takes
@@ -77,10 +78,8 @@ class QueueBank(Bank):
             ValueError, TypeError: wrong rank, width, device or dtype; labels missing or not wanted.
         """
         labels = self._checked(keys, labels)
-        if where is not None:
-            if not isinstance(where, Tensor) or where.dtype != torch.bool:
-                raise TypeError(f"where must be a bool tensor, got {where.dtype if isinstance(where, Tensor) else type(where).__name__}")
-            checks.exact_shape("where", where, (len(keys),))
+        if where is not None and checks.real("where", where, shape=(len(keys),), device=keys.device).dtype != torch.bool:
+            raise TypeError(f"where must be a bool tensor, got {where.dtype}")
         keys, labels, where = self._of_all_ranks(keys, labels, where)
         mine = (self.storage, self.pointer, self.fill, self.labels)
         if kernels.serve(self.storage, keys) and self.storage.is_contiguous():

@@ -133,7 +133,9 @@ def cutmix(x_a: Tensor, x_p: Tensor, beta: float = 2.0, generator: torch.Generat
     Source: Yun et al. 2019 (CutMix), section 3; BINGO's released code mixes an anchor with its bag member so.
     """
     checks.floating("x_a", x_a, ndim=4)
-    checks.exact_shape("x_p", x_p, tuple(x_a.shape))
+    checks.exact_shape("x_p", checks.floating("x_p", x_p), tuple(x_a.shape))
+    checks.alike("x_p", x_p, "x_a", x_a, dtype=False)
+    checks.finite_number("beta", beta)
     checks.positive_number("beta", beta)
     draw = np.random.default_rng(int(random.seed(generator, torch.device("cpu"))))
     side = (1 - draw.beta(beta, beta)) ** 0.5

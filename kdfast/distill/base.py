@@ -31,6 +31,7 @@ class DistillLoss(nn.Module):
             self.bank = bank
         else:
             raise TypeError(f"bank must be a Tensor [M, D] or a kdfast bank, got {type(bank).__name__}")
+        checks.flag("push", push)
         self.push = push
         self.last: dict[str, Tensor] = {}
 

@@ -59,6 +59,8 @@ class CRD(EmbeddedLoss):
             sampler = AliasSampler(torch.ones(num_data), num_negatives, generator=generator)
         elif sampler is None:
             sampler = ClassSampler(labels, num_negatives, generator=generator)
+        if not hasattr(sampler, "draw"):
+            raise TypeError(f"sampler must draw rows, as kdfast.bank.AliasSampler does, got {type(sampler).__name__}")
         self.sampler = sampler
         self.student_bank, self.teacher_bank = (IndexedBank(num_data, dim, momentum=momentum) for _ in range(2))
         self.student_contrast, self.teacher_contrast = NoiseContrast(temperature), NoiseContrast(temperature)
@@ -67,6 +69,7 @@ class CRD(EmbeddedLoss):
         embedded_s, embedded_t = self._embedded(student, teacher)  # [N, dim]
         if index is None:
             raise ValueError("index must be given: it says which rows of the banks belong to the batch")
+        index = checks.integral("index", index, shape=(len(embedded_s),))
         rows = self.teacher_bank.storage
         drawn = self.sampler.draw(index.to(rows.device), positive=True)  # [N, 1 + K]
         loss = self._report(

@@ -27,6 +27,7 @@ class DIST(PairLoss):
         checks.nonnegative_number("beta", beta)
         checks.nonnegative_number("gamma", gamma)
         checks.positive_number("temperature", temperature)
+        checks.scalar("temperature", temperature)
         self.beta, self.gamma, self.temperature = beta, gamma, temperature
 
     def compare(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .._core import checks
 from ..projectors import Affine
 from .base import DistillLoss, unit, vectors
 
@@ -16,6 +17,9 @@ class EmbeddedLoss(DistillLoss):
         self, dim: int, student_dim: int | None, teacher_dim: int | None, *, constraint: str | None = None, bank=None, push: bool = True
     ) -> None:
         super().__init__(bank, push)
+        for name, width in (("dim", dim), ("student_dim", student_dim), ("teacher_dim", teacher_dim)):
+            if width is not None or name == "dim":
+                checks.count(name, width)
         self.student_embedding = Affine(student_dim, dim, constraint=constraint)
         self.teacher_embedding = Affine(teacher_dim, dim, constraint=constraint)
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from .._core import checks
 from .._core.dtypes import accumulator
 from ..projectors import Projector
 from .base import same_shape, without_autocast
@@ -35,6 +36,7 @@ class ICKD(PairLoss):
             None if default else teacher_dim,
         )
         self.norms = nn.ModuleList(nn.LazyBatchNorm1d(track_running_stats=False) for _ in self.projectors)
+        checks.nonnegative_number("weight", weight)
         self.weight = weight
 
     def materialize(self, student, teacher) -> None:

@@ -26,6 +26,7 @@ class KD(PairLoss):
     def __init__(self, T: float = 4.0) -> None:
         super().__init__()
         checks.positive_number("T", T)
+        checks.scalar("T", T)
         self.T = T
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Similarities to sampled bank rows. Derivation: README.md; definition: reference.py."""
 
-from numbers import Real
-
 from torch import Tensor
 
 from ..._core import checks, impls
@@ -75,8 +73,8 @@ def scaled(query: Tensor, scale: float | Tensor) -> Tensor:
             checks.exact_shape("scale", scale, (len(query),))
             scale = scale[:, None]
         scale = scale.to(wide)
-    elif isinstance(scale, bool) or not isinstance(scale, Real):
-        raise TypeError(f"scale must be a float or a floating tensor, got {type(scale).__name__}")
+    else:
+        checks.number("scale", scale)
     return (wide * scale).contiguous()
 
 

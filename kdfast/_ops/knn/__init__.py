@@ -77,8 +77,9 @@ def knn(
     if query_labels is not None:
         if rows.labels is None:
             raise ValueError("query_labels need bank_labels, or a bank that keeps labels")
-        query_labels = checks.integral("query_labels", query_labels, shape=(n,), device=device)
+        query_labels = checks.integral("query_labels", query_labels, shape=(n,), device=device).contiguous()
         bank_labels = checks.integral("bank_labels", rows.labels, shape=(m,), device=device)
+    own = checks.own_rows(own_index, (n,), m, device)
     products = precisions.resolve(precision, device.type)
     whole_rows = isinstance(bank, Tensor) or (bank.flags.c_contiguous and bank.dtype.isnative)
     dtype = query.dtype if isinstance(query, Tensor) else _dtype("query", query)
@@ -90,7 +91,7 @@ def knn(
         bank,
         _reader(device),
         metric,
-        checks.own_rows(own_index, (n,), m, device),
+        None if own is None else own.contiguous(),
         query_labels,
         bank_labels if query_labels is not None else None,
         same_class,

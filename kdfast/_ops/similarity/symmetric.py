@@ -65,6 +65,8 @@ def symmetric_lse(
     impl = impls.choose("symmetric_lse", impl, device_type=x.device.type, dtype=compute.dtype)
     size = batch.numel()
     acc = dtypes.accumulator(x.dtype)
+    if not isinstance(scale, Tensor):
+        checks.in_range("scale", scale, acc)
     scale = scale.to(x.device, acc) if isinstance(scale, Tensor) else x.new_full((), scale, dtype=acc)  # no copy from the host
     scale = scale.expand(size)
     sides = (x, y)

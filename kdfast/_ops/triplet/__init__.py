@@ -85,6 +85,7 @@ def row_extrema(
         own_index=own_index,
         ref_valid=valid,
         metric=metric,
+        normalize=normalize,
         ready=False,
         names=inputs.Names("x", "labels_x", "y", "labels_y", "valid"),
     )
