@@ -1,7 +1,7 @@
 // How many of many sorted floats are not above others: sorting, and a tree to search.
 //
 // 2^depth - 1 floats are a binary tree in the order of its levels: node n has the children 2 n and 2 n + 1. A search goes down from node 1 and its
-// rank is the leaf it would reach, one comparison a level. The first seven levels are eight vectors of 16 in registers, from which permutations
+// rank is the leaf it would reach, one comparison a level. The first eight levels are sixteen vectors of 16, from which permutations
 // take what each lane compares with; below them it is gathered. Searches of several vectors hide each other's latency.
 //
 // Included after an instruction set's header (isa/).
@@ -113,21 +113,26 @@ inline void grow_tree(float* sorted, int depth, float* tree) {
 }
 
 #if KDFAST_LANES == 16
-constexpr int kRegisterLevels = 7;
+constexpr int kRegisterLevels = 8;
+
+// Of kVectors vectors, the floats whose numbers are the low bits of `at`.
+template <int kVectors>
+inline __m512 floats_at(const float* from, __m512i at) {
+  if constexpr (kVectors == 1) {
+    return _mm512_permutexvar_ps(at, _mm512_loadu_ps(from));
+  } else if constexpr (kVectors == 2) {
+    return _mm512_permutex2var_ps(_mm512_loadu_ps(from), at, _mm512_loadu_ps(from + kLanes));
+  } else {
+    const __m512 low = floats_at<kVectors / 2>(from, at), high = floats_at<kVectors / 2>(from + kVectors / 2 * kLanes, at);
+    return _mm512_mask_mov_ps(low, _mm512_test_epi32_mask(at, _mm512_set1_epi32(kVectors / 2 * kLanes)), high);
+  }
+}
 
 // What lanes at the nodes of a level compare with.
 template <int kLevel>
 inline Vec nodes_at(const float* tree, IntVec node) {
-  const auto from = [&](int64_t at) { return _mm512_loadu_ps(tree + at); };
-  const __m512i at = (__m512i)node;
-  if constexpr (kLevel < 5) {
-    return (Vec)_mm512_permutexvar_ps(at, from(kLevel < 4 ? 0 : 16));
-  } else if constexpr (kLevel == 5) {
-    return (Vec)_mm512_permutex2var_ps(from(32), at, from(48));
-  } else {
-    const __m512 low = _mm512_permutex2var_ps(from(64), at, from(80)), high = _mm512_permutex2var_ps(from(96), at, from(112));
-    return (Vec)_mm512_mask_mov_ps(low, _mm512_test_epi32_mask(at, _mm512_set1_epi32(32)), high);
-  }
+  constexpr int kNodes = 1 << kLevel;
+  return (Vec)(kNodes < kLanes ? floats_at<1>(tree, (__m512i)node) : floats_at<(kNodes < kLanes ? 1 : kNodes / kLanes)>(tree + kNodes, (__m512i)node));
 }
 
 // To the right child where the probe is not above v; `last`: the probes passed on the left.
