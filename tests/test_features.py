@@ -55,6 +55,14 @@ def test_capture_takes_element_0_of_tuples_and_keyword_inputs():
     assert torch.equal(feats["body"], x + 1) and feats["body:in"] is x
 
 
+def test_capture_finds_a_shared_module_by_every_name():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    model.add_module("again", model[0])
+    with capture(model, ["0", "again"]) as feats:
+        out = model(torch.randn(2, 3))
+    assert feats["again"] is out and feats["0"] is out  # one module: what it gave last
+
+
 def test_capture_removes_hooks_after_an_error():
     model = net()
     with pytest.raises(RuntimeError), capture(model, ["0"]):

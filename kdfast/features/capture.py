@@ -26,7 +26,7 @@ class capture:
     def __init__(self, model: nn.Module, keys: Iterable[str]) -> None:
         self.values = _Values()
         self.keys = tuple(dict.fromkeys(keys))
-        modules = dict(unwrap(model).named_modules())
+        modules = dict(unwrap(model).named_modules(remove_duplicate=False))
         places = []
         for key in self.keys:
             path, colon, side = key.partition(":")
