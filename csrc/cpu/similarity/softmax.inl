@@ -128,31 +128,44 @@ inline Vec weigh_row(const float* scores, float* weights, int64_t padded, float 
 }
 
 // A block's scores `tile` of `rows` rows from `row` on, the first `count` rows being rows `first` on of the call: with z a row's logits,
-// m' = max(m, max z), weights 2^(z - m'), correction 2^(m - m'), l' = correction l + sum of weights. kLanes rows together: their chains of
-// max, shift and weight overlap. weigh(i, scores, factor, shift) makes the weights of row i, once its correction is known, and returns their
-// sums by lane. A row with nothing admitted yet keeps m = -inf and is shifted by 0, so that nothing becomes inf - inf.
+// m' = max(m, max z), weights 2^(z - m'), correction 2^(m - m'), l' = correction l + sum of weights. weigh(i, scores, factor, shift) makes the
+// weights of row i, once its correction is known, and returns their sums by lane. A row with nothing admitted yet keeps m = -inf and is
+// shifted by 0, so that nothing becomes inf - inf.
+//
+// Maxima are settled kLanes rows together, half as many rows before the first of them is weighed, from scores looked at before that: what
+// they wait for, L2 and each other, passes under the exponentials of other rows.
 template <class Weigh>
 inline void weigh_rows(const RunningSoftmax& s, const ColumnTerms& terms, const Tile& tile, const SimilarityParams& p, int64_t first,
                        int64_t count, const Block& block, int64_t row, int64_t rows, const Prefetch& next, const Weigh& weigh) {
-  for (int64_t begin = row; begin < row + rows; begin += kLanes) {
-    const int64_t end = smaller(begin + kLanes, row + rows);
-    float best[kLanes] = {}, factor[kLanes] = {}, shift[kLanes];
-    for (int64_t i = begin; i < end; ++i) {
-      float* const scores = tile.scores(i - row);
-      factor[i - begin] = i < count ? terms.exclude(p, first + i, block, scores, s.multiplier[i]) : 0;
-      best[i - begin] = largest_score(scores, block.padded);
-      next.fetch(i);
-    }
-    const Vec before = load(s.maximum + begin), after = larger(load(factor) * load(best), before);
+  constexpr int64_t kLag = kLanes / 2, kRing = 2 * kLanes;
+  float best[kRing] = {}, factor[kRing] = {}, shift[kRing];
+  const auto look = [&](int64_t at) {
+    if (at >= rows) return;
+    const int64_t i = row + at;
+    float* const scores = tile.scores(at);
+    factor[at % kRing] = i < count ? terms.exclude(p, first + i, block, scores, s.multiplier[i]) : 0;
+    best[at % kRing] = largest_score(scores, block.padded);
+    next.fetch(i);
+  };
+  const auto settle = [&](int64_t at) {
+    if (at >= rows) return;
+    const int64_t slot = at % kRing;
+    float* const maximum = s.maximum + row + at;
+    const Vec before = load(maximum), after = larger(load(factor + slot) * load(best + slot), before);
     const Vec finite = after == splat(-kInfinity) ? Vec{} : after;
-    store(shift, finite);
-    store(s.maximum + begin, after);
-    store(s.correction + begin, exp2_nonpositive(before - finite));
-    for (int64_t i = begin; i < end; ++i) {
-      const Vec sum = weigh(i, tile.scores(i - row), factor[i - begin], shift[i - begin]);
-      float* const l = s.sum + i * kLanes;
-      store(l, multiply_add(load(l), splat(s.correction[i]), sum));
-    }
+    store(shift + slot, finite);
+    store(maximum, after);
+    store(s.correction + row + at, exp2_nonpositive(before - finite));
+  };
+  for (int64_t at = 0; at < kLanes + kLag; ++at) look(at);
+  settle(0);
+  for (int64_t at = 0; at < rows; ++at) {
+    if (at % kLanes == kLag) settle(at + kLag);
+    look(at + kLanes + kLag);
+    const int64_t i = row + at;
+    const Vec sum = weigh(i, tile.scores(at), factor[at % kRing], shift[at % kRing]);
+    float* const l = s.sum + i * kLanes;
+    store(l, multiply_add(load(l), splat(s.correction[i]), sum));
   }
 }
 
