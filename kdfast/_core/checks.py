@@ -53,8 +53,8 @@ def _tensor(name: str, x, ndim: int | None, min_ndim: int) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
     if x.layout is not torch.strided or x.is_nested or x.is_quantized:
-        kind = "nested" if x.is_nested else "quantized" if x.is_quantized else f"of {x.layout}"
-        raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
+        kind = "a nested one" if x.is_nested else "a quantized one" if x.is_quantized else f"one of {x.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
     if x.device.type == "meta":
         raise ValueError(f"{name} must hold values, got a tensor on the meta device")
     if ndim is not None and x.dim() != ndim:

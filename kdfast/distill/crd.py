@@ -53,6 +53,7 @@ class CRD(EmbeddedLoss):
     ) -> None:
         super().__init__(dim, student_dim, teacher_dim, push=push)
         checks.count("num_data", num_data)
+        checks.count("num_negatives", num_negatives)
         if labels is not None:
             checks.integral("labels", labels, shape=(num_data,))
         if sampler is None and labels is None:

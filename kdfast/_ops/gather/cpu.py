@@ -1,15 +1,18 @@
 """impl="cpu": the contractions of portable.py by fused C++ kernels (csrc/cpu/gather), each sampled row read once."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from kdfast._core import extension
 
-from . import portable
+from . import contractions, portable
 
 __all__ = ["missing", "pool", "refuses", "scatter", "scores", "statistic"]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+scores = partial(contractions.scores, torch.ops.kdfast)
+pool = partial(contractions.pool, torch.ops.kdfast)
 
 
 def missing() -> str | None:
@@ -21,23 +24,7 @@ def refuses(*, device_type: str = "cpu", dtype: torch.dtype = torch.float32, ban
     """Why they cannot serve a call on this device type with these dtypes of query and bank (None: they can)."""
     if device_type != "cpu":
         return f"it runs on CPU tensors, these are on {device_type}"
-    for given in (dtype, bank_dtype):
-        if given not in DTYPES:
-            return f"it takes float32, bfloat16 or float16, not {given}"
-    return None
-
-
-def scores(query: Tensor, bank: Tensor, index: Tensor) -> Tensor:
-    """query [N, D] float32, bank [M, D], index [N, K] int64 -> z_nk = q_n . k_{index_nk}, [N, K] float32.
-
-    RuntimeError for an index outside the bank.
-    """
-    return torch.ops.kdfast.gather_similarity(query.contiguous(), _rows(bank), index.contiguous())
-
-
-def pool(weights: Tensor, bank: Tensor, index: Tensor) -> Tensor:
-    """weights [N, K] float32, bank [M, D], index [N, K] int64 -> o_n = sum_k w_nk k_{index_nk}, [N, D] float32."""
-    return torch.ops.kdfast.gather_weighted_sum(weights.contiguous(), _rows(bank), index.contiguous())
+    return contractions.refuses_dtypes(dtype, bank_dtype)
 
 
 def statistic(
@@ -48,7 +35,7 @@ def statistic(
         return portable.statistic(query, bank, index, offset, shift, pooled)
     offset = None if offset is None else offset.contiguous()
     shift = None if shift is None else shift.reshape(-1)
-    return torch.ops.kdfast.gather_statistic(query.contiguous(), _rows(bank), index.contiguous(), offset, shift, pooled)
+    return torch.ops.kdfast.gather_statistic(query.contiguous(), contractions.rows(bank), index.contiguous(), offset, shift, pooled)
 
 
 def scatter(weights: Tensor, query: Tensor, index: Tensor, size: int, dtype: torch.dtype) -> Tensor:
@@ -56,30 +43,12 @@ def scatter(weights: Tensor, query: Tensor, index: Tensor, size: int, dtype: tor
     return torch.ops.kdfast.gather_scatter(weights.contiguous(), query.contiguous(), index.contiguous(), size, dtype)
 
 
-def _rows(bank: Tensor) -> Tensor:
-    return bank if bank.stride(1) == 1 else bank.contiguous()
-
-
-def _fake_scores(query: Tensor, bank: Tensor, index: Tensor) -> Tensor:
-    return query.new_empty(index.shape)
-
-
-def _fake_pool(weights: Tensor, bank: Tensor, index: Tensor) -> Tensor:
-    return weights.new_empty(index.shape[0], bank.shape[1])
-
-
-def _fake_statistic(
-    query: Tensor, bank: Tensor, index: Tensor, offset: Tensor | None, shift: Tensor | None, pooled: bool
-) -> tuple[Tensor, Tensor]:
-    return query.new_empty(index.shape[0]), query.new_empty(index.shape[0] if pooled else 0, bank.shape[1])
-
-
 def _fake_scatter(weights: Tensor, query: Tensor, index: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     return query.new_empty(size, query.shape[1], dtype=dtype)
 
 
 if missing() is None:
-    torch.library.register_fake("kdfast::gather_similarity", _fake_scores)
-    torch.library.register_fake("kdfast::gather_weighted_sum", _fake_pool)
-    torch.library.register_fake("kdfast::gather_statistic", _fake_statistic)
+    torch.library.register_fake("kdfast::gather_similarity", contractions.scores_fake)
+    torch.library.register_fake("kdfast::gather_weighted_sum", contractions.pool_fake)
+    torch.library.register_fake("kdfast::gather_statistic", contractions.statistic_fake)
     torch.library.register_fake("kdfast::gather_scatter", _fake_scatter)

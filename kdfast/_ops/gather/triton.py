@@ -1,15 +1,18 @@
 """impl="triton": the contractions of portable.py in Triton, each sampled row read once; scatter is a sort and PyTorch's own sum of runs."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..._core import triton_runtime as runtime
-from . import portable
+from . import contractions, portable
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TILE = 4096  # numbers of a tile of sampled rows: 32 registers of a thread, and as many for the sums
 _WIDEST = 1024  # a statistic needs a row's score before its weight: the row stays in registers
 
+scores = partial(contractions.scores, torch.ops.kdfast_triton)
+pool = partial(contractions.pool, torch.ops.kdfast_triton)
 scatter = portable.scatter
 
 
@@ -19,23 +22,7 @@ def missing() -> str | None:
 
 def refuses(*, device_type: str = "cuda", dtype: torch.dtype = torch.float32, bank_dtype: torch.dtype = torch.float32) -> str | None:
     """Why the kernels cannot serve a call on this device type with these dtypes of query and bank (None: they can)."""
-    for given in (dtype, bank_dtype):
-        if given not in DTYPES:
-            return f"it takes float32, bfloat16 or float16, not {given}"
-    return runtime.refuses_device(device_type)
-
-
-def scores(query: Tensor, bank: Tensor, index: Tensor) -> Tensor:
-    """query [N, D] float32, bank [M, D], index [N, K] int64 -> z_nk = q_n . k_{index_nk}, [N, K] float32.
-
-    NaN for an index outside the bank.
-    """
-    return torch.ops.kdfast_triton.gather_similarity(query.contiguous(), _rows(bank), index.contiguous())
-
-
-def pool(weights: Tensor, bank: Tensor, index: Tensor) -> Tensor:
-    """weights [N, K] float32, bank [M, D], index [N, K] int64 -> o_n = sum_k w_nk k_{index_nk}, [N, D] float32."""
-    return torch.ops.kdfast_triton.gather_weighted_sum(weights.contiguous(), _rows(bank), index.contiguous())
+    return contractions.refuses_dtypes(dtype, bank_dtype) or runtime.refuses_device(device_type)
 
 
 def statistic(
@@ -46,12 +33,9 @@ def statistic(
         return portable.statistic(query, bank, index, offset, shift, pooled)
     offset = None if offset is None else offset.contiguous()
     shift = None if shift is None else shift.reshape(-1).contiguous()
-    value, out = torch.ops.kdfast_triton.gather_statistic(query.contiguous(), _rows(bank), index.contiguous(), offset, shift, pooled)
+    query, bank, index = query.contiguous(), contractions.rows(bank), index.contiguous()
+    value, out = torch.ops.kdfast_triton.gather_statistic(query, bank, index, offset, shift, pooled)
     return value, out
-
-
-def _rows(bank: Tensor) -> Tensor:
-    return bank if bank.stride(1) == 1 else bank.contiguous()
 
 
 def gather_similarity(query: Tensor, bank: Tensor, index: Tensor) -> Tensor:
@@ -107,20 +91,6 @@ def _parts(query, weights, bank, index, offset, shift, statistic: int, pooled: b
     return value, top, sums
 
 
-def _scores_fake(query: Tensor, bank: Tensor, index: Tensor) -> Tensor:
-    return query.new_empty(index.shape)
-
-
-def _sum_fake(weights: Tensor, bank: Tensor, index: Tensor) -> Tensor:
-    return weights.new_empty(len(index), bank.shape[1])
-
-
-def _statistic_fake(
-    query: Tensor, bank: Tensor, index: Tensor, offset: Tensor | None, shift: Tensor | None, pooled: bool
-) -> tuple[Tensor, Tensor]:
-    return query.new_empty(len(index)), query.new_empty(len(index) if pooled else 0, bank.shape[1])
-
-
-runtime.register("gather_similarity", gather_similarity, _scores_fake)
-runtime.register("gather_weighted_sum", gather_weighted_sum, _sum_fake)
-runtime.register("gather_statistic", gather_statistic, _statistic_fake)
+runtime.register("gather_similarity", gather_similarity, contractions.scores_fake)
+runtime.register("gather_weighted_sum", gather_weighted_sum, contractions.pool_fake)
+runtime.register("gather_statistic", gather_statistic, contractions.statistic_fake)
