@@ -167,12 +167,12 @@ inline void make_all_but(size_t pending, Block& block, Warpgroup& w) {
   }
 }
 
-// The products are made when nobody else can go on either.
+// The products are made when nobody else can go on either, and before copies that are on their way arrive.
 inline void wait_for_products(size_t pending) {
   Warpgroup& w = warpgroup();
   w.fenced[place()] = false;
   if (++w.waiting == Warpgroup::kThreads)
-    device().on_the_way.push_back([&w, &block = here(), pending] {
+    device().on_the_way.push_front([&w, &block = here(), pending] {
       make_all_but(pending, block, w);
       w.waiting = 0, ++w.made.generation, ++device().meetings;
     });
