@@ -1,5 +1,6 @@
 """Arguments of a kind that only some mistake would give: each is named, before PyTorch or a kernel stumbles over it."""
 
+import functools
 import inspect
 import re
 
@@ -137,6 +138,9 @@ def test_options_of_methods():
         (distill.RKD, "angle_weight", torch.ones(3)),
         (distill.ICKD, "weight", -1.0),
         (distill.TWIST, "diversity", "much"),
+        (distill.FacultyOT, "T", torch.ones(3)),
+        (functools.partial(distill.SpectralTail, 2), "p", torch.ones(3)),
+        (functools.partial(distill.SpectralTail, 2), "center", 1),
     ):
         refused(method, {}, option, value)
     refused(distill.CRD, dict(num_data=M), "sampler", 3, TypeError)

@@ -29,6 +29,7 @@ class FacultyOT(DistillLoss):
     def __init__(self, cost=None, *, T: float = 4.0, epsilon: float = 0.05, iters: int = 50) -> None:
         super().__init__()
         checks.positive_number("T", T)
+        checks.scalar("T", T)
         checks.positive_number("epsilon", epsilon)
         self.T, self.epsilon, self.iters = T, epsilon, checks.count("iters", iters)
         given = [] if cost is None else cost if isinstance(cost, list) else [cost]

@@ -33,6 +33,8 @@ class SpectralTail(DistillLoss):
         super().__init__()
         self.rank, self.p, self.center = checks.count("rank", rank), p, center
         checks.positive_number("p", p)
+        checks.scalar("p", p)
+        checks.flag("center", center)
 
     def forward(self, student, teacher=None, *, index=None, labels=None) -> Tensor:
         return self._report(spectral_tail=torch.stack([self._tail(x) for _, x, _ in pairs(student, student)]).mean())
