@@ -20,6 +20,8 @@ from kdfast.compat.pml import (
     SupConLoss,
     TripletMarginLoss,
     TripletMarginMiner,
+    losses,
+    miners,
 )
 
 peer = pytest.mark.skipif(importlib.util.find_spec("pytorch_metric_learning") is None, reason="pytorch-metric-learning is not installed")
@@ -464,6 +466,19 @@ def test_losses_and_miners_are_the_librarys(name, miner):
     if "swap" not in name:  # with references the library swaps in a distance of another row
         mined = None if miner is None else getattr(pml.miners, miner)()(x, labels, y, ref_labels)
         agree(ours(x, labels, mined, y, ref_labels), theirs(x, labels, mined, y, ref_labels), x, y)
+
+
+@peer
+def test_modules_have_the_librarys_names():
+    import pytorch_metric_learning.losses as library_losses
+    import pytorch_metric_learning.miners as library_miners
+
+    from kdfast.compat import pml
+
+    for ours, theirs in ((losses, library_losses), (miners, library_miners)):
+        own = [value for value in vars(ours).values() if isinstance(value, type) and value in vars(pml).values()]
+        assert len(own) >= 5 and all(hasattr(theirs, value.__name__) for value in own)
+    assert losses.CrossBatchMemory is CrossBatchMemory  # which the library has among its losses
 
 
 @peer

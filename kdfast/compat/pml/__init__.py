@@ -9,8 +9,7 @@ Of the base class's keywords `distance` takes the library's own LpDistance(p=2) 
 """
 
 from . import losses, miners
-from .losses import MarginLoss, MultiSimilarityLoss, NTXentLoss, SupConLoss, TripletMarginLoss
-from .memory import CrossBatchMemory
+from .losses import CrossBatchMemory, MarginLoss, MultiSimilarityLoss, NTXentLoss, SupConLoss, TripletMarginLoss
 from .miners import BatchEasyHardMiner, BatchHardMiner, DistanceWeightedMiner, MultiSimilarityMiner, TripletMarginMiner
 
 __all__ = [

@@ -6,7 +6,7 @@ from ..._core import checks, dtypes
 from ...bank import QueueBank
 from .._memory import push_located
 from .arguments import Reference, checked_labels
-from .losses import PairLoss
+from .criteria import PairLoss
 from .miners import Miner
 
 
