@@ -9,7 +9,7 @@ from .._core import bank_protocol, checks, collectives, dtypes
 from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
 from .._ops.similarity import similarity_lse
-from .._ops.similarity.arguments import problem, rounded
+from .._ops.similarity.arguments import checked_problem, rounded
 from .._ops.similarity.exclusions import Rules
 from .._ops.similarity.info_nce import Positives, info_nce_rows
 from .._ops.similarity.positives import positive_logits
@@ -289,7 +289,7 @@ def _contrasted(p: Prepared, scale, positive_weights, margin, include_positive, 
     if margin is not None:
         inner = _positive_logits(p, 1.0)[0].detach()
         rules = rules._replace(limit=(per_row(scale) * (inner.amax(-1) + margin)).detach())
-    spec = problem(p.query, p.rows, scale, None, p.bias, None, rules, p.valid, precision, impl, p.panels)
+    spec = checked_problem(p.query, p.rows, scale, None, p.bias, None, rules, p.valid, precision, impl, p.panels)
     weights = None
     if positive_weights is not None:
         copies = positive_weights.shape[-1]

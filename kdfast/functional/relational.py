@@ -83,7 +83,7 @@ def similarity_distillation(
     own_column = own_columns(own_index, student, keys.shape[0])
     excluded = any(x is not None for x in (valid, given.bias, own_column))
     mean = reduction == "mean" and weight is None and not excluded and rows > 0
-    sharp = any(isinstance(t, Real) and t < 1e-3 for t in (student_temperature, teacher_temperature))
+    sharp = any((type(t) is float or isinstance(t, Real)) and t < 1e-3 for t in (student_temperature, teacher_temperature))
     with torch.autocast(student.device.type, enabled=False) if sharp else contextlib.nullcontext():
         precision = "ieee" if sharp and precision is None else precision
         student, keys, teacher, teacher_keys = rounded(precision, student, keys, teacher, None if shared else teacher_keys)

@@ -225,18 +225,18 @@ struct ColumnTerm {
   inline Vec at(int64_t j) const { return load(x + j); }
 };
 
-// Replace one row's scores by base-2 logits, log2e scale score + bias, -inf where scale score > limit or the labels are equal.
+// Replace one row's scores by logits, scale score + bias, -inf where scale score > limit or the labels are equal.
 // `label` null: no labels.
 template <class Scale, class Limit, class Bias>
 inline void mask_scores(const BlockLabels& labels, float* scores, int64_t padded, Scale scale, bool limited, Limit limit, Bias bias,
                         const int64_t* label) {
   const int64_t own = label != nullptr ? *label : 0;
   const IntVec low = IntVec{} + int32_t(uint32_t(own)), high = IntVec{} + int32_t(own >> 32);
-  const Vec dropped = splat(-kInfinity), log2e = splat(kLog2e);
+  const Vec dropped = splat(-kInfinity);
   for (int64_t j = 0; j < padded; j += kLanes) {
-    const Vec logit = load(scores + j) * scale.at(j);
-    Vec z = multiply_add(logit, log2e, bias.at(j));
-    if (limited) z = logit > limit.at(j) ? dropped : z;
+    const Vec score = load(scores + j);
+    Vec z = multiply_add(score, scale.at(j), bias.at(j));
+    if (limited) z = score * scale.at(j) > limit.at(j) ? dropped : z;
     if (label != nullptr) z = ((load_int(labels.low + j) == low) & (load_int(labels.high + j) == high)) ? dropped : z;
     store(scores + j, z);
   }

@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor
            : kdfast::similarity_softmax(q, k, s, b, none, none, none, batch.in(query_labels), batch.in(key_labels), batch.in(key_index),
                                         batch.in(limit), batch.in(valid), want_pull, precision, panels);
   const Tensor kept = keep ? output(query, {1, k.size(1), p.width}) : output(query, {0});
-  const InfoNceRows rows{0, p.batch * p.rows, include_positive, data<float>(lse), out, slope, want_pull ? floats_of(pull) : nullptr};
+  const InfoNceRows rows{0, p.batch * p.rows, include_positive, data<float>(lse), data<float>(lse_low), out, slope, want_pull ? floats_of(pull) : nullptr};
   if (keep) {
     kept_info_nce(p, k, precision, rows, floats_of(lse), floats_of(lse_low), floats_of(kept));
   } else {

@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const 
   const Tensor x_sums = sums(keep_x), y_sums = sums(keep_y);
   float *const row = floats_of(statistics), *const column = row + kStatistics * rows;
   const auto find_losses = [&] {
-    kdfast::cpu_kernels().matching_losses(call.m, {sides, {row, column}, floats_of(losses), {row + 2 * rows, column + 2 * rows}});
+    kdfast::cpu_kernels().matching_losses(call.m, {sides, {row, column}, {row + rows, column + rows}, floats_of(losses), {row + 2 * rows, column + 2 * rows}});
   };
   if (kept) {
     const Backward back(call, row);

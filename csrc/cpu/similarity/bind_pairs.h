@@ -71,7 +71,7 @@ struct Partial {
   float* maximum(int64_t part, int64_t at) const { return floats_of(memory) + part * size + at; }
   float* sum(int64_t part, int64_t at) const { return maximum(parts + part, at); }
   void merge(float* lse, float* low) const {
-    kdfast::cpu_kernels().similarity_merge({parts, size, size, 0, maximum(0, 0), sum(0, 0), nullptr, lse, low, nullptr});
+    kdfast::cpu_kernels().similarity_merge({parts, size, size, 0, maximum(0, 0), nullptr, sum(0, 0), nullptr, lse, low, nullptr});
   }
 };
 

@@ -19,7 +19,7 @@ double work_of(const SimilarityParams& p) {
 
 void run(const SimilarityParams& p, float* lse, float* lse_low, float* pooled) {
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
-  const Division cut = divide(work_of(p), p.batch, p.rows, p.columns, p.pooled ? p.pooled_width + 2 : 2);
+  const Division cut = divide(work_of(p), p.batch, p.rows, p.columns, p.pooled ? p.pooled_width + 3 : 3);
   const int64_t row_step = (p.rows + cut.row_parts - 1) / cut.row_parts;
   const int64_t whole = p.panels != nullptr ? kdfast::kPackedStep : 1;  // parts of a packed bank begin where its blocks do
   const int64_t column_step = ((p.columns + cut.column_parts - 1) / cut.column_parts + whole - 1) / whole * whole;
@@ -29,10 +29,10 @@ void run(const SimilarityParams& p, float* lse, float* lse_low, float* pooled) {
   const int64_t words = kernels.similarity_workspace(p, row_step, column_step);
   const Tensor workspace = scratch(words * cut.workers);
   const int64_t partial_rows = merge ? cut.column_parts * total_rows : 0;
-  const Tensor partial = scratch(partial_rows * (2 + (p.pooled ? p.pooled_width : 0)));
+  const Tensor partial = scratch(partial_rows * (3 + (p.pooled ? p.pooled_width : 0)));
   float* const work = static_cast<float*>(workspace.mutable_data_ptr());
   float* const maximum = static_cast<float*>(partial.mutable_data_ptr());
-  float* const sum = maximum + partial_rows;
+  float *const low = maximum + partial_rows, *const sum = low + partial_rows;
   float* const values = sum + partial_rows;
 
   for_each_task(cut.workers, tasks, [&](int64_t worker, int64_t t) {
@@ -48,7 +48,7 @@ void run(const SimilarityParams& p, float* lse, float* lse_low, float* pooled) {
     task.finish = !merge;
     const int64_t row = task.batch * p.rows + task.row_begin, at = merge ? part * total_rows + row : row;
     task.lse = merge ? maximum + at : lse + at;
-    task.lse_low = lse_low + row;
+    task.lse_low = merge ? low + at : lse_low + at;
     task.sum = sum + at;
     task.pooled = (merge ? values : pooled) + at * p.pooled_width;
     if (task.row_begin < task.row_end) kernels.similarity(p, task, work + worker * words);
@@ -56,7 +56,7 @@ void run(const SimilarityParams& p, float* lse, float* lse_low, float* pooled) {
   if (!merge) return;
   for_each_task(cut.workers, cut.workers, [&](int64_t, int64_t t) {
     const int64_t row = t * total_rows / cut.workers, end = (t + 1) * total_rows / cut.workers;
-    kernels.similarity_merge({cut.column_parts, end - row, total_rows, p.pooled_width, maximum + row, sum + row,
+    kernels.similarity_merge({cut.column_parts, end - row, total_rows, p.pooled_width, maximum + row, low + row, sum + row,
                               p.pooled ? values + row * p.pooled_width : nullptr, lse + row, lse_low + row, pooled + row * p.pooled_width});
   });
 }

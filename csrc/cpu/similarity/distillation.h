@@ -28,7 +28,7 @@ struct DistillationTask {
   int64_t pooled_stride;
 };
 
-constexpr int64_t kDistillationStatistics = 6;  // student's maximum and sum, teacher's maximum and sum, fall, bias (distillation.inl)
+constexpr int64_t kDistillationStatistics = 8;  // student's maximum in two floats and sum, the same of the teacher, fall, bias (distillation.inl)
 
 // Rows `begin` to `end` of the call from their parts, [parts][part_stride rows] of what a task writes. Part 0 is overwritten.
 struct DistillationMerge {

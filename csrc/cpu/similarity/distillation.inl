@@ -52,8 +52,7 @@ struct DistillationWorkspace {
   Streamed keys, teacher_keys = {};
   Tile tile;
   ColumnTerms terms;
-  float* level;        // per row: what the teacher's weights were shifted by
-  float *fall, *bias;  // [rows][kLanes], of the teacher's weights, in base 2
+  float *fall, *bias;  // [rows][kLanes], of the teacher's weights
 
   template <class Product>
   DistillationWorkspace(Product product, const DistillationParams& p, int64_t row_count, int64_t columns, Arena& arena) {
@@ -71,16 +70,16 @@ struct DistillationWorkspace {
     }
     tile.plan(product, rows, block, arena);
     terms.plan(block, arena);
-    level = arena.take(rows);
     fall = arena.take(rows * kLanes), bias = arena.take(rows * kLanes);
   }
 };
 
 // ---- what a row ends with ---------------------------------------------------------------------------------------------
 
-// Weights, their sums and pooled rows, all relative to the maxima; base 2 as in softmax.inl.
+// Weights, their sums and pooled rows, all relative to the maxima.
 struct DistilledRow {
-  float maximum, sum, teacher_maximum, teacher_sum;
+  double maximum, teacher_maximum;
+  float sum, teacher_sum;
   float fall, bias;  // sums of the teacher's weights times their exponents, and times the biases
   const float *pooled, *teacher_pooled;
 };
@@ -100,11 +99,11 @@ inline void finish_row(const DistillationParams& p, int64_t i, const DistilledRo
     }
     inner = total(sum);
   });
-  double score = double(s.scale[i]) * double(inner) + kLn2 * double(teacher_weight) * double(r.bias);
+  double score = double(s.scale[i]) * double(inner) + double(teacher_weight) * double(r.bias);
   if (s.start_logit != nullptr && p.teacher.start_logit[i] != -kInfinity)
     score += __builtin_exp(double(p.teacher.start_logit[i]) - teacher_lse) * double(s.start_logit[i]);
   p.loss[i] = float(lse - score);
-  p.entropy[i] = r.teacher_sum == 0 ? 0 : float(__builtin_log(double(r.teacher_sum)) - kLn2 * double(teacher_weight) * double(r.fall));
+  p.entropy[i] = r.teacher_sum == 0 ? 0 : float(__builtin_log(double(r.teacher_sum)) - double(teacher_weight) * double(r.fall));
   float* const out = p.log_sums + i;
   store_log_sum(lse, out, out + s.rows);
   store_log_sum(teacher_lse, out + 2 * s.rows, out + 3 * s.rows);
@@ -114,13 +113,12 @@ inline void finish_row(const DistillationParams& p, int64_t i, const DistilledRo
 
 // As weigh_row, and adds what the weights contribute to the row's fall and, where biases are given, to its bias.
 template <class Product>
-inline Vec weigh_teacher_row(const float* scores, float* weights, int64_t padded, float factor, float shift, const float* biases, Vec& fall,
-                             Vec& bias) {
-  const Vec f = splat(factor), s = splat(-shift), least = splat(-127.0f);
+inline Vec weigh_teacher_row(const float* scores, float* weights, int64_t padded, RowLevel level, const float* biases, Vec& fall, Vec& bias) {
+  const Vec least = splat(-88.1f);
   Vec sum0 = {}, sum1 = {}, fall0 = {}, fall1 = {};
   for (int64_t j = 0; j < padded; j += 2 * kLanes) {
-    const Vec t0 = multiply_add(load(scores + j), f, s), t1 = multiply_add(load(scores + j + kLanes), f, s);
-    const Vec p0 = exp2_nonpositive(t0), p1 = exp2_nonpositive(t1);
+    const Vec t0 = level.exponent_of(load(scores + j)), t1 = level.exponent_of(load(scores + j + kLanes));
+    const Vec p0 = exp_nonpositive(t0), p1 = exp_nonpositive(t1);
     sum0 += p0;
     sum1 += p1;
     fall0 = multiply_add(p0, larger(least, t0), fall0);  // a weight of 0 has exponent -inf
@@ -151,10 +149,7 @@ struct DistillationPass {
     for (int64_t i = 0; i < padded_rows; ++i) {
       sound &= w.student.begin_row(Product{}, p.student, i, first + i, i < count, start);
       sound &= w.teacher.begin_row(Product{}, p.teacher, i, first + i, i < count, start);
-      const float first_weight = w.teacher.softmax.sum[i * kLanes];
-      w.level[i] = first_weight > 0 ? w.teacher.softmax.maximum[i] : 0;
       __builtin_memset(w.fall + i * kLanes, 0, 4 * kLanes);
-      if (first_weight > 0) w.fall[i * kLanes] = first_weight * float(__builtin_log2(double(first_weight)));
       __builtin_memset(w.bias + i * kLanes, 0, 4 * kLanes);
     }
     sound &= stream_blocks(Product{}, w.block, padded_rows, task.column_begin, task.column_end, *this, w.keys, w.teacher_keys);
@@ -172,7 +167,7 @@ struct DistillationPass {
       const int64_t left = padded_rows - row, rows = smaller(left, Product::kRowChunk);
       score(w.teacher, keys, block, row, rows);
       weigh_rows(w.teacher.softmax, w.terms, w.tile, p.teacher, first, count, block, row, rows, next,
-                 [&](int64_t i, const float* scores, float factor, float shift) { return weigh_teacher(i, row, block, scores, factor, shift); });
+                 [&](int64_t i, const float* scores, RowLevel level) { return weigh_teacher(i, row, block, scores, level); });
       sum(w.teacher, block, row, rows);
     }
   }
@@ -180,9 +175,7 @@ struct DistillationPass {
   void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
     score(w.student, w.keys.panels, block, row, rows);
     weigh_rows(w.student.softmax, w.terms, w.tile, p.student, first, count, block, row, rows, next,
-               [&](int64_t i, const float* scores, float factor, float shift) {
-                 return weigh_row<Product>(scores, w.tile.weights(i - row), block.padded, factor, shift);
-               });
+               [&](int64_t i, const float* scores, RowLevel level) { return weigh_row<Product>(scores, w.tile.weights(i - row), block.padded, level); });
     sum(w.student, block, row, rows);
   }
 
@@ -196,27 +189,27 @@ struct DistillationPass {
              ScaleAddTile{side.pooled.at(row), side.pooled.stride, side.softmax.correction + row});
   }
 
-  // F' = c (F + (m - m') l) + sum of weight (logit - m') with the correction c = 2^(m - m').
-  Vec weigh_teacher(int64_t i, int64_t row, const Block& block, const float* scores, float factor, float shift) const {
+  // F' = c (F + log c l) + sum of weight log weight with the correction c = e^(m - m').
+  Vec weigh_teacher(int64_t i, int64_t row, const Block& block, const float* scores, RowLevel level) const {
     const bool biased = p.teacher.bias != nullptr && i < count;
     Vec fall, bias = {};
-    const Vec sum = weigh_teacher_row<Product>(scores, w.tile.weights(i - row), block.padded, factor, shift,
-                                               biased ? w.terms.bias : nullptr, fall, bias);
-    const Vec correction = splat(w.teacher.softmax.correction[i]), step = larger(splat(-127.0f), splat(w.level[i] - shift));
+    const Vec sum = weigh_teacher_row<Product>(scores, w.tile.weights(i - row), block.padded, level, biased ? w.terms.bias : nullptr, fall, bias);
+    const Vec correction = splat(w.teacher.softmax.correction[i]), step = larger(splat(-88.1f), splat(w.teacher.softmax.step[i]));
     float *const f = w.fall + i * kLanes, *const b = w.bias + i * kLanes;
     store(f, multiply_add(correction, multiply_add(step, load(w.teacher.softmax.sum + i * kLanes), load(f)), fall));
     if (biased) store(b, multiply_add(correction, load(b), bias));
-    w.level[i] = shift;
     return sum;
   }
 
   void end_row(int64_t i) const {
     const auto whole = [i](const float* lanes) { return total(load(lanes + i * kLanes)); };
-    const DistilledRow row{w.student.softmax.maximum[i], whole(w.student.softmax.sum), w.teacher.softmax.maximum[i],
-                           whole(w.teacher.softmax.sum), whole(w.fall), whole(w.bias), w.student.pooled.at(i), w.teacher.pooled.at(i)};
+    const RunningSoftmax &student = w.student.softmax, &teacher = w.teacher.softmax;
+    const DistilledRow row{student.top(i), teacher.top(i), whole(student.sum), whole(teacher.sum),
+                           whole(w.fall),  whole(w.bias),  w.student.pooled.at(i), w.teacher.pooled.at(i)};
     if (task.finish) return finish_row(p, first + i, row);
     const int64_t out = first + i - task.row_begin;
-    const float statistics[kDistillationStatistics] = {row.maximum, row.sum, row.teacher_maximum, row.teacher_sum, row.fall, row.bias};
+    const float statistics[kDistillationStatistics] = {student.maximum[i], student.low[i], row.sum, teacher.maximum[i],
+                                                       teacher.low[i],     row.teacher_sum, row.fall, row.bias};
     __builtin_memcpy(task.statistics + out * kDistillationStatistics, statistics, sizeof(statistics));
     float* const pooled = task.pooled + 2 * out * task.pooled_stride;
     __builtin_memcpy(pooled, row.pooled, size_t(4 * w.student.pooled.stride));
@@ -250,7 +243,8 @@ void distillation(const DistillationParams& p, const DistillationTask& task, flo
 
 // Parts are brought to the larger maximum as blocks are in the pass, and added to part 0 in order.
 void distillation_merge(const DistillationParams& p, const DistillationMerge& t) {
-  const auto rescale = [](float from, float to) { return from == -kInfinity ? 0.0f : float(__builtin_exp2(double(from) - double(to))); };
+  const auto rescale = [](double from, double to) { return from == -double(kInfinity) ? 0.0f : float(__builtin_exp(from - to)); };
+  const auto top = [](const float* maximum) { return double(maximum[0]) + double(maximum[1]); };
   for (int64_t i = t.begin; i < t.end; ++i) {
     float* const s = t.statistics + i * kDistillationStatistics;
     float* const pooled = t.pooled + 2 * i * t.pooled_stride;
@@ -258,23 +252,23 @@ void distillation_merge(const DistillationParams& p, const DistillationMerge& t)
       const float* const other = s + c * t.part_stride * kDistillationStatistics;
       const float* const other_pooled = pooled + 2 * c * t.part_stride * t.pooled_stride;
       for (int64_t side = 0; side < 2; ++side) {
-        float *const maximum = s + 2 * side, *const sum = maximum + 1;
-        const float other_maximum = other[2 * side], other_sum = other[2 * side + 1];
-        const float to = *maximum > other_maximum ? *maximum : other_maximum;
-        const float mine = rescale(*maximum, to), theirs = rescale(other_maximum, to);
+        float *const maximum = s + 3 * side, *const sum = maximum + 2;
+        const float *const other_maximum = other + 3 * side, other_sum = other_maximum[2];
+        const double own = top(maximum), others = top(other_maximum), to = own > others ? own : others;
+        const float mine = rescale(own, to), theirs = rescale(others, to);
         if (side == 1) {
-          const auto fallen = [to](float fall, float from, float weights) { return weights == 0 ? 0 : fall + (from - to) * weights; };
-          s[4] = mine * fallen(s[4], *maximum, *sum) + theirs * fallen(other[4], other_maximum, other_sum);
-          s[5] = mine * s[5] + theirs * other[5];
+          const auto fallen = [to](float fall, double from, float weights) { return weights == 0 ? 0 : fall + float(from - to) * weights; };
+          s[6] = mine * fallen(s[6], own, *sum) + theirs * fallen(other[6], others, other_sum);
+          s[7] = mine * s[7] + theirs * other[7];
         }
-        *maximum = to;
+        if (others > own) maximum[0] = other_maximum[0], maximum[1] = other_maximum[1];
         *sum = mine * *sum + theirs * other_sum;
         float* const o = pooled + side * t.pooled_stride;
         const float* const other_o = other_pooled + side * t.pooled_stride;
         for (int64_t d = 0; d < p.student.width; ++d) o[d] = mine * o[d] + theirs * other_o[d];
       }
     }
-    finish_row(p, i, {s[0], s[1], s[2], s[3], s[4], s[5], pooled, pooled + t.pooled_stride});
+    finish_row(p, i, {top(s), top(s + 3), s[2], s[5], s[6], s[7], pooled, pooled + t.pooled_stride});
   }
 }
 

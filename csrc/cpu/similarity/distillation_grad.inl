@@ -111,7 +111,7 @@ struct DistillationKeyPass {
     }
   }
 
-  // Weights g s (p^S - p^T) of a key's scores, or with `kLogits` of base-2 logits.
+  // Weights g s (p^S - p^T) of a key's scores, or with `kLogits` of logits.
   template <bool kLogits>
   void weigh_row(const float* scores, const float* teacher_scores, float* weights, int64_t padded) const {
     const KnownSoftmax student = w.softmax, teacher = w.teacher_softmax;

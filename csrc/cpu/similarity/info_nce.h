@@ -24,7 +24,7 @@ struct InfoNceParams {
 struct InfoNceRows {
   int64_t begin, end;
   bool include_positive;
-  const float* lse;  // [batch, rows]
+  const float *lse, *lse_low;  // [batch, rows]
   float* losses;     // [batch, rows]
   float* slopes;     // [batch, rows, positives]: -dloss / dlogit of a positive; their sum is dloss / dlse
   float* pull;       // [batch, rows, width]: sum_j p_ij k_j in, dloss / d(scale query) out; null: not wanted

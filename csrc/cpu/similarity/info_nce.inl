@@ -48,6 +48,9 @@ inline Softplus softplus_of(float x) {
   return {__builtin_log1pf(e), e / (1 + e)};
 }
 
+// lse + low - z, small where both are large.
+inline float gap(float lse, float low, double z) { return float(double(lse) + double(low) - z); }
+
 // Where the positive is among the candidates of the batch; -1: there is none.
 inline int64_t column_of(const InfoNceParams& p, int64_t row, int64_t j) {
   const int64_t at = row * p.positives + j;
@@ -81,7 +84,8 @@ void info_nce_rows_of(const InfoNceParams& p, const InfoNceRows& r, const Q* que
       slopes[j] = 0;
       if (column < 0) continue;
       const float bias = p.bias != nullptr ? p.bias[i / p.rows * p.bias_batch_stride + column] : 0;
-      const float x = r.lse[i] - (p.scale[i] * inner_product(queries + i * p.width, candidates + candidate(p, i, column), p.width) + bias);
+      const float inner = inner_product(queries + i * p.width, candidates + candidate(p, i, column), p.width);
+      const float x = gap(r.lse[i], r.lse_low[i], double(p.scale[i]) * double(inner) + double(bias));
       const float weight = p.weights != nullptr ? p.weights[i * p.positives + j] : 1 / float(p.positives);
       const Softplus f = r.include_positive ? softplus_of(x) : Softplus{x, 1};
       loss += weight * f.value;

@@ -20,10 +20,10 @@ template <class T>
 void matching_losses_of(const Matching& m, const MatchingLosses& out, const T* x) {
   const T* const y = static_cast<const T*>(m.y.data);
   for (int64_t i = 0; i < m.rows; ++i) {
-    const float match = m.scale * inner_product(x + i * m.width, y + m.partner(i) * m.width, m.width);
+    const double match = double(m.scale) * double(inner_product(x + i * m.width, y + m.partner(i) * m.width, m.width));
     out.losses[i] = 0;
     for (int64_t side = 0; side < out.sides; ++side) {
-      const Softplus f = softplus_of(out.lse[side][i] - match);
+      const Softplus f = softplus_of(gap(out.lse[side][i], out.low[side][i], match));
       out.losses[i] += f.value / float(out.sides);
       out.slopes[side][i] = f.slope / float(out.sides);
     }

@@ -25,7 +25,7 @@ struct PairTask {
   int64_t column_begin, column_end;
 };
 
-// Base-2 maxima and sums of 2^(z log2e - maximum) over the rectangle, to be merged by similarity_merge. Each from the task's own first
+// Maxima and sums of e^(z - maximum) over the rectangle, to be merged by similarity_merge. Each from the task's own first
 // row or column on.
 struct SymmetricStatistics {
   float *row_maximum, *row_sum;        // [task rows]
@@ -33,7 +33,7 @@ struct SymmetricStatistics {
 };
 
 // What class_statistics finds in the task's columns for each of its rows, from the task's first row on, where every row of the batch entry is a
-// column too, left out for itself by its label: base-2 maximum and sum as above, and of its class, with the row itself, the sum of the scores
+// column too, left out for itself by its label: maximum and sum as above, and of its class, with the row itself, the sum of the scores
 // x_i.y_j (its own as 0) and the number of rows.
 struct ClassStatistics {
   const int64_t* classes;               // [batch, rows]

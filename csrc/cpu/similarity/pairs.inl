@@ -7,7 +7,7 @@
 #pragma once
 
 #include "similarity/pairs.h"
-#include "engine/stream.inl"
+#include "similarity/exponential.inl"
 
 namespace {
 
@@ -23,8 +23,8 @@ constexpr int64_t kPairBlock = Product::kRowChunk > 128 ? Product::kBlock : Prod
 template <class Product>
 constexpr int64_t kTransposedRows = Product::kRowChunk > 128 ? Product::kRowChunk : 256;
 
-// log2e scale, and for a scale of 0 the smallest float: an infinite score, which stands for a pair left out, must not become NaN.
-inline float base2_multiplier(float scale) { return scale == 0 ? 0x1p-126f : kLog2e * scale; }
+// The scale, and for a scale of 0 the smallest float: an infinite score, which stands for a pair left out, must not become NaN.
+inline float multiplier_of(float scale) { return scale == 0 ? 0x1p-126f : scale; }
 
 // The score whose logit is -inf.
 inline float score_left_out(float multiplier) { return multiplier > 0 ? -kInfinity : kInfinity; }

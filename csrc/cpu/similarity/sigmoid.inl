@@ -10,11 +10,11 @@
 
 namespace {
 
-// What the logits of a row are made with. A scale of 0 is taken for the smallest float, as in base2_multiplier.
+// What the logits of a row are made with. A scale of 0 is taken for the smallest float, as in multiplier_of.
 struct SigmoidRow {
   float scale, shift;
 
-  SigmoidRow(const PairParams& p, int64_t at) : scale(p.scale[at] == 0 ? 0x1p-126f : p.scale[at]), shift(p.shift[at]) {}
+  SigmoidRow(const PairParams& p, int64_t at) : scale(multiplier_of(p.scale[at])), shift(p.shift[at]) {}
   Vec logit(Vec score) const { return multiply_add(score, splat(scale), splat(shift)); }
   double logit(float score) const { return double(score) * double(scale) + double(shift); }
 };

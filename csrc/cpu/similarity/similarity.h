@@ -41,7 +41,7 @@ struct SimilarityParams {
 // A rectangle of one batch entry, computed by one thread.
 //
 // finish: the rectangle spans every column; write lse + lse_low = log(sum_j e^z) and pooled = sum_j p k.
-// Otherwise write the three parts of a flash pass, base-2 maximum, sum and unnormalised pooled row, to be merged with
+// Otherwise write the three parts of a flash pass, maximum, sum and unnormalised pooled row, to be merged with
 // those of the other column ranges by similarity_merge.
 struct SimilarityTask {
   int64_t batch;
@@ -50,7 +50,7 @@ struct SimilarityTask {
   bool start;   // this column range also takes the start candidate
   bool finish;
   float* lse;      // [row_end - row_begin]; when !finish the maximum
-  float* lse_low;  // [row_end - row_begin]: the digits that lse has no room for; unused when !finish
+  float* lse_low;  // [row_end - row_begin]: the digits that these have no room for
   float* sum;      // [row_end - row_begin]; unused when finish
   float* pooled;   // [row_end - row_begin, pooled_width]; unused when !params.pooled
 };
@@ -87,7 +87,7 @@ struct SimilarityGradRowsTask {
 // parts of one row range, in order: maximum and sum are [parts][stride rows], pooled is [parts][stride rows, width].
 struct SimilarityMerge {
   int64_t parts, rows, part_stride, width;  // part_stride in rows
-  const float* maximum;
+  const float *maximum, *low;  // low: of the maxima; null: 0
   const float* sum;
   const float* partial;  // null when nothing is pooled
   float *lse, *lse_low;

@@ -81,8 +81,8 @@ struct SimilarityPass {
 
   void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
     score_rows(Product{}, w.queries.at(row), w.queries.stride, rows, w.keys.panels, block.padded, w.tile.scores(0), w.tile.stride);
-    weigh_rows(w.softmax, w.terms, w.tile, p, first, count, block, row, rows, next, [&](int64_t i, const float* scores, float factor, float shift) {
-      return weigh_row<Product>(scores, p.pooled ? w.tile.weights(i - row) : nullptr, block.padded, factor, shift);
+    weigh_rows(w.softmax, w.terms, w.tile, p, first, count, block, row, rows, next, [&](int64_t i, const float* scores, RowLevel level) {
+      return weigh_row<Product>(scores, p.pooled ? w.tile.weights(i - row) : nullptr, block.padded, level);
     });
     if (!p.pooled) return;
     // O = diag(correction) O + P V
@@ -95,9 +95,9 @@ struct SimilarityPass {
     const int64_t out = first + i - (task.batch * p.rows + task.row_begin);
     const float sum = total(load(w.softmax.sum + i * kLanes));
     if (task.finish) {
-      store_log_sum(log_sum(w.softmax.maximum[i], sum), task.lse + out, task.lse_low + out);
+      store_log_sum(log_sum(w.softmax.top(i), sum), task.lse + out, task.lse_low + out);
     } else {
-      task.lse[out] = w.softmax.maximum[i], task.sum[out] = sum;
+      task.lse[out] = w.softmax.maximum[i], task.lse_low[out] = w.softmax.low[i], task.sum[out] = sum;
     }
     if (!p.pooled) return;
     const float weight = task.finish ? 1 / sum : 1;
@@ -132,20 +132,21 @@ void similarity(const SimilarityParams& p, const SimilarityTask& task, float* wo
   });
 }
 
-// m = max_c m_c, l = sum_c 2^(m_c - m) l_c, O = sum_c 2^(m_c - m) O_c / l, the parts c always in the same order.
+// m = max_c m_c, l = sum_c e^(m_c - m) l_c, O = sum_c e^(m_c - m) O_c / l, the parts c always in the same order.
 void similarity_merge(const SimilarityMerge& t) {
+  const auto maximum_of = [&](int64_t at) { return double(t.maximum[at]) + (t.low != nullptr ? double(t.low[at]) : 0); };
   for (int64_t i = 0; i < t.rows; ++i) {
-    float maximum = -kInfinity;
+    double maximum = -double(kInfinity);
     for (int64_t c = 0; c < t.parts; ++c) {
-      const float m = t.maximum[c * t.part_stride + i];
+      const double m = maximum_of(c * t.part_stride + i);
       maximum = m > maximum ? m : maximum;
     }
-    const float shift = maximum == -kInfinity ? 0 : maximum;
+    const double shift = maximum == -double(kInfinity) ? 0 : maximum;
     float sum = 0;
     float* const out = t.pooled + i * t.width;
     for (int64_t c = 0; c < t.parts; ++c) {
       const int64_t at = c * t.part_stride + i;
-      const float weight = float(__builtin_exp2(double(t.maximum[at]) - double(shift)));
+      const float weight = float(__builtin_exp(maximum_of(at) - shift));
       sum += weight * t.sum[at];
       if (t.partial != nullptr)
         for (int64_t d = 0; d < t.width; ++d) out[d] = (c == 0 ? 0 : out[d]) + weight * t.partial[at * t.width + d];

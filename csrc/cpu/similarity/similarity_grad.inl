@@ -122,7 +122,7 @@ struct KeyGradientPass {
     }
   }
 
-  // Weights s dz of key i's scores, or with `kLogits` of base-2 logits, and, with h, weights p; its db grows by the sum of dz.
+  // Weights s dz of key i's scores, or with `kLogits` of logits, and, with h, weights p; its db grows by the sum of dz.
   template <bool kLogits, bool kWithH>
   void weigh_row(int64_t i, int64_t row, int64_t padded) const {
     const KnownSoftmax softmax = w.softmax;
@@ -132,11 +132,10 @@ struct KeyGradientPass {
     for (int64_t j = 0; j < padded; j += 2 * kLanes) {
       const Vec p0 = softmax.probability<kLogits>(scores, j), p1 = softmax.probability<kLogits>(scores, j + kLanes);
       if constexpr (kWithH) {
-        const Vec c0 = p0 * load(softmax.correction + j), c1 = p1 * load(softmax.correction + j + kLanes);
-        const Vec z0 = multiply_add(c0, load(h_scores + j), p0 * load(softmax.upstream + j));
-        const Vec z1 = multiply_add(c1, load(h_scores + j + kLanes), p1 * load(softmax.upstream + j + kLanes));
+        const Vec z0 = p0 * (load(softmax.upstream + j) + load(h_scores + j));
+        const Vec z1 = p1 * (load(softmax.upstream + j + kLanes) + load(h_scores + j + kLanes));
         sum += z0 + z1;
-        if (p_weights != nullptr) Packing<Product>::store_weights(p_weights, j, c0, c1);
+        if (p_weights != nullptr) Packing<Product>::store_weights(p_weights, j, p0, p1);
         if (task.dkeys != nullptr)
           Packing<Product>::store_weights(weights, j, z0 * load(softmax.scale + j), z1 * load(softmax.scale + j + kLanes));
       } else {

@@ -19,8 +19,8 @@ struct GradRowsWorkspace {
   Streamed keys, values = {};
   Tile tile, h_tile;  // of q.k, and of h.v
   ColumnTerms terms;
-  float *multiplier, *shift, *correction;  // per row
-  float *mass, *total;                     // per row, by lanes
+  float *multiplier, *high, *low;  // per row
+  float *mass, *total;             // per row, by lanes
 
   template <class Product>
   GradRowsWorkspace(Product product, const SimilarityParams& p, const SimilarityGradRowsTask& t, int64_t row_count, int64_t columns,
@@ -33,7 +33,7 @@ struct GradRowsWorkspace {
     keys.panels.plan(product, p.width, block, true, true, arena);
     tile.plan(product, rows, block, arena);
     terms.plan(block, arena);
-    multiplier = arena.take(rows), shift = arena.take(rows), correction = arena.take(rows);
+    multiplier = arena.take(rows), high = arena.take(rows), low = arena.take(rows);
     mass = arena.take(rows * kLanes), total = arena.take(rows * kLanes);
     if (!has_h) return;
     upstream.plan(product, rows, p.pooled_width, arena);
@@ -67,16 +67,15 @@ struct RowGradientPass {
     __builtin_memset(w.mass + i * kLanes, 0, 4 * kLanes);
     __builtin_memset(w.total + i * kLanes, 0, 4 * kLanes);
     if (i >= count) {
-      w.multiplier[i] = 0, w.shift[i] = kInfinity;
+      w.multiplier[i] = 0, w.high[i] = kInfinity, w.low[i] = 0;
       __builtin_memset(w.queries.at(i), 0, size_t(4 * w.queries.stride));
       if (has_h()) __builtin_memset(w.upstream.at(i), 0, size_t(4 * w.upstream.stride));
       return true;
     }
     const SimilarityUpstream& u = task.upstream;
     const float scale = p.scale[first + i];
-    const Level level = level_of(u.lse[first + i], u.lse_low != nullptr ? u.lse_low[first + i] : 0);
-    w.multiplier[i] = kLog2e * __builtin_fabsf(scale);
-    w.shift[i] = level.shift, w.correction[i] = level.correction;
+    w.multiplier[i] = __builtin_fabsf(scale);
+    w.high[i] = above_nothing(u.lse[first + i]), w.low[i] = u.lse_low != nullptr ? u.lse_low[first + i] : 0;
     bool sound = Packing<Product>::pack_row(p.query, first + i, p.width, scale < 0, w.queries.at(i));  // as in the forward pass
     if (has_h()) sound &= Packing<Product>::pack_row(u.h, first + i, p.pooled_width, false, w.upstream.at(i));
     return sound;
@@ -106,11 +105,12 @@ struct RowGradientPass {
   void weigh_row(int64_t i, int64_t row, int64_t padded, float factor, float slope) const {
     const float *const scores = w.tile.scores(i - row), *const h_scores = kWithH ? w.h_tile.scores(i - row) : nullptr;
     float* const weights = w.tile.weights(i - row);
-    const Vec f = splat(factor), shift = splat(-w.shift[i]), constant = splat(slope);
+    const RowLevel level{factor, w.high[i], w.low[i]};
+    const Vec constant = splat(slope);
     Vec mass = {}, sum = {};
     for (int64_t j = 0; j < padded; j += 2 * kLanes) {
-      const Vec p0 = exp2_nonpositive(multiply_add(load(scores + j), f, shift));
-      const Vec p1 = exp2_nonpositive(multiply_add(load(scores + j + kLanes), f, shift));
+      const Vec p0 = exp_nonpositive(level.exponent_of(load(scores + j)));
+      const Vec p1 = exp_nonpositive(level.exponent_of(load(scores + j + kLanes)));
       const Vec z0 = p0 * (kWithH ? constant + load(h_scores + j) : constant);
       const Vec z1 = p1 * (kWithH ? constant + load(h_scores + j + kLanes) : constant);
       mass += p0 + p1;
@@ -123,10 +123,9 @@ struct RowGradientPass {
 
   void end_row(int64_t i) const {
     const int64_t out = first + i - (task.batch * p.rows + task.row_begin);
-    const float correction = w.correction[i];
-    task.mass[out] = correction * total(load(w.mass + i * kLanes));
-    task.total[out] = correction * total(load(w.total + i * kLanes));
-    for (int64_t d = 0; d < p.width; ++d) task.rows[out * p.width + d] = correction * w.sums.at(i)[d];
+    task.mass[out] = total(load(w.mass + i * kLanes));
+    task.total[out] = total(load(w.total + i * kLanes));
+    __builtin_memcpy(task.rows + out * p.width, w.sums.at(i), size_t(4 * p.width));
   }
 };
 

@@ -1,10 +1,11 @@
 // A softmax over a bank, from scores in blocks: running, while rows are queries and their keys pass by, and with a known lse,
 // while rows are keys and queries pass by.
 //
-// Everything is in base 2: a logit is log2e scale score, plus log2e bias. Included by the passes, after the target pragma.
+// Included by the passes, after the target pragma.
 #pragma once
 
 #include "engine/in_place.inl"
+#include "similarity/exponential.inl"
 #include "similarity/similarity.h"
 
 namespace {
@@ -31,7 +32,7 @@ inline bool has_terms(const SimilarityParams& p) {
 // What the columns of a block bring to the logits of every row.
 struct ColumnTerms {
   BlockLabels labels;
-  float* bias;  // in base 2, -inf at columns that do not exist
+  float* bias;  // -inf at columns that do not exist
 
   void plan(int64_t block, Arena& arena) {
     labels.plan(block, arena);
@@ -44,8 +45,7 @@ struct ColumnTerms {
   void pack(const SimilarityParams& p, int64_t batch, const Block& block) const {
     if (!mask(p, block)) return;
     for (int64_t j = 0; j < block.padded; ++j) bias[j] = j < block.columns ? 0.0f : -kInfinity;
-    if (p.bias != nullptr)
-      for (int64_t j = 0; j < block.columns; ++j) bias[j] = kLog2e * p.bias[batch * p.bias_batch_stride + block.first + j];
+    if (p.bias != nullptr) __builtin_memcpy(bias, p.bias + batch * p.bias_batch_stride + block.first, size_t(4 * block.columns));
     if (p.key_labels != nullptr) labels.pack(p.key_labels + batch * p.key_labels_batch_stride + block.first, block);
   }
 
@@ -74,33 +74,32 @@ struct ColumnTerms {
   }
 };
 
-constexpr double kLog2eExact = 0x1.71547652b82fep0;
-
-// The state of every row: maximum m of its logits, sum l of 2^(logit - m), by lanes, and of the last block the correction 2^(m - m').
+// The state of every row: maximum m of its logits, in two floats, sum l of e^(logit - m), by lanes, and of the last block the correction
+// e^(m - m') and its exponent.
 struct RunningSoftmax {
-  float *maximum, *multiplier, *correction;
+  float *maximum, *low, *multiplier, *step, *correction;
   float* sum;  // [rows][kLanes]
 
   void plan(int64_t rows, Arena& arena) {
-    maximum = arena.take(rows), multiplier = arena.take(rows), correction = arena.take(rows);
+    maximum = arena.take(rows), low = arena.take(rows), multiplier = arena.take(rows), step = arena.take(rows), correction = arena.take(rows);
     sum = arena.take(rows * kLanes);
   }
 
   void begin(int64_t i, float scale) const {
-    maximum[i] = -kInfinity;
-    multiplier[i] = kLog2e * __builtin_fabsf(scale);
+    maximum[i] = -kInfinity, low[i] = 0;
+    multiplier[i] = __builtin_fabsf(scale);
     __builtin_memset(sum + i * kLanes, 0, 4 * kLanes);
   }
 
-  // A first candidate with this logit, in base e; returns its weight, 2 to the power of what the maximum rounds off.
+  // A first candidate with this logit; returns its weight.
   float start(int64_t i, float logit) const {
     if (logit == -kInfinity) return 0;
-    const double exact = kLog2eExact * double(logit);
-    maximum[i] = float(exact);
-    const float weight = __builtin_fabsf(maximum[i]) < kInfinity ? float(__builtin_exp2(exact - double(maximum[i]))) : 1;
-    sum[i * kLanes] = weight;
-    return weight;
+    maximum[i] = logit;
+    sum[i * kLanes] = 1;
+    return 1;
   }
+
+  double top(int64_t i) const { return double(maximum[i]) + double(low[i]); }
 };
 
 inline float largest_score(const float* scores, int64_t padded) {
@@ -112,14 +111,20 @@ inline float largest_score(const float* scores, int64_t padded) {
   return largest(larger(best0, best1));
 }
 
-// Weights 2^(logit - shift) of logits factor * score; returns their sums by lane. `weights` null: only these.
+// What one row's logits are made with, and taken relative to.
+struct RowLevel {
+  float factor, high, low;
+
+  Vec exponent_of(Vec score) const { return exponent(score, splat(factor), splat(high), splat(low)); }
+};
+
+// Weights e^(logit - level); returns their sums by lane. `weights` null: only these.
 template <class Product>
-inline Vec weigh_row(const float* scores, float* weights, int64_t padded, float factor, float shift) {
-  const Vec f = splat(factor), s = splat(-shift);
+inline Vec weigh_row(const float* scores, float* weights, int64_t padded, RowLevel level) {
   Vec sum0 = {}, sum1 = {};
   for (int64_t j = 0; j < padded; j += 2 * kLanes) {
-    const Vec p0 = exp2_nonpositive(multiply_add(load(scores + j), f, s));
-    const Vec p1 = exp2_nonpositive(multiply_add(load(scores + j + kLanes), f, s));
+    const Vec p0 = exp_nonpositive(level.exponent_of(load(scores + j)));
+    const Vec p1 = exp_nonpositive(level.exponent_of(load(scores + j + kLanes)));
     sum0 += p0;
     sum1 += p1;
     if (weights != nullptr) Packing<Product>::store_weights(weights, j, p0, p1);
@@ -128,9 +133,9 @@ inline Vec weigh_row(const float* scores, float* weights, int64_t padded, float 
 }
 
 // A block's scores `tile` of `rows` rows from `row` on, the first `count` rows being rows `first` on of the call: with z a row's logits,
-// m' = max(m, max z), weights 2^(z - m'), correction 2^(m - m'), l' = correction l + sum of weights. weigh(i, scores, factor, shift) makes the
-// weights of row i, once its correction is known, and returns their sums by lane. A row with nothing admitted yet keeps m = -inf and is
-// shifted by 0, so that nothing becomes inf - inf.
+// m' = max(m, max z), weights e^(z - m'), correction e^(m - m'), l' = correction l + sum of weights. weigh(i, scores, level) makes the
+// weights of row i, once its correction is known, and returns their sums by lane. A row with nothing admitted yet keeps m = -inf and has
+// level 0, so that nothing becomes inf - inf.
 //
 // Maxima are settled kLanes rows together, half as many rows before the first of them is weighed, from scores looked at before that: what
 // they wait for, L2 and each other, passes under the exponentials of other rows.
@@ -138,7 +143,7 @@ template <class Weigh>
 inline void weigh_rows(const RunningSoftmax& s, const ColumnTerms& terms, const Tile& tile, const SimilarityParams& p, int64_t first,
                        int64_t count, const Block& block, int64_t row, int64_t rows, const Prefetch& next, const Weigh& weigh) {
   constexpr int64_t kLag = kLanes / 2, kRing = 2 * kLanes;
-  float best[kRing] = {}, factor[kRing] = {}, shift[kRing];
+  float best[kRing] = {}, factor[kRing] = {}, high[kRing], low[kRing];
   const auto look = [&](int64_t at) {
     if (at >= rows) return;
     const int64_t i = row + at;
@@ -150,12 +155,19 @@ inline void weigh_rows(const RunningSoftmax& s, const ColumnTerms& terms, const 
   const auto settle = [&](int64_t at) {
     if (at >= rows) return;
     const int64_t slot = at % kRing;
-    float* const maximum = s.maximum + row + at;
-    const Vec before = load(maximum), after = larger(load(factor + slot) * load(best + slot), before);
+    const Vec z = load(factor + slot) * load(best + slot), rest = multiply_add(load(factor + slot), load(best + slot), -z);
+    const Vec z_low = z - z == Vec{} ? rest : Vec{};
+    const Vec before = load(s.maximum + row + at), before_low = load(s.low + row + at);
+    const IntVec higher = (z > before) | ((z == before) & (z_low > before_low));
+    const Vec after = higher ? z : before, after_low = higher ? z_low : before_low;
     const Vec finite = after == splat(-kInfinity) ? Vec{} : after;
-    store(shift + slot, finite);
-    store(maximum, after);
-    store(s.correction + row + at, exp2_nonpositive(before - finite));
+    const Vec step = (before - finite) + (before_low - after_low);
+    store(high + slot, finite);
+    store(low + slot, after_low);
+    store(s.maximum + row + at, after);
+    store(s.low + row + at, after_low);
+    store(s.step + row + at, step);
+    store(s.correction + row + at, exp_nonpositive(step));
   };
   for (int64_t at = 0; at < kLanes + kLag; ++at) look(at);
   settle(0);
@@ -163,56 +175,37 @@ inline void weigh_rows(const RunningSoftmax& s, const ColumnTerms& terms, const 
     if (at % kLanes == kLag) settle(at + kLag);
     look(at + kLanes + kLag);
     const int64_t i = row + at;
-    const Vec sum = weigh(i, tile.scores(at), factor[at % kRing], shift[at % kRing]);
+    const Vec sum = weigh(i, tile.scores(at), RowLevel{factor[at % kRing], high[at % kRing], low[at % kRing]});
     float* const l = s.sum + i * kLanes;
     store(l, multiply_add(load(l), splat(s.correction[i]), sum));
   }
 }
 
-// sum_j e^z = sum 2^maximum; in double, where a maximum of thousands costs no digit.
-inline double log_sum(float maximum, float sum) { return 0x1.62e42fefa39efp-1 * double(maximum) + __builtin_log(double(sum)); }
-
-// x = high + low in two floats; low is 0 where x is infinite or NaN.
-inline void store_log_sum(double x, float* high, float* low) {
-  *high = float(x);
-  const double rest = x - double(*high);
-  *low = rest == rest ? float(rest) : 0;
-}
-
-// What takes a base-2 logit to its probability, correction 2^(logit - shift): shift = log2e (lse + low), its last digits in the correction.
-struct Level {
-  float shift, correction;
-};
-inline Level level_of(float lse, float low) {
-  const double exact = 0x1.71547652b82fep0 * (double(lse) + double(low));
-  const float shift = float(exact), rest = float(exact - double(shift));
-  return {shift == -kInfinity ? kInfinity : shift, rest == rest ? 1 - 0x1.62e43p-1f * rest : 1};
-}
+// The high part of a level that is lse. A row that admits nothing has lse -inf and p = 0.
+inline float above_nothing(float lse) { return lse == -kInfinity ? kInfinity : lse; }
 
 // ---- rows are keys ----------------------------------------------------------------------------------------------------
 
-// What each query of a block brings: correction p with p = 2^(multiplier score - shift) and shift = log2e lse, g p (upstream) and g s p (factor),
-// both corrected. A query that admits nothing, or does not exist, has shift inf, so that p is 0.
+// What each query of a block brings: p = e^(scale score - high - low), g (upstream) and g s (factor). A query that does not exist has p = 0.
 struct KnownSoftmax {
   BlockLabels labels;
-  float *scale, *multiplier, *shift, *limit, *correction, *upstream, *factor;
+  float *scale, *high, *low, *limit, *upstream, *factor;
 
   void plan(int64_t block, Arena& arena) {
     labels.plan(block, arena);
-    scale = arena.take(block), multiplier = arena.take(block), shift = arena.take(block);
-    limit = arena.take(block), correction = arena.take(block), upstream = arena.take(block), factor = arena.take(block);
+    scale = arena.take(block), high = arena.take(block), low = arena.take(block);
+    limit = arena.take(block), upstream = arena.take(block), factor = arena.take(block);
   }
 
-  // Upstream gradients g and the log-sum lse + low (null: 0) are the call's.
-  void pack(const SimilarityParams& p, const float* g, const float* lse, const float* low, int64_t batch, const Block& block) const {
+  // Upstream gradients g and the log-sum lse + lse_low (null: 0) are the call's.
+  void pack(const SimilarityParams& p, const float* g, const float* lse, const float* lse_low, int64_t batch, const Block& block) const {
     for (int64_t i = 0; i < block.padded; ++i) {
       const int64_t at = batch * p.rows + block.first + i;
       const bool exists = i < block.columns;
-      const Level level = exists ? level_of(lse[at], low != nullptr ? low[at] : 0) : Level{kInfinity, 1};
       scale[i] = exists ? p.scale[at] : 0;
-      multiplier[i] = kLog2e * scale[i];
-      shift[i] = level.shift, correction[i] = level.correction;
-      upstream[i] = exists ? g[at] * level.correction : 0;
+      high[i] = exists ? above_nothing(lse[at]) : kInfinity;
+      low[i] = exists && lse_low != nullptr ? lse_low[at] : 0;
+      upstream[i] = exists ? g[at] : 0;
       factor[i] = upstream[i] * scale[i];
       limit[i] = exists && p.limit != nullptr ? p.limit[at] : kInfinity;
     }
@@ -222,7 +215,7 @@ struct KnownSoftmax {
   // Replace the scores of the keys `row` to `end`, counted from `first`, by logits, -inf where excluded. The tile begins at key `row`.
   void mask_rows(const SimilarityParams& p, int64_t batch, int64_t first, const Block& block, int64_t row, int64_t end, const Tile& tile) const {
     for (int64_t i = row; i < end; ++i) {
-      const float bias = p.bias != nullptr ? kLog2e * p.bias[batch * p.bias_batch_stride + first + i] : 0;
+      const float bias = p.bias != nullptr ? p.bias[batch * p.bias_batch_stride + first + i] : 0;
       const int64_t* const label = p.key_labels != nullptr ? p.key_labels + batch * p.key_labels_batch_stride + first + i : nullptr;
       mask_scores(labels, tile.scores(i - row), block.padded, ColumnTerm{scale}, p.limit != nullptr, ColumnTerm{limit},
                   SameTerm{splat(bias)}, label);
@@ -240,8 +233,7 @@ struct KnownSoftmax {
   // p at columns j to j + kLanes of a row of scores, or with `kLogits` of logits.
   template <bool kLogits>
   inline Vec probability(const float* scores, int64_t j) const {
-    const Vec level = load(shift + j), x = load(scores + j);
-    return exp2_nonpositive(kLogits ? x - level : multiply_add(x, load(multiplier + j), -level));
+    return exp_nonpositive(exponent(load(scores + j), kLogits ? splat(1) : load(scale + j), load(high + j), load(low + j)));
   }
 };
 

@@ -43,7 +43,7 @@ struct ClassStatistic {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = first + row + i, of_task = at - task.row_begin;
       float* const scores = tile.scores(i);
-      const float multiplier = base2_multiplier(p.scale[task.batch * p.rows + at]), left_out = score_left_out(multiplier);
+      const float multiplier = multiplier_of(p.scale[task.batch * p.rows + at]), left_out = score_left_out(multiplier);
       own.leave_out(scores, block.padded, p.x_labels[task.batch * p.rows + at], 0);
       add_class(block, out.classes[task.batch * p.rows + at], scores, of_task);
       own.leave_out(scores, block.padded, p.x_labels[task.batch * p.rows + at], left_out);
@@ -68,8 +68,8 @@ struct ClassStatistic {
     for (int64_t j = 0; j < block.padded; j += kLanes) best = larger(multiplier * load(scores + j), best);
     const float before = out.maximum[at], top = largest(best), after = top > before ? top : before;
     const float shift = after == -kInfinity ? 0 : after;
-    for (int64_t j = 0; j < block.padded; j += kLanes) sum += exp2_nonpositive(multiply_add(load(scores + j), multiplier, splat(-shift)));
-    out.sum[at] = out.sum[at] * exp2_nonpositive(splat(before - shift))[0] + total(sum);
+    for (int64_t j = 0; j < block.padded; j += kLanes) sum += exp_nonpositive(multiply_add(load(scores + j), multiplier, splat(-shift)));
+    out.sum[at] = out.sum[at] * exp_nonpositive(splat(before - shift))[0] + total(sum);
     out.maximum[at] = after;
   }
 };

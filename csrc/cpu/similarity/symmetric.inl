@@ -1,8 +1,8 @@
 // Log-sum-exps of the rows and of the columns of one score matrix, and their gradient.
 //
-// One exponential a pair serves both sides. In a tile e_ij = 2^(z_ij - a), with one reference a for all of it, is added to its row and to
-// its column; in the gradient W_ij = g^r_i 2^(z_ij - L^r_i) + g^c_j 2^(z_ij - L^c_j) = e_ij (u_i + v_j), u_i = g^r_i 2^(a - L^r_i) and v_j
-// likewise. Where rows or columns lie further from a than 2^kReach, each side has its own exponential. Logits are in base 2 here.
+// One exponential a pair serves both sides. In a tile e_ij = e^(z_ij - a), with one reference a for all of it, is added to its row and to
+// its column; in the gradient W_ij = g^r_i e^(z_ij - L^r_i) + g^c_j e^(z_ij - L^c_j) = e_ij (u_i + v_j), u_i = g^r_i e^(a - L^r_i) and v_j
+// likewise. Where rows or columns lie further from a than kReach, each side has its own exponential.
 //
 // Included after an instruction set's header (isa/).
 #pragma once
@@ -14,19 +14,19 @@ namespace {
 using kdfast::SymmetricStatistics;
 using kdfast::SymmetricUpstream;
 
-// In bits. The exponent z - a is rounded to 2^-19 there, which is what a logit of that size is rounded to.
-constexpr float kReach = 32;
+// The exponent z - a is rounded to 2^-19 there, which is what a logit of that size is rounded to.
+constexpr float kReach = 22;
 
 // ---- statistics -------------------------------------------------------------------------------------------------------
 
 // 0 for the maximum of nothing: so that nothing becomes inf - inf.
 inline Vec finite_shift(Vec maximum) { return maximum == splat(-kInfinity) ? Vec{} : maximum; }
 
-// kLanes running sums relative to running maxima, sum 2^maximum, grow by part 2^reference.
+// kLanes running sums relative to running maxima, sum e^maximum, grow by part e^reference.
 inline void fold(float* maximum, float* sum, Vec reference, Vec part) {
   const Vec before = load(maximum), after = larger(reference, before), shift = finite_shift(after);
   store(maximum, after);
-  store(sum, multiply_add(load(sum), exp2_nonpositive(before - shift), part * exp2_nonpositive(reference - shift)));
+  store(sum, multiply_add(load(sum), exp_nonpositive(before - shift), part * exp_nonpositive(reference - shift)));
 }
 
 struct Larger {
@@ -76,7 +76,7 @@ struct SymmetricStatistic {
     if (p.y_labels != nullptr) labels.begin_block(p.y_labels + task.batch * p.columns, block);
   }
 
-  float multiplier(int64_t row) const { return base2_multiplier(p.scale[task.batch * p.rows + first + row]); }
+  float multiplier(int64_t row) const { return multiplier_of(p.scale[task.batch * p.rows + first + row]); }
 
   void chunk(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
     leave_out(block, row, rows, tile);
@@ -136,8 +136,8 @@ struct SymmetricStatistic {
       const Vec m = splat(multiplier(row + i)), shift = kNear ? splat(-most) : -finite_shift(splat(row_top[i]));
       Vec sum0 = {}, sum1 = {};
       const auto term = [&](int64_t j) {
-        const Vec score = load(scores + j), e = exp2_nonpositive(multiply_add(score, m, shift));
-        const Vec of_column = kNear ? e : exp2_nonpositive(multiply_add(score, m, -load(column_shift + j)));
+        const Vec score = load(scores + j), e = exp_nonpositive(multiply_add(score, m, shift));
+        const Vec of_column = kNear ? e : exp_nonpositive(multiply_add(score, m, -load(column_shift + j)));
         store(column_part + j, load(column_part + j) + of_column);
         return e;
       };
@@ -167,25 +167,20 @@ struct SymmetricWorkspace : PairWorkspace {
 
 // ---- gradient -----------------------------------------------------------------------------------------------------------
 
-// One side's L and g. Digits that the float L in base 2 has not go into g, or, where they are not small, stand by themselves. Nothing left in
-// (L = -inf): +inf, so that the weight is 0.
+// One side's L, in two floats, and g. Nothing left in (L = -inf): +inf, so that the weight is 0.
 struct SymmetricSide {
-  float *level, *low_level, *g, *near_g;
+  float *high, *low, *g, *near_g;
 
-  void plan(int64_t count, Arena& arena) {
-    level = arena.take(count), low_level = arena.take(count), g = arena.take(count), near_g = arena.take(count);
-  }
+  void plan(int64_t count, Arena& arena) { high = arena.take(count), low = arena.take(count), g = arena.take(count), near_g = arena.take(count); }
 
   // Returns whether it is within reach of the centre.
-  bool set(int64_t i, float lse, float low, float upstream, double centre) const {
-    const double exact = 0x1.71547652b82fep0 * (double(lse) + double(low)), distance = exact - centre;
-    const float rounded = float(exact), rest = float(exact - double(rounded));
-    level[i] = rounded == -kInfinity ? kInfinity : rounded;
-    const bool small = !(rest > 0x1p-12f || rest < -0x1p-12f);  // its square is lost; NaN where L is infinite
-    low_level[i] = small ? 0 : rest;
-    g[i] = small && rest == rest ? upstream * (1 - 0x1.62e43p-1f * rest) : upstream;
+  bool set(int64_t i, float lse, float lse_low, float upstream, double centre) const {
+    const double distance = double(lse) + double(lse_low) - centre;
+    high[i] = lse == -kInfinity ? kInfinity : lse;
+    low[i] = lse_low;
+    g[i] = upstream;
     const bool near = distance <= kReach && distance >= -kReach;
-    near_g[i] = near ? float(double(upstream) * __builtin_exp2(-distance)) : 0;
+    near_g[i] = near ? float(double(upstream) * __builtin_exp(-distance)) : 0;
     return near;
   }
 };
@@ -218,7 +213,7 @@ struct SymmetricWeights {
       const double lse = upstream.row_lse[task.batch * p.rows + i];
       if (lse - lse == 0) sum += lse, count += 1;
     }
-    centre = double(float(count == 0 ? 0 : 0x1.71547652b82fep0 * sum / count));
+    centre = double(float(count == 0 ? 0 : sum / count));
   }
 
   void begin_rows(int64_t begin, int64_t count) {
@@ -226,7 +221,7 @@ struct SymmetricWeights {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = task.batch * p.rows + first + i;
       near[i] = row.set(i, upstream.row_lse[at], upstream.row_low[at], upstream.row_g[at], centre);
-      multiplier[i] = base2_multiplier(p.scale[at]);
+      multiplier[i] = multiplier_of(p.scale[at]);
     }
   }
 
@@ -252,12 +247,12 @@ struct SymmetricWeights {
     if (block_near && near[i]) {
       const Vec shift = splat(-float(centre)), u = splat(row.near_g[i]);
       for (int64_t j = 0; j < block.padded; j += kLanes)
-        store(scores + j, exp2_nonpositive(multiply_add(load(scores + j), m, shift)) * (u + load(column.near_g + j)));
+        store(scores + j, exp_nonpositive(multiply_add(load(scores + j), m, shift)) * (u + load(column.near_g + j)));
     } else {
-      const Vec shift = splat(-row.level[i]), low = splat(row.low_level[i]), g = splat(row.g[i]);
+      const Vec high = splat(row.high[i]), low = splat(row.low[i]), g = splat(row.g[i]);
       for (int64_t j = 0; j < block.padded; j += kLanes) {
-        const Vec of_row = exp2_nonpositive(multiply_add(load(scores + j), m, shift) - low);
-        const Vec of_column = exp2_nonpositive(multiply_add(load(scores + j), m, -load(column.level + j)) - load(column.low_level + j));
+        const Vec of_row = exp_nonpositive(exponent(load(scores + j), m, high, low));
+        const Vec of_column = exp_nonpositive(exponent(load(scores + j), m, load(column.high + j), load(column.low + j)));
         store(scores + j, multiply_add(g, of_row, load(column.g + j) * of_column));
       }
     }

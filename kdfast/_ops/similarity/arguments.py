@@ -69,9 +69,9 @@ class Problem(NamedTuple):
 
 
 def problem(query, keys, scale, values, bias, start, exclude, valid, precision_name, impl, panels=None) -> Problem:
-    """Checks, the accumulator's dtype for what is not a matrix, and the implementation. `exclude`: rules, or Rules, already checked."""
+    """Checks, and the `checked_problem`. `exclude`: rules, or Rules, already checked."""
     checks.rows("query", query)
-    *batch, rows, _ = query.shape
+    batch = query.shape[:-2]
     _bank_side("keys", keys, query, batch)
     checks.same_width("keys", keys, "query", query)
     count = keys.shape[-2]
@@ -81,19 +81,22 @@ def problem(query, keys, scale, values, bias, start, exclude, valid, precision_n
         _bank_side("values", values, query, batch)
         if values.shape[-2] != count:
             raise ValueError(f"values must have a row for each of the {count} keys, got shape {tuple(values.shape)}")
+    bias = None if bias is None else key_bias(bias, query, keys)
+    return checked_problem(query, keys, scale, values, bias, start, exclude, valid, precision_name, impl, panels)
+
+
+def checked_problem(query, keys, scale, values, bias, start, exclude, valid, precision_name, impl, panels=None) -> Problem:
+    """Of matrices and a bias that fit each other: the accumulator's dtype for what is not a matrix, and the implementation."""
+    *batch, rows, _ = query.shape
     acc = dtypes.accumulator(query.dtype)
     scale = row_parameter("scale", scale, query)
-    if bias is not None:
-        checks.floating("bias", bias)
-        checks.exact_shape("bias", bias, (count,) if bias.dim() == 1 else (*batch, count))
-        checks.alike("bias", bias, "query", query, dtype=False)
-        bias = bias.to(acc)
+    bias = None if bias is None else bias.to(acc)
     compute = how_to_compute(query, precision_name, panels)
     start_logit = start_value = None
     if start is not None:
         start_logit, start_value = _start(start, query, keys if values is None else values, acc, compute.dtype)
     rules = exclude if isinstance(exclude, exclusions.Rules) else exclusions.flatten(exclude, query, keys, acc)
-    valid = None if valid is None else _valid(valid, query, keys, batch)
+    valid = None if valid is None else prefix_length(valid, query, keys, batch)
 
     plain = bias is None and values is None and start_value is None
     facts = {"device_type": query.device.type, "dtype": compute.dtype, "stored": query.dtype, "width": query.shape[-1], "plain": plain}
@@ -107,11 +110,19 @@ def problem(query, keys, scale, values, bias, start, exclude, valid, precision_n
     return Problem(Spec(impl, compute, query.shape[:-1], lead), tensors)
 
 
-def _bank_side(name: str, x, query: Tensor, batch: list[int]) -> None:
+def _bank_side(name: str, x, query: Tensor, batch: torch.Size) -> None:
     checks.rows(name, x)
-    if x.dim() != 2 and list(x.shape[:-2]) != batch:
+    if x.dim() != 2 and x.shape[:-2] != batch:
         raise ValueError(f"{name} must be [M, D] or have the leading dimensions {tuple(batch)} of query, got shape {tuple(x.shape)}")
     checks.alike(name, x, "query", query)
+
+
+def key_bias(bias, query: Tensor, keys: Tensor) -> Tensor:  # [M] or [*B, M], in the accumulator's dtype
+    count = keys.shape[-2]
+    checks.floating("bias", bias)
+    checks.exact_shape("bias", bias, (count,) if bias.dim() == 1 else (*query.shape[:-2], count))
+    checks.alike("bias", bias, "query", query, dtype=False)
+    return bias.to(dtypes.accumulator(query.dtype))
 
 
 def row_parameter(name: str, x, query: Tensor) -> Tensor:
@@ -142,7 +153,7 @@ def _start(start, query: Tensor, values: Tensor, acc: torch.dtype, compute: torc
     return logit.to(acc), None if value is None else value.to(compute)
 
 
-def _valid(valid, query: Tensor, keys: Tensor, batch: list[int]) -> Tensor:  # [] or [*B] int64
+def prefix_length(valid, query: Tensor, keys: Tensor, batch: list[int]) -> Tensor:  # [] or [*B] int64
     valid = checks.prefix("valid", valid, keys.shape[-2], query.device, tuple(batch))
     return valid if isinstance(valid, Tensor) else torch.full((), int(valid), dtype=torch.int64, device=query.device)
 

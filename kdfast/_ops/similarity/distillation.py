@@ -21,7 +21,7 @@ from ..._core import impls
 from ..._core.recording import recorded
 from . import cpu, triton
 from .apply import streaming_softmax
-from .arguments import how_to_compute, problem, row_parameter
+from .arguments import how_to_compute, key_bias, prefix_length, problem, row_parameter
 from .autograd import _keep, _kept, _versions
 from .definition import SecondOrder
 from .exclusions import Rules
@@ -91,20 +91,19 @@ def distillation_rows(
     teacher, teacher_keys = (t.detach() if t is not None and t.requires_grad else t for t in (teacher, teacher_keys))
     ours, theirs = how_to_compute(student, precision), how_to_compute(teacher, precision)
     chosen = impls.choose("similarity_distillation", impl, device_type=student.device.type, dtype=ours.dtype, teacher_dtype=theirs.dtype)
-    _, tensors = problem(student, keys, scale, None, bias, None, Rules(key_index=key_index), valid, precision, impl)
     logit, teacher_logit = (None, None) if start is None else start
     fixed = Fixed(
         teacher,
         teacher_keys,
         row_parameter("teacher_scale", teacher_scale, teacher),
         teacher_logit,
-        tensors.bias,
+        None if bias is None else key_bias(bias, student, keys),
         key_index,
-        tensors.valid,
+        None if valid is None else prefix_length(valid, student, keys, []),
     )
     products = min(cpu.product_number(ours.products, student), cpu.product_number(theirs.products, teacher))  # the finer
     call = Call(kl, mean, precision, impl, products)
-    inputs = (student, keys, tensors.scale, logit, *fixed)
+    inputs = (student, keys, row_parameter("scale", scale, student), logit, *fixed)
     transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     if chosen == "cpu" and not transforms and not recorded(fixed.scale, teacher_logit, bias):
         losses, log_sums = Distillation.apply(call, *inputs)

@@ -142,7 +142,7 @@ def gradients(
     dbias = scale.new_zeros(keys.shape[:2]) if want_bias else empty.clone()
     dvalues = scale.new_zeros(values.shape) if want_values else empty.clone()
     mass, total = (torch.zeros_like(lse) if want_rows else empty.clone() for _ in range(2))
-    level, correction = above_nothing(lse), 1 - lse_low  # exp(z - lse - lse_low), but for the square of lse_low
+    level, correction = above_nothing(lse), torch.exp(-lse_low)  # p is both their exponentials
     slope = slope * correction
     h = None if h is None else h * correction[..., None]
 

@@ -1,0 +1,129 @@
+"""Gradients where logits are in the thousands to billions: none may cost digits that the plain formula keeps, under any instruction set."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdfast._core import impls
+from kdfast.functional import clip_loss, info_nce, nt_xent, siglip_loss, similarity_distillation, sup_con
+from kdfast.ops import similarity_softmax
+
+pytestmark = pytest.mark.skipif(impls.table()["info_nce"]["cpu"] is not None, reason="no compiled kernels")
+
+N, WIDTH = 20, 16
+LABELS = torch.arange(N) // 4
+
+
+# ---- embeddings whose inner products, times the scale, are about `level` -----------------------------------------------------------------
+
+
+def cold(count: int, level: float) -> tuple[Tensor, float]:
+    """Unit rows at a tiny temperature."""
+    return F.normalize(torch.randn(count, WIDTH, dtype=torch.float64), dim=-1).float(), level
+
+
+def long(count: int, level: float) -> tuple[Tensor, float]:
+    """Long rows: a softmax of one."""
+    return torch.randn(count, WIDTH) * math.sqrt(level / WIDTH), 1.0
+
+
+def uncentred(count: int, level: float) -> tuple[Tensor, float]:
+    """Logits that are exact in floats, and share all digits but those of small integers."""
+    rows = torch.randint(-1, 2, (count, WIDTH)).float()
+    rows[:, 0] = 2.0 ** round(math.log2(level) / 2)
+    return rows, 1.0
+
+
+# ---- losses: how many rows each argument has, how many of them have a gradient, ours, the formula ----------------------------------------
+
+
+def contrast(query, positive, bank, scale):
+    z = torch.cat([(query * positive).sum(-1, keepdim=True), query @ bank.T], 1) * scale
+    return F.cross_entropy(z, torch.zeros(len(z), dtype=torch.long))
+
+
+def match(x, y, scale):
+    z, own = scale * x @ y.T, torch.arange(len(x))
+    return (F.cross_entropy(z, own) + F.cross_entropy(z.T, own)) / 2
+
+
+def among_themselves(x, scale):
+    return (x @ x.T * scale).masked_fill(torch.eye(len(x), dtype=torch.bool), -torch.inf)
+
+
+def views(x, y, scale):
+    return F.cross_entropy(among_themselves(torch.cat([x, y]), scale), torch.arange(2 * N).roll(N))
+
+
+def classes(x, scale):
+    same = (LABELS[:, None] == LABELS) & ~torch.eye(N, dtype=torch.bool)
+    return -(among_themselves(x, scale).log_softmax(1).masked_fill(~same, 0).sum(1) / same.sum(1)).mean()
+
+
+def sigmoid(x, y, scale):
+    return -F.logsigmoid((2 * torch.eye(N) - 1) * (scale * x @ y.T - 10)).sum() / N
+
+
+def distillation(student, bank, teacher, teacher_bank, scale):
+    return -((teacher @ teacher_bank.T * scale).softmax(1) * (student @ bank.T * scale).log_softmax(1)).sum(1).mean()
+
+
+def our_contrast(query, positive, bank, scale):
+    return info_nce(query, positive, bank, temperature=1 / scale, impl="cpu")
+
+
+def our_distillation(student, bank, teacher, teacher_bank, scale):
+    temperatures = dict(student_temperature=1 / scale, teacher_temperature=1 / scale)
+    return similarity_distillation(student, teacher, bank, teacher_bank, impl="cpu", **temperatures)
+
+
+LOSSES = {
+    "info_nce, few pairs": ((N, N, 70), 3, our_contrast, contrast),
+    "info_nce, many keys": ((N, N, 600), 3, our_contrast, contrast),
+    "info_nce, frozen bank": ((N, N, 70), 2, our_contrast, contrast),
+    "info_nce, bank in place": ((5, 5, 70), 3, our_contrast, contrast),
+    "clip": ((N, N), 2, lambda x, y, scale: clip_loss(x, y, scale, impl="cpu"), match),
+    "nt_xent": ((N, N), 2, lambda x, y, scale: nt_xent(x, y, temperature=1 / scale, normalize=False, impl="cpu"), views),
+    "sup_con": ((N,), 1, lambda x, scale: sup_con(x, LABELS, temperature=1 / scale, normalize=False, impl="cpu"), classes),
+    "siglip": ((N, N), 2, lambda x, y, scale: siglip_loss(x, y, scale, -10.0, impl="cpu"), sigmoid),
+    "distillation": ((N, 70, N, 70), 2, our_distillation, distillation),
+    "lse": (
+        (N, 70),
+        2,
+        lambda query, keys, scale: similarity_softmax(query, keys, scale=scale, impl="cpu")[0].mean(),
+        lambda query, keys, scale: (query @ keys.T * scale).logsumexp(1).mean(),
+    ),
+}
+
+
+# but for distillation of uncentred keys: there it is the difference of two pooled keys that has lost the digits they share
+CASES = [(name, rows) for name in LOSSES for rows in (cold, long, uncentred) if (name, rows) != ("distillation", uncentred)]
+
+
+@pytest.mark.parametrize("level", [1e3, 6e4, 6e6, 1e9], ids="{:.0e}".format)
+@pytest.mark.parametrize(("name", "embeddings"), CASES, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_as_accurate_as_the_formula(isa, name, embeddings, level):
+    counts, learnt, ours, formula = LOSSES[name]
+    made = [embeddings(count, level) for count in counts]
+    rows, scale = [x for x, _ in made], made[0][1]
+
+    def gradients(loss, dtype):
+        leaves = [x.to(dtype).requires_grad_(i < learnt) for i, x in enumerate(rows)]
+        return torch.autograd.grad(loss(*leaves, scale), leaves[:learnt])
+
+    got, naive, truth = (gradients(f, dtype) for f, dtype in ((ours, torch.float32), (formula, torch.float32), (formula, torch.float64)))
+    for g, n, t in zip(got, naive, truth, strict=True):
+        assert (g - t).norm() <= 2 * (n - t).norm() + 4 * torch.finfo(torch.float32).eps * t.norm()
+
+
+@pytest.mark.parametrize("rows", [5, N], ids=["bank in place", "bank packed"])
+def test_scores_beyond_a_softmax_of_floats(isa, rows):
+    """A float logit of 1e10 is off by up to 512, whose exponential is infinite."""
+    query, bank = torch.randn(rows, WIDTH) * 1e5, torch.randn(70, WIDTH) * 1e5
+    lse, pooled = similarity_softmax(query, bank, impl="cpu")
+    z = query.double() @ bank.double().T
+    assert torch.equal(pooled, bank[z.argmax(1)])
+    torch.testing.assert_close(lse.double(), z.amax(1), rtol=1e-6, atol=0)
