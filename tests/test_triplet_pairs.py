@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kdfast._ops.triplet import blocks, reference
-from kdfast.functional import angular_loss, contrastive_loss, margin_loss, multi_similarity_loss
+from kdfast.functional import angular_loss, contrastive_loss, margin_loss, multi_similarity_loss, triplet_loss
 
 LOSSES = (multi_similarity_loss, margin_loss, contrastive_loss, angular_loss)
 
@@ -153,3 +153,14 @@ def test_wrong_arguments_are_named(loss, given, message):
     embeddings = given.pop("embeddings", torch.randn(4, 3))
     with pytest.raises((ValueError, TypeError, IndexError), match=message):
         loss(embeddings, torch.arange(4) % 2, **given)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loss", (*LOSSES, triplet_loss), ids=lambda loss: loss.__name__)
+def test_no_anchors_leave_a_graph_to_the_references(loss, reduction):
+    """As an empty batch does to the bank of the other losses."""
+    x, y = torch.empty(0, 3, requires_grad=True), torch.ones(4, 3, requires_grad=True)
+    value = loss(x, torch.empty(0, dtype=torch.int64), ref=y, ref_labels=torch.arange(4), reduction=reduction)
+    assert value.sum() == 0
+    dx, dy = torch.autograd.grad(value.sum(), (x, y))
+    assert dx.shape == x.shape and not dy.any()

@@ -113,7 +113,7 @@ def triplet_loss(
     problem = problem._replace(positives=min(problem.positives, problem.mine_ref.shape[0]))
     with op.full_precision(problem.mine):
         if problem.mine.shape[0] == 0:
-            return portable.nothing(problem.layers, reduction)
+            return portable.nothing((*problem.layers, *problem.refs), reduction)
         return portable.finish(_module(settings).triplet_rows(settings, problem, seed), reduction)
 
 

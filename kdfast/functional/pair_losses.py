@@ -56,7 +56,7 @@ def multi_similarity_loss(
     b, impl = _collect("multi_similarity_loss", impl, embeddings, labels, ref, ref_labels, ref_valid, own_index, "euclidean", normalize)
     with op.full_precision(b.layers[0]):
         if _empty(b):
-            return op.portable.nothing(b.layers, reduction)
+            return op.portable.nothing((*b.layers, *b.refs), reduction)
         settings = pairs.MultiSimilarity(alpha, beta, base, epsilon)
         rows = pairs.multi_similarity_rows(b, settings) if impl == "torch" else dense.multi_similarity_rows(impl, b, settings)
         return reduce_rows(rows, reduction=reduction)
@@ -107,7 +107,7 @@ def margin_loss(
             checks.in_range("beta", beta, x.dtype)
             beta = torch.full((), beta, dtype=x.dtype, device=x.device)
         if _empty(b):
-            return op.portable.nothing((x, beta.expand(0)[:, None]), reduction)
+            return op.portable.nothing((x, *b.refs, beta.expand(0)[:, None]), reduction)
         levels = torch.stack([beta - margin, beta + margin], -1).expand(x.shape[0], 2)
         (pull, push), (positives, negatives, pulled, pushed) = _pair_hinges(impl, b, metric, levels)
         rows = op.portable.Rows(negatives * pull + positives * push, positives * negatives, negatives * pulled + positives * pushed)
@@ -146,7 +146,7 @@ def contrastive_loss(
     b, impl = _collect("contrastive_loss", impl, embeddings, labels, ref, ref_labels, ref_valid, own_index, metric, normalize)
     with op.full_precision(b.layers[0]):
         if _empty(b):
-            return op.portable.nothing(b.layers, reduction)
+            return op.portable.nothing((*b.layers, *b.refs), reduction)
         levels = b.layers[0].new_tensor([pos_margin, neg_margin]).expand(b.layers[0].shape[0], 2)
         sums, counts = _pair_hinges(impl, b, metric, levels)
         return sum(op.portable.finish(op.portable.Rows(*kind), reduction) for kind in zip(sums, counts[:2], counts[2:], strict=True))
@@ -189,7 +189,7 @@ def angular_loss(
     impl = op.choose("angular_loss", impl, b.layers[0], width=b.layers[0].shape[1], gathered=b.layers[0].numel() * positives)
     with op.full_precision(b.layers[0]):
         if _empty(b):
-            return op.portable.nothing(b.layers, reduction)
+            return op.portable.nothing((*b.layers, *b.refs), reduction)
         if impl == "torch":
             loss, valid = pairs.angular_rows(b, alpha, positives)
         else:

@@ -192,7 +192,7 @@ def finish(rows: Rows, reduction: str) -> Tensor:
     return total / count.clamp_min(1).to(total.dtype)
 
 
-def nothing(layers: tuple[Tensor, ...], reduction: str) -> Tensor:
-    """The loss of no anchors: [0], or 0, with a graph to `layers` [0, D_l]."""
-    rows = sum(x.sum(-1) for x in layers)
+def nothing(matrices: tuple[Tensor, ...], reduction: str) -> Tensor:
+    """The loss of no anchors: [0], or 0, with a graph to all `matrices`, none of whose rows it reads."""
+    rows = sum(x[:0].sum(-1) for x in matrices)
     return rows if reduction == "none" else rows.sum()
