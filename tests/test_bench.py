@@ -2,6 +2,7 @@
 
 import csv
 import math
+import time
 
 import numpy as np
 import pytest
@@ -40,12 +41,13 @@ def test_tolerance():
 
 def test_calls_take_turns():
     order = []
-    calls = {name: (lambda name=name: order.append(name) or sum(range(200_000))) for name in "ab"}
-    timings = measure.interleave(calls, seconds=0, rounds=4)
-    timed = "".join(order).removeprefix("aabb")  # two calls each to warm up and to count repeats
-    rounds = timed.replace("a" * timed.index("b"), "a").replace("b" * (len(timed) // 4 - timed.index("b")), "b")
-    assert timings["a"].rounds == timings["b"].rounds == 4
-    assert rounds == "ab" * 4
+    calls = {name: (lambda name=name: order.append(name) or time.sleep(2 * measure.SAMPLE)) for name in "ab"}
+    timings = measure.interleave(calls, seconds=0, rounds=8)
+    timed = "".join(order).removeprefix("aabb")  # two calls each to warm up and to count repeats: one is a sample
+    rounds = {timed[i : i + 2] for i in range(0, len(timed), 2)}
+    assert timings["a"].rounds == timings["b"].rounds == 8
+    assert len(timed) == 16
+    assert rounds == {"ab", "ba"}  # nobody always follows the same
     assert 0 < timings["a"].low <= timings["a"].median <= timings["a"].high
 
 

@@ -1,10 +1,12 @@
 """Time, measured so that a noisy machine cannot favour anyone; and the gate that a wrong answer does not pass.
 
-Calls take turns, one sample each, round after round: whatever slows the machine meets all of them. A sample repeats a
+Calls take turns, one sample each, round after round: whatever slows the machine meets all of them. Each round has an order of its own,
+so that nobody always follows whoever leaves cold caches or threads at work behind. A sample repeats a
 short call until it lasts `SAMPLE` seconds, on a GPU too where the host's clock is read; a GPU's own clock takes one call at a time.
 """
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -76,10 +78,12 @@ def interleave(
     sample = sample or by(time.perf_counter)
     repeats = {name: _repeats(call, sample) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffled = list(calls), random.Random(0)
     deadline, done = time.perf_counter() + seconds, 0
     while calls and (done < rounds or time.perf_counter() < deadline):
-        for name, call in calls.items():
-            samples[name].append(sample(call, repeats[name]))
+        shuffled.shuffle(order)
+        for name in order:
+            samples[name].append(sample(calls[name], repeats[name]))
         done += 1
     return {name: summary(times) for name, times in samples.items()}
 
