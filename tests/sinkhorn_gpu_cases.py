@@ -28,3 +28,16 @@ def check(cost, a, b, epsilon, iterations, *, impl, moved, method="log", rho=(No
         u, v, w = (getattr(r, name).double().cpu() for r in (ours, truth, naive))
         assert float((u - v).abs().max()) <= 2 * float((w - v).abs().max()) + (4 + iterations) * unit * slack, name
     return ours
+
+
+def check_padding(cost, lengths, *, impl, moved):
+    """Problems of `lengths` in `cost`, with NaN beyond, against each by itself in float64."""
+    sizes = list(zip(*(x.tolist() for x in lengths), strict=True))
+    want = [sinkhorn(cost[i, :n, :m].double(), epsilon=0.1, max_iters=5) for i, (n, m) in enumerate(sizes)]
+    for i, (n, m) in enumerate(sizes):
+        cost[i, n:], cost[i, :, m:] = torch.nan, torch.nan
+    ours = sinkhorn(moved(cost), epsilon=0.1, max_iters=5, lengths=tuple(map(moved, lengths)), impl=impl)
+    for i, (exact, (n, m)) in enumerate(zip(want, sizes, strict=True)):
+        torch.testing.assert_close(ours.value[i].cpu().double(), exact.value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours.f[i, :n].cpu().double(), exact.f, rtol=1e-5, atol=1e-6)
+        assert (ours.f[i, n:] == 0).all() and (ours.g[i, m:] == 0).all()

@@ -6,7 +6,7 @@ import cuda_emulation
 import pytest
 import torch
 from cuda_kernels import DEVICE, EMULATED, cuda, moved  # noqa: F401  the fixture serves every test
-from sinkhorn_gpu_cases import check, weights
+from sinkhorn_gpu_cases import check, check_padding, weights
 
 from kdfast._core import cuda_runtime
 from kdfast.ops import sinkhorn
@@ -76,16 +76,8 @@ def test_shared_transposed_and_strided_costs():
 
 @pytest.mark.parametrize(("n", "m"), [(20, 40), (4, 4), (135, 70)], ids=str)
 def test_padding(n, m):
-    cost, lengths = torch.rand(3, n, m), (torch.tensor([n - 1, n, 2]), torch.tensor([m, m // 2, 1]))
-    sizes = list(zip(*(x.tolist() for x in lengths), strict=True))
-    want = [sinkhorn(cost[i, :r, :c].double(), epsilon=0.1, max_iters=5) for i, (r, c) in enumerate(sizes)]
-    for i, (r, c) in enumerate(sizes):
-        cost[i, r:], cost[i, :, c:] = torch.nan, torch.nan
-    ours = sinkhorn(moved(cost), epsilon=0.1, max_iters=5, lengths=tuple(map(moved, lengths)), impl="cuda")
-    for i, (exact, (r, c)) in enumerate(zip(want, sizes, strict=True)):
-        torch.testing.assert_close(ours.value[i].cpu().double(), exact.value, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(ours.f[i, :r].cpu().double(), exact.f, rtol=1e-5, atol=1e-6)
-        assert (ours.f[i, r:] == 0).all() and (ours.g[i, c:] == 0).all()
+    lengths = torch.tensor([n - 1, n, 2]), torch.tensor([m, m // 2, 1])
+    check_padding(torch.rand(3, n, m), lengths, impl="cuda", moved=moved)
 
 
 def test_nothing_but_padding():

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from cuda_kernels import DEVICE, EMULATED, cuda, moved  # noqa: F401  the fixture serves every test
-from sinkhorn_gpu_cases import check, weights
+from sinkhorn_gpu_cases import check, check_padding, weights
 
 from kdfast.ops import sinkhorn
 
@@ -40,15 +40,7 @@ def test_a_large_range():
 
 
 def test_padding_zero_weights_and_forbidden_pairs():
-    cost, lengths = torch.rand(2, 20, 40).to(HALF), (torch.tensor([13, 20]), torch.tensor([40, 25]))
-    sizes = list(zip(*(x.tolist() for x in lengths), strict=True))
-    want = [sinkhorn(cost[i, :r, :c].double(), epsilon=0.1, max_iters=5) for i, (r, c) in enumerate(sizes)]
-    for i, (r, c) in enumerate(sizes):
-        cost[i, r:], cost[i, :, c:] = torch.nan, torch.nan
-    ours = sinkhorn(moved(cost), epsilon=0.1, max_iters=5, lengths=tuple(map(moved, lengths)), impl="cuda")
-    for i, (exact, (r, c)) in enumerate(zip(want, sizes, strict=True)):
-        torch.testing.assert_close(ours.value[i].cpu().double(), exact.value, rtol=1e-5, atol=1e-6)
-        assert (ours.f[i, r:] == 0).all() and (ours.g[i, c:] == 0).all()
+    check_padding(torch.rand(2, 20, 40).to(HALF), (torch.tensor([13, 20]), torch.tensor([40, 25])), impl="cuda", moved=moved)
     a, b = weights(2, 10), weights(2, 12)
     a[0, 5], b[0, 3] = 0, 0
     cost = torch.rand(2, 10, 12).to(HALF)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from triplet_dense_cases import case, check, loss_of
+from triplet_dense_cases import case, check, check_repeats, check_second_derivative, loss_of
 
 from kdfast._core import extension
 from kdfast._ops.triplet import cpu, distances, mining
@@ -79,17 +79,7 @@ def test_no_triplet_is_zero_with_a_graph(labels):
 
 @pytest.mark.parametrize("bank", [False, True], ids=["in_batch", "bank"])
 def test_second_derivative_is_that_of_the_portable_formula(bank):
-    a = case(12, 20 if bank else None, 5, 3)
-
-    def twice(impl):
-        x = a["x"].clone().requires_grad_()
-        more = {k: a[k] for k in ("ref", "ref_labels", "own_index") if bank}
-        loss = triplet_loss(x, a["labels"], **more, swap=True, mining="batch_all", normalize=False, margin=1.3, impl=impl)
-        (first,) = torch.autograd.grad(loss, x, create_graph=True)
-        return first, *torch.autograd.grad(first.square().sum(), x)
-
-    for got, want in zip(twice("cpu"), twice("torch"), strict=True):
-        torch.testing.assert_close(got, want)
+    check_second_derivative(bank, swap=True, mining="batch_all")
 
 
 def test_only_references_need_gradients():
@@ -103,9 +93,7 @@ def test_only_references_need_gradients():
 @pytest.mark.parametrize("bank", [False, True], ids=["in_batch", "bank"])
 def test_threads_agree_and_repeat(threads, bank):
     a = case(300, 400 if bank else None, 64, 100)
-    how = dict(swap=True, mining="batch_all", margin=1.3)
-    check(a, **how)
-    assert all(torch.equal(x, y) for x, y in zip(loss_of(a, "cpu", **how), loss_of(a, "cpu", **how), strict=True))
+    check_repeats(a, swap=True, mining="batch_all", margin=1.3)
 
 
 def test_larger_classes_take_the_portable_path():

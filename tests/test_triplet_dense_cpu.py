@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from triplet_dense_cases import case, check, loss_of
+from triplet_dense_cases import case, check, check_compiles, check_repeats, check_second_derivative, loss_of
 
 from kdfast._core import extension
 from kdfast._ops.triplet import classes, dense, distances, mining
@@ -153,17 +153,7 @@ def test_nan_reaches_the_loss_of_its_anchors_only(isa, name):
 
 @pytest.mark.parametrize("bank", [False, True], ids=["in_batch", "bank"])
 def test_second_derivative_is_that_of_the_portable_formula(bank):
-    a = case(12, 20 if bank else None, 5, 3)
-
-    def twice(impl):
-        x = a["x"].clone().requires_grad_()
-        more = {k: a[k] for k in ("ref", "ref_labels", "own_index") if bank}
-        loss = triplet_loss(x, a["labels"], **more, mining="batch_all", normalize=False, margin=1.3, impl=impl)
-        (first,) = torch.autograd.grad(loss, x, create_graph=True)
-        return first, *torch.autograd.grad(first.square().sum(), x)
-
-    for got, want in zip(twice("cpu"), twice("torch"), strict=True):
-        torch.testing.assert_close(got, want)
+    check_second_derivative(bank, mining="batch_all")
 
 
 @pytest.mark.parametrize(("rows", "classes_of"), [(24, 6), (60, 2)])
@@ -198,9 +188,7 @@ def test_only_references_need_gradients():
 @pytest.mark.parametrize("bank", [False, True], ids=["in_batch", "bank"])
 def test_threads_agree_and_repeat(threads, bank):
     a = case(500, 700 if bank else None, 40, 60)
-    how = dict(mining="batch_all", margin=1.3)
-    check(a, **how)
-    assert all(torch.equal(x, y) for x, y in zip(loss_of(a, "cpu", **how), loss_of(a, "cpu", **how), strict=True))
+    check_repeats(a, mining="batch_all", margin=1.3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -225,15 +213,7 @@ def test_layouts_and_a_graph_kept():
 
 @pytest.mark.parametrize("name", mining.SETS)
 def test_compiles_whole(name):
-    x, labels = torch.randint(-2, 3, (30, 4)).float().requires_grad_(), torch.arange(30) % 7
-
-    def loss(x):
-        return triplet_loss(x, labels, mining=name, normalize=False, impl="cpu", margin=1.3)
-
-    torch._dynamo.reset()
-    (want,) = torch.autograd.grad(loss(x), x)
-    (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
-    torch.testing.assert_close(got, want)
+    check_compiles(mining=name)
 
 
 def test_functional_transforms_take_the_portable_path():

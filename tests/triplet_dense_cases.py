@@ -31,3 +31,35 @@ def check(a: dict, **how) -> None:
     got, naive, want = loss_of(a, "cpu", **how), loss_of(a, "torch", **how), loss_of(a, "torch", torch.float64, **how)
     for g, n, w in zip(got, naive, want, strict=True):
         assert_accurate(g, w, n)
+
+
+def check_second_derivative(bank: bool, **how) -> None:
+    a = case(12, 20 if bank else None, 5, 3)
+
+    def twice(impl):
+        x = a["x"].clone().requires_grad_()
+        more = {k: a[k] for k in ("ref", "ref_labels", "own_index") if bank}
+        loss = triplet_loss(x, a["labels"], **more, normalize=False, margin=1.3, impl=impl, **how)
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        return first, *torch.autograd.grad(first.square().sum(), x)
+
+    for got, want in zip(twice("cpu"), twice("torch"), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def check_compiles(**how) -> None:
+    x, labels = torch.randint(-2, 3, (30, 4)).float().requires_grad_(), torch.arange(30) % 7
+
+    def loss(x):
+        return triplet_loss(x, labels, normalize=False, impl="cpu", margin=1.3, **how)
+
+    torch._dynamo.reset()
+    (want,) = torch.autograd.grad(loss(x), x)
+    (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
+    torch.testing.assert_close(got, want)
+
+
+def check_repeats(a: dict, **how) -> None:
+    """The same bits again, and the right ones."""
+    check(a, **how)
+    assert all(torch.equal(x, y) for x, y in zip(loss_of(a, "cpu", **how), loss_of(a, "cpu", **how), strict=True))
