@@ -234,6 +234,12 @@ def test_rows_that_begin_anywhere():
 def test_empty():
     lse, pooled = ops.similarity_softmax(leaf(0, 16).detach(), leaf(5, 16).detach(), impl="cuda")
     assert lse.shape == (0,) and pooled.shape == (0, 16)
+    bank = leaf(20, 16)
+    loss = functional.info_nce(leaf(0, 16).detach(), leaf(0, 16).detach(), bank, impl="cuda", reduction="sum")
+    assert (torch.autograd.grad(loss, bank)[0] == 0).all()
+    a = case(1, 3, 5, 16, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="at least one row"):
+        forward(a | {"keys": a["keys"][:, :0]})
 
 
 def test_what_it_serves():

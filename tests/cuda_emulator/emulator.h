@@ -241,7 +241,10 @@ inline float exp2_fast(float x) {
   return out < 0x1p-126f ? 0.0f : out;  // NaN stays
 }
 
-inline float reciprocal(float x) { return 1 / x; }
+inline float reciprocal(float x) {
+  const float out = std::fabs(x) < 0x1p-126f ? std::copysign(INFINITY, x) : 1 / x;
+  return std::fabs(out) < 0x1p-126f ? std::copysign(0.0f, out) : out;  // NaN stays
+}
 
 inline float float_of_half(uint16_t bits) {
   _Float16 half;
@@ -281,6 +284,7 @@ struct Launch {
 
 template <class Params>
 const char* launch(void (*kernel)(Params), const Launch& how, const Params& params) {
+  if (how.blocks < 1 || how.blocks > INT32_MAX || how.threads < 1) return "invalid configuration argument";  // as the CUDA runtime has it
   if (how.blocks % how.cluster != 0) return "blocks must be a multiple of the cluster";
   if (how.threads % emulator::kWarp != 0 || how.threads > 1024 || how.cluster > 8 || how.shared_bytes > (227 << 10)) return "beyond the limits of a device";
   struct Call {

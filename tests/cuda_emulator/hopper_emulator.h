@@ -288,6 +288,8 @@ void take_registers() {}
 inline const char* encode_map(device::TensorMap& map, const void* data, Element, int64_t entries, int64_t rows, int64_t width, int64_t entry_stride,
                               int box_rows) {
   if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || width % 8 != 0 || entry_stride % 8 != 0) return "rows must begin at multiples of 16 bytes";
+  if (data == nullptr || entries < 1 || rows < 1 || width < 1 || rows > int64_t(1) << 32) return "a tensor without numbers, or of too many";
+  if (2 * width >= int64_t(1) << 40 || 2 * entry_stride >= int64_t(1) << 40) return "a stride of 2^40 bytes or more";
   if (box_rows > 256) return "a box has at most 256 rows";
   map = {static_cast<const uint16_t*>(data), entries, rows, width, entry_stride, box_rows};
   return nullptr;

@@ -29,6 +29,7 @@ SimilarityProblem problem_of(const Tensor& query, const Tensor& keys, const Tens
   SimilarityProblem p{};
   p.batch = query.size(0), p.rows = query.size(1), p.columns = keys.size(1), p.width = query.size(2);
   STD_TORCH_CHECK(kdfast::similarity_serves(p.width), "it takes widths that are multiples of 8 up to 256, got ", p.width);
+  STD_TORCH_CHECK(p.columns > 0, "keys must have at least one row");
   STD_TORCH_CHECK(p.rows < INT32_MAX - 256 && p.columns < INT32_MAX - 256, "at most 2^31 - 257 rows, got ", p.rows, " and ", p.columns);
   p.element = element_of("query", query);
   STD_TORCH_CHECK(p.element != kdfast::Element::kFloat32, "query must be bfloat16 or float16");
@@ -99,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_grad_keys(const Tensor& slope, con
   if (lse_low.has_value()) p.lse_low = packed<float>("lse_low", *lse_low, {batch, rows});
   Tensor out = torch::stable::new_empty(slope, {batch, p.problem.columns, p.problem.width}), none = torch::stable::new_empty(slope, {0});
   p.keys = floats_of(out);
-  if (out.numel() == 0) return {out, none, none};
+  if (batch == 0 || rows == 0) return {torch::stable::zero_(out), none, none};
   on_device_of(query, [&](void* stream) {
     kdfast::similarity_keys_plan(p);
     Tensor terms = torch::stable::new_empty(slope, {batch, p.term_columns, 2});
