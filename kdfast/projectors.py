@@ -135,6 +135,8 @@ class Projector(nn.Module):
         super().__init__()
         checks.choice("kind", kind, KINDS)
         checks.choice("norm", norm, NORMS)
+        checks.flag("bias", bias)
+        checks.flag("invert", invert)
         for name, dim in (("student_dim", student_dim), ("teacher_dim", teacher_dim)):
             if dim is not None:
                 checks.count(name, dim)
@@ -160,6 +162,8 @@ class Projector(nn.Module):
 
     def materialize(self, student: Tensor, teacher: Tensor) -> None:
         """Fill in widths that are not known yet from features; ValueError where known ones differ."""
+        checks.floating("student", student, min_ndim=1)
+        checks.floating("teacher", teacher, min_ndim=1)
         source, target = (teacher, student) if self.invert else (student, teacher)
         self.maps[0].materialize(in_features=width(source))
         self.maps[-1].materialize(out_features=width(target))

@@ -141,9 +141,30 @@ def test_options_of_methods():
         (distill.FacultyOT, "T", torch.ones(3)),
         (functools.partial(distill.SpectralTail, 2), "p", torch.ones(3)),
         (functools.partial(distill.SpectralTail, 2), "center", 1),
+        (distill.HybridDistill, "token_weight", None),
+        (distill.SRD, "logit_weight", "much"),
+        (distill.MLKD, "contrast_weight", -1.0),
+        (functools.partial(distill.MultiHeadKD, num_classes=3), "num_heads", 1.5),
+        (distill.PESFKD, "hidden", 0),
+        (distill.PESFKD, "num_classes", "4"),
+        (distill.KD, "T", 1e308),
+        (distill.SSKD, "temperature", torch.ones(3)),
+        (distill.SSKD, "rotated_weight", 10**30),
+        (distill.REFILLED, "weight", (1, 2)),
+        (distill.SwAV, "banks", 2),
+        (distill.CKA, "num_classes", 5),
+        (functools.partial(distill.CKA, [2, 2]), "teacher_dims", 4),
+        (functools.partial(distill.CKA, [2, 2]), "common_dim", -1),
+        (functools.partial(distill.CKA, [2, 2]), "weights", "task"),
+        (distill.ImageGenerator, "width", 0),
+        (kdfast.Projector, "invert", torch.ones(3)),
     ):
         refused(method, {}, option, value)
     refused(distill.CRD, dict(num_data=M), "sampler", 3, TypeError)
+    refused(kdfast.Projector(D, D), dict(student=X, teacher=Y), "teacher", None, TypeError)
+    for labels in (LABELS[:2], LABELS + 3, "labels", torch.rand(N, 2)):
+        refused(distill.PESFKD(), dict(student=X, teacher=Y, labels=LABELS), "labels", labels, (TypeError, ValueError, IndexError))
+    refused(distill.SRD(), dict(student=(), teacher=Y), "student", (), ValueError)
     crd = distill.CRD(M, dim=2, num_negatives=2)
     refused(crd, dict(student=X, teacher=Y), "index", list(range(N)), TypeError)
     refused(distill.cutmix, dict(x_a=torch.rand(2, 3, 4, 4)), "x_p", None, TypeError)

@@ -398,6 +398,19 @@ def test_what_is_not_served_is_named():
         (lambda: sentence_transformers.BankInfoNCELoss(model, scale=0), ValueError, "scale must be"),
         (lambda: repdistiller.DistillKL(0), ValueError, "T must be"),
         (lambda: swav.distributed_sinkhorn(x, epsilon=0), ValueError, "epsilon must be"),
+        (lambda: swav.distributed_sinkhorn(x, sinkhorn_iterations=1.5), TypeError, "sinkhorn_iterations must be"),
+        (lambda: lightly.NTXentLoss(memory_bank_size=(4.5, 6)), TypeError, "memory_bank_size must be"),
+        (lambda: lightly.NTXentLoss()(x, x[:5]), ValueError, "out1 must have shape"),
+        (lambda: open_clip.ClipLoss()(x, x[:5], 1.0), ValueError, "text_features must have shape"),
+        (lambda: geomloss.SamplesLoss(blur=1e-200), ValueError, "blur"),
+        (lambda: geomloss.SamplesLoss(scaling="0.5"), TypeError, "scaling must be"),
+        (lambda: geomloss.SamplesLoss()(x, x[:, :2]), ValueError, "y must have the width of x"),
+        (lambda: geomloss.SamplesLoss()(x, x[:0]), ValueError, "x and y must have at least one point"),
+        (lambda: geomloss.SamplesLoss()(x, x * torch.inf), ValueError, "x and y must be finite"),
+        (lambda: geomloss.SamplesLoss()(torch.ones(5), x, torch.ones(12), x), ValueError, "a must have a weight a point"),
+        (lambda: repdistiller.DistillKL(4)(x, None), TypeError, "y_t must be"),
+        (lambda: repdistiller.RKDLoss("1"), TypeError, "w_d must be"),
+        (lambda: repdistiller.RKDLoss()(x, x[:5]), ValueError, "f_t must have the rows of f_s"),
     ):
         with pytest.raises(kind, match=message):
             wrong()

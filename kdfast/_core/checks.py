@@ -95,6 +95,12 @@ def nonnegative_number(name: str, x) -> None:
         raise ValueError(f"{name} must be a finite number >= 0, got {x}")
 
 
+def weights(**given) -> None:
+    """Each, by its name, is the weight of a term: a `nonnegative_number`, which may be 0."""
+    for name, x in given.items():
+        nonnegative_number(name, x)
+
+
 def finite_number(name: str, x) -> None:
     """`x` is a float that is not infinite nor NaN."""
     if isinstance(x, Tensor):
@@ -142,6 +148,16 @@ def scalar(name: str, x) -> None:
         exact_shape(name, x, ())
     elif math.isnan(x):
         raise ValueError(f"{name} must be a number, got {x}")
+
+
+def class_labels(labels, logits: Tensor) -> Tensor:
+    """`labels` of logits [N, C], as cross-entropy takes them: classes [N], of which -100 is left out, or probabilities [N, C]."""
+    _tensor("labels", labels, None, 1)
+    if labels.is_floating_point():
+        return real("labels", labels, shape=tuple(logits.shape), device=logits.device)
+    labels = integral("labels", labels, shape=tuple(logits.shape[:1]), device=logits.device)
+    index_range("labels", labels, logits.shape[1], lowest=-100)
+    return labels
 
 
 def count(name: str, x, *, minimum: int = 1) -> int:

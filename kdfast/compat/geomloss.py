@@ -54,12 +54,15 @@ class SamplesLoss(nn.Module):
         checks.choice("p", p, (1, 2))
         checks.choice("backend", backend, ("auto", "tensorized", "online", "multiscale"))
         for name, value in (("blur", blur), ("reach", reach), ("diameter", diameter)):
-            if value is not None:
+            if value is not None or name == "blur":
+                checks.finite_number(name, value)
                 checks.positive_number(name, value)
-        if not 0 < scaling < 1:
-            raise ValueError(f"scaling must be in (0, 1), got {scaling!r}")
-        for name, value in (("kernel", kernel), ("potentials", potentials)):
-            if value:
+                self._power(name, value, p)
+        checks.fraction("scaling", scaling)
+        checks.positive_number("scaling", scaling)
+        checks.flag("debias", debias)
+        for name, value, served in (("kernel", kernel, None), ("potentials", potentials, False)):
+            if value is not served:
                 raise ValueError(f"{name} is not supported by kdfast.compat.geomloss.SamplesLoss, got {value!r}")
         if cost is not None and not callable(cost):
             raise ValueError(f"cost must be None or a callable (x, y) -> [B, N, M], got {type(cost).__name__}")
@@ -75,13 +78,28 @@ class SamplesLoss(nn.Module):
             checks.rows(name, points)
             if points.dim() > 3:
                 raise ValueError(f"{name} must be [N, D] or [B, N, D], got shape {tuple(points.shape)}")
-        a, b = (None if w is None else w.reshape(points.shape[:-1]) for w, points in ((a, x), (b, y)))
+        checks.same_width("y", y, "x", x)
+        if min(x.shape[-2], y.shape[-2]) == 0:
+            raise ValueError(f"x and y must have at least one point, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
+        a, b = (None if w is None else self._weights(name, w, points) for name, w, points in (("a", a, x), ("b", b, y)))
         function = sinkhorn_divergence if self.debias else sinkhorn_loss
         metric, factor = self._metric()
         rho = None if self.reach is None else factor * self.reach**self.p
         epsilon = factor * self.blur**self.p
         options = {"metric": metric, "epsilon": epsilon, "rho": rho, **self._schedule(x, y, factor)}
         return function(x, y, a=a, b=b, reduction="none", **options) / factor
+
+    @staticmethod
+    def _power(name: str, value: float, p: int) -> None:
+        if not 0 < value * (value if p == 2 else 1) < math.inf:
+            raise ValueError(f"{name} ** p must be a finite number > 0, got {name}={value}")
+
+    @staticmethod
+    def _weights(name: str, weights: Tensor, points: Tensor) -> Tensor:
+        checks.floating(name, weights)
+        if weights.numel() != points.shape[:-1].numel():
+            raise ValueError(f"{name} must have a weight a point, {tuple(points.shape[:-1])}, got {tuple(weights.shape)}")
+        return weights.reshape(points.shape[:-1])
 
     def _metric(self) -> tuple:
         """(metric, factor): the metric is `factor` times the cost |x - y|^p / p, and then so are epsilon and rho."""
@@ -104,4 +122,7 @@ class SamplesLoss(nn.Module):
         """The diagonal of the box that holds all points."""
         with torch.no_grad():
             low, high = (torch.stack([f(t.flatten(0, -2), 0) for t in (x, y)]) for f in (torch.amin, torch.amax))
-            return (high.amax(0) - low.amin(0)).norm().item()
+            extent = (high.amax(0) - low.amin(0)).norm().item()
+        if not math.isfinite(extent):
+            raise ValueError("x and y must be finite where diameter is None: it is read from them")
+        return extent

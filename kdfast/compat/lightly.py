@@ -30,11 +30,16 @@ class NTXentLoss(nn.Module):
     def __init__(self, temperature: float = 0.5, memory_bank_size: int | Sequence[int] = 0, gather_distributed: bool = False):
         super().__init__()
         checks.positive_number("temperature", temperature)
+        checks.flag("gather_distributed", gather_distributed)
         self.temperature, self.gather_distributed = temperature, gather_distributed
         self.memory_bank = None
+        if not isinstance(memory_bank_size, (int, list, tuple)):
+            raise TypeError(f"memory_bank_size must be 0 or (number of rows, their width), got {type(memory_bank_size).__name__}")
         if memory_bank_size not in (0, (0,), [0]):
             if isinstance(memory_bank_size, int) or len(memory_bank_size) != 2:
                 raise ValueError(f"memory_bank_size must be 0 or (number of rows, their width), got {memory_bank_size!r}")
+            for size in memory_bank_size:
+                checks.count("memory_bank_size", size)
             self.memory_bank = QueueBank(*memory_bank_size)
             with torch.no_grad():
                 start = torch.randn(*memory_bank_size, generator=torch.Generator().manual_seed(0))  # equal on all ranks
@@ -42,6 +47,9 @@ class NTXentLoss(nn.Module):
                 self.memory_bank.fill.fill_(memory_bank_size[0])
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        for name, out in (("out0", out0), ("out1", out1)):
+            checks.rows(name, out, ndim=2)
+        checks.exact_shape("out1", out1, out0.shape)
         if self.memory_bank is None:
             return nt_xent(out0, out1, temperature=self.temperature, group=collectives.world() if self.gather_distributed else None)
         query, key = (F.normalize(out.to(self.memory_bank.storage.dtype), dim=1) for out in (out0, out1))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .._core import collectives
+from .._core import checks, collectives
 from ..functional import clip_loss
 
 
@@ -34,12 +34,18 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
     ):
         super().__init__()
-        if use_horovod:
+        if use_horovod is not False:
             raise ValueError("use_horovod is not supported by kdfast.compat.open_clip.ClipLoss: use torch.distributed")
+        checks.count("world_size", world_size)
         self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
         self.rank, self.world_size = rank, world_size
 
     def forward(self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias=None, output_dict: bool = False):
+        for name, features in (("image_features", image_features), ("text_features", text_features)):
+            checks.rows(name, features, ndim=2)
+        checks.exact_shape("text_features", text_features, image_features.shape)
+        if logit_bias is not None:
+            checks.number("logit_bias", logit_bias)
         group = self._group()
         loss = clip_loss(image_features, text_features, logit_scale, group=group)
         if group is not None and not self.local_loss:  # the mean over all rows of all ranks

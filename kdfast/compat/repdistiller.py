@@ -21,6 +21,8 @@ class DistillKL(nn.Module):
         self.kd = KD(T)
 
     def forward(self, y_s: Tensor, y_t: Tensor) -> Tensor:
+        checks.rows("y_s", y_s)
+        checks.rows("y_t", y_t)
         return self.kd(y_s, y_t)
 
 
@@ -32,9 +34,11 @@ class RKDLoss(nn.Module):
 
     def __init__(self, w_d: float = 25, w_a: float = 50):
         super().__init__()
+        checks.weights(w_d=w_d, w_a=w_a)
         self.w_d, self.w_a = w_d, w_a
 
     def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
+        _check_features(f_s, f_t)
         return losses.RKDLoss(self.w_d, self.w_a)(f_s.flatten(1), f_t.flatten(1))
 
 
@@ -82,10 +86,19 @@ class CRDLoss(nn.Module):
         return SimpleNamespace(**{name: state[f"contrast.{name}"] for name in names})
 
     def forward(self, f_s: Tensor, f_t: Tensor, idx: Tensor, contrast_idx: Tensor | None = None) -> Tensor:
+        _check_features(f_s, f_t)
+        checks.integral("idx", idx)
         if contrast_idx is not None:
             checks.exact_shape("contrast_idx", checks.integral("contrast_idx", contrast_idx), (len(idx), 1 + self._constants[0]))
         self.crd.sampler.given = contrast_idx
         return self.crd(f_s.flatten(1), f_t.flatten(1), index=idx)
+
+
+def _check_features(f_s, f_t) -> None:
+    checks.floating("f_s", f_s, min_ndim=2)
+    checks.floating("f_t", f_t, min_ndim=2)
+    if len(f_s) != len(f_t):
+        raise ValueError(f"f_t must have the rows of f_s ({len(f_s)}), got {len(f_t)}")
 
 
 class Embed(nn.Module):

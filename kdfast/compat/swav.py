@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._core import collectives
+from .._core import checks, collectives
 from ..functional import sinkhorn_assign
 
 
@@ -15,6 +15,8 @@ def distributed_sinkhorn(out: Tensor, epsilon: float = 0.05, sinkhorn_iterations
     Differs: exp(out / epsilon) cannot overflow (there it does beyond 88 in float32, and in half precision for cosine scores at
     epsilon = 0.05); ranks may hold batches of different sizes.
 
-    Raises: ValueError, TypeError as kdfast.functional.sinkhorn_assign.
+    Raises: ValueError, TypeError naming the argument.
     """
+    checks.rows("out", out, ndim=2)
+    checks.count("sinkhorn_iterations", sinkhorn_iterations)
     return sinkhorn_assign(out, epsilon=epsilon, iters=sinkhorn_iterations, group=collectives.world()).to(out.dtype)

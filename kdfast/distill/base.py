@@ -100,7 +100,7 @@ def check_queue(name: str, bank, width: int | None = None) -> None:
 
 def first(value):
     """Element 0 of a tuple, anything else unchanged."""
-    return value[0] if isinstance(value, tuple) else value
+    return value[0] if isinstance(value, tuple) and value else value
 
 
 def views(name: str, given, wanted: tuple[str, ...]) -> list:

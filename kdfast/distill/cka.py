@@ -84,15 +84,21 @@ class CKA(DistillLoss):
         checks.choice("tasks", tasks, ("disjoint", "separate"))
         checks.choice("align", align, ("mmd", "sinkhorn"))
         checks.positive_number("temperature", temperature)
-        self.num_classes = [checks.count("num_classes", count) for count in num_classes]
+        self.num_classes = [checks.count("num_classes", count) for count in _list("num_classes", num_classes)]
+        if weights is not None and not isinstance(weights, Mapping):
+            raise TypeError(f"weights must be a dict of terms and their weights or None, got {type(weights).__name__}")
         for name, weight in (weights or {}).items():
             checks.choice("weights", name, tuple(_WEIGHTS))
             checks.nonnegative_number(f"weights[{name!r}]", weight)
         self.weights = {**_WEIGHTS, **(weights or {})}
         self.tasks, self.align, self.temperature, self.kd = tasks, align, temperature, KD(T=1)
-        dims = [None] * len(self.num_classes) if teacher_dims is None else teacher_dims
+        dims = [None] * len(self.num_classes) if teacher_dims is None else _list("teacher_dims", teacher_dims)
         if len(dims) != len(self.num_classes):
             raise ValueError(f"teacher_dims must have one width a teacher ({len(self.num_classes)}), got {len(dims)}")
+        checks.count("common_dim", common_dim)
+        for name, dim in (("student_dim", student_dim), *(("teacher_dims", dim) for dim in dims)):
+            if dim is not None:
+                checks.count(name, dim)
         self.student_adapter = Affine(student_dim, common_dim)
         self.teacher_adapters = nn.ModuleList(Affine(dim, common_dim) for dim in dims)
 
@@ -166,6 +172,12 @@ def _features(value, name: str) -> Tensor:
     if not isinstance(value, Mapping) or not {"logits", "feat"} <= value.keys():
         raise ValueError(f'{name} must be a dict of logits, feat (as from at={{"logits": None, "feat": "avgpool"}})')
     return vectors(value["feat"], name)
+
+
+def _list(name: str, given) -> list:
+    if not isinstance(given, (list, tuple)):
+        raise TypeError(f"{name} must be a list with a number a teacher, got {type(given).__name__}")
+    return list(given)
 
 
 def _mean(values) -> Tensor:

@@ -26,6 +26,7 @@ class HybridDistill(DistillLoss):
 
     def __init__(self, token_weight: float = 1.0, value_weight: float = 1.0) -> None:
         super().__init__()
+        checks.weights(token_weight=token_weight, value_weight=value_weight)
         self.weights = {"tokens": token_weight, "values": value_weight}
 
     def forward(self, student, teacher, *, index=None, labels=None) -> Tensor:

@@ -24,6 +24,8 @@ class ImageGenerator(nn.Module):
         if checks.count("image_size", image_size) % 4:
             raise ValueError(f"image_size must be a multiple of 4, got {image_size}")
         self.latent_dim, start = checks.count("latent_dim", latent_dim), image_size // 4
+        checks.count("width", width)
+        checks.count("channels", channels)
         self.layers = nn.Sequential(
             nn.Linear(latent_dim, 2 * width * start**2),
             nn.Unflatten(1, (2 * width, start, start)),

@@ -1,5 +1,7 @@
 """KD: the teacher's softened class probabilities (Hinton, Vinyals, Dean 2015)."""
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,8 +27,7 @@ class KD(PairLoss):
 
     def __init__(self, T: float = 4.0) -> None:
         super().__init__()
-        checks.positive_number("T", T)
-        checks.scalar("T", T)
+        check_softening("T", T)
         self.T = T
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -36,3 +37,11 @@ class KD(PairLoss):
 
     def extra_repr(self) -> str:
         return f"T={self.T}"
+
+
+def check_softening(name: str, T) -> None:
+    """`T` is a temperature, the square of which multiplies the loss: a float or a 0-d tensor."""
+    checks.positive_number(name, T)
+    checks.scalar(name, T)
+    if not isinstance(T, Tensor) and not math.isfinite(T * T):
+        raise ValueError(f"{name} must have a finite square, got {T}")

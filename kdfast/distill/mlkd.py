@@ -42,6 +42,7 @@ class MLKD(PairLoss):
     ) -> None:
         super().__init__(projector, student_dim, teacher_dim)
         checks.positive_number("temperature", temperature)
+        checks.weights(relation_weight=relation_weight, contrast_weight=contrast_weight)
         self.kd = KD(T)
         self.relation_weight, self.contrast_weight, self.temperature = relation_weight, contrast_weight, temperature
 

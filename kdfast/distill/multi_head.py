@@ -29,7 +29,8 @@ class MultiHeadKD(DistillLoss):
         if (num_heads is None) != (num_classes is None):
             raise ValueError("num_heads and num_classes must be given together")
         self.kd = KD(T)
-        self.heads = nn.ModuleList(Affine(None, checks.count("num_classes", num_classes)) for _ in range(num_heads or 0))
+        heads = 0 if num_heads is None else checks.count("num_heads", num_heads)
+        self.heads = nn.ModuleList(Affine(None, checks.count("num_classes", num_classes)) for _ in range(heads))
 
     def materialize(self, student, teacher) -> None:
         for head, layer in zip(self.heads, self._layers(student), strict=True):
@@ -37,13 +38,14 @@ class MultiHeadKD(DistillLoss):
 
     def forward(self, student, teacher, *, index=None, labels=None) -> Tensor:
         layers = self._layers(student)
-        logits = teacher if isinstance(teacher, list) else [first(teacher)] * len(layers)
+        logits = teacher if isinstance(teacher, list) else [teacher] * len(layers)
         if len(logits) != len(layers):
             raise ValueError(f"teacher must hold logits for each of student's {len(layers)} layers, got {len(logits)}")
         if len(self.heads):
             self.materialize(student, teacher)
             layers = [head(vectors(layer, "student")) for head, layer in zip(self.heads, layers, strict=True)]
-        terms = {f"head{i}": self.kd.compare(s, t.detach()) for i, (s, t) in enumerate(zip(layers, logits, strict=True))}
+        given = zip(layers, logits, strict=True)
+        terms = {f"head{i}": self.kd.compare(s, checks.floating("teacher", first(t)).detach()) for i, (s, t) in enumerate(given)}
         return self._report(**terms)
 
     def _layers(self, student) -> list[Tensor]:

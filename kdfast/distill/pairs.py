@@ -44,6 +44,8 @@ class PairLoss(DistillLoss):
         for slot, s, t in pairs(student, teacher, self.parts):
             compared = self.compare(*self._projected(slot, s, t), *known)
             values.append(compared if isinstance(compared, dict) else {type(self).__name__.lower(): compared})
+        if not values:
+            raise ValueError("student and teacher must hold a value each, got none")
         return self._report(**{name: torch.stack([value[name] for value in values]).mean() for name in values[0]})
 
     def _projected(self, slot: int, student, teacher) -> tuple:

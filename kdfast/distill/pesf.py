@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._core import checks
 from .._core.dtypes import accumulator
 from ..projectors import Affine
 from .base import same_shape
@@ -29,6 +30,10 @@ class PESFKD(PairLoss):
 
     def __init__(self, T: float = 4.0, *, hidden: int = 64, ce_weight: float = 1.0, num_classes: int | None = None) -> None:
         super().__init__()
+        checks.weights(ce_weight=ce_weight)
+        checks.count("hidden", hidden)
+        if num_classes is not None:
+            checks.count("num_classes", num_classes)
         self.kd, self.ce_weight = KD(T), ce_weight
         self.down, self.up = Affine(num_classes, hidden), Affine(hidden, num_classes)
 
@@ -42,4 +47,5 @@ class PESFKD(PairLoss):
         self.materialize(student, teacher)
         teacher = teacher.to(accumulator(teacher.dtype))
         adapted = teacher + self.up(self.down(teacher).relu())
-        return {"logits": self.kd.compare(student, adapted), "adapter": self.ce_weight * F.cross_entropy(adapted, labels)}
+        adapter = self.ce_weight * F.cross_entropy(adapted, checks.class_labels(labels, adapted))
+        return {"logits": self.kd.compare(student, adapted), "adapter": adapter}

@@ -54,6 +54,8 @@ class REFILLED(PairLoss):
         self.temperature = {1: 4.0, 2: 2.0}[stage] if temperature is None else temperature
         self.weight = {1: 1000.0, 2: 100.0}[stage] if weight is None else weight
         checks.positive_number("temperature", self.temperature)
+        checks.scalar("temperature", self.temperature)
+        checks.weights(weight=self.weight)
         checks.positive_number("margin", margin)
         self.margin, self.per_pair, self.max_positives = margin, checks.count("per_pair", per_pair), max_positives
         self.register_buffer("centres", None if centres is None else unit(checks.rows("centres", centres, ndim=2)))

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._core import checks
 from .._core.dtypes import accumulator
 from .base import same_shape, vectors
 from .kd import KD
@@ -37,6 +38,7 @@ class SRD(PairLoss):
         teacher_dim: int | None = None,
     ) -> None:
         super().__init__(projector, student_dim, teacher_dim)
+        checks.weights(feature_weight=feature_weight, logit_weight=logit_weight)
         self.feature_weight, self.logit_weight = feature_weight, logit_weight
         self.kd = KD(T=1)
 

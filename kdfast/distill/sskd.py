@@ -9,7 +9,7 @@ from torch import Tensor
 from .._core import checks
 from .._core.dtypes import accumulator
 from .base import DistillLoss, first, unit, vectors, views, without_autocast
-from .kd import KD
+from .kd import KD, check_softening
 from .pairs import make_projector
 
 _VIEWS = ("plain", "rotated1", "rotated2", "rotated3")
@@ -54,7 +54,8 @@ class SSKD(DistillLoss):
         teacher_dim: int | None = None,
     ) -> None:
         super().__init__()
-        checks.positive_number("temperature", temperature)
+        check_softening("temperature", temperature)
+        checks.weights(ce_weight=ce_weight, kd_weight=kd_weight, rotated_weight=rotated_weight, contrast_weight=contrast_weight)
         checks.nonnegative_number("kept", kept)
         if kept > 1:
             raise ValueError(f"kept must be in [0, 1], got {kept}")
@@ -77,7 +78,8 @@ class SSKD(DistillLoss):
         n = len(t) // 4
         terms = {}
         if self.ce_weight:
-            terms["task"] = self.ce_weight * F.cross_entropy(s_logits[:n].to(accumulator(s_logits.dtype)), labels)
+            plain = s_logits[:n].to(accumulator(s_logits.dtype))
+            terms["task"] = self.ce_weight * F.cross_entropy(plain, checks.class_labels(labels, plain))
         terms["plain"] = self.kd_weight * self.kd.compare(s_logits[:n], t_logits[:n])
         terms["rotated"] = self.rotated_weight * self.kd.compare(s_logits[n:], t_logits[n:])
         terms["contrast"] = self.contrast_weight * self._contrast(unit(s), unit(t))

@@ -45,9 +45,12 @@ class SwAV(DistillLoss):
     ) -> None:
         super().__init__(push=push)
         checks.positive_number("temperature", temperature)
+        checks.scalar("temperature", temperature)
         checks.positive_number("epsilon", epsilon)
         self.temperature, self.epsilon, self.iters = temperature, epsilon, checks.count("iters", iters)
         self.global_views = checks.count("global_views", global_views)
+        if banks is not None and not isinstance(banks, (list, tuple, nn.ModuleList)):
+            raise TypeError(f"banks must be a list of QueueBanks or None, got {type(banks).__name__}")
         if banks is not None and len(banks) != global_views:
             raise ValueError(f"banks must hold a QueueBank for each of {global_views} code views, got {len(banks)}")
         for bank in banks or []:

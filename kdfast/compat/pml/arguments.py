@@ -48,7 +48,13 @@ class Reference(NamedTuple):
     def given(cls, embeddings: Tensor, ref_emb: Tensor | None, ref_labels: Tensor | None) -> "Reference":
         if ref_emb is None and ref_labels is not None:
             raise ValueError("ref_labels needs ref_emb")
-        return cls() if ref_emb is None or ref_emb is embeddings else cls(ref_emb, ref_labels)
+        if ref_emb is None or ref_emb is embeddings:
+            return cls()
+        if isinstance(ref_emb, Tensor) or not hasattr(ref_emb, "as_rows"):
+            checks.rows("ref_emb", ref_emb, ndim=2)
+            checks.same_width("ref_emb", ref_emb, "embeddings", embeddings)
+            checks.alike("ref_emb", ref_emb, "embeddings", embeddings, dtype=False)
+        return cls(ref_emb, ref_labels)
 
     @property
     def options(self) -> dict:

@@ -63,6 +63,8 @@ class TripletMarginLoss(PairLoss):
         super().__init__()
         refuse("TripletMarginLoss", options)
         _all_triplets(triplets_per_anchor)
+        checks.flag("swap", swap)
+        checks.flag("smooth_loss", smooth_loss)
         self.margin, self.swap, self.smooth_loss, self.triplets_per_anchor = margin, swap, smooth_loss, triplets_per_anchor
         self.metric, self.normalize = metric_of(distance, "euclidean")
         reductions = {"NoneType": "mean_nonzero", "AvgNonZeroReducer": "mean_nonzero", "MeanReducer": "mean", "SumReducer": "sum"}
@@ -112,6 +114,12 @@ class MarginLoss(PairLoss):
         super().__init__()
         refuse("MarginLoss", options)
         _all_triplets(triplets_per_anchor)
+        checks.weights(nu=nu)
+        checks.finite_number("beta", beta)
+        checks.in_range("beta", beta, torch.float32)
+        checks.flag("learn_beta", learn_beta)
+        if num_classes is not None:
+            checks.count("num_classes", num_classes)
         if nu and num_classes:
             raise ValueError(f"nu must be 0 with num_classes, got {nu}")
         self.margin, self.nu, self.learn_beta, self.triplets_per_anchor = margin, nu, learn_beta, triplets_per_anchor
@@ -164,6 +172,7 @@ class SupConLoss(PairLoss):
         refuse("SupConLoss", options)
         metric_of(distance, "cosine", ("cosine",))
         checks.positive_number("temperature", temperature)
+        checks.scalar("temperature", temperature)
         self.temperature = temperature
 
     def of_all(self, embeddings, labels, reference):
@@ -228,6 +237,7 @@ class NTXentLoss(_NegativesLoss):
 
     def __init__(self, temperature=0.07, distance=None, **options):
         checks.positive_number("temperature", temperature)
+        checks.scalar("temperature", temperature)
         super().__init__(1 / temperature, distance, options)
         self.temperature = temperature
 
@@ -248,8 +258,11 @@ class MultiSimilarityLoss(_NegativesLoss):
     once = True
 
     def __init__(self, alpha=2, beta=50, base=0.5, distance=None, **options):
-        checks.positive_number("alpha", alpha)
-        checks.positive_number("beta", beta)
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            checks.finite_number(name, value)
+            checks.positive_number(name, value)
+            checks.in_range(name, value, torch.float32)
+        checks.finite_number("base", base)
         super().__init__(float(beta), distance, options)
         self.alpha, self.beta, self.base = alpha, beta, base
 

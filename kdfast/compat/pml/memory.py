@@ -1,5 +1,6 @@
 """CrossBatchMemory (Wang et al. 2020): a loss, and optionally a miner, against the embeddings of earlier batches."""
 
+import torch
 from torch import Tensor, nn
 
 from ..._core import checks, dtypes
@@ -31,6 +32,8 @@ class CrossBatchMemory(nn.Module):
         if miner is not None and not isinstance(miner, Miner):
             raise ValueError(f"miner must be a miner of kdfast.compat.pml or None, got {type(miner).__name__}")
         self.loss, self.miner = loss, miner
+        checks.count("embedding_size", embedding_size)
+        checks.count("memory_size", memory_size)
         self.embedding_size, self.memory_size = embedding_size, memory_size
         self.reset_queue()
 
@@ -54,11 +57,16 @@ class CrossBatchMemory(nn.Module):
         if indices_tuple is not None:
             raise ValueError("indices_tuple must be None: pairs against the memory come from the miner, or are all pairs")
         labels = checked_labels(embeddings, labels)
+        if embeddings.shape[1] != self.embedding_size:
+            raise ValueError(f"embeddings must have width embedding_size ({self.embedding_size}), got shape {tuple(embeddings.shape)}")
         embeddings = embeddings.to(dtypes.accumulator(embeddings.dtype))
         self.memory.to(embeddings.device, embeddings.dtype)
         if enqueue_mask is None:
             own = push_located(self.memory, embeddings, labels)
         else:
+            if not isinstance(enqueue_mask, Tensor) or enqueue_mask.dtype != torch.bool:
+                kind = enqueue_mask.dtype if isinstance(enqueue_mask, Tensor) else type(enqueue_mask).__name__
+                raise TypeError(f"enqueue_mask must be a tensor of bools, got {kind}")
             checks.exact_shape("enqueue_mask", enqueue_mask, (len(embeddings),))
             own = None
             push_located(self.memory, embeddings[enqueue_mask], labels[enqueue_mask])

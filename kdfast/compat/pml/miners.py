@@ -128,6 +128,7 @@ class TripletMarginMiner(Miner):
     def __init__(self, margin=0.2, type_of_triplets="all", distance=None, **options):
         super().__init__(distance, "euclidean", options)
         checks.choice("type_of_triplets", type_of_triplets, ("all", "hard", "semihard", "easy"))
+        checks.finite_number("margin", margin)
         self.margin, self.type_of_triplets = margin, type_of_triplets
 
     def mine(self, embeddings, labels, reference):
@@ -161,6 +162,7 @@ class MultiSimilarityMiner(Miner):
 
     def __init__(self, epsilon=0.1, distance=None, **options):
         super().__init__(distance, "cosine", options)
+        checks.finite_number("epsilon", epsilon)
         self.epsilon = epsilon
 
     def mine(self, embeddings, labels, reference):
