@@ -15,16 +15,17 @@ DOT = {torch.bfloat16: (tl.bfloat16, "*bf16"), torch.float16: (tl.float16, "*fp1
 POINTERS = {
     **dict.fromkeys(("query", "keys", "values", "start_value", "bank", "cost", "x", "y", "teacher", "student"), "matrix"),
     **dict.fromkeys(("query_labels", "key_labels", "key_index", "valid", "label", "own", "query_label", "key_label"), "*i64"),
-    **dict.fromkeys(("index", "chosen", "row_count", "column_count", "x_labels", "y_labels", "positive"), "*i64"),
+    **dict.fromkeys(("index", "chosen", "row_count", "column_count", "x_labels", "y_labels", "positive", "done"), "*i64"),
     **dict.fromkeys(("first", "last", "exist", "found", "order", "nearest", "farthest", "block"), "*i64"), "uniform_row": "*i1",
     **dict.fromkeys(("exists", "dropped"), "*i1"), "position": "*i32", "classes": "*i32", "rho": "fp32",
     **dict.fromkeys(("active", "unordered", "number"), "*i32"), "marks": "*u8",
-    **dict.fromkeys(("alpha", "beta", "tolerance", "margin", "sign", "low", "high", "least", "real_width"), "fp32"),
+    **dict.fromkeys(("alpha", "beta", "tolerance", "margin", "sign", "low", "high", "least", "real_width", "now", "before"), "fp32"),
 }  # fmt: skip
 NUMBERS = (
     *("rows", "columns", "width", "value_width", "split_columns", "count", "splits", "batch"),
     *("slots", "split_slots", "size", "groups", "kept", "begin", "end", "start", "taken", "mark_columns"),
     *("entries", "first_row", "first_column", "leading", "inner", "first_inner", "split_inner", "parts", "teacher_width"),
+    *("step", "steps"),
 )
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}

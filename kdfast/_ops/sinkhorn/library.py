@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import adjoint, cpu, cuda, portable, triton, triton_plan
+from . import adjoint, cpu, cuda, portable, triton, triton_adjoint, triton_plan
 from .geometry import Problem
 from .portable import Schedule
 
@@ -118,14 +118,19 @@ def _apply_plan_shapes(*args):
     return p.a.new_empty(*(p.b if transpose else p.a).shape, v.shape[-1])
 
 
+def _adjoints(p: Problem):
+    """The module that takes gradients of potentials of `p`."""
+    return cpu if p.impl == "cpu" else triton_adjoint if triton_plan.serves(p) else adjoint
+
+
 def _replay(*args):
     p = Problem(*args[:_FIELDS])
-    return tuple((cpu if p.impl == "cpu" else adjoint).replay(p, *args[_FIELDS:-5], Schedule(*args[-5:])))
+    return tuple(_adjoints(p).replay(p, *args[_FIELDS:-5], Schedule(*args[-5:])))
 
 
 def _implicit(*args):
     p = Problem(*args[:_FIELDS])
-    return tuple((cpu if p.impl == "cpu" else adjoint).implicit(p, *args[_FIELDS:-5], Schedule(*args[-5:])))
+    return tuple(_adjoints(p).implicit(p, *args[_FIELDS:-5], Schedule(*args[-5:])))
 
 
 def _pulled_shapes(*args):

@@ -1,8 +1,7 @@
 """impl="triton": the iterations of portable.py, each half of one a launch: logsumexp with true maxima, batched, by rows then by columns.
 
 A cost that is given is read twice an iteration, one of points is made again from products as exact as float32's; nothing n x m is stored.
-The plan, its products and the value's gradient are kernels too (triton_plan.py); gradients of potentials are in PyTorch's operations
-(adjoint.py), from tiles of the same costs.
+The plan, its products and the value's gradient are kernels too (triton_plan.py), and so are gradients of potentials (triton_adjoint.py).
 """
 
 from typing import NamedTuple

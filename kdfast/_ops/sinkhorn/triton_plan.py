@@ -58,6 +58,13 @@ def plan_gradient(p: Problem, f: Tensor, g: Tensor, w0: Tensor, w1: Tensor | Non
     return Moments(dcost, dx, dy, row, at.moments(at.columns, at.rows)[0], (p.a * steepness).sum(-1))
 
 
+def from_products(metric: str, points: Tensor, product: Tensor, mass: Tensor) -> Tensor:
+    """geometry.pull_slopes for one side's points [B, r, D], from W times the other's and W's sums [B, r]."""
+    if metric == "dot":
+        return -product
+    return (1 if metric == "euclidean" else 2) * (mass[..., None] * points - product)
+
+
 class _Potentials:
     """A problem at potentials f [B, n] and g [B, m]; a launch has one side's rows, and sums over the other's."""
 
@@ -109,10 +116,7 @@ class _Potentials:
     def pulled(self, mine: Side, others: Side, w0: Tensor, w1: Tensor | None) -> Tensor:
         """The gradient of sum_ij W_ij C_ij in the points of `mine`, as geometry.pull has it."""
         points, euclidean = self.of[id(mine)][0], self.p.metric == "euclidean"
-        product, mass = self.products(mine, others, self.of[id(others)][0], w0, w1, over_cost=euclidean)
-        if self.p.metric == "dot":
-            return -product
-        return (1 if euclidean else 2) * (mass[..., None] * points - product)
+        return from_products(self.p.metric, points, *self.products(mine, others, self.of[id(others)][0], w0, w1, over_cost=euclidean))
 
     def _weight(self, side: Side) -> Tensor:
         return self.of[id(side)][2]
