@@ -59,7 +59,8 @@ class SamplesLoss(nn.Module):
                 checks.positive_number(name, value)
                 self._power(name, value, p)
         checks.fraction("scaling", scaling)
-        checks.positive_number("scaling", scaling)
+        if scaling**p == 0:
+            raise ValueError(f"scaling ** p must be > 0, got scaling={scaling}")
         checks.flag("debias", debias)
         for name, value, served in (("kernel", kernel, None), ("potentials", potentials, False)):
             if value is not served:

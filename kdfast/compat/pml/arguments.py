@@ -53,7 +53,8 @@ class Reference(NamedTuple):
         if isinstance(ref_emb, Tensor) or not hasattr(ref_emb, "as_rows"):
             checks.rows("ref_emb", ref_emb, ndim=2)
             checks.same_width("ref_emb", ref_emb, "embeddings", embeddings)
-            checks.alike("ref_emb", ref_emb, "embeddings", embeddings, dtype=False)
+            computed_alike = torch.float64 not in (embeddings.dtype, ref_emb.dtype)  # in float32, whatever they are
+            checks.alike("ref_emb", ref_emb, "embeddings", embeddings, dtype=not computed_alike)
         return cls(ref_emb, ref_labels)
 
     @property

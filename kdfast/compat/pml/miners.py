@@ -23,7 +23,8 @@ class Miner(nn.Module):
         self.metric, self.normalize = metric_of(distance, default, allowed)
 
     def forward(self, embeddings: Tensor, labels: Tensor, ref_emb=None, ref_labels=None) -> tuple[Tensor, ...]:
-        return self.against(Reference.given(embeddings, ref_emb, ref_labels), embeddings, checked_labels(embeddings, labels))
+        labels = checked_labels(embeddings, labels)
+        return self.against(Reference.given(embeddings, ref_emb, ref_labels), embeddings, labels)
 
     @torch.no_grad()
     def against(self, reference: Reference, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
