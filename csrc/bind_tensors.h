@@ -47,6 +47,9 @@ const T* data(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
 }
 
+// Of a call of the C ABI, which prints what went wrong. (The macro PyTorch has for this was renamed after 2.11.)
+inline void require_success(const char* what, int32_t code) { STD_TORCH_CHECK(code == 0, what, " failed"); }
+
 // The elements of a contiguous tensor of T.
 template <class T>
 const T* packed(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) {

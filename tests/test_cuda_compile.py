@@ -89,6 +89,12 @@ def test_bindings_compile_against_any_pytorch(source):
     assert done.returncode == 0, done.stderr
 
 
+def test_bindings_use_names_that_every_supported_pytorch_has():
+    """TORCH_TARGET_VERSION hides newer functions of the stable ABI, not renamed macros: up to 2.11 this one is TORCH_ERROR_CODE_CHECK."""
+    for path in sorted((ROOT / "csrc").rglob("bind*")):
+        assert not re.search(r"\b(STABLE_)?TORCH_ERROR_CODE_CHECK\b", path.read_text()), path
+
+
 def test_kernels_know_nothing_of_torch():
     for path in sorted(CUDA.rglob("*")):
         if path.suffix in (".cu", ".cuh", ".h") and path.name != "bind.h":

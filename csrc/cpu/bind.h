@@ -87,8 +87,8 @@ inline kdfast::Precision precision_of(int64_t precision) {
 inline Tensor output(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type = ScalarType::Float) {
   int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_aten_new_empty(like.get(), shape.data(), int64_t(shape.size()), &dtype, nullptr, nullptr, 0, nullptr, &made));
+  require_success("an allocation",
+                  aoti_torch_aten_new_empty(like.get(), shape.data(), int64_t(shape.size()), &dtype, nullptr, nullptr, 0, nullptr, &made));
   return Tensor(made);
 }
 
@@ -102,8 +102,8 @@ inline Tensor batch_of_one(const Tensor& x) {
   std::vector<int64_t> sizes{1}, strides{x.numel()};
   for (int64_t d = 0; d < x.dim(); ++d) sizes.push_back(x.size(d)), strides.push_back(x.stride(d));
   AtenTensorHandle view;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(x.get(), int64_t(sizes.size()), sizes.data(), strides.data(), 0, &view));  // 0: it is added to the offset of x
+  require_success("a view",  // 0: it is added to the offset of x
+                  aoti_torch__reinterpret_tensor(x.get(), int64_t(sizes.size()), sizes.data(), strides.data(), 0, &view));
   return Tensor(view);
 }
 

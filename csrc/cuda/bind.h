@@ -31,7 +31,7 @@ void on_device_of(const Tensor& x, const Run& run) {
   void* stream = nullptr;
 #ifdef USE_CUDA
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  require_success("the current stream", aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
 #endif
   const char* const error = run(stream);
   STD_TORCH_CHECK(error == nullptr, "CUDA: ", error);
