@@ -83,10 +83,13 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def("rkd_angle(Tensor student, Tensor teacher, bool gradient) -> (Tensor, Tensor)");
   m.def(
       "knn_scan(Tensor query, Tensor keys, Tensor factor, Tensor offset, Tensor? query_labels, Tensor? key_labels, bool only_same, Tensor? own, "
-      "int first, int kept, Tensor(a!) rank, Tensor(b!) index, Tensor(c!) count, Tensor(d!) threshold, int precision) -> ()");
+      "int first, int precision, "
+      "int k, int kept, Tensor(a!) rank, Tensor(b!) index, Tensor(c!) count, Tensor(d!) room, Tensor(e!) threshold, int metric, Tensor base, "
+      "float product_error, float float_error) -> ()");
   m.def(
-      "knn_refine(Tensor query, Tensor bank, int k, int metric, int kept, Tensor(a!) rank, Tensor(b!) index, Tensor(c!) count, "
-      "Tensor(d!) threshold, Tensor base, float product_error, float float_error) -> (Tensor, Tensor, Tensor)");
+      "knn_refine(Tensor query, Tensor bank, "
+      "int k, int kept, Tensor(a!) rank, Tensor(b!) index, Tensor(c!) count, Tensor(d!) room, Tensor(e!) threshold, int metric, Tensor base, "
+      "float product_error, float float_error) -> (Tensor, Tensor, Tensor)");
   m.def(
       "triplet_extrema(Tensor x, Tensor y, Tensor? centre, bool normalize, int metric, Tensor label, Tensor own, Tensor first, Tensor skip, "
       "Tensor count, Tensor sequence, Tensor ref_label, Tensor order, Tensor exists, int beyond, bool farthest_negative, int precision) "

@@ -199,13 +199,14 @@ def test_opcheck():
     if cpu.missing():
         pytest.skip(cpu.missing())
     rows, bank, base = torch.randn(5, 8), torch.randn(40, 8), torch.ones(5)
-    state = (torch.empty(5, 48), torch.zeros(5, 48, dtype=torch.int64), torch.zeros(5, dtype=torch.int64), torch.full((5,), torch.inf))
+    state = (torch.empty(5, 48), *(torch.zeros(5, c, dtype=torch.int64).squeeze(1) for c in (48, 1, 1)), torch.full((5,), torch.inf))
+    lists = (3, 16, *state, 0, base, 0.0, 1e-6)
     labels, own = (torch.randint(3, (5,)), torch.randint(3, (40,))), torch.arange(5)
     columns = (torch.full((40,), -1.0), torch.zeros(40))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.kdfast.knn_scan, (rows, bank, *columns, *labels, False, own, 0, 16, *state, 0), test_utils=tests)
-    torch.ops.kdfast.knn_scan(rows, bank, *columns, *labels, False, own, 0, 16, *state, 0)
-    torch.library.opcheck(torch.ops.kdfast.knn_refine, (rows, bank, 3, 0, 16, *state, base, 0.0, 1e-6), test_utils=tests)
+    torch.library.opcheck(torch.ops.kdfast.knn_scan, (rows, bank, *columns, *labels, False, own, 0, 0, *lists), test_utils=tests)
+    torch.ops.kdfast.knn_scan(rows, bank, *columns, *labels, False, own, 0, 0, *lists)
+    torch.library.opcheck(torch.ops.kdfast.knn_refine, (rows, bank, *lists), test_utils=tests)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])

@@ -16,10 +16,31 @@ kdfast::Matrix rows_of(const char* name, const Tensor& x, int64_t width) {
   return matrix(name, x);
 }
 
+kdfast::KnnLists lists_of(int64_t rows, int64_t k, int64_t kept, const Tensor& rank, const Tensor& index, const Tensor& count,
+                          const Tensor& room, const Tensor& threshold, int64_t metric, const Tensor& base, double product_error,
+                          double float_error) {
+  STD_TORCH_CHECK(rank.dim() == 2, "rank must have 2 dimensions");
+  STD_TORCH_CHECK(k >= 1 && k <= kept, "1 <= k <= kept must hold, got ", k, " and ", kept);
+  STD_TORCH_CHECK(metric >= 0 && metric <= 2, "metric must be 0, 1 or 2, got ", metric);
+  kdfast::KnnLists lists{};
+  lists.k = k, lists.kept = kept, lists.capacity = rank.size(1);
+  STD_TORCH_CHECK(lists.capacity >= kept + 32, "rank must have at least kept + 32 = ", kept + 32, " columns, got ", lists.capacity);
+  lists.rank = packed_output<float>("rank", rank, {rows, lists.capacity});
+  lists.index = packed_output<int64_t>("index", index, {rows, lists.capacity});
+  lists.count = packed_output<int64_t>("count", count, {rows});
+  lists.room = packed_output<int64_t>("room", room, {rows});
+  lists.threshold = packed_output<float>("threshold", threshold, {rows});
+  lists.metric = kdfast::KnnMetric(metric);
+  lists.base = row_data<float>("base", base, {rows});
+  lists.product_error = float(product_error), lists.float_error = float(float_error);
+  return lists;
+}
+
 void knn_scan(const Tensor& query, const Tensor& keys, const Tensor& factor, const Tensor& offset, const OptionalTensor& query_labels,
-              const OptionalTensor& key_labels, bool only_same, const OptionalTensor& own, int64_t first, int64_t kept, const Tensor& rank,
-              const Tensor& index, const Tensor& count, const Tensor& threshold, int64_t precision) {
-  STD_TORCH_CHECK(query.dim() == 2 && keys.dim() == 2 && rank.dim() == 2, "query, keys and rank must have 2 dimensions");
+              const OptionalTensor& key_labels, bool only_same, const OptionalTensor& own, int64_t first, int64_t precision, int64_t k,
+              int64_t kept, const Tensor& rank, const Tensor& index, const Tensor& count, const Tensor& room, const Tensor& threshold,
+              int64_t metric, const Tensor& base, double product_error, double float_error) {
+  STD_TORCH_CHECK(query.dim() == 2 && keys.dim() == 2, "query and keys must have 2 dimensions");
   STD_TORCH_CHECK(query_labels.has_value() == key_labels.has_value(), "query_labels and key_labels come together");
   kdfast::KnnScanParams p{};
   p.precision = precision_of(precision);
@@ -31,12 +52,7 @@ void knn_scan(const Tensor& query, const Tensor& keys, const Tensor& factor, con
   p.key_labels = row_data<int64_t>("key_labels", key_labels, {p.columns});
   p.only_same = only_same;
   p.own = row_data<int64_t>("own", own, {p.rows});
-  p.kept = kept, p.capacity = rank.size(1);
-  STD_TORCH_CHECK(kept >= 1 && p.capacity >= kept + 32, "rank must have at least kept + 32 = ", kept + 32, " columns, got ", p.capacity);
-  p.rank = packed_output<float>("rank", rank, {p.rows, p.capacity});
-  p.index = packed_output<int64_t>("index", index, {p.rows, p.capacity});
-  p.count = packed_output<int64_t>("count", count, {p.rows});
-  p.threshold = packed_output<float>("threshold", threshold, {p.rows});
+  p.lists = lists_of(p.rows, k, kept, rank, index, count, room, threshold, metric, base, product_error, float_error);
   if (p.rows == 0 || p.columns == 0) return;
 
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
@@ -47,23 +63,14 @@ void knn_scan(const Tensor& query, const Tensor& keys, const Tensor& factor, con
   for_each_rows(workers, p.rows, [&](int64_t worker, int64_t begin, int64_t end) { kernels.knn_scan(p, begin, end, work + worker * words); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> knn_refine(const Tensor& query, const Tensor& bank, int64_t k, int64_t metric, int64_t kept,
-                                              const Tensor& rank, const Tensor& index, const Tensor& count, const Tensor& threshold,
-                                              const Tensor& base, double product_error, double float_error) {
-  STD_TORCH_CHECK(query.dim() == 2 && rank.dim() == 2, "query and rank must have 2 dimensions");
-  STD_TORCH_CHECK(k >= 1 && k <= kept && kept <= rank.size(1), "1 <= k <= kept <= the columns of rank must hold");
-  STD_TORCH_CHECK(metric >= 0 && metric <= 2, "metric must be 0, 1 or 2, got ", metric);
+std::tuple<Tensor, Tensor, Tensor> knn_refine(const Tensor& query, const Tensor& bank, int64_t k, int64_t kept, const Tensor& rank,
+                                              const Tensor& index, const Tensor& count, const Tensor& room, const Tensor& threshold,
+                                              int64_t metric, const Tensor& base, double product_error, double float_error) {
+  STD_TORCH_CHECK(query.dim() == 2, "query must have 2 dimensions");
   kdfast::KnnRefineParams p{};
-  p.metric = kdfast::KnnMetric(metric);
-  p.rows = query.size(0), p.width = query.size(1), p.k = k;
+  p.rows = query.size(0), p.width = query.size(1);
   p.query = rows_of("query", query, p.width), p.bank = rows_of("bank", bank, p.width);
-  p.kept = kept, p.capacity = rank.size(1);
-  p.rank = packed_output<float>("rank", rank, {p.rows, p.capacity});
-  p.index = packed_output<int64_t>("index", index, {p.rows, p.capacity});
-  p.count = packed_output<int64_t>("count", count, {p.rows});
-  p.threshold = packed_output<float>("threshold", threshold, {p.rows});
-  p.base = row_data<float>("base", base, {p.rows});
-  p.product_error = float(product_error), p.float_error = float(float_error);
+  p.lists = lists_of(p.rows, k, kept, rank, index, count, room, threshold, metric, base, product_error, float_error);
   Tensor distance = output(base, {p.rows, k});
   Tensor neighbour = output(base, {p.rows, k}, ScalarType::Long), doubtful = output(base, {p.rows}, ScalarType::Bool);
   p.distance = static_cast<float*>(distance.mutable_data_ptr());

@@ -5,8 +5,24 @@
 
 namespace kdfast {
 
-// Candidates among columns `first` to `first + columns` of a bank for every row: those of the smallest
-// rank_ij = factor_j q_i.k_j + offset_j, an inf in `offset` leaving a column out. Matrices are contiguous. Null: not given.
+enum class KnnMetric : int32_t { kCosine, kEuclidean, kSquaredEuclidean };
+
+// What is known of each row's nearest columns: candidates by rank_ij = factor_j q_i.k_j + offset_j, at least the k of the smallest.
+struct KnnLists {
+  int64_t k, kept, capacity;  // a list is cut to `kept` at most; capacity >= kept + 32
+  float* rank;                // [rows, capacity]
+  int64_t* index;             // [rows, capacity]
+  int64_t* count;             // [rows]
+  int64_t* room;              // [rows]: a longer list is cut
+  float* threshold;           // [rows]: every column that is not listed ranks here or beyond
+  // How far a rank can be from the distance less what is the same for the whole row (knn.inl, slack).
+  KnnMetric metric;
+  const float* base;          // [rows]: ||q||^2 of the rows that the products see
+  float product_error;        // of q.k, relative to ||q|| ||k||
+  float float_error;          // of sums of floats, relative to what they add
+};
+
+// Every row past columns `first` to `first + columns` of a bank; an inf in `offset` leaves a column out. Matrices are contiguous. Null: not given.
 struct KnnScanParams {
   Precision precision;
   int64_t rows, columns, width, first;
@@ -18,31 +34,15 @@ struct KnnScanParams {
   const int64_t* key_labels;    // [columns]
   bool only_same;
   const int64_t* own;       // [rows]: this column of the bank is left out; -1 for none
-
-  // The state between calls, a row's best `kept` and then those not yet compared with them.
-  int64_t kept, capacity;   // capacity >= kept + 32
-  float* rank;              // [rows, capacity]
-  int64_t* index;           // [rows, capacity]
-  int64_t* count;           // [rows]
-  float* threshold;         // [rows]: nothing from here on is kept
+  KnnLists lists;
 };
-
-enum class KnnMetric : int32_t { kCosine, kEuclidean, kSquaredEuclidean };
 
 // The k nearest of the candidates that a scan left, by distances from the rows themselves.
 struct KnnRefineParams {
-  KnnMetric metric;
-  int64_t rows, width, k;
+  int64_t rows, width;
   Matrix query;        // [rows, width]
   Matrix bank;         // [columns, width]
-  int64_t kept, capacity;
-  float* rank;         // the scan's state
-  int64_t* index;
-  int64_t* count;
-  float* threshold;
-  const float* base;   // [rows]: ||q||^2; a squared distance is the rank plus this, up to rounding
-  float product_error; // of q.k, relative to ||q|| ||k||
-  float float_error;   // of sums of floats, relative to what they add
+  KnnLists lists;
   float* distance;     // [rows, k]
   int64_t* neighbour;  // [rows, k]
   bool* doubtful;      // [rows]: a column that was not kept could be nearer

@@ -1,93 +1,22 @@
 // Nearest neighbours: candidates by rank from streamed products, then distances from the rows themselves.
 //
-// A row keeps a buffer of candidates and a threshold, the rank of the worst it must keep. A column below the threshold is appended; when
-// the buffer is full its best are selected and the threshold falls. Of M columns in random order about kept ln(M / kept) are ever
-// appended, so nearly all the work is one comparison a score.
+// A row has a list of candidates and a threshold from which on a column cannot be among its k nearest (candidates.inl). A column below it is
+// appended; now and then the list is cut and the threshold falls. Of M columns in random order a few times k ln(M / k) are ever appended, so
+// that nearly all the work is one comparison a score.
 //
 // Included after an instruction set's header (isa/).
 #pragma once
 
-#include "knn/knn.h"
+#include "knn/candidates.inl"
 #include "engine/rows.inl"
 #include "engine/stream.inl"
 
 namespace {
 
-using kdfast::KnnMetric;
 using kdfast::KnnRefineParams;
 using kdfast::KnnScanParams;
 
-constexpr float kLargest = 0x1.fffffep127f;
-
-// ---- the candidates of one row --------------------------------------------------------------------------------------
-
-struct Candidates {
-  float* rank;
-  int64_t* index;
-
-  // What is not a number, or infinite, comes last.
-  static float bounded(float x) { return x < kLargest ? x : kLargest; }
-  bool before(int64_t i, int64_t j) const {
-    const float a = bounded(rank[i]), b = bounded(rank[j]);
-    return a < b || (a == b && index[i] < index[j]);
-  }
-  void swap(int64_t i, int64_t j) const {
-    const float r = rank[i];
-    const int64_t at = index[i];
-    rank[i] = rank[j], index[i] = index[j];
-    rank[j] = r, index[j] = at;
-  }
-
-  // Keeps the `kept` first of `count`; returns the rank of the last of them, from which on nothing was kept.
-  float keep(int64_t kept, int64_t count) const {
-    select(kept, count);
-    float worst = rank[0];
-    for (int64_t i = 1; i < kept; ++i) worst = rank[i] > worst ? rank[i] : worst;
-    return worst;
-  }
-
-  // The first `kept` of `count`, in order, to the front. A heap whose root is the last of them.
-  void sort(int64_t kept, int64_t count) const {
-    if (kept < count) select(kept, count);
-    for (int64_t root = kept / 2; root-- > 0;) sift(root, kept);
-    for (int64_t end = kept; end-- > 1;) {
-      swap(0, end);
-      sift(0, end);
-    }
-  }
-
- private:
-  void sift(int64_t root, int64_t end) const {
-    for (int64_t child; (child = 2 * root + 1) < end; root = child) {
-      if (child + 1 < end && before(child, child + 1)) ++child;
-      if (!before(root, child)) return;
-      swap(root, child);
-    }
-  }
-
-  // The `kept` first of `count`, in no order, to the front; kept < count. Quickselect: pairs (rank, index) are all different.
-  void select(int64_t kept, int64_t count) const {
-    int64_t low = 0, high = count - 1;
-    while (low < high) {
-      const int64_t middle = low + (high - low) / 2;  // the median of three, to the end
-      if (before(middle, low)) swap(middle, low);
-      if (before(high, low)) swap(high, low);
-      if (before(middle, high)) swap(middle, high);
-      int64_t first = low;
-      for (int64_t i = low; i < high; ++i)
-        if (before(i, high)) swap(i, first++);
-      swap(first, high);
-      if (first == kept) return;
-      if (first < kept) {
-        low = first + 1;
-      } else {
-        high = first - 1;
-      }
-    }
-  }
-};
-
-// ---- candidates -----------------------------------------------------------------------------------------------------
+// ---- the scan -------------------------------------------------------------------------------------------------------
 
 struct KnnWorkspace {
   int64_t rows, block;
@@ -157,10 +86,11 @@ struct KnnPass {
   }
 
   void keep(const Block& block, int64_t row, float* scores) const {
-    const Candidates list{p.rank + row * p.capacity, p.index + row * p.capacity};
-    int64_t used = p.count[row];
-    Vec threshold = splat(p.threshold[row]);
-    bool open = p.threshold[row] == kInfinity;
+    const KnnLists& lists = p.lists;
+    const Candidates list(lists, row);
+    int64_t used = lists.count[row];
+    Vec threshold = splat(lists.threshold[row]);
+    bool open = lists.threshold[row] == kInfinity;
     const int64_t own = p.own != nullptr ? p.own[row] - p.first - block.first : -1;
     for (int64_t j = 0; j < block.padded; j += kLanes) {
       // Nearly always the end of it, first for a panel. A list that has no threshold yet goes on.
@@ -187,62 +117,57 @@ struct KnnPass {
         list.index[used] = p.first + block.first + j + lane;
         ++used;
       }
-      if (used + kLanes > p.capacity) {
-        p.threshold[row] = list.keep(p.kept, used);
-        used = p.kept;
-        threshold = splat(p.threshold[row]);
-        open = p.threshold[row] == kInfinity;
+      if (used > lists.room[row]) {
+        used = cut(lists, row, used);
+        threshold = splat(lists.threshold[row]);
+        open = lists.threshold[row] == kInfinity;
       }
     }
-    p.count[row] = used;
+    lists.count[row] = used;
   }
 };
 
 // ---- distances ------------------------------------------------------------------------------------------------------
 
-// Half the squared distance of unit rows is 1 - cos without the cancellation; the cosine of a zero row is 0.
-template <class T, class U>
-inline float distance_of(KnnMetric metric, const T* x, const U* y, int64_t width) {
-  if (metric == KnnMetric::kCosine) {
-    const float xx = row_square(x, width), yy = row_square(y, width);
-    const float half = row_distance(x, inverse_norm(xx), y, inverse_norm(yy), width) / 2;
-    return (xx == 0 || yy == 0) && half == half ? 1 : half;
-  }
-  const float square = row_distance(x, 1, y, 1, width);
-  return metric == KnnMetric::kEuclidean ? __builtin_sqrtf(square) : square;
-}
+// A query that is measured against many rows.
+template <class T>
+struct MeasuredRow {
+  const T* x;
+  int64_t width;
+  float square;
 
-// Whether the k-th distance is nearer than any column that was not kept can be: such a column ranked no better than the threshold, to
-// within the rounding of its rank. -cos is a product of unit rows; ||k||^2 - 2 q.k has ||k|| <= ||q|| + distance where it is as near.
-inline bool beats(const KnnRefineParams& p, int64_t row, float distance) {
-  if (p.metric == KnnMetric::kCosine) return distance - 1 + p.product_error + p.float_error < p.threshold[row];
-  const float level = p.metric == KnnMetric::kEuclidean ? distance * distance : distance;
-  const float query = __builtin_sqrtf(p.base[row]), key = query + __builtin_sqrtf(level);
-  const float slack = 2 * p.product_error * query * key + p.float_error * (query + key) * (query + key);
-  return level - p.base[row] + slack < p.threshold[row];
-}
+  // Half the squared distance of unit rows is 1 - cos without the cancellation; the cosine of a zero row is 0.
+  template <class U>
+  float distance_to(KnnMetric metric, const U* y) const {
+    if (metric == KnnMetric::kCosine) {
+      const float y_square = row_square(y, width);
+      const float half = row_distance(x, inverse_norm(square), y, inverse_norm(y_square), width) / 2;
+      return (square == 0 || y_square == 0) && half == half ? 1 : half;
+    }
+    const float squared = row_distance(x, 1, y, 1, width);
+    return metric == KnnMetric::kEuclidean ? __builtin_sqrtf(squared) : squared;
+  }
+};
 
 inline void refine_row(const KnnRefineParams& p, int64_t row) {
-  const Candidates list{p.rank + row * p.capacity, p.index + row * p.capacity};
-  int64_t count = p.count[row];
-  if (count > p.kept) {
-    p.threshold[row] = list.keep(p.kept, count);
-    count = p.kept;
-  }
+  const KnnLists& lists = p.lists;
+  const Candidates list(lists, row);
+  const int64_t count = cut(lists, row, lists.count[row]), k = lists.k;
   with_elements(p.query.from(row * p.width), [&](const auto* x) {
     with_elements(p.bank, [&](const auto* bank) {
+      const MeasuredRow query{x, p.width, row_square(x, p.width)};
       for (int64_t i = 0; i < count; ++i) {
         __builtin_prefetch(bank + list.index[smaller(i + 8, count - 1)] * p.width);
-        list.rank[i] = distance_of(p.metric, x, bank + list.index[i] * p.width, p.width);
+        list.rank[i] = query.distance_to(lists.metric, bank + list.index[i] * p.width);
       }
     });
   });
-  const int64_t found = smaller(p.k, count);
+  const int64_t found = smaller(k, count);
   list.sort(found, count);
-  p.doubtful[row] = p.threshold[row] < kInfinity && !(found == p.k && beats(p, row, list.rank[p.k - 1]));
-  for (int64_t i = 0; i < p.k; ++i) {
-    p.distance[row * p.k + i] = i < found ? list.rank[i] : kInfinity;
-    p.neighbour[row * p.k + i] = i < found ? list.index[i] : -1;
+  p.doubtful[row] = lists.threshold[row] < kInfinity && !(found == k && beats(lists, row, list.rank[k - 1]));
+  for (int64_t i = 0; i < k; ++i) {
+    p.distance[row * k + i] = i < found ? list.rank[i] : kInfinity;
+    p.neighbour[row * k + i] = i < found ? list.index[i] : -1;
   }
 }
 

@@ -76,7 +76,12 @@ def _slab(p: portable.Problem, k: int, candidates: int, step: Callable[[], None]
     query = F.normalize(rows.float(), dim=1) if centre is None else rows.float() - centre
     rank = query.new_empty(n, kept + max(kept, _SPARE))
     index = torch.empty_like(rank, dtype=torch.int64)
-    state = (rank, index, index.new_zeros(n), rank.new_full((n,), torch.inf))
+    width, unit = query.shape[1], 2.0**-24
+    errors = (_PRODUCT_ERROR[products] + (width + 32) * unit, (width / 8 + 32) * unit)  # a chain of D products; norms by vectors
+    lists = (
+        k, kept, rank, index, index.new_zeros(n), index.new_zeros(n), rank.new_full((n,), torch.inf),
+        _METRICS[p.metric], query.square().sum(dim=1), *errors,
+    )  # fmt: skip
     for start in range(0, m, _BANK_BLOCK):
         columns = slice(start, min(start + _BANK_BLOCK, m))
         keys = p.rows(p.bank, columns)
@@ -91,14 +96,11 @@ def _slab(p: portable.Problem, k: int, candidates: int, step: Callable[[], None]
             offset = torch.where(dropped, torch.inf, offset)
         key_labels = None if p.bank_labels is None else p.bank_labels[columns].long().contiguous()
         torch.ops.kdfast.knn_scan(
-            query, keys.contiguous(), factor, offset, p.query_labels, key_labels, p.same_class == "only", p.own, start, kept,
-            *state, _PRODUCTS[products],
+            query, keys.contiguous(), factor, offset, p.query_labels, key_labels, p.same_class == "only", p.own, start,
+            _PRODUCTS[products], *lists,
         )  # fmt: skip
         step()
-    width, unit = query.shape[1], 2.0**-24
-    errors = (_PRODUCT_ERROR[products] + (width + 32) * unit, (width / 8 + 32) * unit)  # a chain of D products; norms by vectors
-    base = query.square().sum(dim=1)
-    distance, index, doubtful = torch.ops.kdfast.knn_refine(rows, p.bank, k, _METRICS[p.metric], kept, *state, base, *errors)
+    distance, index, doubtful = torch.ops.kdfast.knn_refine(rows, p.bank, *lists)
     again = doubtful.nonzero()[:, 0]
     if len(again) == 0:
         return distance, index
