@@ -17,6 +17,11 @@ inline float row_square(const T* x, int64_t width) {
   return total(sum);
 }
 
+template <class T>
+inline void prefetch_row(const T* row, int64_t width) {
+  for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d);
+}
+
 // Elements times a scale, rounded: contracted into a difference, one of two equal products would keep what the other lost.
 inline Vec scaled(Vec x, Vec scale) { return opaque(x * scale); }
 

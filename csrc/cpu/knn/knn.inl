@@ -149,20 +149,26 @@ struct MeasuredRow {
   }
 };
 
+// Cuts a list for the last time and asks for the first of its rows.
+inline void ready_row(const KnnRefineParams& p, int64_t row) {
+  constexpr int64_t kAtOnce = 16;
+  const Candidates list(p.lists, row);
+  const int64_t count = cut(p.lists, row, p.lists.count[row]);
+  with_elements(p.bank, [&](const auto* bank) {
+    for (int64_t i = 0; i < smaller(kAtOnce, count); ++i) prefetch_row(bank + list.index[i] * p.width, p.width);
+  });
+}
+
 inline void refine_row(const KnnRefineParams& p, int64_t row) {
   const KnnLists& lists = p.lists;
   const Candidates list(lists, row);
-  const int64_t count = cut(lists, row, lists.count[row]), k = lists.k;
+  const int64_t count = lists.count[row], k = lists.k, found = smaller(k, count);
   with_elements(p.query.from(row * p.width), [&](const auto* x) {
     with_elements(p.bank, [&](const auto* bank) {
       const MeasuredRow query{x, p.width, row_square(x, p.width)};
-      for (int64_t i = 0; i < count; ++i) {
-        __builtin_prefetch(bank + list.index[smaller(i + 8, count - 1)] * p.width);
-        list.rank[i] = query.distance_to(lists.metric, bank + list.index[i] * p.width);
-      }
+      for (int64_t i = 0; i < count; ++i) list.rank[i] = query.distance_to(lists.metric, bank + list.index[i] * p.width);
     });
   });
-  const int64_t found = smaller(k, count);
   list.sort(found, count);
   p.doubtful[row] = lists.threshold[row] < kInfinity && !(found == k && beats(lists, row, list.rank[k - 1]));
   for (int64_t i = 0; i < k; ++i) {
@@ -198,7 +204,11 @@ void knn_scan(const KnnScanParams& p, int64_t begin, int64_t end, float* workspa
 }
 
 void knn_refine(const KnnRefineParams& p, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) refine_row(p, row);
+  if (begin < end) ready_row(p, begin);
+  for (int64_t row = begin; row < end; ++row) {
+    if (row + 1 < end) ready_row(p, row + 1);
+    refine_row(p, row);
+  }
 }
 
 }  // namespace

@@ -32,11 +32,6 @@ struct ScaledRow {
 
 constexpr int64_t kAhead = 4;  // triplets whose rows are brought near before they are needed
 
-template <class T>
-inline void prefetch_row(const T* row, int64_t width) {
-  for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d);
-}
-
 template <bool kValue>
 struct Constant {
   static constexpr bool value = kValue;
