@@ -55,7 +55,7 @@ def _tensor(name: str, x, ndim: int | None, min_ndim: int) -> None:
     if x.layout is not torch.strided or x.is_nested or x.is_quantized:
         kind = "a nested one" if x.is_nested else "a quantized one" if x.is_quantized else f"one of {x.layout}"
         raise TypeError(f"{name} must be a dense tensor, got {kind}")
-    if x.device.type == "meta":
+    if x.is_meta:
         raise ValueError(f"{name} must hold values, got a tensor on the meta device")
     if ndim is not None and x.dim() != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(x.shape)}")
@@ -64,7 +64,7 @@ def _tensor(name: str, x, ndim: int | None, min_ndim: int) -> None:
 
 
 def exact_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(x.shape) != tuple(shape):
+    if x.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
 
 

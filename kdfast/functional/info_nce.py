@@ -8,7 +8,7 @@ from torch import Tensor
 from .._core import bank_protocol, checks, collectives, dtypes
 from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
-from .._ops.similarity import similarity_lse
+from .._ops.similarity import plain, similarity_lse
 from .._ops.similarity.arguments import checked_problem, rounded
 from .._ops.similarity.exclusions import Rules
 from .._ops.similarity.info_nce import Positives, info_nce_rows
@@ -82,6 +82,13 @@ def info_nce(
 
     Source: van den Oord et al. 2018, eq. 4; He et al. 2020 (MoCo), eq. 1.
     """
+    whole_bank = targets is query_labels is bank_labels is bank_bias is bank_valid is own_index is false_negative_margin is None
+    usual = positive_weights is weight is group is precision is impl is None and include_positive is True and normalize is False
+    unsmoothed = type(label_smoothing) is float and label_smoothing == 0
+    if whole_bank and usual and unsmoothed and same_class == "exclude" and reduction == "mean":
+        loss = plain.info_nce_mean(query, positive, bank, temperature)
+        if loss is not None:
+            return loss
     p = _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bias, bank_valid, own_index, normalize, group)
     _check_options(p, positive_weights, same_class, false_negative_margin, include_positive, label_smoothing, reduction)
     return prepared_loss(

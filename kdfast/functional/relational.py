@@ -9,6 +9,7 @@ from torch import Tensor
 from .._core import bank_protocol, checks
 from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
+from .._ops.similarity import plain
 from .._ops.similarity.arguments import rounded
 from .._ops.similarity.distillation import distillation_rows
 from .._ops.similarity.positives import dot
@@ -55,6 +56,13 @@ def similarity_distillation(
 
     Raises: ValueError, TypeError naming the argument. Source: Fang et al. 2021 (SEED), eq. 5; Koohpayegani et al. 2020 (CompRess).
     """
+    whole_bank = student_positive is teacher_positive is bank_valid is own_index is None and own is False
+    usual = weight is precision is impl is None and normalize is False
+    if whole_bank and usual and reduction == "mean" and divergence in ("ce", "kl"):
+        sides, temperatures = (student, student_bank, teacher, teacher_bank), (student_temperature, teacher_temperature)
+        loss = plain.distillation_mean(*sides, *temperatures, divergence == "kl")
+        if loss is not None:
+            return loss
     checks.rows("student", student, ndim=2)
     checks.rows("teacher", teacher, ndim=2)
     rows = student.shape[0]

@@ -23,7 +23,7 @@ SimilarityParams side(const char* query_name, const Tensor& query, const char* k
   STD_TORCH_CHECK(!key_index.has_value() || key_index->dim() == 2, "key_index must have 2 dimensions");
   SimilarityParams p{};
   p.batch = 1, p.rows = query.size(0), p.columns = keys.size(0), p.width = p.pooled_width = query.size(1);
-  p.precision = precision_for_rows(precision_of(precision), p.rows);
+  p.precision = precision_for_queries(precision_of(precision), p.rows, p.columns);
   p.pooled = true;
   p.query = row_matrix(query_name, query, {p.rows, p.width});
   p.keys = row_matrix(keys_name, keys, {p.columns, p.width});

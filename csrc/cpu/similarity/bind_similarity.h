@@ -32,9 +32,10 @@ namespace {
 
 using kdfast::SimilarityParams;
 
-// By the number of rows alone, so that a forward pass and its gradients see scores of the same bits. With few rows the cost is the packing of
-// what passes by them: up to kRowsOnVectors that of parts of floats, up to kRowsInPlace (in bf16 kBFloat16RowsInPlace) any at all.
-constexpr int64_t kRowsOnVectors = 64, kRowsInPlace = 8, kBFloat16RowsInPlace = 2;
+// By the sizes alone, so that a forward pass and its gradients see scores of the same bits. With few rows the cost is the packing of what
+// passes by them: up to kRowsOnVectors that of parts of floats, up to kRowsInPlace (in bf16 kBFloat16RowsInPlace) any at all. With few keys it
+// is the columns that only fill a panel.
+constexpr int64_t kRowsOnVectors = 64, kRowsInPlace = 8, kBFloat16RowsInPlace = 2, kKeysInPlace = 16;
 
 inline kdfast::Precision precision_for_rows(kdfast::Precision precision, int64_t rows, int64_t on_vectors = kRowsOnVectors) {
   const bool few = precision == kdfast::Precision::kFloat32 && rows <= on_vectors;
@@ -42,9 +43,9 @@ inline kdfast::Precision precision_for_rows(kdfast::Precision precision, int64_t
 }
 
 // The same where a bank passes by.
-inline kdfast::Precision precision_for_queries(kdfast::Precision precision, int64_t queries) {
+inline kdfast::Precision precision_for_queries(kdfast::Precision precision, int64_t queries, int64_t keys) {
   const int64_t in_place = precision == kdfast::Precision::kBFloat16 ? kBFloat16RowsInPlace : kRowsInPlace;
-  return queries <= in_place ? kdfast::Precision::kFloat32Rows : precision_for_rows(precision, queries);
+  return queries <= in_place || keys <= kKeysInPlace ? kdfast::Precision::kFloat32Rows : precision_for_rows(precision, queries);
 }
 
 // What every op over one bank takes, checked; without start and values.
@@ -60,7 +61,7 @@ inline SimilarityParams parameters(const Tensor& query, const Tensor& keys, cons
   p.pooled = pooled;
   p.query = row_matrix("query", query, {batch, rows, width});
   p.keys = column_matrix("keys", keys, {batch, columns, width}, &p.keys_batch_stride);
-  p.precision = precision_for_queries(precision_of(precision), p.keys_batch_stride == 0 ? batch * rows : rows);
+  p.precision = precision_for_queries(precision_of(precision), p.keys_batch_stride == 0 ? batch * rows : rows, columns);
   p.scale = row_data<float>("scale", scale, {batch, rows});
   p.bias = column_data<float>("bias", bias, {batch, columns}, &p.bias_batch_stride);
   p.query_labels = row_data<int64_t>("query_labels", query_labels, {batch, rows});

@@ -221,7 +221,7 @@ struct DistillationPass {
 
 // Words of workspace for tasks of at most `rows` rows and `columns` columns.
 int64_t distillation_workspace(const DistillationParams& p, int64_t rows, int64_t columns) {
-  return scratch_words(p.student.precision, [&](auto product) {
+  return similarity_words(p.student.precision, [&](auto product) {
     Arena arena{nullptr};
     DistillationWorkspace(product, p, rows, columns, arena);
     return arena.words;
@@ -229,7 +229,7 @@ int64_t distillation_workspace(const DistillationParams& p, int64_t rows, int64_
 }
 
 void distillation(const DistillationParams& p, const DistillationTask& task, float* workspace) {
-  with_sound_product(p.student.precision, [&](auto product) {
+  with_similarity_product(p.student.precision, [&](auto product) {
     using Product = decltype(product);
     Arena arena{workspace};
     DistillationWorkspace w(product, p, task.row_end - task.row_begin, task.column_end - task.column_begin, arena);

@@ -130,7 +130,7 @@ struct DistillationKeyPass {
 
 // Words of workspace for tasks of at most `keys` keys.
 int64_t distillation_grad_workspace(const DistillationParams& p, int64_t keys) {
-  return scratch_words(p.student.precision, [&](auto product) {
+  return similarity_words(p.student.precision, [&](auto product) {
     Arena arena{nullptr};
     DistillationGradWorkspace(product, p, keys, arena);
     return arena.words;
@@ -138,7 +138,7 @@ int64_t distillation_grad_workspace(const DistillationParams& p, int64_t keys) {
 }
 
 void distillation_grad(const DistillationParams& p, const DistillationGradTask& task, float* workspace) {
-  with_sound_product(p.student.precision, [&](auto product) {
+  with_similarity_product(p.student.precision, [&](auto product) {
     using Product = typename decltype(product)::Swapped;
     Arena arena{workspace};
     DistillationGradWorkspace w(Product{}, p, task.key_end - task.key_begin, arena);

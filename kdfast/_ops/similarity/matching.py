@@ -76,7 +76,7 @@ def _of_rows(x: float | Tensor | None) -> bool:
 
 
 def _scalar(x: float | Tensor) -> Tensor:
-    return x.to("cpu", torch.float32) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float32, device="cpu")
+    return x.to("cpu", torch.float32) if isinstance(x, Tensor) else torch.scalar_tensor(x, dtype=torch.float32, device="cpu")
 
 
 def _definition(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor, shift: float | Tensor | None) -> Tensor:

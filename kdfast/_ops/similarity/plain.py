@@ -1,0 +1,72 @@
+"""The short way of a plain call: the mean of the losses of whole matrices on the CPU, and nothing else asked for.
+
+Finding out what a call gives, checking it and choosing how to compute takes as long as the arithmetic of 64 queries and 256 keys. A plain
+call is seen to be one by what little it has; any other, and one with something wrong, is left (None) to the general way, which
+says what that is. Both end in the same op.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..._core import impls
+from . import cpu, distillation, info_nce
+from .apply import transformed
+from .arguments import Compute, Spec
+
+_TYPES = (Tensor, torch.nn.Parameter)
+_PRODUCTS = {torch.float32: "ieee", torch.float16: "ieee", torch.bfloat16: "bf16"}
+
+
+def info_nce_mean(query: Tensor, positive: Tensor, keys: Tensor, temperature: float) -> Tensor | None:
+    """The mean InfoNCE loss of query and positive [N, D] against keys [M, D]."""
+    if not (_plain(query, positive, keys) and _usual(temperature) and positive.shape == query.shape and keys.shape[1] == query.shape[1]):
+        return None
+    count = len(query)
+    call = _info_nce_call(count, query.dtype, torch.is_grad_enabled() and query.requires_grad)
+    return info_nce.InfoNceRows.apply(call, (None,) * 7, query, keys, torch.full((count,), 1.0 / temperature), None, positive)
+
+
+@functools.lru_cache
+def _info_nce_call(count: int, dtype: torch.dtype, pull: bool) -> info_nce.Call:
+    products = _PRODUCTS[dtype]
+    spec = Spec("cpu", Compute(dtype, products), torch.Size((count,)), (1, count))
+    return info_nce.Call(spec, True, True, pull, cpu.KERNELS.products[products])
+
+
+def distillation_mean(
+    student: Tensor, keys: Tensor, teacher: Tensor, teacher_keys: Tensor | None, temperature: float, teacher_temperature: float, kl: bool
+) -> Tensor | None:
+    """The mean of `distillation_rows` of student [N, Ds] and keys [M, Ds] under teacher [N, Dt] and teacher_keys [M, Dt] (None: keys)."""
+    theirs = keys if teacher_keys is None else teacher_keys
+    if not (_plain(student, keys, teacher, theirs) and _usual(temperature) and _usual(teacher_temperature)):
+        return None
+    count = len(student)
+    if len(teacher) != count or len(theirs) != len(keys) or keys.shape[1] != student.shape[1] or theirs.shape[1] != teacher.shape[1]:
+        return None
+    if teacher.requires_grad or (teacher_keys is not None and teacher_keys.requires_grad):
+        return None
+    call = distillation.Call(kl, True, None, None, cpu.product_number(None, student))
+    scale, teacher_scale = torch.full((count,), 1.0 / temperature), torch.full((count,), 1.0 / teacher_temperature)
+    rest = (teacher, None if teacher_keys is keys else teacher_keys, teacher_scale, None, None, None, None)
+    return distillation.Distillation.apply(call, student, keys, scale, None, *rest)[0]
+
+
+def _usual(temperature) -> bool:
+    return type(temperature) is float and 1e-3 <= temperature <= 1e3
+
+
+def _plain(*matrices: Tensor) -> bool:
+    """Whether they are dense CPU matrices of one dtype, with something in them, that kernels are here for, outside modes and transforms."""
+    first = matrices[0]
+    dtype = first.dtype if type(first) in _TYPES else None
+    if dtype not in cpu.DTYPES or impls.DEFAULT is not None or cpu.missing() is not None:
+        return False
+    if transformed() or torch.is_autocast_enabled("cpu"):
+        return False
+    return all([type(x) in _TYPES and x.dtype == dtype and _dense_matrix(x) for x in matrices])
+
+
+def _dense_matrix(x: Tensor) -> bool:
+    return x.is_cpu and x.layout == torch.strided and not x.is_nested and x.dim() == 2 and x.numel() > 0

@@ -1,0 +1,128 @@
+"""Plain calls take a short way (kdfast/_ops/similarity/plain.py), with the bits of the general one; what is not plain is left to that."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from kdfast._core import impls
+from kdfast._ops.similarity import cpu, plain
+from kdfast.functional import info_nce, similarity_distillation
+
+pytestmark = pytest.mark.skipif(cpu.missing() is not None or impls.DEFAULT is not None, reason="only the compiled kernels have a short way")
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """For each call that might be plain, whether it went the short way."""
+    seen = []
+
+    def watch(name):
+        way = getattr(plain, name)
+
+        def watched(*args):
+            loss = way(*args)
+            seen.append(loss is not None)
+            return loss
+
+        monkeypatch.setattr(plain, name, watched)
+
+    watch("info_nce_mean")
+    watch("distillation_mean")
+    return seen
+
+
+def matrices(*shapes, dtype=torch.float32):
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+
+
+def same_bits(loss, other, inputs):
+    assert torch.equal(loss, other)
+    for x, y in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(other, inputs), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 16, 7), (65, 63, 33)], ids=str)  # few keys, few queries, and neither
+@pytest.mark.parametrize("bank_grad", [False, True], ids=["bank", "bank-grad"])
+def test_info_nce_has_the_bits_of_the_general_way(taken, size, dtype, bank_grad):
+    n, m, d = size
+    query, positive, bank = matrices((n, d), (n, d), (m, d), dtype=dtype)
+    bank.requires_grad_(bank_grad)
+    loss = info_nce(query, positive, bank, temperature=0.2)
+    assert taken == [True]
+    same_bits(loss, info_nce(query, positive, bank, temperature=0.2, impl="cpu"), [x for x in (query, positive, bank) if x.requires_grad])
+    assert taken == [True]
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", ["ce", "kl"])
+@pytest.mark.parametrize("banks", ["two", "one", "given twice"])
+def test_distillation_has_the_bits_of_the_general_way(taken, divergence, dtype, banks):
+    student, keys = matrices((9, 6), (17, 6), dtype=dtype)
+    teacher, teacher_keys = (x.detach() for x in matrices((9, 5), (17, 5), dtype=dtype))
+    if banks != "two":
+        keys = keys.detach()
+        teacher, teacher_keys = student.detach().flip(0), None if banks == "one" else keys
+    options = dict(student_temperature=0.2, teacher_temperature=0.1, divergence=divergence)
+    loss = similarity_distillation(student, teacher, keys, teacher_keys, **options)
+    assert taken == [True]
+    inputs = [x for x in (student, keys) if x.requires_grad]
+    same_bits(loss, similarity_distillation(student, teacher, keys, teacher_keys, impl="cpu", **options), inputs)
+
+
+def test_second_derivatives(taken):
+    query, positive, bank, teacher, teacher_bank = matrices((4, 3), (4, 3), (5, 3), (4, 2), (5, 2))
+    given = teacher.detach(), bank.detach(), teacher_bank.detach()
+    temperatures = dict(student_temperature=0.5, teacher_temperature=0.5)
+    for loss in (partial(info_nce, query, positive, given[1]), partial(similarity_distillation, query, *given, **temperatures)):
+        second = [torch.autograd.grad(loss(impl=impl), query, create_graph=True)[0].square().sum() for impl in (None, "cpu")]
+        same_bits(*second, [query])
+    assert taken == [True, True]
+
+
+NOT_PLAIN = {
+    "float64": lambda q, p, b: info_nce(q.double(), p.double(), b.double()),
+    "leading dimensions": lambda q, p, b: info_nce(q[None], p[None], b),
+    "two positives": lambda q, p, b: info_nce(q, torch.stack([p, p], 1), b),
+    "a tensor temperature": lambda q, p, b: info_nce(q, p, b, temperature=torch.tensor(0.07)),
+    "an extreme temperature": lambda q, p, b: info_nce(q, p, b, temperature=1e4),
+    "no rows": lambda q, p, b: info_nce(q[:0], p[:0], b),
+    "a subclass": lambda q, p, b: info_nce(q.as_subclass(type("Sub", (torch.Tensor,), {})), p, b),
+}
+
+
+@pytest.mark.parametrize("call", NOT_PLAIN.values(), ids=NOT_PLAIN)
+def test_what_is_not_plain_goes_the_general_way(taken, call):
+    assert call(*matrices((4, 3), (4, 3), (5, 3))).dim() == 0
+    assert taken == [False]
+
+
+def test_modes_and_transforms_go_the_general_way(taken):
+    query, positive, bank = matrices((4, 3), (4, 3), (5, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        info_nce(query, positive, bank)
+    torch.func.grad(info_nce)(query, positive, bank)
+    torch.func.vmap(info_nce)(query[None], positive[None], bank[None])
+    assert taken == [False] * 3
+    compiled = torch.compile(lambda *x: info_nce(*x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(query, positive, bank), info_nce(query, positive, bank))
+    assert taken[3:] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(include_positive=1), "include_positive must be a bool"),
+        (dict(normalize=0), "normalize must be a bool"),
+        (dict(label_smoothing=False), "label_smoothing must be a float"),
+        (dict(temperature=True), "temperature must be a float"),
+        (dict(bank=torch.rand(5, 4)), "bank must have the width of query"),
+        (dict(bank=torch.rand(5, 3).half()), "bank must have the dtype of query"),
+        (dict(positive=torch.rand(3, 3)), "positive must have shape"),
+    ],
+)
+def test_errors_are_those_of_the_general_way(given, message):
+    query, positive, bank = matrices((4, 3), (4, 3), (5, 3))
+    with pytest.raises((TypeError, ValueError), match=message):
+        info_nce(**dict(query=query, positive=positive, bank=bank) | given)
