@@ -103,7 +103,7 @@ LOSSES = {
 CASES = [(name, rows) for name in LOSSES for rows in (cold, long, uncentred) if (name, rows) != ("distillation", uncentred)]
 
 
-@pytest.mark.parametrize("level", [1e3, 6e4, 6e6, 1e9], ids="{:.0e}".format)
+@pytest.mark.parametrize("level", [1e3, 6e4, 6e6, 1e9, 1e11], ids="{:.0e}".format)
 @pytest.mark.parametrize(("name", "embeddings"), CASES, ids=lambda x: x if isinstance(x, str) else x.__name__)
 def test_as_accurate_as_the_formula(isa, name, embeddings, level):
     counts, learnt, ours, formula = LOSSES[name]
@@ -117,6 +117,45 @@ def test_as_accurate_as_the_formula(isa, name, embeddings, level):
     got, naive, truth = (gradients(f, dtype) for f, dtype in ((ours, torch.float32), (formula, torch.float32), (formula, torch.float64)))
     for g, n, t in zip(got, naive, truth, strict=True):
         assert (g - t).norm() <= 2 * (n - t).norm() + 4 * torch.finfo(torch.float32).eps * t.norm()
+
+
+# few pairs, whose scores are kept; one more than 12 whole tiles; 257: several blocks of columns
+@pytest.mark.parametrize("rows", [90, 193, 257])
+@pytest.mark.parametrize("loss", ["sup_con", "nt_xent"])
+def test_both_sides_of_a_batch_see_the_same_scores(isa, loss, rows):
+    """A gradient weighs (i, j) by the log-sum-exps of rows i and j: that of j must be one of scores with the same bits."""
+
+    def ours(x):
+        if loss == "sup_con":
+            return sup_con(x, labels, temperature=0.01, normalize=False, impl="cpu")
+        return nt_xent(*x.unflatten(0, (2, rows)), temperature=0.01, normalize=False, impl="cpu")
+
+    def formula(x):
+        same = (labels[:, None] == labels) & ~torch.eye(len(x), dtype=torch.bool)
+        log_p = among_themselves(x, 100.0).log_softmax(1).masked_fill(~same, 0)
+        return -(log_p.sum(1) / same.sum(1)).mean()
+
+    labels = torch.arange(rows if loss == "sup_con" else 2 * rows) % (rows // 4 if loss == "sup_con" else rows)
+    made = torch.randn(len(labels), 96, dtype=torch.float64).float()
+
+    def gradient(f, dtype):
+        x = made.to(dtype).requires_grad_()
+        return torch.autograd.grad(f(x), x)[0].double()
+
+    got, naive, truth = gradient(ours, torch.float32), gradient(formula, torch.float32), gradient(formula, torch.float64)
+    assert (got - truth).norm() <= 2 * (naive - truth).norm() + 4 * torch.finfo(torch.float32).eps * truth.norm()
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.05, 0.03])
+def test_losses_of_learnt_classes_have_their_digits(isa, temperature):
+    """Of 1e-3 to 1e-10: the positive is all but that of the sum, which no float of size 1 can tell."""
+    labels = torch.arange(256) // 2
+    x = F.normalize(torch.randn(128, 128)[labels] + 0.02 * torch.randn(256, 128), dim=1)
+    z = among_themselves(x.double(), 1 / temperature)
+    own, mate = torch.arange(256), torch.arange(256) ^ 1
+    others = z.index_put((own, mate), torch.tensor(-torch.inf, dtype=torch.float64)).logsumexp(1)
+    truth = F.softplus(others - z[own, mate], threshold=40).mean()
+    assert abs(sup_con(x, labels, temperature=temperature, normalize=False, impl="cpu").double() / truth - 1) < 1e-5
 
 
 @pytest.mark.parametrize("rows", [5, N], ids=["bank in place", "bank packed"])

@@ -54,6 +54,9 @@ struct TileSession {
   TileSession& operator=(const TileSession&) = delete;
 };
 
+template <int kParts>
+struct SymmetricTiles;
+
 // Products of numbers in `kParts` bf16 parts. kSwapped: A and B exchange the order of their parts, so that B^T A^T has the same bits as A B.
 template <int kParts_, bool kSwapped = false>
 struct TileProduct {
@@ -64,6 +67,7 @@ struct TileProduct {
   static constexpr int64_t kRowChunk = 32;                 // 32 rows of scores, written by tiles, weighed and read by tiles in L1
   static constexpr int64_t kRowsToPack = 1024;             // the products are faster, the packing is not
   using Swapped = TileProduct<kParts, !kSwapped>;
+  using Symmetric = SymmetricTiles<kParts>;
   using Session = TileSession;
 
   static constexpr int64_t words(int64_t elements) { return round_up(elements, 32) / 2 * kParts; }
@@ -134,28 +138,92 @@ inline __attribute__((always_inline)) void tile_block(const float* a, int64_t a_
   }
 }
 
+template <int kRows_, int kVectors_>
+struct TileBlock {
+  static constexpr int kRows = kRows_, kVectors = kVectors_;
+};
+
+// f(row, vector, TileBlock): `rows` rows, a multiple of 16, by `vectors` vectors, two tiles by two where there are.
+template <class F>
+inline __attribute__((always_inline)) void for_tile_blocks(int64_t rows, int vectors, const F& f) {
+  for (int64_t row = 0; row < rows; row += 32) {
+    const bool two = row + 32 <= rows;
+    for (int v = 0; v < vectors; v += 2) {
+      if (two && v + 2 <= vectors) {
+        f(row, v, TileBlock<2, 2>{});
+      } else if (two) {
+        f(row, v, TileBlock<2, 1>{});
+      } else if (v + 2 <= vectors) {
+        f(row, v, TileBlock<1, 2>{});
+      } else {
+        f(row, v, TileBlock<1, 1>{});
+      }
+    }
+  }
+}
+
 // `rows` rows, a multiple of 16, against one panel. Steps are whole groups: what is packed beyond them is zero.
 template <int kParts, bool kSwapped, class Epilogue>
 __attribute__((noinline)) void multiply_panel(TileProduct<kParts, kSwapped>, const float* a, int64_t a_stride, int64_t rows, const float* b,
                                               int64_t steps, int vectors, Epilogue epilogue) {
-  using Product = TileProduct<kParts, kSwapped>;
   const int64_t b_stride = int64_t(vectors) * kLanes;
-  for (int64_t row = 0; row < rows; row += 32, a += 32 * a_stride) {
-    const bool two = row + 32 <= rows;
-    const Epilogue at = epilogue.from_row(row);
-    for (int v = 0; v < vectors; v += 2) {
-      const float* const bv = b + v * kLanes;
-      if (two && v + 2 <= vectors) {
-        tile_block<Product, 2, 2>(a, a_stride, bv, b_stride, steps, at, v);
-      } else if (two) {
-        tile_block<Product, 2, 1>(a, a_stride, bv, b_stride, steps, at, v);
-      } else if (v + 2 <= vectors) {
-        tile_block<Product, 1, 2>(a, a_stride, bv, b_stride, steps, at, v);
-      } else {
-        tile_block<Product, 1, 1>(a, a_stride, bv, b_stride, steps, at, v);
-      }
+  for_tile_blocks(rows, vectors, [&](int64_t row, int v, auto block) __attribute__((always_inline)) {
+    tile_block<TileProduct<kParts, kSwapped>, block.kRows, block.kVectors>(a + row * a_stride, a_stride, b + v * kLanes, b_stride, steps,
+                                                                          epilogue.from_row(row), v);
+  });
+}
+
+// ---- a matrix by its own transpose --------------------------------------------------------------------------------------
+
+// Element (i, j) has the bits of (j, i): above the diagonal parts are in order, below it they are swapped. The first column is `ahead` of the
+// first row.
+template <int kParts>
+struct SymmetricTiles : TileProduct<kParts> {
+  int64_t ahead;
+
+  explicit SymmetricTiles(int64_t ahead) : ahead(ahead) {}
+};
+template <int kParts>
+inline SymmetricTiles<kParts> from_column(SymmetricTiles<kParts> product, int64_t j) {
+  return SymmetricTiles<kParts>(product.ahead + j);
+}
+
+// A block across the diagonal is made both ways, each element taken from one.
+template <int kParts, int kRows, int kVectors, class Epilogue>
+inline void diagonal_block(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t steps, const Epilogue& epilogue,
+                           int first_vector, int64_t ahead) {
+  using Product = TileProduct<kParts>;
+  constexpr int kStride = kVectors * kLanes;
+  alignas(64) float above[kRows * 16 * kStride], below[kRows * 16 * kStride];
+  store_block<Product, kRows, kVectors>(a, a_stride, b, b_stride, steps, above, kStride);
+  store_block<typename Product::Swapped, kRows, kVectors>(a, a_stride, b, b_stride, steps, below, kStride);
+  const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int r = 0; r < kRows * 16; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = r * kStride + v * kLanes;
+      epilogue(r, first_vector + v, lane + int32_t(ahead + v * kLanes - r) > 0 ? load(above + at) : load(below + at));
     }
   }
+}
+
+template <int kParts, class Epilogue>
+__attribute__((noinline)) void multiply_panel(SymmetricTiles<kParts> product, const float* a, int64_t a_stride, int64_t rows, const float* b,
+                                              int64_t steps, int vectors, Epilogue epilogue) {
+  using Product = TileProduct<kParts>;
+  const int64_t b_stride = int64_t(vectors) * kLanes;
+  for_tile_blocks(rows, vectors, [&](int64_t row, int v, auto block) {
+    constexpr int kRows = block.kRows, kVectors = block.kVectors;
+    const float *const ar = a + row * a_stride, *const bv = b + v * kLanes;
+    const Epilogue at = epilogue.from_row(row);
+    const int64_t ahead = product.ahead + v * kLanes - row;
+    if (ahead >= 16 * kRows) {
+      tile_block<Product, kRows, kVectors>(ar, a_stride, bv, b_stride, steps, at, v);
+    } else if (ahead <= -kVectors * kLanes) {
+      tile_block<typename Product::Swapped, kRows, kVectors>(ar, a_stride, bv, b_stride, steps, at, v);
+    } else {
+      diagonal_block<kParts, kRows, kVectors>(ar, a_stride, bv, b_stride, steps, at, v, ahead);
+    }
+  });
 }
 
 // The rate of four independent sums; see probe.inl.

@@ -32,6 +32,12 @@ struct RegisterTiles {
   static constexpr int64_t steps(int64_t elements) { return (elements + kPack - 1) / kPack; }              // those that count
 };
 
+// The product for the columns from `j` on (amx.h has one that depends on them).
+template <class Product>
+inline Product from_column(Product product, int64_t) {
+  return product;
+}
+
 struct Float32Product : RegisterTiles<1> {
   using Swapped = Float32Product;  // for B^T A^T with the bits of A B
   static inline Vec broadcast(const float* p) { return splat(*p); }

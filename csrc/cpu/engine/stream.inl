@@ -124,7 +124,7 @@ struct Prefetch {
 
 // S[rows, padded] = R C^T, a panel of columns and kStepChunk steps at a time, so that the panel stays in L1.
 template <class Product>
-inline void score_rows(Product, const float* rows_words, int64_t rows_stride, int64_t rows, const Panels& c, int64_t padded, float* scores,
+inline void score_rows(Product product, const float* rows_words, int64_t rows_stride, int64_t rows, const Panels& c, int64_t padded, float* scores,
                        int64_t score_stride) {
   const int64_t steps = Product::steps(c.width);
   for (int64_t j = 0; j < padded; j += kPanel) {
@@ -133,9 +133,9 @@ inline void score_rows(Product, const float* rows_words, int64_t rows_stride, in
       const float* b = c.columns + j * c.row_words + k * kPanel;
       const int64_t n = smaller(steps - k, Product::kStepChunk);
       if (k == 0) {
-        multiply_panel(Product{}, a, rows_stride, rows, b, n, kVecs, StoreTile{scores + j, score_stride});
+        multiply_panel(from_column(product, j), a, rows_stride, rows, b, n, kVecs, StoreTile{scores + j, score_stride});
       } else {
-        multiply_panel(Product{}, a, rows_stride, rows, b, n, kVecs, AddTile{scores + j, score_stride});
+        multiply_panel(from_column(product, j), a, rows_stride, rows, b, n, kVecs, AddTile{scores + j, score_stride});
       }
     }
   }

@@ -43,7 +43,7 @@ MatchingCall matching_call(const Tensor& x, const OptionalTensor& y, const Tenso
     for (int64_t i = 0; i < rows; ++i) static_cast<int64_t*>(call.labels.mutable_data_ptr())[i] = i % samples;
 
   PairParams& p = call.p;
-  p.precision = precision_for_rows(precision_of(precision), rows, m.views ? kRowsOnVectors : kPairRowsOnVectors);  // as view_log_sums
+  p.precision = precision_for_rows(precision_of(precision), rows, kPairRowsOnVectors);
   p.batch = 1, p.rows = p.columns = rows, p.width = width;
   p.x = m.x, p.y = m.y;
   p.scale = scales;
@@ -55,16 +55,6 @@ MatchingCall matching_call(const Tensor& x, const OptionalTensor& y, const Tenso
     p.x_labels = p.y_labels = classes;
   }
   return call;
-}
-
-// The log-sum-exps of two views' rows over the rows of other samples, and what they have no room for.
-void view_log_sums(const MatchingCall& call, const Tensor& x, int64_t precision, float* lse, float* low) {
-  const Tensor one = batch_of_one(x);
-  const OptionalTensor none, labels = batch_of_one(call.labels);
-  const auto [sums, pooled, rest] = kdfast::similarity_softmax(one, one, batch_of_one(call.of_rows), none, none, none, none, labels, labels, none,
-                                                               none, none, false, precision, none);
-  std::copy_n(data<float>(sums), call.m.rows, lse);
-  std::copy_n(data<float>(rest), call.m.rows, low);
 }
 
 // Log-sum-exps, their low digits and slopes of a side, [rows] each. Of the sigmoid loss the sums of the weights, where the sums are kept.
@@ -129,7 +119,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const 
     sigmoid_losses(call.p, floats_of(losses));
   } else {
     if (call.m.views) {
-      view_log_sums(call, x, precision, row, row + rows);
+      const std::vector<BatchStatistic> found = row_statistics(call.p, nullptr);
+      for (int64_t i = 0; i < rows; ++i) log_sum(found[i], row + i, row + rows + i);
     } else {
       symmetric_log_sums(call.p, row, row + rows, column, column + rows);
     }

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
+#include <vector>
 
 #include "similarity/bind_similarity.h"
 
@@ -12,6 +14,7 @@ namespace {
 using kdfast::PairParams;
 using kdfast::PairSums;
 using kdfast::PairTask;
+using kdfast::BatchStatistic;
 using kdfast::SymmetricUpstream;
 
 constexpr int64_t kMinSide = 64;             // rows, and columns, that a task should have: each is packed once for all of the other
@@ -62,16 +65,17 @@ struct Grid {
   }
 };
 
-// [parts][size] maxima, then as many sums.
+// [parts][size] maxima, then as many low digits of these, then sums.
 struct Partial {
   int64_t parts, size;
   Tensor memory;
 
-  Partial(int64_t parts, int64_t size) : parts(parts), size(size), memory(scratch(2 * parts * size)) {}
+  Partial(int64_t parts, int64_t size) : parts(parts), size(size), memory(scratch(3 * parts * size)) {}
   float* maximum(int64_t part, int64_t at) const { return floats_of(memory) + part * size + at; }
-  float* sum(int64_t part, int64_t at) const { return maximum(parts + part, at); }
+  float* rest(int64_t part, int64_t at) const { return maximum(parts + part, at); }
+  float* sum(int64_t part, int64_t at) const { return maximum(2 * parts + part, at); }
   void merge(float* lse, float* low) const {
-    kdfast::cpu_kernels().similarity_merge({parts, size, size, 0, maximum(0, 0), nullptr, sum(0, 0), nullptr, lse, low, nullptr});
+    kdfast::cpu_kernels().similarity_merge({parts, size, size, 0, maximum(0, 0), rest(0, 0), sum(0, 0), nullptr, lse, low, nullptr});
   }
 };
 
@@ -113,12 +117,47 @@ inline void symmetric_log_sums(const PairParams& p, float* row_lse, float* row_l
     const int64_t row_part = grid.row_part(t), column_part = grid.column_part(t);
     const int64_t row = task.batch * p.rows + task.row_begin, column = task.batch * p.columns + task.column_begin;
     kernels.symmetric(p, task,
-                      {of_rows.maximum(column_part, row), of_rows.sum(column_part, row), of_columns.maximum(row_part, column),
-                       of_columns.sum(row_part, column)},
+                      {of_rows.maximum(column_part, row), of_rows.rest(column_part, row), of_rows.sum(column_part, row),
+                       of_columns.maximum(row_part, column), of_columns.rest(row_part, column), of_columns.sum(row_part, column)},
                       work + worker * words);
   });
   of_rows.merge(row_lse, row_low);
   of_columns.merge(column_lse, column_low);
+}
+
+inline double level_of(const BatchStatistic& s) { return double(s.maximum) + double(s.low); }
+
+// Those of two ranges of columns.
+inline BatchStatistic merged(const BatchStatistic& a, const BatchStatistic& b) {
+  const bool second = level_of(b) > level_of(a);
+  const BatchStatistic &top = second ? b : a, &other = second ? a : b;
+  const double sum = other.sum == 0 ? top.sum : top.sum + other.sum * std::exp(level_of(other) - level_of(top));
+  return {sum, a.same_sum + b.same_sum, top.maximum, top.low, a.same_count + b.same_count};
+}
+
+// Statistics of every row of the one batch entry among all rows, the columns, in their classes where these are given.
+inline std::vector<BatchStatistic> row_statistics(const PairParams& p, const int64_t* classes) {
+  const Grid grid(p);
+  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
+  const int64_t words = kernels.row_statistics_workspace(p, longest(p.rows, grid.row_parts), longest(p.columns, grid.column_parts));
+  const Tensor workspace = scratch(words * grid.workers);
+  float* const work = floats_of(workspace);
+  std::vector<BatchStatistic> found(size_t(grid.column_parts * p.rows));
+  for_each_task(grid.workers, grid.tasks(), [&](int64_t worker, int64_t t) {
+    const PairTask task = grid.task(t);
+    kernels.row_statistics(p, task, classes, found.data() + grid.column_part(t) * p.rows + task.row_begin, work + worker * words);
+  });
+  for (int64_t part = 1; part < grid.column_parts; ++part)
+    for (int64_t i = 0; i < p.rows; ++i) found[i] = merged(found[i], found[part * p.rows + i]);
+  found.resize(size_t(p.rows));
+  return found;
+}
+
+// The log-sum-exp, of which *high and *low get the digits of two floats.
+inline double log_sum(const BatchStatistic& s, float* high, float* low) {
+  const double lse = level_of(s) + std::log(s.sum), rest = lse - double(float(lse));
+  *high = float(lse), *low = std::isfinite(rest) ? float(rest) : 0;
+  return lse;
 }
 
 // Adds the weighted sums of rows and of columns to `sums`.
@@ -145,8 +184,9 @@ void kept_symmetric_sums(const PairParams& p, float* row_lse, float* row_low, fl
     between();
   };
   const kdfast::Step step{[](void* f) { (*static_cast<decltype(merge)*>(f))(); }, &merge};
-  kernels.kept_symmetric(p, {of_rows.maximum(0, 0), of_rows.sum(0, 0), of_columns.maximum(0, 0), of_columns.sum(0, 0)}, step, upstream, sums,
-                         floats_of(workspace));
+  const kdfast::SymmetricStatistics found{of_rows.maximum(0, 0),    of_rows.rest(0, 0),    of_rows.sum(0, 0),
+                                          of_columns.maximum(0, 0), of_columns.rest(0, 0), of_columns.sum(0, 0)};
+  kernels.kept_symmetric(p, found, step, upstream, sums, floats_of(workspace));
   leave_vectors();
 }
 

@@ -49,28 +49,13 @@ std::tuple<Tensor, Tensor> sup_con(const Tensor& x, const Tensor& scale, const T
   const SupConCall call = sup_con_call(x, scale, labels, precision);
   const PairParams& p = call.p;
   const int64_t rows = p.rows;
-  const Grid grid(p);
-  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
-  const int64_t words = kernels.class_statistics_workspace(p, longest(rows, grid.row_parts), longest(rows, grid.column_parts));
-  const Tensor workspace = scratch(words * grid.workers), counts = scratch(grid.column_parts * rows);
-  const Tensor sums = scratch(grid.column_parts * rows, ScalarType::Double);
-  const Partial parts(grid.column_parts, rows);
-  float *const work = floats_of(workspace), *const count = floats_of(counts);
-  double* const sum = static_cast<double*>(sums.mutable_data_ptr());
-  for_each_task(grid.workers, grid.tasks(), [&](int64_t worker, int64_t t) {
-    const PairTask task = grid.task(t);
-    const int64_t part = grid.column_part(t), row = task.row_begin, at = part * rows + row;
-    kernels.class_statistics(p, task, {call.classes, parts.maximum(part, row), parts.sum(part, row), count + at, sum + at}, work + worker * words);
-  });
-
+  const std::vector<BatchStatistic> found = row_statistics(p, call.classes);
   const Tensor statistics = output(x, {kStatistics, rows}), losses = output(x, {rows});
   float *const lse = floats_of(statistics), *const low = lse + rows, *const inverse = low + rows, *const loss = floats_of(losses);
-  parts.merge(lse, low);
   for (int64_t i = 0; i < rows; ++i) {
-    double same = 0, others = -1;
-    for (int64_t part = 0; part < grid.column_parts; ++part) same += sum[part * rows + i], others += count[part * rows + i];
+    const double sum = log_sum(found[i], lse + i, low + i), others = found[i].same_count - 1;
     inverse[i] = others == 0 ? 0 : float(1 / others);
-    loss[i] = others == 0 ? 0 : float(double(lse[i]) + double(low[i]) - double(call.scale) * same / others);
+    loss[i] = others == 0 ? 0 : float(sum - found[i].same_sum / others);
   }
   if (!mean) return {losses, statistics};
   const Tensor value = output(x, {});

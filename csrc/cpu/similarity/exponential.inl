@@ -13,6 +13,24 @@ namespace {
 // factor score - high - low
 inline Vec exponent(Vec score, Vec factor, Vec high, Vec low) { return multiply_add(score, factor, -high) - low; }
 
+// Logits in two floats.
+struct Logits {
+  Vec high, low;
+};
+
+inline Logits logits(Vec score, Vec factor) {
+  const Vec z = factor * score, rest = multiply_add(factor, score, -z);
+  return {z, z - z == Vec{} ? rest : Vec{}};
+}
+inline Logits larger(Logits a, Logits b) {
+  const IntVec higher = (a.high > b.high) | ((a.high == b.high) & (a.low > b.low));
+  return {higher ? a.high : b.high, higher ? a.low : b.low};
+}
+inline Vec gap(Logits a, Logits b) { return (a.high - b.high) + (a.low - b.low); }
+
+// 0 for the maximum of nothing: so that nothing becomes inf - inf.
+inline Vec finite_shift(Vec maximum) { return maximum == splat(-kInfinity) ? Vec{} : maximum; }
+
 // e^x for x <= about 0, relative error below 6.5e-8 from -1 on and 3e-7 at most; exactly 0 for x <= -88.1 (so for -inf), exactly 1 at 0, NaN for NaN.
 //
 // As exp2_nonpositive: x = n ln 2 + f with n = round(x log2e), whose bits make 2^n, and a minimax polynomial for e^f. The float ln 2 is 2e-9 off.

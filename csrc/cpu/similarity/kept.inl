@@ -87,10 +87,7 @@ void kept_symmetric(const PairParams& p, const SymmetricStatistics& found, const
     KeptSymmetric w(product, p, out, statistic, weights, arena);
     statistic.begin(p.rows + decltype(product)::kRowChunk, p.columns + kPanel);
     keep_scores(product, p, all, out, w, statistic, weights, [&] {
-      __builtin_memcpy(found.row_maximum, statistic.row_maximum, size_t(4 * p.rows));
-      __builtin_memcpy(found.row_sum, statistic.row_sum, size_t(4 * p.rows));
-      __builtin_memcpy(found.column_maximum, statistic.column_maximum, size_t(4 * p.columns));
-      __builtin_memcpy(found.column_sum, statistic.column_sum, size_t(4 * p.columns));
+      statistic.give(found);
       between.take(between.context);
       weights.begin();
     });

@@ -25,20 +25,18 @@ struct PairTask {
   int64_t column_begin, column_end;
 };
 
-// Maxima and sums of e^(z - maximum) over the rectangle, to be merged by similarity_merge. Each from the task's own first
+// Maxima, in two floats, and sums of e^(z - maximum - low) over the rectangle, to be merged by similarity_merge. Each from the task's own first
 // row or column on.
 struct SymmetricStatistics {
-  float *row_maximum, *row_sum;        // [task rows]
-  float *column_maximum, *column_sum;  // [task columns]
+  float *row_maximum, *row_low, *row_sum;           // [task rows]
+  float *column_maximum, *column_low, *column_sum;  // [task columns]
 };
 
-// What class_statistics finds in the task's columns for each of its rows, from the task's first row on, where every row of the batch entry is a
-// column too, left out for itself by its label: maximum and sum as above, and of its class, with the row itself, the sum of the scores
-// x_i.y_j (its own as 0) and the number of rows.
-struct ClassStatistics {
-  const int64_t* classes;               // [batch, rows]
-  float *maximum, *sum, *same_count;    // [task rows]
-  double* same_sum;
+// What row_statistics finds in the task's columns for one row, where every row of the batch entry is a column too, left out for itself by its
+// label: maximum and sum as above, and of its class, with the row itself, the sum of the logits (its own as 0) and the number of rows.
+struct BatchStatistic {
+  double sum = 0, same_sum = 0;
+  float maximum = -__builtin_inff(), low = 0, same_count = 0;
 };
 
 // Upstream gradients g of the log-sum-exps L of rows and columns: W_ij = g^r_i exp(z_ij - L^r_i) + g^c_j exp(z_ij - L^c_j). L is lse + low.
@@ -79,8 +77,9 @@ struct PairsKernels {
   void (*symmetric)(const PairParams&, const PairTask&, const SymmetricStatistics&, float* workspace);
   int64_t (*symmetric_grad_workspace)(const PairParams&, const PairSums&, int64_t rows, int64_t columns);
   void (*symmetric_grad)(const PairParams&, const PairTask&, const SymmetricUpstream&, const PairSums&, float* workspace);
-  int64_t (*class_statistics_workspace)(const PairParams&, int64_t rows, int64_t columns);
-  void (*class_statistics)(const PairParams&, const PairTask&, const ClassStatistics&, float* workspace);
+  int64_t (*row_statistics_workspace)(const PairParams&, int64_t rows, int64_t columns);
+  // classes [batch, rows] (null: none), out [task rows]
+  void (*row_statistics)(const PairParams&, const PairTask&, const int64_t* classes, BatchStatistic* out, float* workspace);
   int64_t (*sigmoid_workspace)(const PairParams&, int64_t rows, int64_t columns);
   void (*sigmoid)(const PairParams&, const PairTask&, float* loss, float* workspace);  // loss [task rows]
   int64_t (*sigmoid_grad_workspace)(const PairParams&, const PairSums&, int64_t rows, int64_t columns);

@@ -43,6 +43,20 @@ inline bool all_finite(const Matrix& matrix, int64_t begin, int64_t end, int64_t
   return total(rest) == 0;
 }
 
+// S = X Y^T for `rows` rows, the first of them row `row` of the batch entry, against the block. Where Y is X, (i, j) has the bits of (j, i): a
+// gradient's tile meets log-sum-exps of its rows and of its columns, which must be those of its scores.
+template <class Product>
+inline void score_pairs(Product product, const PairParams& p, const Block& block, int64_t row, const float* x, int64_t x_stride, int64_t rows,
+                        const Panels& y, const Tile& tile) {
+  if constexpr (Product::kParts > 1) {  // others are symmetric by themselves
+    if (p.x.data == p.y.data && p.rows == p.columns) {
+      const typename Product::Symmetric symmetric(block.first - row);
+      return score_rows(symmetric, x, x_stride, rows, y, block.padded, tile.scores(0), tile.stride);
+    }
+  }
+  score_rows(product, x, x_stride, rows, y, block.padded, tile.scores(0), tile.stride);
+}
+
 // ---- pairs left out ---------------------------------------------------------------------------------------------------
 
 // The labels of a block's columns, and their range: most rows of a batch in order have a label outside it.
@@ -122,7 +136,7 @@ struct PairPass {
   void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
     if constexpr (kSkipsChunks<Statistic>)
       if (statistic.idle(block, row, smaller(rows, count - row))) return;
-    score_rows(Product{}, w.x.at(row), w.x.stride, rows, w.y.panels, block.padded, w.tile.scores(0), w.tile.stride);
+    score_pairs(Product{}, p, block, first + row, w.x.at(row), w.x.stride, rows, w.y.panels, w.tile);
     for (int64_t i = row; i < row + rows; ++i) next.fetch(i);
     statistic.chunk(block, row, smaller(rows, count - row), w.tile);
   }
@@ -244,7 +258,7 @@ struct PairGradientPass {
     if constexpr (Weights::kKnowsIdle && !kKept)
       if (row % w.group == 0) w.group_idle = idle && weights.idle(block, row, smaller(w.group, count - row));
     const Tile tile = kKept ? w.tile_from(row) : w.tile;
-    if (!idle) score_rows(Product{}, w.x.at(row), w.x.stride, rows, w.y.panels, block.padded, tile.scores(0), tile.stride);
+    if (!idle) score_pairs(Product{}, p, block, first + row, w.x.at(row), w.x.stride, rows, w.y.panels, tile);
     if constexpr (!kKept) {
       weigh_and_sum(block, row, rows, tile, next, idle);
     } else if (row + rows == padded_rows()) {

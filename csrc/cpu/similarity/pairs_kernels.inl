@@ -1,6 +1,6 @@
 // A unit compiled once for each instruction set, and its part of the dispatch table.
 #include "similarity/kept.inl"
-#include "similarity/sup_con.inl"
+#include "similarity/row_statistics.inl"
 
 namespace kdfast {
 extern const PairsKernels KDFAST_UNIT(pairs);
@@ -9,8 +9,8 @@ const PairsKernels KDFAST_UNIT(pairs) = {
     .symmetric = symmetric,
     .symmetric_grad_workspace = symmetric_grad_workspace,
     .symmetric_grad = symmetric_grad,
-    .class_statistics_workspace = class_statistics_workspace,
-    .class_statistics = class_statistics,
+    .row_statistics_workspace = row_statistics_workspace,
+    .row_statistics = row_statistics,
     .sigmoid_workspace = sigmoid_workspace,
     .sigmoid = sigmoid,
     .sigmoid_grad_workspace = sigmoid_grad_workspace,

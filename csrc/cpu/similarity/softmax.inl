@@ -155,17 +155,13 @@ inline void weigh_rows(const RunningSoftmax& s, const ColumnTerms& terms, const 
   const auto settle = [&](int64_t at) {
     if (at >= rows) return;
     const int64_t slot = at % kRing;
-    const Vec z = load(factor + slot) * load(best + slot), rest = multiply_add(load(factor + slot), load(best + slot), -z);
-    const Vec z_low = z - z == Vec{} ? rest : Vec{};
-    const Vec before = load(s.maximum + row + at), before_low = load(s.low + row + at);
-    const IntVec higher = (z > before) | ((z == before) & (z_low > before_low));
-    const Vec after = higher ? z : before, after_low = higher ? z_low : before_low;
-    const Vec finite = after == splat(-kInfinity) ? Vec{} : after;
-    const Vec step = (before - finite) + (before_low - after_low);
+    const Logits before{load(s.maximum + row + at), load(s.low + row + at)};
+    const Logits after = larger(logits(load(best + slot), load(factor + slot)), before);
+    const Vec finite = finite_shift(after.high), step = gap(before, {finite, after.low});
     store(high + slot, finite);
-    store(low + slot, after_low);
-    store(s.maximum + row + at, after);
-    store(s.low + row + at, after_low);
+    store(low + slot, after.low);
+    store(s.maximum + row + at, after.high);
+    store(s.low + row + at, after.low);
     store(s.step + row + at, step);
     store(s.correction + row + at, exp_nonpositive(step));
   };

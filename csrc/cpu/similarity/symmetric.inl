@@ -19,14 +19,12 @@ constexpr float kReach = 22;
 
 // ---- statistics -------------------------------------------------------------------------------------------------------
 
-// 0 for the maximum of nothing: so that nothing becomes inf - inf.
-inline Vec finite_shift(Vec maximum) { return maximum == splat(-kInfinity) ? Vec{} : maximum; }
-
 // kLanes running sums relative to running maxima, sum e^maximum, grow by part e^reference.
-inline void fold(float* maximum, float* sum, Vec reference, Vec part) {
-  const Vec before = load(maximum), after = larger(reference, before), shift = finite_shift(after);
-  store(maximum, after);
-  store(sum, multiply_add(load(sum), exp_nonpositive(before - shift), part * exp_nonpositive(reference - shift)));
+inline void fold(float* maximum, float* low, float* sum, Logits reference, Vec part) {
+  const Logits before{load(maximum), load(low)}, after = larger(reference, before), shift{finite_shift(after.high), after.low};
+  store(maximum, after.high);
+  store(low, after.low);
+  store(sum, multiply_add(load(sum), exp_nonpositive(gap(before, shift)), part * exp_nonpositive(gap(reference, shift))));
 }
 
 struct Larger {
@@ -51,23 +49,24 @@ struct SymmetricStatistic {
   const PairTask& task;
   int64_t first;  // row, of the batch entry
   PairLabels labels;
-  float *row_maximum, *row_sum;        // [rows of the task]
-  float *column_maximum, *column_sum;  // [columns of the task]
-  float *lanes, *row_top;              // of a chunk's rows: maxima or sums by lanes, maxima
-  float *column_top, *column_shift, *column_part;  // of a block's columns in a chunk: maxima, these where finite, sums
+  float *row_maximum, *row_low, *row_sum;           // [rows of the task]
+  float *column_maximum, *column_low, *column_sum;  // [columns of the task]
+  float *lanes, *row_top, *row_rest;                // of a chunk's rows: maxima or sums by lanes, maxima, what these round off
+  float *column_top, *column_rest, *column_shift, *column_part;  // of a block's columns in a chunk: the same, maxima where finite, sums
 
   template <class Product>
   void plan(Product, int64_t rows, int64_t columns, int64_t block, Arena& arena) {
-    row_maximum = arena.take(rows + Product::kRowChunk), row_sum = arena.take(rows + Product::kRowChunk);
-    column_maximum = arena.take(columns + kPanel), column_sum = arena.take(columns + kPanel);
-    lanes = arena.take((Product::kRowChunk + kLanes) * kLanes), row_top = arena.take(Product::kRowChunk + kLanes);
-    column_top = arena.take(block), column_shift = arena.take(block), column_part = arena.take(block);
+    const int64_t row_words = rows + Product::kRowChunk, column_words = columns + kPanel, chunk = Product::kRowChunk + kLanes;
+    row_maximum = arena.take(row_words), row_low = arena.take(row_words), row_sum = arena.take(row_words);
+    column_maximum = arena.take(column_words), column_low = arena.take(column_words), column_sum = arena.take(column_words);
+    lanes = arena.take(chunk * kLanes), row_top = arena.take(chunk), row_rest = arena.take(chunk);
+    column_top = arena.take(block), column_rest = arena.take(block), column_shift = arena.take(block), column_part = arena.take(block);
     labels.halves.plan(block, arena);
   }
 
   void begin(int64_t row_words, int64_t column_words) const {
-    for (int64_t i = 0; i < row_words; ++i) row_maximum[i] = -kInfinity, row_sum[i] = 0;
-    for (int64_t j = 0; j < column_words; ++j) column_maximum[j] = -kInfinity, column_sum[j] = 0;
+    for (int64_t i = 0; i < row_words; ++i) row_maximum[i] = -kInfinity, row_low[i] = row_sum[i] = 0;
+    for (int64_t j = 0; j < column_words; ++j) column_maximum[j] = -kInfinity, column_low[j] = column_sum[j] = 0;
   }
 
   void begin_rows(int64_t row) { first = row; }
@@ -84,6 +83,7 @@ struct SymmetricStatistic {
     if (near) {
       add<true>(block, row, rows, tile);
     } else {
+      rests(block, row, rows, tile);
       add<false>(block, row, rows, tile);
     }
   }
@@ -98,7 +98,7 @@ struct SymmetricStatistic {
     }
   }
 
-  // Maxima of the tile's rows and columns; whether all of them are within reach of the largest.
+  // Maxima of the tile's rows and columns, rounded; whether all of them are within reach of the largest, which is rounded by less than 1.
   bool maxima(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
     const Vec nothing = splat(-kInfinity);
     for (int64_t j = 0; j < block.padded; j += kLanes) store(column_top + j, nothing);
@@ -122,7 +122,26 @@ struct SymmetricStatistic {
     float most = -kInfinity, least = kInfinity;
     for (int64_t i = 0; i < rows; ++i) most = row_top[i] > most ? row_top[i] : most, least = row_top[i] < least ? row_top[i] : least;
     for (int64_t j = 0; j < block.columns; ++j) least = column_top[j] < least ? column_top[j] : least;
-    return most - least <= kReach;  // not for NaN, nor where nothing is left in
+    return most - least <= kReach && most < 0x1p24f && most > -0x1p24f;  // not for NaN, nor where nothing is left in
+  }
+
+  // What the maxima of rows and columns have been rounded by.
+  void rests(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
+    const auto finite = [](Vec rest) { return rest - rest == Vec{} ? rest : Vec{}; };
+    for (int64_t j = 0; j < block.padded; j += kLanes) store(column_rest + j, splat(-kInfinity));
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* const scores = tile.scores(i);
+      const Vec m = splat(multiplier(row + i)), shift = finite_shift(splat(row_top[i]));
+      Vec best = splat(-kInfinity);
+      for (int64_t j = 0; j < block.padded; j += kLanes) {
+        const Vec score = load(scores + j);
+        best = larger(multiply_add(score, m, -shift), best);
+        store(column_rest + j, larger(multiply_add(score, m, -load(column_shift + j)), load(column_rest + j)));
+      }
+      store(lanes + i * kLanes, best);
+    }
+    for (int64_t i = 0; i < rows; i += kLanes) store(row_rest + i, finite(across<Larger>(lanes + i * kLanes)));
+    for (int64_t j = 0; j < block.padded; j += kLanes) store(column_rest + j, finite(load(column_rest + j)));
   }
 
   // kNear: relative to the largest maximum of all. Else to each row's and each column's own.
@@ -133,11 +152,11 @@ struct SymmetricStatistic {
     for (int64_t j = 0; j < block.padded; j += kLanes) store(column_part + j, Vec{});
     for (int64_t i = 0; i < rows; ++i) {
       const float* const scores = tile.scores(i);
-      const Vec m = splat(multiplier(row + i)), shift = kNear ? splat(-most) : -finite_shift(splat(row_top[i]));
+      const Vec m = splat(multiplier(row + i)), shift = kNear ? splat(most) : finite_shift(splat(row_top[i])), rest = kNear ? Vec{} : splat(row_rest[i]);
       Vec sum0 = {}, sum1 = {};
       const auto term = [&](int64_t j) {
-        const Vec score = load(scores + j), e = exp_nonpositive(multiply_add(score, m, shift));
-        const Vec of_column = kNear ? e : exp_nonpositive(multiply_add(score, m, -load(column_shift + j)));
+        const Vec score = load(scores + j), e = exp_nonpositive(kNear ? multiply_add(score, m, -shift) : exponent(score, m, shift, rest));
+        const Vec of_column = kNear ? e : exp_nonpositive(exponent(score, m, load(column_shift + j), load(column_rest + j)));
         store(column_part + j, load(column_part + j) + of_column);
         return e;
       };
@@ -149,11 +168,25 @@ struct SymmetricStatistic {
     }
     for (int64_t i = rows; i < round_up(rows, kLanes); ++i) store(lanes + i * kLanes, Vec{});
     const int64_t row_at = first + row - task.row_begin, column_at = block.first - task.column_begin;
-    for (int64_t i = 0; i < rows; i += kLanes)
-      fold(row_maximum + row_at + i, row_sum + row_at + i, kNear ? splat(most) : load(row_top + i),
-           across<Sum>(lanes + i * kLanes));
-    for (int64_t j = 0; j < block.padded; j += kLanes)
-      fold(column_maximum + column_at + j, column_sum + column_at + j, kNear ? splat(most) : load(column_top + j), load(column_part + j));
+    const auto reference = [&](const float* top, const float* rest) { return kNear ? Logits{splat(most), Vec{}} : Logits{load(top), load(rest)}; };
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      const int64_t at = row_at + i;
+      fold(row_maximum + at, row_low + at, row_sum + at, reference(row_top + i, row_rest + i), across<Sum>(lanes + i * kLanes));
+    }
+    for (int64_t j = 0; j < block.padded; j += kLanes) {
+      const int64_t at = column_at + j;
+      fold(column_maximum + at, column_low + at, column_sum + at, reference(column_top + j, column_rest + j), load(column_part + j));
+    }
+  }
+
+  void give(const SymmetricStatistics& out) const {
+    const size_t rows = size_t(4 * (task.row_end - task.row_begin)), columns = size_t(4 * (task.column_end - task.column_begin));
+    __builtin_memcpy(out.row_maximum, row_maximum, rows);
+    __builtin_memcpy(out.row_low, row_low, rows);
+    __builtin_memcpy(out.row_sum, row_sum, rows);
+    __builtin_memcpy(out.column_maximum, column_maximum, columns);
+    __builtin_memcpy(out.column_low, column_low, columns);
+    __builtin_memcpy(out.column_sum, column_sum, columns);
   }
 };
 
@@ -292,10 +325,7 @@ void symmetric(const PairParams& p, const PairTask& task, const SymmetricStatist
     statistic.begin(rows + decltype(product)::kRowChunk, columns + kPanel);
     return take_statistics(product, p, task, w, statistic);
   });
-  __builtin_memcpy(out.row_maximum, statistic.row_maximum, size_t(4 * rows));
-  __builtin_memcpy(out.row_sum, statistic.row_sum, size_t(4 * rows));
-  __builtin_memcpy(out.column_maximum, statistic.column_maximum, size_t(4 * columns));
-  __builtin_memcpy(out.column_sum, statistic.column_sum, size_t(4 * columns));
+  statistic.give(out);
 }
 
 struct SymmetricGradientWorkspace : PairGradientWorkspace {

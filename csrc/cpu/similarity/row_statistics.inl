@@ -1,0 +1,113 @@
+// Statistics of the rows of a batch among each other: the log-sum-exp of the scores of a row's other candidates, and the sum of those of its class.
+//
+// The same scores enter both, to the bit: a loss of learnt rows is the small difference of the two. There the largest candidate is almost all of the
+// sum, so that it is added to the others last, in double.
+//
+// Included after an instruction set's header (isa/).
+#pragma once
+
+#include "similarity/symmetric.inl"
+
+namespace {
+
+using kdfast::BatchStatistic;
+
+struct RowStatistics {
+  const PairParams& p;
+  const PairTask& task;
+  const int64_t* row_classes;  // [batch, rows]; null: none
+  BatchStatistic* out;
+  int64_t first;  // row, of the batch entry
+  PairLabels own, classes;
+  float* exists;  // of a block's columns: 1, and 0 for those that only fill the last vector
+
+  void plan(int64_t block, Arena& arena) {
+    own.halves.plan(block, arena), classes.halves.plan(block, arena);
+    exists = arena.take(block);
+  }
+
+  void begin() const {
+    for (int64_t i = 0; i < task.row_end - task.row_begin; ++i) out[i] = BatchStatistic{};
+  }
+
+  void begin_rows(int64_t row) { first = row; }
+
+  void begin_block(const Block& block) {
+    own.begin_block(p.y_labels + task.batch * p.columns, block);
+    if (row_classes != nullptr) classes.begin_block(row_classes + task.batch * p.columns, block);
+    for (int64_t j = 0; j < block.padded; ++j) exists[j] = j < block.columns;
+  }
+
+  void chunk(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t at = first + row + i, label = p.x_labels[task.batch * p.rows + at];
+      float* const scores = tile.scores(i);
+      BatchStatistic& s = out[at - task.row_begin];
+      const float multiplier = multiplier_of(p.scale[task.batch * p.rows + at]), left_out = score_left_out(multiplier);
+      if (row_classes != nullptr) {
+        own.leave_out(scores, block.padded, label, 0);
+        add_class(block, row_classes[task.batch * p.rows + at], multiplier, scores, s);
+      }
+      own.leave_out(scores, block.padded, label, left_out);
+      for (int64_t j = block.columns; j < block.padded; ++j) scores[j] = left_out;
+      add_exponentials(block, multiplier, scores, s);
+    }
+  }
+
+  // The row itself adds 0 to the sum of its class, and 1 to its count. Logits are rounded as in `exponent`: without fused operations their low
+  // parts are 0.
+  void add_class(const Block& block, int64_t label, float multiplier, const float* scores, BatchStatistic& s) const {
+    Vec high = {}, low = {}, count = {};
+    classes.for_equal(block.padded, label, [&](int64_t j, IntVec equal) {
+      const Vec score = equal ? load(scores + j) : Vec{}, z = score * splat(multiplier);
+      high += z;
+      low += multiply_add(score, splat(multiplier), -z);
+      count += equal ? load(exists + j) : Vec{};
+    });
+    s.same_sum += double(total(high)) + double(total(low));
+    s.same_count += total(count);
+  }
+
+  static void add_exponentials(const Block& block, float multiplier, const float* scores, BatchStatistic& s) {
+    const float sign = multiplier < 0 ? -1 : 1;
+    Vec best = splat(-kInfinity);
+    for (int64_t j = 0; j < block.padded; j += kLanes) best = larger(splat(sign) * load(scores + j), best);
+    const Vec factor = splat(multiplier);
+    const Logits before{splat(s.maximum), splat(s.low)}, after = larger(logits(splat(sign * largest(best)), factor), before);
+    const Vec shift = finite_shift(after.high);
+    Vec largest_ones = {}, others = {};
+    for (int64_t j = 0; j < block.padded; j += kLanes) {
+      const Vec x = exponent(load(scores + j), factor, shift, after.low);
+      const IntVec is_largest = x == Vec{};
+      largest_ones += is_largest ? splat(1) : Vec{};
+      others += is_largest ? Vec{} : exp_nonpositive(x);
+    }
+    const float correction = exp_nonpositive(gap(before, {shift, after.low}))[0];
+    s.sum = s.sum * double(correction) + double(total(largest_ones)) + double(total(others));
+    s.maximum = after.high[0], s.low = after.low[0];
+  }
+};
+
+// ---- the entries of the dispatch table --------------------------------------------------------------------------------
+
+int64_t row_statistics_workspace(const PairParams& p, int64_t rows, int64_t columns) {
+  return scratch_words(p.precision, [&](auto product) {
+    Arena arena{nullptr};
+    const PairWorkspace w(product, p, rows, columns, arena);
+    RowStatistics{p, PairTask{}, nullptr, nullptr}.plan(w.block, arena);
+    return arena.words;
+  });
+}
+
+void row_statistics(const PairParams& p, const PairTask& task, const int64_t* classes, BatchStatistic* out, float* workspace) {
+  with_sound_product(p.precision, [&](auto product) {
+    Arena arena{workspace};
+    PairWorkspace w(product, p, task.row_end - task.row_begin, task.column_end - task.column_begin, arena);
+    RowStatistics statistics{p, task, classes, out};
+    statistics.plan(w.block, arena);
+    statistics.begin();
+    return take_statistics(product, p, task, w, statistics);
+  });
+}
+
+}  // namespace
