@@ -39,7 +39,9 @@ def compiled(kernel, arch: int, dtype: torch.dtype, tmp_path, **flags) -> Code:
     if kernel is wide_kernels.wide_weights:
         options |= {"EVEN_VALUES": True, "DOT_VALUES": DOT[part.format.weights][0]}
     warps = options.pop("num_warps")
-    return Code(kernel, arch, dtype, {k: v for k, v in options.items() if k in kernel.arg_names}, warps, tmp_path, weights=weights)
+    pointers = {name: options.pop(name) for name in ("x_labels", "y_labels") if name in options}
+    made = {k: v for k, v in options.items() if k in kernel.arg_names}
+    return Code(kernel, arch, dtype, made, warps, tmp_path, weights=weights, **pointers)
 
 
 def assert_in_registers(code: Code, arch: int) -> None:
@@ -51,7 +53,15 @@ def assert_in_registers(code: Code, arch: int) -> None:
 @CASES
 @pytest.mark.parametrize("flags", [{"LABELLED": True, "CLASSES": False}, {"LABELLED": False, "CLASSES": True}], ids=["clip", "sup_con"])
 def test_softmaxes_of_both_sides(arch, dtype, flags, tmp_path):
-    assert_in_registers(compiled(kernels.symmetric_statistics, arch, dtype, tmp_path, **flags), arch)
+    both = not flags["CLASSES"]
+    assert_in_registers(compiled(kernels.symmetric_statistics, arch, dtype, tmp_path, BOTH=both, **flags), arch)
+    assert_in_registers(compiled(kernels.symmetric_weights, arch, dtype, tmp_path, WANTED=True, **flags), arch)
+
+
+@CASES
+def test_softmax_of_two_views(arch, dtype, tmp_path):
+    flags = {"LABELLED": True, "CLASSES": False, "x_labels": "*i32", "y_labels": "*i32"}
+    assert_in_registers(compiled(kernels.symmetric_statistics, arch, dtype, tmp_path, BOTH=False, **flags), arch)
     assert_in_registers(compiled(kernels.symmetric_weights, arch, dtype, tmp_path, WANTED=True, **flags), arch)
 
 

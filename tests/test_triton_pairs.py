@@ -3,6 +3,7 @@
 They run as those of test_triton_similarity.py do.
 """
 
+import functools
 import math
 
 import pytest
@@ -151,7 +152,7 @@ def test_sigmoid_matched_pairs_keep_their_digits():
     torch.testing.assert_close(losses, torch.exp(-shift), rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "sup_con"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "sup_con", "nt_xent", "nt_xent of classes"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_losses_and_their_gradients(name, reduction, small_slabs):
     x, y = rows(1, 45, 20, torch.float32)[0], rows(1, 45, 20, torch.float32)[0]
@@ -167,14 +168,82 @@ def test_losses_and_their_gradients(name, reduction, small_slabs):
             value = functional.clip_loss(a, b, s, **options)
         elif name == "siglip":
             value = functional.siglip_loss(a, b, s, c, **options)
+        elif name != "sup_con":
+            classes = labels.to(device) if name.endswith("classes") else None
+            value = functional.nt_xent(a, b, temperature=1 / s, labels=classes, **options)
         else:
             value = functional.sup_con(a, labels.to(device), temperature=1 / s, **options)
-        g = torch.linspace(-1, 1, 45, device=device) if value.dim() else torch.ones((), device=device)
+        g = torch.linspace(-1, 1, len(value), device=device) if value.dim() else torch.ones((), device=device)
         first = torch.autograd.grad(value, leaves, g, allow_unused=True, retain_graph=True)
         return [t.cpu() for t in (value, *first, *torch.autograd.grad(value, leaves, g, allow_unused=True)) if t is not None]
 
     for got, want in zip(results("triton", DEVICE), results("torch", "cpu"), strict=True):
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+
+
+def of_matches(name, x, y, scale):
+    """The losses of rows and their matches, by their formulas."""
+    cross_entropy = functools.partial(torch.nn.functional.cross_entropy, reduction="none")
+    if name == "nt_xent":
+        x = torch.cat((x, y))
+        z = (scale * (x @ x.mT).to(scale.dtype)).fill_diagonal_(-math.inf)
+        return cross_entropy(z, torch.arange(len(z), device=z.device).roll(len(y)))
+    z, own = scale * (x @ y.mT).to(scale.dtype), torch.arange(len(x), device=x.device)
+    return (cross_entropy(z, own) + cross_entropy(z.mT, own)) / 2
+
+
+@pytest.mark.parametrize("name", ["clip", "nt_xent"])
+@pytest.mark.parametrize("size", [(1, 1), (3, 7), (33, 20), (65, 48)], ids=str)
+def test_losses_of_matches_are_as_accurate_as_their_formulas(name, size, small_slabs):
+    """Rows near their matches: losses small beside the logits that they are differences of."""
+    x, noise = rows(1, *size, torch.float32)[0], rows(1, *size, torch.float32)[0]
+    y, scale = torch.nn.functional.normalize(x + 0.2 * noise, dim=-1), torch.tensor(25.0)
+
+    def results(loss, dtype):
+        leaves = [t.to(DEVICE, dtype).requires_grad_() for t in (x, y, scale)]
+        losses = loss(*leaves)
+        upstream = torch.linspace(-1, 1, len(losses)).to(losses)
+        return [t.cpu() for t in (losses, *torch.autograd.grad(losses, leaves, upstream))]
+
+    def fused(x, y, scale):
+        if name == "nt_xent":
+            return functional.nt_xent(x, y, temperature=1 / scale, normalize=False, reduction="none", precision="ieee", impl="triton")
+        return functional.clip_loss(x, y, scale, reduction="none", precision="ieee", impl="triton")
+
+    formula = lambda *leaves: of_matches(name, *leaves)
+    for got, want, naive in zip(
+        results(fused, torch.float32), results(formula, torch.float64), results(formula, torch.float32), strict=True
+    ):
+        assert_accurate(got, want, naive, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["clip", "nt_xent"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+def test_losses_of_matches_in_16_bits(name, dtype):
+    x, y = rows(1, 40, 24, dtype)[0], rows(1, 40, 24, dtype)[0]
+
+    def results(x, y, scale, impl):
+        leaves = [t.to(DEVICE if impl == "triton" else "cpu").requires_grad_() for t in (x, y, scale)]
+        if impl is None:
+            loss = of_matches(name, *leaves).mean()
+        elif name == "nt_xent":
+            loss = functional.nt_xent(*leaves[:2], temperature=1 / leaves[2], normalize=False, impl=impl)
+        else:
+            loss = functional.clip_loss(*leaves, impl=impl)
+        return loss.double().cpu().detach(), *(t.double().cpu() for t in torch.autograd.grad(loss, leaves))
+
+    ours, naive = results(x, y, torch.tensor(9.0), "triton"), results(x, y, torch.tensor(9.0), None)
+    exact = results(x.double(), y.double(), torch.tensor(9.0).double(), None)
+    torch.testing.assert_close(ours[0], exact[0], rtol=1e-5, atol=1e-5)
+    for got, rough, want in zip(ours[1:], naive[1:], exact[1:], strict=True):
+        assert (got - want).norm() <= 2 * (rough - want).norm() + 2e-3 * want.norm()
+
+
+def test_nan_of_a_view_reaches_every_loss():
+    x, y = rows(1, 5, 8, torch.float32)[0], rows(1, 5, 8, torch.float32)[0]
+    x[2, 1] = math.nan
+    losses = functional.nt_xent(x.to(DEVICE), y.to(DEVICE), normalize=False, reduction="none", impl="triton").cpu()
+    assert losses.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
@@ -201,12 +270,14 @@ def test_second_derivatives():
             value = functional.clip_loss(*leaves, 3.0, impl=impl)
         elif name == "siglip":
             value = functional.siglip_loss(*leaves, 3.0, -1.0, impl=impl)
+        elif name == "nt_xent":
+            value = functional.nt_xent(*leaves, temperature=0.3, impl=impl)
         else:
             value = functional.sup_con(torch.cat(leaves), torch.arange(24, device=DEVICE) % 5, temperature=0.3, impl=impl)
         first = torch.autograd.grad(value, leaves, create_graph=True)
         return torch.autograd.grad(sum(t.square().sum() for t in first), leaves)
 
-    for name in ("clip", "siglip", "sup_con"):
+    for name in ("clip", "siglip", "sup_con", "nt_xent"):
         for got, want in zip(second(name, "triton"), second(name, "torch"), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
@@ -217,7 +288,8 @@ def test_vmap_and_compile():
     torch.testing.assert_close(of_each, symmetric_lse(x, y, 3.0, impl="torch"))
 
     def losses(x, y, impl):
-        return functional.clip_loss(x, y, 3.0, impl=impl) + functional.siglip_loss(x, y, 3.0, -1.0, impl=impl)
+        views = functional.nt_xent(x, y, temperature=0.3, impl=impl)
+        return functional.clip_loss(x, y, 3.0, impl=impl) + functional.siglip_loss(x, y, 3.0, -1.0, impl=impl) + views
 
     compiled = torch.compile(losses, backend="aot_eager", fullgraph=True)
     leaf, other = x[0].clone().requires_grad_(), x[0].clone().requires_grad_()
@@ -243,6 +315,12 @@ def test_opcheck():
     torch.library.opcheck(OPS.sup_con.default, (x, scale, labels, True, 0))
     statistics = OPS.sup_con(x, scale, labels, True, 0)[1]
     torch.library.opcheck(OPS.sup_con_grad.default, (scale, statistics, x, scale, labels, True, True, 0))
+    x = rows(2, 6, 5, torch.float32).to(DEVICE)
+    for other in (None, x[1]):
+        torch.library.opcheck(OPS.matching_loss.default, (x[0], other, scale, None, None, True, True, True, 0))
+        statistics, *kept = OPS.matching_loss(x[0], other, scale, None, None, True, True, True, 0)[1:]
+        inputs = (scale, statistics, *kept, x[0], other, scale, None, None)
+        torch.library.opcheck(OPS.matching_loss_grad.default, (*inputs, True, other is not None, True, False, 0))
 
 
 def test_empty_batches():

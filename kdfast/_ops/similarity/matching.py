@@ -1,7 +1,8 @@
 """Losses in which every row has one match among the columns, and the others are its negatives: CLIP's, NT-Xent's and SigLIP's.
 
 With z_i the logit of row i and its match, a side's loss is log(1 + e^(lse_i - z_i)), lse_i over the pairs that are not left out; the
-sigmoid loss adds up all pairs of a row. On the CPU a call is one op, and its gradient another (csrc/cpu/similarity/matching.inl).
+sigmoid loss adds up all pairs of a row. A call is one op, and its gradient another: on the CPU (csrc/cpu/similarity/matching.inl), and but
+for the sigmoid loss in Triton (triton_matching.py).
 """
 
 from functools import partial
@@ -13,16 +14,21 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..._core import extension, impls
-from . import cpu
+from . import cpu, triton_matching
 from .apply import streaming_softmax, transformed
 from .arguments import how_to_compute, problem
 from .definition import SecondOrder
 from .exclusions import SameLabel
+from .passes import KERNELS
 from .positives import dot
 from .sigmoid import sigmoid_pair_loss
 from .symmetric import symmetric_lse
 
-impls.register("matching_loss", impls.Implementation("cpu", cpu.missing, cpu.refuses))
+impls.register(
+    "matching_loss",
+    impls.Implementation("cpu", cpu.missing, cpu.refuses),
+    impls.Implementation("triton", triton_matching.missing, triton_matching.refuses),
+)
 
 
 class Call(NamedTuple):
@@ -33,7 +39,8 @@ class Call(NamedTuple):
     grad: bool  # whether gradients may be asked for
     precision: str | None
     impl: str | None
-    products: int  # the kernels' number for how they are formed
+    kernels: cpu.Kernels  # that serve it
+    products: int  # their number for how products are formed
 
 
 def clip_rows(x: Tensor, y: Tensor, scale: float | Tensor, *, mean: bool, precision: str | None, impl: str | None) -> Tensor:
@@ -61,27 +68,31 @@ def view_rows(x: Tensor, scale: float | Tensor, labels: Tensor | None, *, mean: 
 
 def _losses(x, y, scale, shift, labels, mean, precision, impl) -> Tensor:
     compute = how_to_compute(x, precision)
-    call = Call(labels, mean, torch.is_grad_enabled(), precision, impl, cpu.product_number(compute.products, x))
-    if impl is None or impl == "cpu":  # another serves the pass over all pairs, within the definition
-        impl = impls.choose("matching_loss", impl, device_type=x.device.type, dtype=compute.dtype)
-    if impl != "cpu" or transformed() or _of_rows(scale) or _of_rows(shift):
+    chosen = impl
+    if impl in (None, "cpu", "triton"):  # another serves the pass over all pairs, within the definition
+        chosen = impls.choose("matching_loss", impl, device_type=x.device.type, dtype=compute.dtype)
+    kernels = KERNELS.get(chosen, cpu.KERNELS)
+    call = Call(labels, mean, torch.is_grad_enabled(), precision, impl, kernels, cpu.product_number(compute.products, x, kernels))
+    fused = chosen == "cpu" or (chosen == "triton" and shift is None)
+    if not fused or transformed() or _of_rows(scale) or _of_rows(shift):
         return _definition(call, x, y, scale, shift)
     # made contiguous here, not within: what a Function saves must be what it was given, or the second derivative misses it
     x, y = x.contiguous(), None if y is None else y.contiguous()
-    return MatchingLoss.apply(call, x, y, _scalar(scale), None if shift is None else _scalar(shift))
+    device = x.device
+    return MatchingLoss.apply(call, x, y, _scalar(scale, device), None if shift is None else _scalar(shift, device))
 
 
 def _of_rows(x: float | Tensor | None) -> bool:
     return isinstance(x, Tensor) and x.dim() > 0
 
 
-def _scalar(x: float | Tensor) -> Tensor:
-    return x.to("cpu", torch.float32) if isinstance(x, Tensor) else torch.scalar_tensor(x, dtype=torch.float32, device="cpu")
+def _scalar(x: float | Tensor, device: torch.device) -> Tensor:
+    return x.to(device, torch.float32) if isinstance(x, Tensor) else torch.scalar_tensor(x, dtype=torch.float32, device=device)
 
 
 def _definition(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor, shift: float | Tensor | None) -> Tensor:
     """In PyTorch's operations around the pass over all pairs, for any device and transform, and for derivatives of the second order."""
-    labels, mean, _, precision, impl, _ = call
+    labels, mean, _, precision, impl, *_ = call
     own = torch.arange(len(x), device=x.device)
     if shift is not None:
         losses = sigmoid_pair_loss(x, y, scale, shift, own, precision=precision, impl=impl)
@@ -104,7 +115,7 @@ class MatchingLoss(Function):
     def forward(ctx, call, x, y, scale, shift):
         _, want_x, want_y, want_scale, _ = ctx.needs_input_grad
         keep = call.grad and (want_x or want_scale), call.grad and want_y
-        losses, *found = torch.ops.kdfast.matching_loss(x, y, scale, shift, call.labels, call.mean, *keep, call.products)
+        losses, *found = call.kernels.ops.matching_loss(x, y, scale, shift, call.labels, call.mean, *keep, call.products)
         ctx.call = call
         ctx.save_for_backward(*found, x, y, scale, shift)
         ctx.set_materialize_grads(False)
@@ -136,7 +147,7 @@ class MatchingGradients(Function):
 
 def _gradients(call, want, g, *tensors) -> tuple[Tensor | None, ...]:
     """The gradients of <g, losses> in (x, y, scale, shift), None where not wanted. `tensors`: statistics, sums that were kept, inputs."""
-    found = iter(torch.ops.kdfast.matching_loss_grad(g.contiguous(), *tensors, call.labels, *want, call.products))
+    found = iter(call.kernels.ops.matching_loss_grad(g.contiguous(), *tensors, call.labels, *want, call.products))
     return tuple([next(found) if wanted else None for wanted in want])
 
 

@@ -55,16 +55,27 @@ def symmetric_lse(
     return rows.lse, columns.lse, rows.low, columns.low
 
 
+def row_lse(x: Tensor, scale: Tensor, labels: Tensor, precision: int) -> tuple[Tensor, Tensor]:
+    """row_lse [B, N] of x [B, N, D] against itself, and what it rounded off: the columns' is the same."""
+    rows = slabs.nothing_yet(x)
+    for slab, part in slabs.parts(x, x, precision, slabs.STATISTICS_PAIRS):
+        of_rows = part.of_rows(), part.of_rows()
+        _statistics(slab, part, scale, labels, labels, None, of_rows, None)
+        rows.add((slab.entries, slab.rows), *of_rows)
+    return rows.lse, rows.low
+
+
 def _statistics(slab, part, scale, x_labels, y_labels, classes, of_rows, others) -> None:
-    """`others`: statistics of the columns, or, with `classes`, of the others of each row's class."""
+    """`others`: statistics of the columns (None: not wanted), or, with `classes`, of the others of each row's class."""
     from .triton_pairs_kernels import symmetric_statistics
 
     labels = (*slab.of_rows(x_labels), *slab.of_columns(y_labels), classes)
-    unused = (scale, scale)
+    unused, both = (scale, scale), classes is None and others is not None
     symmetric_statistics[part.programs](
         part.x, part.y, *slab.of_rows(scale), *(scale if x is None else x for x in labels), *of_rows,
-        *(others if classes is None else unused), *(unused if classes is None else others),
-        *part.sizes, slab.rows.start, slab.columns.start, LABELLED=x_labels is not None, CLASSES=classes is not None, **part.options,
+        *(others if both else unused), *(unused if classes is None else others),
+        *part.sizes, slab.rows.start, slab.columns.start, LABELLED=x_labels is not None, CLASSES=classes is not None, BOTH=both,
+        **part.options,
     )  # fmt: skip
 
 
@@ -86,11 +97,11 @@ def symmetric_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dy (empty where not wanted) and dscale [B, N] in float32 of sum row_g row_lse + sum column_g column_lse."""
     row_side, column_side = (row_g, row_lse, row_low), (column_g, column_lse, column_low)
-    dx, dy, _, dscale = _gradients(x, y, scale, x_labels, y_labels, None, None, row_side, column_side, want_x, want_y, precision)
+    dx, dy, _, dscale = pair_gradients(x, y, scale, x_labels, y_labels, None, None, row_side, column_side, want_x, want_y, precision)
     return dx, dy, dscale
 
 
-def _gradients(x, y, scale, x_labels, y_labels, classes, share, row_side, column_side, want_x, want_y, precision) -> tuple[Tensor, ...]:
+def pair_gradients(x, y, scale, x_labels, y_labels, classes, share, row_side, column_side, want_x, want_y, precision) -> tuple[Tensor, ...]:
     """Sides.found; each side is (g, lse, low)."""
     from .triton_pairs_kernels import symmetric_weights
 
@@ -144,7 +155,7 @@ def sup_con(x: Tensor, scale: Tensor, labels: Tensor, mean: bool, precision: int
     """Losses [N] or their mean, and [3, N]: lse, its low digits, 1 / others of the class (0: none), of x [N, D], scale [], labels [N]."""
     x, of_rows = x[None], scale.expand(1, len(x)).contiguous()
     rows, same, others = slabs.nothing_yet(x), torch.zeros_like(of_rows), torch.zeros_like(of_rows)
-    classes = _classes(labels)
+    classes = classes_of(labels)
     for slab, part in slabs.parts(x, x, precision, slabs.STATISTICS_PAIRS, narrow=True):
         tops, of_class = (part.of_rows(), part.of_rows()), (part.of_rows(), part.of_rows())
         _statistics(slab, part, of_rows, None, None, classes, tops, of_class)
@@ -158,7 +169,7 @@ def sup_con(x: Tensor, scale: Tensor, labels: Tensor, mean: bool, precision: int
     return losses, torch.cat((rows.lse, rows.low, inverse))
 
 
-def _classes(labels: Tensor) -> Tensor:
+def classes_of(labels: Tensor) -> Tensor:
     """A class by the place of its first label in order: 32 bits, for a tile's columns are in registers."""
     return torch.searchsorted(labels.sort().values, labels).to(torch.int32)
 
@@ -171,7 +182,7 @@ def sup_con_grad(
     counted = share > 0
     g = torch.where(counted, g / counted.sum().clamp(min=1) if g.dim() == 0 else g, 0.0)
     side, sides, of_rows = (g, lse, low), x[None], scale.expand(1, len(x)).contiguous()
-    dx, _, _, moment = _gradients(sides, sides, of_rows, None, None, _classes(labels), share, side, side, want_x, False, precision)
+    dx, _, _, moment = pair_gradients(sides, sides, of_rows, None, None, classes_of(labels), share, side, side, want_x, False, precision)
     found = [dx[0].to(x.dtype)] if want_x else []
     return [*found, moment.sum() / 2] if want_scale else found  # a pair's weight is that of both of its rows
 

@@ -60,13 +60,13 @@ def same_class(classes, row, column, row_exists, column_exists):
 def symmetric_statistics(
     x, y, scale, x_labels, y_labels, classes, row_top, row_total, column_top, column_total, same_sum, same_count,
     rows, columns, width, x_stride, y_stride, entries, first_row, first_column,
-    LABELLED: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    LABELLED: tl.constexpr, CLASSES: tl.constexpr, BOTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    EVEN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Largest logit and sum of exponentials of each row of a tile, [tiles of columns, entries, rows], and of each column likewise.
+    """Largest logit and sum of exponentials of each row of a tile, [tiles of columns, entries, rows]; BOTH: and of each column likewise.
 
-    CLASSES (one matrix on both sides, whose slab begins at first_row and first_column): in place of the columns' the number of others of
-    each row's class and the sum of its scores with them.
+    CLASSES (one matrix on both sides, whose slab begins at first_row and first_column): also the number of others of each row's class and
+    the sum of its scores with them.
     """
     b, row_tile, column_tile = pair_place(rows, columns, ROWS, COLUMNS)
     row, row_exists, column, column_exists, score = pair_scores(
@@ -84,7 +84,7 @@ def symmetric_statistics(
     top = tl.max(z, 1)
     tl.store(row_top + part, top, mask=row_exists)
     tl.store(row_total + part, tl.sum(tl.exp2(z - finite_or_zero(top)[:, None]), 1), mask=row_exists)
-    if not CLASSES:
+    if BOTH:
         top = tl.max(z, 0)
         part = row_tile * entries * columns + j
         tl.store(column_top + part, top, mask=column_exists)
