@@ -16,21 +16,24 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "Tensor? values, Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, bool want_keys, "
       "bool want_bias, bool want_values, int precision) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "info_nce(Tensor query, Tensor keys, Tensor scale, Tensor? bias, Tensor? query_labels, Tensor? key_labels, Tensor? key_index, "
+      "info_nce(Tensor query, Tensor keys, Tensor? scale, Tensor? bias, Tensor? query_labels, Tensor? key_labels, Tensor? key_index, "
       "Tensor? limit, Tensor? valid, Tensor? positive, Tensor? columns, Tensor? weights, bool include_positive, bool mean, bool pull, "
-      "int precision, Tensor? panels=None, bool keep_keys=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int precision, Tensor? panels=None, bool keep_keys=False, float factor=1.0) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "info_nce_grad(Tensor g, Tensor lse, Tensor lse_low, Tensor slopes, Tensor pull, Tensor query, Tensor keys, Tensor scale, Tensor? bias, "
+      "info_nce_grad(Tensor g, Tensor statistics, Tensor pull, Tensor query, Tensor keys, Tensor? scale, Tensor? bias, "
       "Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, Tensor? columns, bool want_query, "
-      "bool want_keys, bool want_scale, bool want_bias, bool want_positive, int precision, Tensor? kept_keys=None) -> Tensor[]");
+      "bool want_keys, bool want_scale, bool want_bias, bool want_positive, int precision, Tensor? kept_keys=None, float factor=1.0) -> Tensor[]");
   m.def(
-      "similarity_distillation(Tensor student, Tensor keys, Tensor teacher, Tensor teacher_keys, Tensor scale, Tensor teacher_scale, "
+      "similarity_distillation(Tensor student, Tensor keys, Tensor teacher, Tensor teacher_keys, Tensor? scale, Tensor? teacher_scale, "
       "Tensor? bias, Tensor? start_logit, Tensor? teacher_start_logit, Tensor? key_index, Tensor? valid, int precision, bool kl=False, "
-      "bool mean=False) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("similarity_distillation_grad_rows(Tensor g, Tensor student, Tensor scale, Tensor difference, bool want_student, bool want_scale) -> Tensor[]");
+      "bool mean=False, float factor=1.0, float teacher_factor=1.0) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "similarity_distillation_grad_rows(Tensor g, Tensor student, Tensor? scale, Tensor difference, bool want_student, bool want_scale, "
+      "float factor=1.0) -> Tensor[]");
   m.def(
       "similarity_distillation_grad_keys(Tensor g, Tensor log_sums, Tensor student, Tensor keys, Tensor teacher, Tensor teacher_keys, "
-      "Tensor scale, Tensor teacher_scale, Tensor? bias, Tensor? key_index, Tensor? valid, int precision) -> Tensor");
+      "Tensor? scale, Tensor? teacher_scale, Tensor? bias, Tensor? key_index, Tensor? valid, int precision, float factor=1.0, "
+      "float teacher_factor=1.0) -> Tensor");
   m.def("symmetric_lse(Tensor x, Tensor y, Tensor scale, Tensor? x_labels, Tensor? y_labels, int precision) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "symmetric_gradients(Tensor row_g, Tensor column_g, Tensor row_lse, Tensor column_lse, Tensor row_low, Tensor column_low, Tensor x, "

@@ -240,7 +240,7 @@ def forward(**given):
 
 def backward(**given):
     """kdfast::info_nce_grad, likewise."""
-    saved = dict(g=torch.rand(4), lse=torch.rand(1, 4), lse_low=torch.zeros(1, 4), slopes=torch.rand(1, 4, 1), pull=torch.rand(1, 4, 5))
+    saved = dict(g=torch.rand(4), statistics=torch.rand(3, 1, 4), pull=torch.rand(1, 4, 5))
     arguments = dict(query=QUERY, keys=KEYS, scale=SCALE, bias=None, **NO_RULES, columns=COLUMNS)
     wanted = {f"want_{name}": True for name in ("query", "keys", "scale", "bias", "positive")}
     return {**saved, **arguments, **wanted, "precision": 0, **given}
@@ -249,7 +249,7 @@ def backward(**given):
 @pytest.mark.parametrize("mean", [True, False], ids=["mean", "rows"])
 def test_opcheck(mean):
     def check(op, arguments, lead=()):
-        saved = ("lse", "lse_low", "slopes", "pull")
+        saved = ("statistics", "pull")
         lift = lambda name, x: x[None] if lead and isinstance(x, torch.Tensor) and name not in saved and x.dim() else x
         torch.library.opcheck(op.default, tuple(lift(name, x) for name, x in arguments.items()))
 
@@ -321,9 +321,10 @@ def test_bad_arguments(given, message):
     ("given", "message"),
     [
         (dict(g=torch.rand(3)), "g has size"),
-        (dict(slopes=torch.rand(1, 3, 1)), "slopes has size"),
+        (dict(statistics=torch.rand(1, 1, 4)), "statistics must have 3 dimensions, 2 rows or more"),
         (dict(pull=torch.empty(0)), "pull must have 3 dimensions"),
-        (dict(lse=torch.rand(1, 3)), "lse has size"),
+        (dict(statistics=torch.rand(3, 1, 3)), "statistics has size"),
+        (dict(scale=None), "without a scale"),
         (dict(columns=COLUMNS + 1), r"columns must be in \[-1, 3\)"),
         (dict(kept_keys=torch.rand(1, 3, 5)), "kept for the mean"),
         (dict(g=torch.rand(()), columns=None, want_bias=False, kept_keys=torch.rand(1, 2, 5)), "kept_keys has size"),

@@ -97,6 +97,13 @@ inline Tensor scratch(int64_t count, ScalarType type = ScalarType::Float) {
   return output(*any, {count}, type);
 }
 
+// Floats of `shape`, all of them `value`.
+inline Tensor filled(const Tensor& like, const std::vector<int64_t>& shape, double value) {
+  const Tensor made = output(like, shape);
+  std::fill_n(floats_of(made), made.numel(), float(value));
+  return made;
+}
+
 // A contiguous `x` as a batch of one.
 inline Tensor batch_of_one(const Tensor& x) {
   std::vector<int64_t> sizes{1}, strides{x.numel()};

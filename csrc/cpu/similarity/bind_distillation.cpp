@@ -14,6 +14,11 @@ using kdfast::DistillationParams;
 using kdfast::DistillationTask;
 using kdfast::kDistillationStatistics;
 
+// The scale of every row: `factor` where there is no tensor of them.
+Tensor scale_of(const OptionalTensor& scale, double factor, const Tensor& query) {
+  return scale.has_value() ? *scale : filled(query, {query.size(0)}, factor);
+}
+
 // One side, student or teacher; all of [rows, ...] and [columns, ...], without a batch.
 SimilarityParams side(const char* query_name, const Tensor& query, const char* keys_name, const Tensor& keys, const char* scale_name,
                       const Tensor& scale, const OptionalTensor& bias, const OptionalTensor& key_index, const OptionalTensor& valid,
@@ -92,10 +97,12 @@ void run(const DistillationParams& p) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distillation(
-    const Tensor& student, const Tensor& keys, const Tensor& teacher, const Tensor& teacher_keys, const Tensor& scale,
-    const Tensor& teacher_scale, const OptionalTensor& bias, const OptionalTensor& start_logit, const OptionalTensor& teacher_start_logit,
-    const OptionalTensor& key_index, const OptionalTensor& valid, int64_t precision, bool kl, bool mean) {
-  DistillationParams p = parameters(student, keys, teacher, teacher_keys, scale, teacher_scale, bias, key_index, valid, precision);
+    const Tensor& student, const Tensor& keys, const Tensor& teacher, const Tensor& teacher_keys, const OptionalTensor& scale,
+    const OptionalTensor& teacher_scale, const OptionalTensor& bias, const OptionalTensor& start_logit, const OptionalTensor& teacher_start_logit,
+    const OptionalTensor& key_index, const OptionalTensor& valid, int64_t precision, bool kl, bool mean, double factor,
+    double teacher_factor) {
+  const Tensor s = scale_of(scale, factor, student), t = scale_of(teacher_scale, teacher_factor, teacher);
+  DistillationParams p = parameters(student, keys, teacher, teacher_keys, s, t, bias, key_index, valid, precision);
   STD_TORCH_CHECK(start_logit.has_value() == teacher_start_logit.has_value(), "start_logit and teacher_start_logit come together");
   const int64_t rows = p.student.rows;
   p.student.start_logit = row_data<float>("start_logit", start_logit, {rows});
@@ -114,12 +121,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distillation(
 }
 
 // Those of the student's rows and scales, [rows, width] and [rows], that are wanted; of the losses' mean, g is one number.
-std::vector<Tensor> similarity_distillation_grad_rows(const Tensor& g, const Tensor& student, const Tensor& scale, const Tensor& difference,
-                                                      bool want_student, bool want_scale) {
+std::vector<Tensor> similarity_distillation_grad_rows(const Tensor& g, const Tensor& student, const OptionalTensor& scale,
+                                                      const Tensor& difference, bool want_student, bool want_scale, double factor) {
   STD_TORCH_CHECK(student.dim() == 2, "student must have 2 dimensions, got ", student.dim());
   kdfast::InfoNceParams p{};  // rows without positives
   p.batch = 1, p.rows = student.size(0), p.width = student.size(1);
-  p.query = row_matrix("student", student, {p.rows, p.width}), p.scale = packed<float>("scale", scale, {p.rows});
+  STD_TORCH_CHECK(!want_scale || scale.has_value(), "without a scale there is no gradient of it");
+  const Tensor s = scale_of(scale, factor, student);
+  p.query = row_matrix("student", student, {p.rows, p.width}), p.scale = packed<float>("scale", s, {p.rows});
   const bool mean = g.dim() == 0;
   kdfast::InfoNceGradients d{};
   d.g = mean ? packed<float>("g", g, {}) : packed<float>("g", g, {p.rows});
@@ -141,10 +150,11 @@ std::vector<Tensor> similarity_distillation_grad_rows(const Tensor& g, const Ten
 
 // Keys are cut among threads, each of whose sums belong to one thread: no merge, and the same bits for any number of threads.
 Tensor similarity_distillation_grad_keys(const Tensor& g, const Tensor& log_sums, const Tensor& student, const Tensor& keys,
-                                         const Tensor& teacher, const Tensor& teacher_keys, const Tensor& scale,
-                                         const Tensor& teacher_scale, const OptionalTensor& bias, const OptionalTensor& key_index,
-                                         const OptionalTensor& valid, int64_t precision) {
-  const DistillationParams p = parameters(student, keys, teacher, teacher_keys, scale, teacher_scale, bias, key_index, valid, precision);
+                                         const Tensor& teacher, const Tensor& teacher_keys, const OptionalTensor& scale,
+                                         const OptionalTensor& teacher_scale, const OptionalTensor& bias, const OptionalTensor& key_index,
+                                         const OptionalTensor& valid, int64_t precision, double factor, double teacher_factor) {
+  const Tensor s = scale_of(scale, factor, student), t = scale_of(teacher_scale, teacher_factor, teacher);
+  const DistillationParams p = parameters(student, keys, teacher, teacher_keys, s, t, bias, key_index, valid, precision);
   const int64_t rows = p.student.rows, count = p.student.columns, width = p.student.width, columns = valid_columns(p.student, 0);
   const float* const upstream = row_data<float>("g", g, {rows});
   const float* const levels = row_data<float>("log_sums", log_sums, {4, rows});

@@ -24,6 +24,18 @@ struct Batch {
 
   Tensor in(const Tensor& x) const { return given ? x : batch_of_one(x.is_contiguous() ? x : torch::stable::contiguous(x)); }
   OptionalTensor in(const OptionalTensor& x) const { return x.has_value() ? OptionalTensor(in(*x)) : x; }
+  // The scale of every row: `factor` where there is no tensor of them.
+  Tensor scale(const OptionalTensor& x, double factor, const Tensor& query) const {
+    return x.has_value() ? in(*x) : filled(query, {query.size(0), query.size(1)}, factor);
+  }
+};
+
+// What a row's gradients are made of, [2 + positives, batch, rows]: lse, the digits it has no room for, and slopes in the order [batch, rows,
+// positives].
+struct Statistics {
+  float *lse, *lse_low, *slopes;
+
+  Statistics(const Tensor& x, int64_t rows) : lse(floats_of(x)), lse_low(lse + rows), slopes(lse_low + rows) {}
 };
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
@@ -81,18 +93,18 @@ void kept_info_nce(const InfoNceParams& p, const Tensor& keys, int64_t precision
 
 // ---- the ops --------------------------------------------------------------------------------------------------------
 
-// Losses or their mean, lse, lse_low, slopes, pull, and the keys' gradient for an upstream of 1 of every loss: where it is asked for, with pull,
+// Losses or their mean, statistics, pull, and the keys' gradient for an upstream of 1 of every loss: where it is asked for, with pull,
 // and the pairs are few and none left out; else [0], and info_nce_grad forms it.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const Tensor& keys, const Tensor& scale, const OptionalTensor& bias,
+std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const Tensor& keys, const OptionalTensor& scale, const OptionalTensor& bias,
                                                     const OptionalTensor& query_labels, const OptionalTensor& key_labels,
                                                     const OptionalTensor& key_index, const OptionalTensor& limit, const OptionalTensor& valid,
                                                     const OptionalTensor& positive, const OptionalTensor& columns,
                                                     const OptionalTensor& weights, bool include_positive, bool mean, bool want_pull,
-                                                    int64_t precision, const OptionalTensor& panels, bool keep_keys) {
+                                                    int64_t precision, const OptionalTensor& panels, bool keep_keys, double factor) {
   STD_TORCH_CHECK(positive.has_value() != columns.has_value(), "positive or columns must be given, and not both");
   const Batch batch{query.dim() == 3};
-  const Tensor q = batch.in(query), k = batch.in(keys), s = batch.in(scale);
-  const OptionalTensor b = batch.in(bias), given = batch.in(positive), chosen = batch.in(columns), w = batch.in(weights), none;
+  const Tensor q = batch.in(query), k = batch.in(keys), s = batch.scale(scale, factor, q);
+  const OptionalTensor b = batch.in(bias), given = batch.in(positive), chosen = batch.in(columns), w = batch.in(weights);
   InfoNceParams p = rows_of(q, s);
   if (chosen.has_value()) {
     take_columns(p, *chosen, k);
@@ -109,19 +121,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor
   p.weights = row_data<float>("weights", w, {p.batch, p.rows, p.positives});
 
   Tensor losses = batch.given ? output(query, {p.batch, p.rows}) : output(query, {p.rows});
-  const Tensor slopes = output(query, {p.batch, p.rows, p.positives});
-  float *const out = floats_of(losses), *const slope = floats_of(slopes);
+  const Tensor statistics = output(query, {2 + p.positives, p.batch, p.rows});
+  const Tensor pull = want_pull ? output(query, {p.batch, p.rows, p.width}) : output(query, {0});
+  const Statistics of(statistics, p.batch * p.rows);
+  float* const out = floats_of(losses);
   const bool rules = bias.has_value() || query_labels.has_value() || key_index.has_value() || limit.has_value() || valid.has_value();
   const bool keep = keep_keys && mean && want_pull && !batch.given && given.has_value() && !rules && kdfast::few_pairs(p.rows, k.size(1), p.width);
-  const auto [lse, pull, lse_low] =
-      keep ? std::tuple(output(query, {1, p.rows}), output(query, {1, p.rows, p.width}), output(query, {1, p.rows}))
-           : kdfast::similarity_softmax(q, k, s, b, none, none, none, batch.in(query_labels), batch.in(key_labels), batch.in(key_index),
-                                        batch.in(limit), batch.in(valid), want_pull, precision, panels);
   const Tensor kept = keep ? output(query, {1, k.size(1), p.width}) : output(query, {0});
-  const InfoNceRows rows{0, p.batch * p.rows, include_positive, data<float>(lse), data<float>(lse_low), out, slope, want_pull ? floats_of(pull) : nullptr};
+  const InfoNceRows rows{0, p.batch * p.rows, include_positive, of.lse, of.lse_low, out, of.slopes, want_pull ? floats_of(pull) : nullptr};
   if (keep) {
-    kept_info_nce(p, k, precision, rows, floats_of(lse), floats_of(lse_low), floats_of(kept));
+    kept_info_nce(p, k, precision, rows, of.lse, of.lse_low, floats_of(kept));
   } else {
+    const OptionalTensor labels = batch.in(query_labels), of_keys = batch.in(key_labels), index = batch.in(key_index);
+    const OptionalTensor limits = batch.in(limit), prefix = batch.in(valid);
+    kdfast::streaming_softmax(parameters(q, k, s, b, labels, of_keys, index, limits, prefix, want_pull, precision), panels, of.lse, of.lse_low,
+                              floats_of(pull));
     for_rows(p, [&](int64_t begin, int64_t end) {
       InfoNceRows part = rows;
       part.begin = begin, part.end = end;
@@ -133,30 +147,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor
     losses = output(query, {});
     *floats_of(losses) = value;
   }
-  return {losses, lse, lse_low, slopes, pull, kept};
+  return {losses, statistics, pull, kept};
 }
 
 // The gradients that are wanted, in the order of query, keys, scale, bias, positive, with a leading batch dimension where the arguments have one.
-std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& lse, const Tensor& lse_low, const Tensor& slopes, const Tensor& pull, const Tensor& query,
-                                  const Tensor& keys, const Tensor& scale, const OptionalTensor& bias, const OptionalTensor& query_labels,
+std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& statistics, const Tensor& pull, const Tensor& query, const Tensor& keys,
+                                  const OptionalTensor& scale, const OptionalTensor& bias, const OptionalTensor& query_labels,
                                   const OptionalTensor& key_labels, const OptionalTensor& key_index, const OptionalTensor& limit,
                                   const OptionalTensor& valid, const OptionalTensor& columns, bool want_query, bool want_keys,
                                   bool want_scale, bool want_bias, bool want_positive, int64_t precision,
-                                  const OptionalTensor& kept_keys) {
+                                  const OptionalTensor& kept_keys, double factor) {
   const Batch batch{query.dim() == 3};
-  const Tensor q = batch.in(query), s = batch.in(scale);
+  const Tensor q = batch.in(query), s = batch.scale(scale, factor, q);
   InfoNceParams p = rows_of(q, s);
-  STD_TORCH_CHECK(slopes.dim() == 3, "slopes must have 3 dimensions, got ", slopes.dim());
-  p.positives = slopes.size(2);
+  STD_TORCH_CHECK(statistics.dim() == 3 && statistics.size(0) >= 2, "statistics must have 3 dimensions, 2 rows or more");
+  p.positives = statistics.size(0) - 2;
   const bool mean = g.dim() == 0;
-  const Tensor upstream = mean ? g : batch.in(g);
+  const Tensor of_rows = mean ? g : batch.in(g);
 
   InfoNceGradients d{};
-  d.g = mean ? packed<float>("g", g, {}) : packed<float>("g", upstream, {p.batch, p.rows});
+  d.g = mean ? packed<float>("g", g, {}) : packed<float>("g", of_rows, {p.batch, p.rows});
   d.g_stride = mean ? 0 : 1;
   d.factor = mean ? 1 / float(p.batch * p.rows) : 1;
-  packed<float>("lse", lse, {p.batch, p.rows});
-  d.slopes = packed<float>("slopes", slopes, {p.batch, p.rows, p.positives});
+  packed<float>("statistics", statistics, {2 + p.positives, p.batch, p.rows});
+  d.slopes = Statistics(statistics, p.batch * p.rows).slopes;
   if (want_query || want_scale) d.pull = packed<float>("pull", pull, {p.batch, p.rows, p.width});
 
   OptionalTensor dquery, dkeys, dscale, dbias, dpositive, dlse;
@@ -169,6 +183,7 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& lse, const Tens
   d.dquery = wanted(dquery, want_query, {p.batch, p.rows, p.width});
   d.dscale = wanted(dscale, want_scale, {p.batch, p.rows});
   d.dpositive = wanted(dpositive, want_positive, {p.batch, p.rows, p.positives, p.width});
+  STD_TORCH_CHECK(!want_scale || scale.has_value(), "without a scale there is no gradient of it");
   const bool kept = kept_keys.has_value() && kept_keys->numel() > 0;
   if ((want_keys && !kept) || want_bias) {
     dlse = output(query, {p.batch, p.rows});
@@ -178,15 +193,15 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& lse, const Tens
 
   if (kept && want_keys) {
     STD_TORCH_CHECK(mean && !want_bias && !columns.has_value(), "the gradient of keys is kept for the mean of losses without exclusions");
-    const float factor = d.factor * *d.g;
+    const float upstream = d.factor * *d.g;
     const float* const sums = packed<float>("kept_keys", *kept_keys, {1, keys.size(-2), p.width});
     float* const out = wanted(dkeys, true, {1, keys.size(-2), p.width});
-    std::transform(sums, sums + kept_keys->numel(), out, [&](float x) { return factor * x; });
+    std::transform(sums, sums + kept_keys->numel(), out, [&](float x) { return upstream * x; });
   } else if (dlse.has_value()) {
-    const Tensor k = batch.in(keys);
-    const OptionalTensor none;
+    const Tensor k = batch.in(keys), lse = torch::stable::select(statistics, 0, 0);
+    const OptionalTensor none, lse_low = torch::stable::select(statistics, 0, 1);
     const auto [all_keys, all_bias, no_values] =
-        kdfast::similarity_grad_keys(*dlse, none, lse, OptionalTensor(lse_low), q, k, s, batch.in(bias), none, batch.in(query_labels),
+        kdfast::similarity_grad_keys(*dlse, none, lse, lse_low, q, k, s, batch.in(bias), none, batch.in(query_labels),
                                      batch.in(key_labels), batch.in(key_index), batch.in(limit), batch.in(valid), want_keys, want_bias, false,
                                      precision);
     if (want_keys) dkeys = all_keys;

@@ -71,6 +71,13 @@ const int32_t* panels_of(const SimilarityParams& p, const Tensor& panels) {
 
 }  // namespace
 
+void kdfast::streaming_softmax(SimilarityParams p, const OptionalTensor& panels, float* lse, float* lse_low, float* pooled) {
+  if (panels.has_value()) p.panels = panels_of(p, *panels);
+  if (p.batch * p.rows == 0) return;
+  fold_batch(p);
+  run(p, lse, lse_low, pooled);
+}
+
 std::tuple<Tensor, Tensor, Tensor> kdfast::similarity_softmax(const Tensor& query, const Tensor& keys, const Tensor& scale,
                                                               const OptionalTensor& bias, const OptionalTensor& start_logit,
                                                               const OptionalTensor& values, const OptionalTensor& start_value,
@@ -83,14 +90,10 @@ std::tuple<Tensor, Tensor, Tensor> kdfast::similarity_softmax(const Tensor& quer
   add_values(p, values);
   p.start_logit = row_data<float>("start_logit", start_logit, {p.batch, p.rows});
   if (start_value.has_value()) p.start_value = row_matrix("start_value", *start_value, {p.batch, p.rows, p.pooled_width});
-  if (panels.has_value()) p.panels = panels_of(p, *panels);
 
   Tensor lse = output(query, {p.batch, p.rows}), lse_low = output(query, {p.batch, p.rows});
   Tensor out = pooled ? output(query, {p.batch, p.rows, p.pooled_width}) : output(query, {0});
-  if (p.batch * p.rows == 0) return {lse, out, lse_low};
-
-  fold_batch(p);
-  run(p, floats_of(lse), floats_of(lse_low), floats_of(out));
+  kdfast::streaming_softmax(p, panels, floats_of(lse), floats_of(lse_low), floats_of(out));
   return {lse, out, lse_low};
 }
 

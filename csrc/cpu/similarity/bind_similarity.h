@@ -11,7 +11,7 @@
 
 namespace kdfast {
 
-// Two ops themselves, for others that are made of them: the dispatcher takes as long as a small call's arithmetic.
+// Two ops themselves and the pass of one, for others that are made of them: the dispatcher takes as long as a small call's arithmetic.
 std::tuple<Tensor, Tensor, Tensor> similarity_softmax(const Tensor& query, const Tensor& keys, const Tensor& scale, const OptionalTensor& bias,
                                                       const OptionalTensor& start_logit, const OptionalTensor& values,
                                                       const OptionalTensor& start_value, const OptionalTensor& query_labels,
@@ -25,6 +25,9 @@ std::tuple<Tensor, Tensor, Tensor> similarity_grad_keys(const Tensor& slope, con
                                                         const OptionalTensor& key_index, const OptionalTensor& limit,
                                                         const OptionalTensor& valid, bool want_keys, bool want_bias, bool want_values,
                                                         int64_t precision);
+
+// [batch, rows] lse and its low digits and, where p asks for it, [batch, rows, width] pooled.
+void streaming_softmax(SimilarityParams p, const OptionalTensor& panels, float* lse, float* lse_low, float* pooled);
 
 }  // namespace kdfast
 

@@ -8,8 +8,9 @@
 // Included after an instruction set's header (isa/).
 #pragma once
 
+#include "engine/softplus.inl"
+#include "similarity/exponential.inl"
 #include "similarity/info_nce.h"
-#include "engine/packing.inl"
 
 namespace {
 
@@ -38,14 +39,11 @@ inline void scaled(float* to, float factor, const T* x, int64_t width) {
   }
 }
 
-// log(1 + e^x) and its derivative; beyond 40 they are x and 1.
-struct Softplus {
-  float value, slope;
-};
-inline Softplus softplus_of(float x) {
-  if (x > 40) return {x, 1};
-  const float e = __builtin_expf(x);
-  return {__builtin_log1pf(e), e / (1 + e)};
+// log(1 + e^x) and its derivative.
+inline Vec softplus_of(Vec x, Vec* slope) {
+  const Vec e = exp_nonpositive(x < Vec{} ? x : -x), one = splat(1.0f);
+  *slope = (x < Vec{} ? e : one) / (one + e);
+  return larger(Vec{}, x) + log1p_unit(e);
 }
 
 // lse + low - z, small where both are large.
@@ -74,27 +72,44 @@ void pull_positives(const InfoNceParams& p, const InfoNceRows& r, int64_t i, con
       scaled<true>(r.pull + i * p.width, -r.slopes[i * p.positives + j], candidates + candidate(p, i, column), p.width);
 }
 
+// x_ij of the positive, whose column there is.
+template <class Q, class C>
+float gap_of(const InfoNceParams& p, const InfoNceRows& r, int64_t i, int64_t column, const Q* queries, const C* candidates) {
+  const float bias = p.bias != nullptr ? p.bias[i / p.rows * p.bias_batch_stride + column] : 0;
+  const float inner = inner_product(queries + i * p.width, candidates + candidate(p, i, column), p.width);
+  return gap(r.lse[i], r.lse_low[i], double(p.scale[i]) * double(inner) + double(bias));
+}
+
+// Losses and slopes, kLanes positives at once: a logarithm and an exponential for each are most of a row's time.
+template <class Q, class C>
+void losses_of(const InfoNceParams& p, const InfoNceRows& r, const Q* queries, const C* candidates) {
+  for (int64_t i = r.begin; i < r.end; ++i) r.losses[i] = 0;
+  const int64_t end = r.end * p.positives;
+  for (int64_t at = r.begin * p.positives; at < end; at += kLanes) {
+    const int64_t count = smaller(kLanes, end - at);
+    alignas(64) float x[kLanes] = {}, value[kLanes], slope[kLanes], weight[kLanes];
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t i = (at + k) / p.positives, column = column_of(p, i, (at + k) % p.positives);
+      weight[k] = column < 0 ? 0 : p.weights != nullptr ? p.weights[at + k] : 1 / float(p.positives);
+      x[k] = column < 0 ? 0 : gap_of(p, r, i, column, queries, candidates);
+    }
+    Vec slopes = splat(1.0f);
+    store(value, r.include_positive ? softplus_of(load(x), &slopes) : load(x));
+    store(slope, slopes);
+    for (int64_t k = 0; k < count; ++k) {
+      r.losses[(at + k) / p.positives] += weight[k] * value[k];
+      r.slopes[at + k] = weight[k] * slope[k];
+    }
+  }
+}
+
 template <class Q, class C>
 void info_nce_rows_of(const InfoNceParams& p, const InfoNceRows& r, const Q* queries, const C* candidates) {
-  for (int64_t i = r.begin; i < r.end; ++i) {
-    float* const slopes = r.slopes + i * p.positives;
-    float loss = 0, sum = 0;
-    for (int64_t j = 0; j < p.positives; ++j) {
-      const int64_t column = column_of(p, i, j);
-      slopes[j] = 0;
-      if (column < 0) continue;
-      const float bias = p.bias != nullptr ? p.bias[i / p.rows * p.bias_batch_stride + column] : 0;
-      const float inner = inner_product(queries + i * p.width, candidates + candidate(p, i, column), p.width);
-      const float x = gap(r.lse[i], r.lse_low[i], double(p.scale[i]) * double(inner) + double(bias));
-      const float weight = p.weights != nullptr ? p.weights[i * p.positives + j] : 1 / float(p.positives);
-      const Softplus f = r.include_positive ? softplus_of(x) : Softplus{x, 1};
-      loss += weight * f.value;
-      slopes[j] = weight * f.slope;
-      sum += slopes[j];
-    }
-    r.losses[i] = loss;
-    if (r.pull == nullptr) continue;
+  losses_of(p, r, queries, candidates);
+  for (int64_t i = r.begin; i < r.end && r.pull != nullptr; ++i) {
     float* const pull = r.pull + i * p.width;
+    float sum = 0;
+    for (int64_t j = i * p.positives; j < (i + 1) * p.positives; ++j) sum += r.slopes[j];
     scaled<false>(pull, sum, pull, p.width);
     pull_positives(p, r, i, candidates);
   }

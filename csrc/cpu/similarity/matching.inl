@@ -19,14 +19,22 @@ using kdfast::MatchingLosses;
 template <class T>
 void matching_losses_of(const Matching& m, const MatchingLosses& out, const T* x) {
   const T* const y = static_cast<const T*>(m.y.data);
-  for (int64_t i = 0; i < m.rows; ++i) {
-    const double match = double(m.scale) * double(inner_product(x + i * m.width, y + m.partner(i) * m.width, m.width));
-    out.losses[i] = 0;
-    for (int64_t side = 0; side < out.sides; ++side) {
-      const Softplus f = softplus_of(gap(out.lse[side][i], out.low[side][i], match));
-      out.losses[i] += f.value / float(out.sides);
-      out.slopes[side][i] = f.slope / float(out.sides);
+  const Vec share = splat(1 / float(out.sides));
+  for (int64_t row = 0; row < m.rows; row += kLanes) {
+    const int64_t count = smaller(kLanes, m.rows - row);
+    alignas(64) float gaps[2][kLanes] = {};
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t i = row + k;
+      const double match = double(m.scale) * double(inner_product(x + i * m.width, y + m.partner(i) * m.width, m.width));
+      for (int64_t side = 0; side < out.sides; ++side) gaps[side][k] = gap(out.lse[side][i], out.low[side][i], match);
     }
+    Vec losses = {};
+    for (int64_t side = 0; side < out.sides; ++side) {
+      Vec slopes;
+      losses += share * softplus_of(load(gaps[side]), &slopes);
+      store_some(out.slopes[side] + row, share * slopes, count);
+    }
+    store_some(out.losses + row, losses, count);
   }
 }
 

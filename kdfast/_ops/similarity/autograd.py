@@ -26,8 +26,8 @@ def _kept(ctx, rows: int) -> tuple[tuple, tuple]:
     return saved[:rows], saved[rows:] if ctx.bank is None else ctx.bank
 
 
-def _versions(tensors: tuple) -> tuple[int | None, ...]:
-    return tuple([None if t is None or t.is_inference() else t._version for t in tensors])
+def _versions(tensors: tuple) -> tuple[int, ...]:
+    return tuple([t._version for t in tensors if t is not None and not t.is_inference()])
 
 
 class Similarity(Function):

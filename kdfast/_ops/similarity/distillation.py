@@ -47,7 +47,7 @@ class Fixed(NamedTuple):
 
     teacher: Tensor  # [N, Dt]
     keys: Tensor | None  # [M, Dt], the teacher's; None where there is one bank: torch.compile takes no tensor twice
-    scale: Tensor  # [N]
+    scale: Tensor | None  # [N]; None: the call's number
     start_logit: Tensor | None  # [N]
     bias: Tensor | None  # [M], of both sides
     key_index: Tensor | None  # [N, E], -1 none
@@ -62,6 +62,8 @@ class Call(NamedTuple):
     precision: str | None
     impl: str | None
     products: int  # the kernel's number for how both sides' products are formed
+    factor: float = 1.0  # the scale of every row, where there is no tensor of them
+    teacher_factor: float = 1.0
 
 
 def distillation_rows(
@@ -106,8 +108,8 @@ def distillation_rows(
     inputs = (student, keys, row_parameter("scale", scale, student), logit, *fixed)
     transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     if chosen == "cpu" and not transforms and not recorded(fixed.scale, teacher_logit, bias):
-        losses, log_sums = Distillation.apply(call, *inputs)
-        return losses, None if mean else log_sums[0]
+        found = Distillation.apply(call, *inputs)
+        return (found, None) if mean else (found[0], found[1][0])
     losses, lse = _composed(call, *inputs)
     return losses, None if mean else lse.detach()
 
@@ -115,6 +117,8 @@ def distillation_rows(
 def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Tensor, Tensor]:
     """The definition by streaming softmaxes: any device, dtype and transform, and derivatives in the teacher's scale and the bias too."""
     f = Fixed(*fixed)
+    scale = call.factor if scale is None else scale
+    f = f._replace(scale=call.teacher_factor) if f.scale is None else f
     wide, one_bank = torch.promote_types(student.dtype, f.teacher.dtype), f.keys is None
     operands = (student, keys, f.teacher, keys.detach() if one_bank else f.keys)
     if not torch.is_autocast_enabled(student.device.type):
@@ -149,7 +153,7 @@ def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Te
 
 
 class Distillation(Function):
-    """(losses [N] or their mean; lse of the student and of the teacher, each followed by its low digits, [4, N]) by the fused pass."""
+    """The losses' mean by the fused pass; or losses [N], and lse of student and teacher, each followed by its low digits, [4, N]."""
 
     @staticmethod
     def forward(ctx, call, student, keys, scale, start_logit, *fixed):
@@ -157,7 +161,7 @@ class Distillation(Function):
         f = Fixed(*fixed)
         starts = tuple(None if x is None else x.contiguous() for x in (start_logit, f.start_logit))
         losses, _, difference, log_sums = torch.ops.kdfast.similarity_distillation(
-            *inputs[:7], *starts, *inputs[7:], call.products, call.kl, call.mean
+            *inputs[:7], *starts, *inputs[7:], call.products, call.kl, call.mean, call.factor, call.teacher_factor
         )
         slope = None
         if start_logit is not None:
@@ -170,12 +174,14 @@ class Distillation(Function):
         elif hold:
             ctx.versions = _versions(bank)
         _keep(ctx, rows, bank, hold)
-        ctx.mark_non_differentiable(log_sums)
         ctx.set_materialize_grads(False)
+        if call.mean:
+            return losses
+        ctx.mark_non_differentiable(log_sums)
         return losses, log_sums
 
     @staticmethod
-    def backward(ctx, g, _):
+    def backward(ctx, g, *_):
         if g is None:
             return (None,) * 12
         rows, bank = _kept(ctx, 6)
@@ -194,8 +200,9 @@ def _gradients(call, want, versions, g, student, scale, start_logit, slope, diff
             dstart = of_rows * slope
         if want_keys:
             inputs = _for_kernel(student, keys, scale, *fixed)
-            dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(of_rows, log_sums, *inputs, call.products).to(keys.dtype)
-    found = iter(torch.ops.kdfast.similarity_distillation_grad_rows(g, student.contiguous(), scale, difference, want_student, want_scale))
+            dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(of_rows, log_sums, *inputs, call.products, *call[-2:]).to(keys.dtype)
+    wanted = want_student, want_scale, call.factor
+    found = iter(torch.ops.kdfast.similarity_distillation_grad_rows(g, student.contiguous(), scale, difference, *wanted))
     return next(found).to(student.dtype) if want_student else None, dkeys, next(found) if want_scale else None, dstart
 
 
@@ -231,18 +238,20 @@ def _for_kernel(student, keys, scale, *fixed):
     f, keys = Fixed(*fixed), keys.contiguous()
     valid = None if f.valid is None else f.valid.reshape(1)
     tensors = (student, keys, f.teacher, keys if f.keys is None else f.keys, scale, f.scale, f.bias, f.key_index, valid)
-    return tuple(None if x is None else x.contiguous() for x in tensors)
+    return tuple([None if x is None else x.contiguous() for x in tensors])
 
 
 def _fake(
     student, keys, teacher, teacher_keys, scale, teacher_scale, bias, start_logit, teacher_start_logit, key_index, valid, products,
-    kl=False, mean=False,
+    kl=False, mean=False, factor=1.0, teacher_factor=1.0,
 ):  # fmt: skip
     count, width = student.shape
-    return tuple(scale.new_empty(shape) for shape in (() if mean else (count,), (count,), (count, width), (4, count)))
+    return tuple(
+        student.new_empty(shape, dtype=torch.float32) for shape in (() if mean else (count,), (count,), (count, width), (4, count))
+    )
 
 
-def _grad_rows_fake(g, student, scale, difference, want_student, want_scale):
+def _grad_rows_fake(g, student, scale, difference, want_student, want_scale, factor=1.0):
     return [torch.empty_like(x) for x, wanted in ((difference, want_student), (scale, want_scale)) if wanted]
 
 

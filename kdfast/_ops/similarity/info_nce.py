@@ -16,7 +16,7 @@ from torch.autograd import Function
 from ..._core import extension, impls
 from . import cpu, cuda, triton
 from .apply import streaming_softmax, transformed
-from .arguments import Problem, Spec, Tensors
+from .arguments import Problem, Spec, Tensors, row_parameter
 from .autograd import _keep, _kept, _versions
 from .definition import SecondOrder
 from .passes import for_kernel
@@ -83,6 +83,7 @@ class Call(NamedTuple):
     mean: bool
     pull: bool  # whether the gradient of query or scale will be asked for
     products: int
+    factor: float = 1.0  # the scale of every row, where there is no tensor of them
 
 
 class InfoNceRows(Function):
@@ -93,23 +94,24 @@ class InfoNceRows(Function):
 
     @staticmethod
     def forward(ctx, call, rest, query, keys, scale, bias, positive):
-        spec, include, mean, pull, products = call
+        spec, include, mean, pull, products, factor = call
         columns, weights, *rules = rest
         tensors = _folded(spec, query, keys, scale, bias, *rules, positive, columns, weights)
-        _, _, want_query, want_keys, want_scale, want_bias, want_positive = ctx.needs_input_grad
-        options = include, mean, pull, products, spec.compute.panels, want_keys and pull
-        losses, lse, lse_low, slopes, pulls, dkeys = torch.ops.kdfast.info_nce(*tensors, *options)
+        ctx.want = ctx.needs_input_grad[2:]
+        _, want_keys, _, want_bias, _ = ctx.want
+        options = include, mean, pull, products, spec.compute.panels, want_keys and pull, factor
+        losses, statistics, pulls, dkeys = torch.ops.kdfast.info_nce(*tensors, *options)
         hold = not (want_keys or want_bias)
         bank = (keys, bias, *rest)
-        ctx.call, ctx.want = call, (want_query, want_keys, want_scale, want_bias, want_positive)
+        ctx.call = call
         ctx.versions = _versions(bank) if hold else None
-        _keep(ctx, (lse, lse_low, slopes, pulls, dkeys, query, scale, positive), bank, hold)
+        _keep(ctx, (statistics, pulls, dkeys, query, scale, positive), bank, hold)
         ctx.set_materialize_grads(False)
         if not mean and losses.shape != spec.rows:
             losses = losses.view(spec.rows)
         if include:
             return losses
-        lse = lse.view(spec.rows)
+        lse = statistics[0].clone().view(spec.rows)
         ctx.mark_non_differentiable(lse)
         return losses, lse
 
@@ -117,7 +119,7 @@ class InfoNceRows(Function):
     def backward(ctx, g, *_):
         if g is None:
             return (None,) * 7
-        rows, bank = _kept(ctx, 8)
+        rows, bank = _kept(ctx, 6)
         run = Gradients.apply if torch.is_grad_enabled() else _gradients
         return None, None, *run(ctx.call, ctx.want, ctx.versions, g, *rows, *bank)
 
@@ -126,11 +128,11 @@ class Gradients(Function):
     """`_gradients`, and their derivative: that of the definition, taken twice."""
 
     @staticmethod
-    def forward(ctx, call, want, versions, g, lse, lse_low, slopes, pulls, dkeys, query, scale, positive, *bank):
+    def forward(ctx, call, want, versions, g, statistics, pulls, dkeys, query, scale, positive, *bank):
         ctx.call, ctx.want, ctx.versions = call, want, versions
         _keep(ctx, (g, query, scale, positive), bank, versions is not None)
         ctx.set_materialize_grads(False)
-        return _gradients(call, want, versions, g, lse, lse_low, slopes, pulls, dkeys, query, scale, positive, *bank)
+        return _gradients(call, want, versions, g, statistics, pulls, dkeys, query, scale, positive, *bank)
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -144,23 +146,24 @@ class Gradients(Function):
         dg, dquery, dkeys, dscale, dbias, dpositive = SecondOrder.apply(
             definition, ctx.want, *cotangents, g, query, bank[0], scale, bank[1], positive
         )
-        return None, None, None, dg, *(None,) * 5, dquery, dscale, dpositive, dkeys, dbias, *(None,) * 7
+        return None, None, None, dg, *(None,) * 3, dquery, dscale, dpositive, dkeys, dbias, *(None,) * 7
 
 
 def _definition(call: Call, rest: tuple, query, keys, scale, bias, positive) -> Tensor:
     columns, weights, *rules = rest
+    scale = row_parameter("scale", call.factor, query) if scale is None else scale
     tensors = Tensors(query, keys, scale, bias, None, None, None, *rules)
     losses, _ = _composed(Problem(call.spec, tensors), Positives(positive, columns, weights, call.include))
     return losses.mean() if call.mean else losses
 
 
 def _gradients(
-    call, want, versions, g, lse, lse_low, slopes, pulls, dkeys, query, scale, positive, keys, bias, columns, weights, *rules
+    call, want, versions, g, statistics, pulls, dkeys, query, scale, positive, keys, bias, columns, weights, *rules
 ) -> tuple[Tensor | None, ...]:
     """The gradients of <g, losses> in (query, keys, scale, bias, positive), None where not wanted."""
     tensors = _folded(call.spec, query, keys, scale, bias, *rules, columns)
     g = g if call.mean or len(call.spec.rows) == 1 else call.spec.per_row(g).contiguous()
-    found = iter(torch.ops.kdfast.info_nce_grad(g, lse, lse_low, slopes, pulls, *tensors, *want, call.products, dkeys))
+    found = iter(torch.ops.kdfast.info_nce_grad(g, statistics, pulls, *tensors, *want, call.products, dkeys, call.factor))
     inputs = (query, keys, scale, bias, positive)
     return tuple([_like(next(found), x) if wanted else None for x, wanted in zip(inputs, want, strict=True)])
 
@@ -176,35 +179,34 @@ def _folded(spec: Spec, query, keys, scale, bias, query_labels, key_labels, key_
 
 def _like(grad: Tensor, x: Tensor) -> Tensor:
     """A gradient in the shape and dtype of `x`, which the batch may have shared."""
-    shape = x.shape
-    if grad.shape != shape:
-        grad = grad.view(shape) if grad.numel() == x.numel() else grad.sum(0)
-    return grad if x.dtype == torch.float32 else grad.to(x.dtype)
+    if grad.shape != x.shape:
+        grad = grad.view(x.shape) if grad.numel() == x.numel() else grad.sum(0)
+    return grad if grad.dtype == x.dtype else grad.to(x.dtype)
 
 
 def _info_nce_fake(
     query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, positive, columns, weights, include, mean, pull, products,
-    panels=None, keep_keys=False,
+    panels=None, keep_keys=False, factor=1.0,
 ):  # fmt: skip
+    made = partial(query.new_empty, dtype=torch.float32)
     batch = query.shape[:-1] if query.dim() == 3 else (1, *query.shape[:-1])
     copies = columns.shape[-1] if positive is None else 1 if positive.dim() == query.dim() else positive.shape[-2]
-    lse = scale.new_empty(batch)
-    slopes, pulls = scale.new_empty((*batch, copies)), scale.new_empty((*batch, query.shape[-1]) if pull else (0,))
+    statistics, pulls = made((2 + copies, *batch)), made((*batch, query.shape[-1]) if pull else (0,))
     alone = query.dim() == 2 and positive is not None and all(x is None for x in (bias, query_labels, key_index, limit, valid))
     kept = keep_keys and mean and pull and alone and extension.load("_C")[0].few_pairs(len(query), *keys.shape)
-    dkeys = scale.new_empty((1, *keys.shape) if kept else (0,))
-    return scale.new_empty(()) if mean else torch.empty_like(scale), lse, torch.empty_like(lse), slopes, pulls, dkeys
+    return made(() if mean else query.shape[:-1]), statistics, pulls, made((1, *keys.shape) if kept else (0,))
 
 
 def _info_nce_grad_fake(
-    g, lse, lse_low, slopes, pull, query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, columns,
-    want_query, want_keys, want_scale, want_bias, want_positive, products, kept_keys=None,
+    g, statistics, pull, query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, columns,
+    want_query, want_keys, want_scale, want_bias, want_positive, products, kept_keys=None, factor=1.0,
 ):  # fmt: skip
-    lead, width = lse.shape, query.shape[-1]
+    copies, *lead = statistics.shape
+    width = query.shape[-1]
     bank = (lead[0], keys.shape[-2])
-    shapes = ((*lead, width), (*bank, width), lead, bank, (*lead, slopes.shape[-1], width))
+    shapes = ((*lead, width), (*bank, width), lead, bank, (*lead, copies - 2, width))
     want = (want_query, want_keys, want_scale, want_bias, want_positive)
-    return [scale.new_empty(shape[query.dim() == 2 :]) for shape, wanted in zip(shapes, want, strict=True) if wanted]
+    return [statistics.new_empty(shape[query.dim() == 2 :]) for shape, wanted in zip(shapes, want, strict=True) if wanted]
 
 
 if cpu.missing() is None:

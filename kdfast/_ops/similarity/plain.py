@@ -16,6 +16,7 @@ from .apply import transformed
 from .arguments import Compute, Spec
 
 _TYPES = (Tensor, torch.nn.Parameter)
+_NOTHING = (None,) * 5  # the rest of distillation.Fixed
 _PRODUCTS = {torch.float32: "ieee", torch.float16: "ieee", torch.bfloat16: "bf16"}
 
 
@@ -23,16 +24,15 @@ def info_nce_mean(query: Tensor, positive: Tensor, keys: Tensor, temperature: fl
     """The mean InfoNCE loss of query and positive [N, D] against keys [M, D]."""
     if not (_plain(query, positive, keys) and _usual(temperature) and positive.shape == query.shape and keys.shape[1] == query.shape[1]):
         return None
-    count = len(query)
-    call = _info_nce_call(count, query.dtype, torch.is_grad_enabled() and query.requires_grad)
-    return info_nce.InfoNceRows.apply(call, (None,) * 7, query, keys, torch.full((count,), 1.0 / temperature), None, positive)
+    call = _info_nce_call(len(query), query.dtype, torch.is_grad_enabled() and query.requires_grad, 1.0 / temperature)
+    return info_nce.InfoNceRows.apply(call, (None,) * 7, query, keys, None, None, positive)
 
 
 @functools.lru_cache
-def _info_nce_call(count: int, dtype: torch.dtype, pull: bool) -> info_nce.Call:
+def _info_nce_call(count: int, dtype: torch.dtype, pull: bool, scale: float) -> info_nce.Call:
     products = _PRODUCTS[dtype]
     spec = Spec("cpu", Compute(dtype, products), torch.Size((count,)), (1, count))
-    return info_nce.Call(spec, True, True, pull, cpu.KERNELS.products[products])
+    return info_nce.Call(spec, True, True, pull, cpu.KERNELS.products[products], scale)
 
 
 def distillation_mean(
@@ -47,10 +47,11 @@ def distillation_mean(
         return None
     if teacher.requires_grad or (teacher_keys is not None and teacher_keys.requires_grad):
         return None
-    call = distillation.Call(kl, True, None, None, cpu.product_number(None, student))
-    scale, teacher_scale = torch.full((count,), 1.0 / temperature), torch.full((count,), 1.0 / teacher_temperature)
-    rest = (teacher, None if teacher_keys is keys else teacher_keys, teacher_scale, None, None, None, None)
-    return distillation.Distillation.apply(call, student, keys, scale, None, *rest)[0]
+    scales = 1.0 / temperature, 1.0 / teacher_temperature
+    call = distillation.Call(kl, True, None, None, cpu.product_number(None, student), *scales)
+    return distillation.Distillation.apply(
+        call, student, keys, None, None, teacher, None if teacher_keys is keys else teacher_keys, *_NOTHING
+    )
 
 
 def _usual(temperature) -> bool:
