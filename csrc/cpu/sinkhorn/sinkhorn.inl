@@ -27,6 +27,7 @@ constexpr double kDrift = 28.85;        // 20 nats: past 2^this, what underflowe
 constexpr double kMaxEntry = 0x1p115;   // rows without weight may be near any column: their sums are reported as at most this
 constexpr int64_t kGroup = 16;          // rows weighed together, at most
 constexpr int64_t kGroupBytes = 16384;  // of their entries: two groups are most of L1
+constexpr int64_t kLag = 2;             // a stored group is added beside the second after it: the chain to its weights takes as long as one
 constexpr int64_t kKeptBytes = 1 << 20; // half of L2: points whose cost fits there have it kept,
 constexpr int64_t kKeptWidth = 92;      // or where forming it anew takes longer than reading it from memory
 constexpr int64_t kShare = 64;          // elements between what workers report: no cache line in common
@@ -250,46 +251,46 @@ class SinkhornSolver {
 
   int64_t first_row(int64_t worker) const { return worker * p_.n / team_.size; }
 
-  // Weighs a worker's rows, a group at a time, each while the group before is added to the worker's column sums.
+  // Weighs a worker's rows, a group at a time, each while one before is added to the worker's column sums.
   void weigh(int64_t worker) {
     const FlushDenormals flush;
     const bool stored = form_ == Form::kStored || keep_;
     const bool far = form_ != Form::kStored && p_.metric == SinkhornMetric::kGiven && p_.n * p_.m * int64_t(sizeof(T)) > kKeptBytes;
-    const int64_t begin = first_row(worker), end = first_row(worker + 1), step = group();
+    const int64_t begin = first_row(worker), end = first_row(worker + 1), step = group(), lag = form_ == Form::kStored ? kLag : 1;
     Real *const columns = w_.columns + worker * w_.worker_columns, *const chunk = columns + w_.m;
     Real* const entries = w_.entries + worker * w_.worker_entries;
     for (int64_t j = 0; j < w_.m; ++j) columns[j] = chunk[j] = 0;
-    Real error = 0, weights[2][kGroup] = {};
-    bool doubtful = false;
-    WeightedRows<Real> old{entries, w_.m, weights[1], chunk};
-    int64_t waiting = 0;  // rows of old
+    Real error = 0, weights[kLag][kGroup] = {};
+    V doubt = {};
+    WeightedRows<Real> old[kLag] = {};
+    int64_t waiting[kLag] = {};  // rows of old
     const int64_t groups = (end - begin + step - 1) / step;
     const auto first = [&](int64_t q) { return begin + (backward_ ? groups - 1 - q : q) * step; };
     Ahead ahead{};
     for (int64_t q = 0; q < groups; ++q) {
-      const int64_t i = first(q), rows = smaller(step, end - i);
-      if (waiting != rows) {  // taken together otherwise
-        add_rows(old, waiting, p_.m);
-        waiting = 0;
+      const int64_t i = first(q), rows = smaller(step, end - i), slot = q % lag;
+      if (waiting[slot] != rows) {  // taken together otherwise
+        add_rows(old[slot], waiting[slot], p_.m);
+        waiting[slot] = 0;
       }
-      Real *const e = stored ? w_.kernel + i * w_.m : entries, *const next = weights[q % 2];
-      Real sums[kGroup] = {}, used[kGroup] = {};
+      Real* const e = stored ? w_.kernel + i * w_.m : entries;
+      Real sums[kGroup], used[kGroup] = {};
       if (far) {
         const int64_t following = q + 1 < groups ? first(q + 1) : i;
         const bool whole = following + rows <= end;
-        ahead.row = whole ? following : i, ahead.peek = form_ == Form::kLargest && whole && waiting > 0;
+        ahead.row = whole ? following : i, ahead.peek = form_ == Form::kLargest && whole && waiting[slot] > 0;
       }
-      weigh_group(i, rows, e, waiting > 0 ? &old : nullptr, w_.costs + worker * w_.worker_entries, far ? &ahead : nullptr, sums, used);
-      for (int64_t r = 0; r < rows; ++r) doubtful |= form_ == Form::kStored && !trusted(sums[r]);
+      weigh_group(i, rows, e, waiting[slot] > 0 ? &old[slot] : nullptr, w_.costs + worker * w_.worker_entries, far ? &ahead : nullptr, sums, used);
+      for (int64_t r = rows; r < kGroup; ++r) sums[r] = 1;
       if (keep_) __builtin_memcpy(w_.stored_u + i, used, size_t(rows) * sizeof(Real));
-      error += update_rows(i, rows, sums, used, next);
-      old = {e, w_.m, next, chunk}, waiting = rows;
+      error += update_rows(i, rows, sums, form_ == Form::kStored ? w_.stored_u + i : used, weights[slot], &doubt);
+      old[slot] = {e, w_.m, weights[slot], chunk}, waiting[slot] = rows;
       if ((q + 1) * step / kChunk != q * step / kChunk) add_chunk(columns, chunk, w_.m);
     }
-    add_rows(old, waiting, p_.m);
+    for (int64_t q = groups; q < groups + lag; ++q) add_rows(old[q % lag], waiting[q % lag], p_.m);
     add_chunk(columns, chunk, w_.m);
     Real* const share = w_.shares + worker * kShare;
-    share[0] = error, share[1] = doubtful ? Real(1) : Real(0);
+    share[0] = error, share[1] = form_ == Form::kStored ? sum_lanes(doubt) : Real(0);
   }
 
   // sums_r = sum_j b_j e_rj of rows i ... i + rows, at the exponents `used`, adding as many rows of `old`, where given, to
@@ -297,7 +298,6 @@ class SinkhornSolver {
   void weigh_group(int64_t i, int64_t rows, Real* e, const WeightedRows<Real>* old, Real* buffer, Ahead* ahead, Real* sums, Real* used) {
     V lanes[kGroup], most[kGroup];
     if (form_ == Form::kStored) {
-      __builtin_memcpy(used, w_.stored_u + i, size_t(rows) * sizeof(Real));
       each_rows(rows, [&](int64_t r, auto together) {
         constexpr int kRows = decltype(together)::value;
         if (old != nullptr) {
@@ -342,8 +342,8 @@ class SinkhornSolver {
     });
   }
 
-  // new_f and the weights of a group of rows; returns the error of their marginals before.
-  Real update_rows(int64_t i, int64_t rows, const Real* sums, const Real* used, Real* weights) {
+  // new_f and the weights of a group of rows; returns the error of their marginals before. `doubt`: not 0 where a sum was not trusted.
+  Real update_rows(int64_t i, int64_t rows, const Real* sums, const Real* used, Real* weights, V* doubt) {
     const V zero = {}, k = splat(k_), none = splat(Real(alone(p_.rho_a)));
     const Real relaxation = p_.rho_a > 0 ? Real(kBitsPerNat / p_.rho_a) : Real(0);
     Real error = 0;
@@ -351,10 +351,10 @@ class SinkhornSolver {
       const V s = load(sums + r), u = load(used + r), a = load(w_.a + i + r), l = log2<Real>(s), old = load(w_.f + i + r);
       const V f = s == zero ? none : damp_a_ * (old + (multiply_add(-k, old, u) - l) / k);
       store(weights + r, s == zero ? zero : a * exp2(multiply_add(k, f, -u)));
-      Real kept[kW], gaps[kW];
-      store(kept, f);
-      __builtin_memcpy(w_.new_f + i + r, kept, size_t(smaller(kW, rows - r)) * sizeof(Real));
+      store_count(w_.new_f + i + r, f, smaller(kW, rows - r));
+      *doubt += doubt_of<Real>(s);
       if (schedule_.tol < 0) continue;
+      Real gaps[kW];
       store(gaps, a > zero ? a * magnitude(exp2(multiply_add(k, old, -u) + l) - exp2(-relaxation * old)) : zero);
       for (int64_t lane = 0; lane < smaller(kW, rows - r); ++lane) error += gaps[lane];
     }
@@ -369,8 +369,7 @@ class SinkhornSolver {
       const V start = load(w_.start_g + j), exponent = load(w_.exponent + j);
       const auto weighty = load(w_.b + j) > zero;
       store(w_.new_g + j, weighty ? damp_b_ * (start + (multiply_add(-k, start, exponent) - log2<Real>(sum)) / k) : start);
-      const V doubt = weighty ? (sum >= splat(Real(1 / kTrusted)) && sum <= splat(Real(kTrusted)) ? zero : zero + 1) : zero;
-      if (sum_lanes(doubt) > 0) redo_columns(w_.new_f, w_.new_g, j);
+      if (sum_lanes(weighty ? doubt_of<Real>(sum) : zero) > 0) redo_columns(w_.new_f, w_.new_g, j);
     }
   }
 

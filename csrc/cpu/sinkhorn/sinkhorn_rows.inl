@@ -24,6 +24,13 @@ inline bool trusted(Real sum) {
   return sum >= Real(1 / kTrusted) && sum <= Real(kTrusted);
 }
 
+// 1 for sums that are not, 0 elsewhere.
+template <class Real>
+inline VecOf<Real> doubt_of(VecOf<Real> sum) {
+  const VecOf<Real> zero = {};
+  return sum >= splat(Real(1 / kTrusted)) && sum <= splat(Real(kTrusted)) ? zero : zero + 1;
+}
+
 template <int kCount>
 struct RowCount {
   static constexpr int value = kCount;
@@ -96,9 +103,10 @@ enum class Next { kNone, kFetch, kPeek };
 template <int kRows, bool kAdd, Next kNext, class Real, class T>
 inline void weigh_costs(const CostRows<Real, T>& rows, const Real* u, const Real* b, Real* e, const WeightedRows<Real>& old, VecOf<Real>* sums,
                         const CostRows<Real, T>& next = {}, VecOf<Real>* most = nullptr) {
-  VecOf<Real> sum[kRows][2] = {}, shift[kRows], weight[kRows], largest[kRows];
+  VecOf<Real> sum[kRows][2], shift[kRows], weight[kRows], largest[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
+    sum[r][0] = sum[r][1] = VecOf<Real>{};
     shift[r] = splat(u[r]), weight[r] = splat(kAdd ? old.weight[r] : Real(0));
     largest[r] = splat(Real(-__builtin_inf()));
   }
@@ -123,13 +131,17 @@ inline void weigh_costs(const CostRows<Real, T>& rows, const Real* u, const Real
   }
 }
 
-// The same of exponentials that are stored, and any v in place of b.
+// The same of exponentials that are stored, and any v in place of b. Two vectors' work in L1 is all there is to a step, so nothing else may be:
+// sums set to 0 as one array would live in memory, and where integers wrap around (-fwrapv) `j + step <= m` bounds no loop.
 template <int kRows, bool kAdd, class Real>
 inline __attribute__((always_inline)) void weigh_stored(const Real* e, const Real* v, int64_t m, const WeightedRows<Real>& old, VecOf<Real>* sums) {
-  VecOf<Real> sum[kRows][2] = {}, weight[kRows];
+  VecOf<Real> sum[kRows][2], weight[kRows];
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) weight[r] = splat(kAdd ? old.weight[r] : Real(0));
-  each_vector<Real, 2>(round_up(m, kWidth<Real>), [&](int64_t j, int lane, int64_t) {
+  for (int r = 0; r < kRows; ++r) {
+    sum[r][0] = sum[r][1] = VecOf<Real>{};
+    weight[r] = splat(kAdd ? old.weight[r] : Real(0));
+  }
+  const auto vector = [&](int64_t j, int lane) __attribute__((always_inline)) {
     const VecOf<Real> scale = load(v + j);
     VecOf<Real> column = kAdd ? load(old.columns + j) : VecOf<Real>{};
 #pragma GCC unroll 4
@@ -138,7 +150,12 @@ inline __attribute__((always_inline)) void weigh_stored(const Real* e, const Rea
       sum[r][lane] = multiply_add(load(e + kRows * j + r * kWidth<Real>), scale, sum[r][lane]);
     }
     if constexpr (kAdd) store(old.columns + j, column);
-  });
+  };
+  constexpr int64_t kW = kWidth<Real>;
+  const int64_t pairs = (m + kW - 1) / kW / 2 * 2 * kW;
+  int64_t j = 0;
+  for (; j != pairs; j += 2 * kW) vector(j, 0), vector(j + kW, 1);
+  if (j < m) vector(j, 0);
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) sums[r] = sum[r][0] + sum[r][1];
 }
@@ -175,9 +192,12 @@ inline void add_rows(const WeightedRows<Real>& rows, int64_t count, int64_t m) {
 template <int kRows, bool kMoments, class Real, class T>
 inline void add_costs(const CostRows<Real, T>& rows, const Real* u, const Real* b, const Real* weight, Real* columns, VecOf<Real>* sums, VecOf<Real>* costs) {
   const VecOf<Real> most = splat(Real(kLargestExponent)), largest = splat(kLargestCost<Real>);
-  VecOf<Real> sum[kRows] = {}, cost[kRows] = {}, shift[kRows], factor[kRows];
+  VecOf<Real> sum[kRows], cost[kRows], shift[kRows], factor[kRows];
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) shift[r] = splat(u[r]), factor[r] = splat(weight[r]);
+  for (int r = 0; r < kRows; ++r) {
+    sum[r] = cost[r] = VecOf<Real>{};
+    shift[r] = splat(u[r]), factor[r] = splat(weight[r]);
+  }
   each_vector<Real, 1>(rows.m, [&](int64_t j, int, int64_t count) {
     const VecOf<Real> share = kMoments ? load(b + j) : VecOf<Real>{};
     VecOf<Real> column = load(columns + j);
