@@ -24,12 +24,12 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, Tensor? columns, bool want_query, "
       "bool want_keys, bool want_scale, bool want_bias, bool want_positive, int precision, Tensor? kept_keys=None, float factor=1.0) -> Tensor[]");
   m.def(
+      "info_nce_grad_rows(Tensor g, Tensor? statistics, Tensor pull, Tensor query, Tensor? scale, bool want_query, bool want_scale, "
+      "bool want_positive, float factor=1.0) -> Tensor[]");
+  m.def(
       "similarity_distillation(Tensor student, Tensor keys, Tensor teacher, Tensor teacher_keys, Tensor? scale, Tensor? teacher_scale, "
       "Tensor? bias, Tensor? start_logit, Tensor? teacher_start_logit, Tensor? key_index, Tensor? valid, int precision, bool kl=False, "
       "bool mean=False, float factor=1.0, float teacher_factor=1.0) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "similarity_distillation_grad_rows(Tensor g, Tensor student, Tensor? scale, Tensor difference, bool want_student, bool want_scale, "
-      "float factor=1.0) -> Tensor[]");
   m.def(
       "similarity_distillation_grad_keys(Tensor g, Tensor log_sums, Tensor student, Tensor keys, Tensor teacher, Tensor teacher_keys, "
       "Tensor? scale, Tensor? teacher_scale, Tensor? bias, Tensor? key_index, Tensor? valid, int precision, float factor=1.0, "

@@ -121,7 +121,7 @@ def test_the_own_key_at_a_temperature_of_1e_4(isa):
 
 
 # 1: a lone row, column or element; 6, 7, 15, 17: beside a tile of rows; 63, 65: beside a vector and a panel; 129, 257, 513: beside a block
-# of columns; 97, 193: beside a chunk of rows; 130: beside a chunk of steps; 520: many panels.
+# of columns; 97, 193: beside a chunk of rows; 130: beside a chunk of steps; 520: many panels; 3 and 13 keys of many rows: where they lie.
 SHAPES = [
     (1, 1, 1, 1),
     (7, 65, 3, 17),
@@ -131,6 +131,8 @@ SHAPES = [
     (193, 40, 16, 130),
     (13, 513, 64, 128),
     (3, 66, 8, 520),
+    (70, 3, 17, 33),
+    (65, 13, 32, 16),
 ]
 
 
@@ -265,22 +267,22 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.kdfast.similarity_distillation.default, (*(a[name] for name in NAMES), 0))
     given = tuple(a[name] for name in NAMES if not name.endswith("start_logit"))
     torch.library.opcheck(torch.ops.kdfast.similarity_distillation_grad_keys.default, (torch.randn(5), forward(a)[3], *given, 0))
-    rows = torch.randn(5, 8), torch.rand(5), torch.randn(5, 8)
+    rows = torch.randn(5, 8), torch.randn(5, 8), torch.rand(5)
     for kl, mean in ((True, False), (False, True)):
         torch.library.opcheck(torch.ops.kdfast.similarity_distillation.default, (*(a[name] for name in NAMES), 0, kl, mean))
         g = torch.rand(()) if mean else torch.rand(5)
-        torch.library.opcheck(torch.ops.kdfast.similarity_distillation_grad_rows.default, (g, *rows, kl, mean))
+        torch.library.opcheck(torch.ops.kdfast.info_nce_grad_rows.default, (g, None, *rows, kl, mean, False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_of_the_gradient(dtype):
     g, student, scale, difference = torch.randn(5), torch.randn(5, 9).to(dtype), torch.rand(5), torch.randn(5, 9)
-    dstudent, dscale = torch.ops.kdfast.similarity_distillation_grad_rows(g, student, scale, difference, True, True)
+    dstudent, dscale = torch.ops.kdfast.info_nce_grad_rows(g, None, difference, student, scale, True, True, False)
     torch.testing.assert_close(dstudent, (g * scale)[:, None] * difference)
     torch.testing.assert_close(dscale, g * (student.float() * difference).sum(1))
     for of_mean, of_rows in zip(
-        torch.ops.kdfast.similarity_distillation_grad_rows(g[0], student, scale, difference, True, True),
-        torch.ops.kdfast.similarity_distillation_grad_rows(g[0].expand(5).contiguous() / 5, student, scale, difference, True, True),
+        torch.ops.kdfast.info_nce_grad_rows(g[0], None, difference, student, scale, True, True, False),
+        torch.ops.kdfast.info_nce_grad_rows(g[0].expand(5).contiguous() / 5, None, difference, student, scale, True, True, False),
         strict=True,
     ):
         torch.testing.assert_close(of_mean, of_rows)

@@ -264,6 +264,31 @@ def test_opcheck(mean):
         check(torch.ops.kdfast.info_nce_grad, backward(pull=torch.empty(0), want_query=False, want_scale=False, want_keys=False), lead)
 
 
+@pytest.mark.parametrize("lead", [(), (2,)], ids=["rows", "batch"])
+def test_gradients_of_the_rows_alone_are_those_beside_the_banks(lead):
+    one = lead or (1,)
+    query, scale, columns = torch.randn(*lead, 4, 5), torch.rand(*lead, 4), torch.zeros(*lead, 4, 2, dtype=torch.int64)
+    g, statistics, pull = torch.rand(*lead, 4), torch.rand(4, *one, 4), torch.randn(*one, 4, 5)
+    saved = dict(g=g, statistics=statistics, pull=pull, query=query, scale=scale)
+    every = torch.ops.kdfast.info_nce_grad(
+        **backward(**saved, keys=torch.randn(*lead, 3, 5), columns=columns, want_bias=False, want_keys=False)
+    )
+    wanted = dict(want_query=True, want_scale=True, want_positive=True)
+    alone = torch.ops.kdfast.info_nce_grad_rows(**saved, **wanted)
+    for x, y in zip(alone, every, strict=True):
+        assert torch.equal(x, y)
+    torch.library.opcheck(torch.ops.kdfast.info_nce_grad_rows.default, (*saved.values(), True, True, True))
+    with pytest.raises(RuntimeError, match="without a scale"):
+        torch.ops.kdfast.info_nce_grad_rows(**saved | {"scale": None}, **wanted)
+    filled = dict(saved, scale=torch.full_like(scale, 3.0))
+    for x, y in zip(
+        torch.ops.kdfast.info_nce_grad_rows(**saved | {"scale": None}, **wanted | {"want_scale": False}, factor=3.0),
+        torch.ops.kdfast.info_nce_grad_rows(**filled, **wanted | {"want_scale": False}),
+        strict=True,
+    ):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("size", "copies"), [((1, 1, 7), 1), ((65, 63, 33), 2), ((7, 257, 64), 1), ((70, 200, 20), 3)], ids=str)
 def test_few_pairs_have_both_gradients_from_the_scores_of_the_loss(isa, size, copies, dtype):

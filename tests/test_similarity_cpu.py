@@ -50,6 +50,7 @@ def check(a: dict, dtype: torch.dtype, **given) -> tuple[Tensor, Tensor]:
 # 1: a lone row, column or element; 6 and 7: a whole row tile and one more; 15, 17, 63, 65: beside a vector and a panel;
 # 255, 257: beside a block of columns; 97: beside a chunk of rows; 128 < 130: beside a chunk of steps; 520: many panels.
 SHAPES = [(1, 1, 1, 1), (1, 6, 1, 17), (2, 7, 65, 3), (1, 3, 63, 15), (3, 5, 257, 65), (1, 97, 255, 130), (2, 13, 513, 64), (1, 2, 66, 520)]
+SHAPES += [(1, 70, 3, 33), (2, 65, 13, 16)]  # few keys of many rows, multiplied where they lie
 
 
 @DTYPES

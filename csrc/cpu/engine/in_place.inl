@@ -13,9 +13,11 @@ struct RowProduct : RegisterTiles<1> {
 
 template <>
 struct Packing<RowProduct> : Packing<Float32Product> {
-  // Rows of floats in whole vectors stay where they are. Others are widened to that, and followed by rows of zeros.
+  // Rows of floats in whole vectors stay where they are. Others are widened to that, and followed by rows of zeros up to kLanes of them,
+  // unless so few are left that each is multiplied by itself.
+  static constexpr int64_t kAlone = 4;
   static bool pack_block(Panels& p, const Matrix& matrix, int64_t first, int64_t columns, int64_t) {
-    p.in_place_rows = round_up(columns, kLanes);
+    p.in_place_rows = columns % kLanes <= kAlone ? columns : round_up(columns, kLanes);
     if (matrix.type == ElementType::kFloat32 && p.width == p.padded_width && p.in_place_rows == columns) {
       p.in_place = static_cast<const float*>(matrix.from(first * p.width).data);
       return true;
@@ -45,12 +47,32 @@ inline Vec inner_products(const float* a, const float* b, int64_t width) {
   return even + odd;
 }
 
+// The same with `count` rows, fewer than kLanes, and the same bits.
+inline Vec inner_products_alone(const float* a, const float* b, int64_t width, int64_t count) {
+  alignas(64) float products[kLanes] = {}, lanes[kLanes];
+  for (int64_t k = 0; k < count; ++k) {
+    Vec acc = {};
+    for (int64_t d = 0; d < width; d += kLanes) acc = multiply_add(load(a + d), load(b + k * width + d), acc);
+    store(lanes, acc);
+    float even = lanes[0], odd = lanes[1];
+    for (int i = 2; i < kLanes; i += 2) even += lanes[i], odd += lanes[i + 1];
+    products[k] = even + odd;
+  }
+  return load(products);
+}
+
 inline void score_rows(RowProduct, const float* a, int64_t a_stride, int64_t rows, const Panels& c, int64_t padded, float* scores,
                        int64_t score_stride) {
   for (int64_t j = 0; j < padded; j += kLanes) {
     const float* const b = c.in_place + j * c.padded_width;
-    for (int64_t i = 0; i < rows; ++i)
-      store(scores + i * score_stride + j, j < c.in_place_rows ? inner_products(a + i * a_stride, b, c.padded_width) : Vec{});
+    const int64_t left = c.in_place_rows - j;
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* const row = a + i * a_stride;
+      const Vec products = left >= kLanes ? inner_products(row, b, c.padded_width)
+                           : left > 0     ? inner_products_alone(row, b, c.padded_width, left)
+                                          : Vec{};
+      store(scores + i * score_stride + j, products);
+    }
   }
 }
 

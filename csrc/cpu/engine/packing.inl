@@ -83,7 +83,7 @@ struct Panels {
   float* rows;     // for W C: [width / panel][steps of the block][panel]; null where C is not summed
   float* staging;  // [block][row_words]: the block's packed rows
   const float* in_place;  // the block's rows for RowProduct (in_place.inl), padded_width apart: the matrix's own or in `rows`,
-  int64_t in_place_rows;  // and how many of them there are, a multiple of kLanes
+  int64_t in_place_rows;  // and how many of them there are
   int64_t width, padded_width, row_words, block, block_words;
 
   template <class Product>

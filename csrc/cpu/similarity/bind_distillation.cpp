@@ -120,34 +120,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distillation(
   return {value, entropy, difference, log_sums};
 }
 
-// Those of the student's rows and scales, [rows, width] and [rows], that are wanted; of the losses' mean, g is one number.
-std::vector<Tensor> similarity_distillation_grad_rows(const Tensor& g, const Tensor& student, const OptionalTensor& scale,
-                                                      const Tensor& difference, bool want_student, bool want_scale, double factor) {
-  STD_TORCH_CHECK(student.dim() == 2, "student must have 2 dimensions, got ", student.dim());
-  kdfast::InfoNceParams p{};  // rows without positives
-  p.batch = 1, p.rows = student.size(0), p.width = student.size(1);
-  STD_TORCH_CHECK(!want_scale || scale.has_value(), "without a scale there is no gradient of it");
-  const Tensor s = scale_of(scale, factor, student);
-  p.query = row_matrix("student", student, {p.rows, p.width}), p.scale = packed<float>("scale", s, {p.rows});
-  const bool mean = g.dim() == 0;
-  kdfast::InfoNceGradients d{};
-  d.g = mean ? packed<float>("g", g, {}) : packed<float>("g", g, {p.rows});
-  d.g_stride = mean ? 0 : 1, d.factor = mean ? 1 / float(p.rows) : 1;
-  d.pull = packed<float>("difference", difference, {p.rows, p.width});
-  std::vector<Tensor> found;
-  const auto wanted = [&](bool want, const std::vector<int64_t>& shape) -> float* {
-    if (!want) return nullptr;
-    found.push_back(output(student, shape));
-    return floats_of(found.back());
-  };
-  d.dquery = wanted(want_student, {p.rows, p.width}), d.dscale = wanted(want_scale, {p.rows});
-  const int64_t workers = workers_for(double(p.rows) * double(p.width) * 4);
-  for_each_task(workers, workers, [&](int64_t, int64_t t) {
-    kdfast::cpu_kernels().info_nce_grad_rows(p, d, t * p.rows / workers, (t + 1) * p.rows / workers);
-  });
-  return found;
-}
-
 // Keys are cut among threads, each of whose sums belong to one thread: no merge, and the same bits for any number of threads.
 Tensor similarity_distillation_grad_keys(const Tensor& g, const Tensor& log_sums, const Tensor& student, const Tensor& keys,
                                          const Tensor& teacher, const Tensor& teacher_keys, const OptionalTensor& scale,
@@ -179,6 +151,5 @@ Tensor similarity_distillation_grad_keys(const Tensor& g, const Tensor& log_sums
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("similarity_distillation", TORCH_BOX(&similarity_distillation));
-  m.impl("similarity_distillation_grad_rows", TORCH_BOX(&similarity_distillation_grad_rows));
   m.impl("similarity_distillation_grad_keys", TORCH_BOX(&similarity_distillation_grad_keys));
 }

@@ -150,6 +150,62 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const T
   return {losses, statistics, pull, kept};
 }
 
+// The backward pass of the rows, but for its run: what belongs to them and is wanted of query, scale and positive.
+struct Backward {
+  const Batch batch;
+  const Tensor query, scale, pull, g;
+  InfoNceParams p;
+  InfoNceGradients d{};
+  OptionalTensor dquery, dscale, dpositive;
+
+  Backward(const Tensor& upstream, const OptionalTensor& statistics, const Tensor& pulls, const Tensor& queries, const OptionalTensor& scales,
+           bool want_query, bool want_scale, bool want_positive, double factor)
+      : batch{queries.dim() == 3}, query(batch.in(queries)), scale(batch.scale(scales, factor, query)),
+        pull(pulls.dim() == 2 ? batch_of_one(pulls) : pulls), g(upstream.dim() == 0 ? upstream : batch.in(upstream)), p(rows_of(query, scale)) {
+    STD_TORCH_CHECK(!want_scale || scales.has_value(), "without a scale there is no gradient of it");
+    if (statistics.has_value()) {
+      STD_TORCH_CHECK(statistics->dim() == 3 && statistics->size(0) >= 2, "statistics must have 3 dimensions, 2 rows or more");
+      p.positives = statistics->size(0) - 2;
+      packed<float>("statistics", *statistics, {2 + p.positives, p.batch, p.rows});
+      d.slopes = Statistics(*statistics, p.batch * p.rows).slopes;
+    }
+    const bool mean = g.dim() == 0;
+    d.g = mean ? packed<float>("g", g, {}) : packed<float>("g", g, {p.batch, p.rows});
+    d.g_stride = mean ? 0 : 1;
+    d.factor = mean ? 1 / float(p.batch * p.rows) : 1;
+    if (want_query || want_scale) d.pull = packed<float>("pull", pull, {p.batch, p.rows, p.width});
+    d.dquery = wanted(dquery, want_query, {p.batch, p.rows, p.width});
+    d.dscale = wanted(dscale, want_scale, {p.batch, p.rows});
+    d.dpositive = wanted(dpositive, want_positive, {p.batch, p.rows, p.positives, p.width});
+  }
+
+  float* wanted(OptionalTensor& x, bool want, std::vector<int64_t> shape) const {
+    if (!want) return nullptr;
+    if (!batch.given) shape.erase(shape.begin());
+    x = output(query, shape);
+    return floats_of(*x);
+  }
+
+  void run() const {
+    for_rows(p, [&](int64_t begin, int64_t end) { kdfast::cpu_kernels().info_nce_grad_rows(p, d, begin, end); });
+  }
+};
+
+std::vector<Tensor> those_wanted(std::initializer_list<const OptionalTensor*> gradients) {
+  std::vector<Tensor> found;
+  for (const OptionalTensor* x : gradients)
+    if (x->has_value()) found.push_back(**x);
+  return found;
+}
+
+// The gradients of query, scale and positive that are wanted. Without statistics there are no positives, and `pull` is all that pulls a query.
+std::vector<Tensor> info_nce_grad_rows(const Tensor& g, const OptionalTensor& statistics, const Tensor& pull, const Tensor& query,
+                                       const OptionalTensor& scale, bool want_query, bool want_scale, bool want_positive, double factor) {
+  const Backward back(g, statistics, pull, query, scale, want_query, want_scale, want_positive, factor);
+  back.run();
+  return those_wanted({&back.dquery, &back.dscale, &back.dpositive});
+}
+
 // The gradients that are wanted, in the order of query, keys, scale, bias, positive, with a leading batch dimension where the arguments have one.
 std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& statistics, const Tensor& pull, const Tensor& query, const Tensor& keys,
                                   const OptionalTensor& scale, const OptionalTensor& bias, const OptionalTensor& query_labels,
@@ -157,51 +213,29 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& statistics, con
                                   const OptionalTensor& valid, const OptionalTensor& columns, bool want_query, bool want_keys,
                                   bool want_scale, bool want_bias, bool want_positive, int64_t precision,
                                   const OptionalTensor& kept_keys, double factor) {
-  const Batch batch{query.dim() == 3};
-  const Tensor q = batch.in(query), s = batch.scale(scale, factor, q);
-  InfoNceParams p = rows_of(q, s);
-  STD_TORCH_CHECK(statistics.dim() == 3 && statistics.size(0) >= 2, "statistics must have 3 dimensions, 2 rows or more");
-  p.positives = statistics.size(0) - 2;
-  const bool mean = g.dim() == 0;
-  const Tensor of_rows = mean ? g : batch.in(g);
-
-  InfoNceGradients d{};
-  d.g = mean ? packed<float>("g", g, {}) : packed<float>("g", of_rows, {p.batch, p.rows});
-  d.g_stride = mean ? 0 : 1;
-  d.factor = mean ? 1 / float(p.batch * p.rows) : 1;
-  packed<float>("statistics", statistics, {2 + p.positives, p.batch, p.rows});
-  d.slopes = Statistics(statistics, p.batch * p.rows).slopes;
-  if (want_query || want_scale) d.pull = packed<float>("pull", pull, {p.batch, p.rows, p.width});
-
-  OptionalTensor dquery, dkeys, dscale, dbias, dpositive, dlse;
-  const auto wanted = [&](OptionalTensor& x, bool want, std::vector<int64_t> shape) -> float* {
-    if (!want) return nullptr;
-    if (!batch.given) shape.erase(shape.begin());
-    x = output(query, shape);
-    return floats_of(*x);
-  };
-  d.dquery = wanted(dquery, want_query, {p.batch, p.rows, p.width});
-  d.dscale = wanted(dscale, want_scale, {p.batch, p.rows});
-  d.dpositive = wanted(dpositive, want_positive, {p.batch, p.rows, p.positives, p.width});
-  STD_TORCH_CHECK(!want_scale || scale.has_value(), "without a scale there is no gradient of it");
+  Backward back(g, statistics, pull, query, scale, want_query, want_scale, want_positive, factor);
+  const Batch& batch = back.batch;
+  InfoNceParams& p = back.p;
+  InfoNceGradients& d = back.d;
+  OptionalTensor dkeys, dbias, dlse;
   const bool kept = kept_keys.has_value() && kept_keys->numel() > 0;
   if ((want_keys && !kept) || want_bias) {
     dlse = output(query, {p.batch, p.rows});
     d.dlse = floats_of(*dlse);
   }
-  for_rows(p, [&](int64_t begin, int64_t end) { kdfast::cpu_kernels().info_nce_grad_rows(p, d, begin, end); });
+  back.run();
 
   if (kept && want_keys) {
-    STD_TORCH_CHECK(mean && !want_bias && !columns.has_value(), "the gradient of keys is kept for the mean of losses without exclusions");
+    STD_TORCH_CHECK(g.dim() == 0 && !want_bias && !columns.has_value(), "the gradient of keys is kept for the mean of losses without exclusions");
     const float upstream = d.factor * *d.g;
     const float* const sums = packed<float>("kept_keys", *kept_keys, {1, keys.size(-2), p.width});
-    float* const out = wanted(dkeys, true, {1, keys.size(-2), p.width});
+    float* const out = back.wanted(dkeys, true, {1, keys.size(-2), p.width});
     std::transform(sums, sums + kept_keys->numel(), out, [&](float x) { return upstream * x; });
   } else if (dlse.has_value()) {
     const Tensor k = batch.in(keys), lse = torch::stable::select(statistics, 0, 0);
     const OptionalTensor none, lse_low = torch::stable::select(statistics, 0, 1);
     const auto [all_keys, all_bias, no_values] =
-        kdfast::similarity_grad_keys(*dlse, none, lse, lse_low, q, k, s, batch.in(bias), none, batch.in(query_labels),
+        kdfast::similarity_grad_keys(*dlse, none, lse, lse_low, back.query, k, back.scale, batch.in(bias), none, batch.in(query_labels),
                                      batch.in(key_labels), batch.in(key_index), batch.in(limit), batch.in(valid), want_keys, want_bias, false,
                                      precision);
     if (want_keys) dkeys = all_keys;
@@ -216,10 +250,7 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& statistics, con
   }
   if (!batch.given && dkeys.has_value() && dkeys->dim() == 3) dkeys = torch::stable::squeeze(*dkeys, 0);
   if (!batch.given && dbias.has_value()) dbias = torch::stable::squeeze(*dbias, 0);
-  std::vector<Tensor> found;
-  for (const OptionalTensor* x : {&dquery, &dkeys, &dscale, &dbias, &dpositive})
-    if (x->has_value()) found.push_back(**x);
-  return found;
+  return those_wanted({&back.dquery, &dkeys, &back.dscale, &dbias, &back.dpositive});
 }
 
 }  // namespace
@@ -227,4 +258,5 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& statistics, con
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("info_nce", TORCH_BOX(&info_nce));
   m.impl("info_nce_grad", TORCH_BOX(&info_nce_grad));
+  m.impl("info_nce_grad_rows", TORCH_BOX(&info_nce_grad_rows));
 }

@@ -201,8 +201,8 @@ def _gradients(call, want, versions, g, student, scale, start_logit, slope, diff
         if want_keys:
             inputs = _for_kernel(student, keys, scale, *fixed)
             dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(of_rows, log_sums, *inputs, call.products, *call[-2:]).to(keys.dtype)
-    wanted = want_student, want_scale, call.factor
-    found = iter(torch.ops.kdfast.similarity_distillation_grad_rows(g, student.contiguous(), scale, difference, *wanted))
+    rows = g, None, difference, student, scale
+    found = iter(torch.ops.kdfast.info_nce_grad_rows(*rows, want_student, want_scale, False, call.factor))
     return next(found).to(student.dtype) if want_student else None, dkeys, next(found) if want_scale else None, dstart
 
 
@@ -251,11 +251,6 @@ def _fake(
     )
 
 
-def _grad_rows_fake(g, student, scale, difference, want_student, want_scale, factor=1.0):
-    return [torch.empty_like(x) for x, wanted in ((difference, want_student), (scale, want_scale)) if wanted]
-
-
 if cpu.missing() is None:
     torch.library.register_fake("kdfast::similarity_distillation", _fake)
-    torch.library.register_fake("kdfast::similarity_distillation_grad_rows", _grad_rows_fake)
     torch.library.register_fake("kdfast::similarity_distillation_grad_keys", lambda g, log_sums, student, keys, *_: g.new_empty(keys.shape))

@@ -161,9 +161,16 @@ def _gradients(
     call, want, versions, g, statistics, pulls, dkeys, query, scale, positive, keys, bias, columns, weights, *rules
 ) -> tuple[Tensor | None, ...]:
     """The gradients of <g, losses> in (query, keys, scale, bias, positive), None where not wanted."""
-    tensors = _folded(call.spec, query, keys, scale, bias, *rules, columns)
-    g = g if call.mean or len(call.spec.rows) == 1 else call.spec.per_row(g).contiguous()
-    found = iter(torch.ops.kdfast.info_nce_grad(g, statistics, pulls, *tensors, *want, call.products, dkeys, call.factor))
+    want_query, want_keys, want_scale, want_bias, want_positive = want
+    batched = len(call.spec.rows) > 1
+    g = call.spec.per_row(g).contiguous() if batched and not call.mean else g
+    if want_keys or want_bias or batched:
+        tensors = _folded(call.spec, query, keys, scale, bias, *rules, columns)
+        found = torch.ops.kdfast.info_nce_grad(g, statistics, pulls, *tensors, *want, call.products, dkeys, call.factor)
+    else:  # nothing of the bank
+        of_rows = want_query, want_scale, want_positive
+        found = torch.ops.kdfast.info_nce_grad_rows(g, statistics, pulls, query, scale, *of_rows, call.factor)
+    found = iter(found)
     inputs = (query, keys, scale, bias, positive)
     return tuple([_like(next(found), x) if wanted else None for x, wanted in zip(inputs, want, strict=True)])
 
@@ -209,6 +216,15 @@ def _info_nce_grad_fake(
     return [statistics.new_empty(shape[query.dim() == 2 :]) for shape, wanted in zip(shapes, want, strict=True) if wanted]
 
 
+def _grad_rows_fake(g, statistics, pull, query, scale, want_query, want_scale, want_positive, factor=1.0):
+    *rows, width = query.shape
+    copies = 0 if statistics is None else len(statistics) - 2
+    shapes = ((*rows, width), rows, (*rows, copies, width))
+    wanted = (want_query, want_scale, want_positive)
+    return [query.new_empty(shape, dtype=torch.float32) for shape, want in zip(shapes, wanted, strict=True) if want]
+
+
 if cpu.missing() is None:
     torch.library.register_fake("kdfast::info_nce", _info_nce_fake)
+    torch.library.register_fake("kdfast::info_nce_grad_rows", _grad_rows_fake)
     torch.library.register_fake("kdfast::info_nce_grad", _info_nce_grad_fake)
