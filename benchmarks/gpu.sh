@@ -70,7 +70,7 @@ step() {  # NAME PERCENT COMMAND...
   conclude "$1" $?
 }
 
-families=(similarity sinkhorn triplet knn gather)
+families=(similarity sinkhorn triplet knn gather methods)
 # what Triton and Inductor compile needs nothing of the modules that are being built
 run build 28 "$python" setup.py -q build_ext --inplace &
 build=$!
@@ -86,7 +86,7 @@ step bench 68 "$python" -m kdfast bench "${families[@]}" --device cuda --seconds
 parallel=()
 "$python" -c "import xdist" 2>/dev/null && parallel=(-n 12)
 signal=INT step tests 88 "$python" -m pytest -q -p no:cacheprovider "${parallel[@]}" tests/test_triton_gpu.py tests/test_cuda{,_similarity}_gpu.py \
-  tests/test_triton_{similarity,pairs,wide,triplet,triplet_dense,triplet_mining,relations,knn,gather,sinkhorn,sinkhorn_plan}.py tests/test_cuda_{similarity,sinkhorn*}.py
+  tests/test_triton_{similarity,pairs,wide,triplet,triplet_dense,triplet_mining,relations,knn,gather,sinkhorn,sinkhorn_plan,sinkhorn_adjoint}.py tests/test_cuda_{similarity,sinkhorn*}.py
 step doctor 92 "$python" -m kdfast doctor
 if command -v compute-sanitizer >/dev/null; then
   step memcheck 99 compute-sanitizer --error-exitcode 1 "$python" -m kdfast doctor

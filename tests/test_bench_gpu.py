@@ -30,10 +30,15 @@ def test_first_shapes_come_first():
     tasks = gpu.plan(CHOSEN, "default")
     places = [registry.cases_of(task.family)[task.name].shapes["cuda"].index(task.shape) for task in tasks]
     assert places == sorted(places) and places[-1] > 0
-    assert [task.name for task in tasks[:5]] == ["lse", "lse", "clip", "clip", "search"]  # two dtypes; methods have no shapes there
-    assert {task.shape for task in gpu.plan(CHOSEN, "quick")} <= {
-        shape for name in ("lse", "clip") for shape in registry.cases_of("similarity")[name].shapes["quick"]
-    } | set(registry.cases_of("knn")["search"].shapes["quick"])
+    assert [task.name for task in tasks[:6]] == ["lse", "lse", "clip", "clip", "rkd", "search"]  # two dtypes, one
+    quick = {(task.family, task.name, task.shape) for task in gpu.plan(CHOSEN, "quick")}
+    assert quick == {(f, n, shape) for f, names in CHOSEN.items() for n in names for shape in registry.cases_of(f)[n].shapes["quick"]}
+
+
+def test_what_has_no_shapes_for_a_gpu_is_not_planned(monkeypatch):
+    case = registry.cases_of("knn")["search"]
+    monkeypatch.setitem(registry.cases_of("knn"), "search", case._replace(shapes={"quick": case.shapes["quick"]}))
+    assert gpu.plan({"knn": ["search"]}, "quick") == []
 
 
 def answer(task: gpu.Task) -> list[Row]:

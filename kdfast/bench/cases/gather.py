@@ -72,6 +72,7 @@ GROWTH = CRD._replace(
         "quick": octaves((16, 5_000, 32, 128), entries=(0, 2, 3), count=1),
         "default": octaves((32, 50_000, 64, 1_024), entries=(0, 2, 3)),
         "full": octaves((64, 200_000, 64, 2_048), entries=(0, 2, 3)),
+        "cuda": octaves((128, 200_000, 64, 2_048), entries=(0, 2, 3)),
     },
     peers=CRD.peers[:2],
 )

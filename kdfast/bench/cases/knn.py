@@ -83,6 +83,7 @@ GROWTH = SEARCH._replace(
         "quick": octaves((256, 4_096, 64, 5), entries=(0, 1, 2), count=1),
         "default": octaves((512, 16_384, 64, 5), entries=(0, 1, 2, 3)),
         "full": octaves((1_024, 65_536, 64, 5), entries=(0, 1, 2, 3)),
+        "cuda": octaves((2_048, 65_536, 64, 5), entries=(0, 1, 2, 3)),
     },
     peers=SEARCH.peers[:2],
 )

@@ -56,7 +56,8 @@ def compress_formula(student: Tensor, _: Tensor, teacher: Tensor, keys: Tensor, 
 
 
 def queue_of(keys: Tensor) -> QueueBank:
-    bank = QueueBank(*keys.shape, dtype=keys.dtype, normalize=False)
+    with keys.device:
+        bank = QueueBank(*keys.shape, dtype=keys.dtype, normalize=False)
     bank.push(keys)
     return bank
 
@@ -78,7 +79,12 @@ def compress(x: Queued) -> Callable[..., Tensor]:
 
 
 _queue = {
-    "shapes": {"quick": ((64, 4096, 64),), "default": ((256, 65_536, 128),), "full": ((256, 65_536, 128), (256, 128_000, 128))},
+    "shapes": {
+        "quick": ((64, 4096, 64),),
+        "default": ((256, 65_536, 128),),
+        "full": ((256, 65_536, 128), (256, 128_000, 128)),
+        "cuda": ((256, 65_536, 128),),
+    },
     "axes": "N M D",
     "dtypes": (torch.float32, torch.bfloat16),
     "inputs": queued,
@@ -86,4 +92,5 @@ _queue = {
 }
 BINGO_STEP = case(bingo, bingo_formula, leaves=2, **_queue)
 SEED_STEP = case(seed, seed_formula, **_queue)
-COMPRESS_STEP = case(compress, compress_formula, **{**_queue, "shapes": {**_queue["shapes"], "default": ((256, 128_000, 128),)}})
+_large = dict.fromkeys(("default", "cuda"), ((256, 128_000, 128),))
+COMPRESS_STEP = case(compress, compress_formula, **{**_queue, "shapes": {**_queue["shapes"], **_large}})

@@ -59,8 +59,8 @@ def rgal_formula(feature: Tensor, logits: Tensor, teacher_feature: Tensor, teach
 
 def rgal(x: Generated) -> Callable[..., Tensor]:
     width = x.feature.shape[1]
-    projector = Projector(width, width, bias=False)
-    with torch.no_grad():
+    with x.map.device, torch.no_grad():
+        projector = Projector(width, width, bias=False)
         projector.maps[0].weight.copy_(x.map)
     loss = RGAL(T=T, feature_weight=FEATURE, triplet_weight=TRIPLET, margin=MARGIN, projector=projector)
 
@@ -83,7 +83,11 @@ def wide(x: Generated) -> Generated:
 
 
 RGAL_STEP = Case(
-    shapes={"quick": ((128, 4, 32),), "default": ((2048, 10, 160),), "full": ((2048, 10, 160), (2048, 10, 640))},
+    shapes={
+        "quick": ((128, 4, 32),),
+        **dict.fromkeys(("default", "cuda"), ((2048, 10, 160),)),
+        "full": ((2048, 10, 160), (2048, 10, 640)),
+    },
     axes="N C D",
     dtypes=(torch.float32,),
     inputs=generated,
@@ -100,7 +104,7 @@ def rkd_formula(student: Tensor, teacher: Tensor) -> Tensor:
 RKD_STEP = case(
     lambda _: RKD(DISTANCE, ANGLE),
     rkd_formula,
-    shapes={"quick": ((64, 128),), "default": ((1024, 128),), "full": ((1024, 128),)},
+    shapes={"quick": ((64, 128),), "default": ((1024, 128),), "full": ((1024, 128),), "cuda": ((1024, 128),)},
     axes="N D",
     dtypes=(torch.float32,),
     inputs=relations.pair,

@@ -103,22 +103,25 @@ def with_maps(loss: DistillLoss, x: Sampled) -> Callable[..., Tensor]:
 
 def crd(x: Sampled) -> Callable[..., Tensor]:
     dims = {"student_dim": x.student.shape[1], "teacher_dim": x.teacher.shape[1]}
-    loss = CRD(len(x.student_rows), dim=WIDTH, sampler=_Fixed(x.index), temperature=TAU, push=False, **dims)
+    with x.index.device:
+        loss = CRD(len(x.student_rows), dim=WIDTH, sampler=_Fixed(x.index), temperature=TAU, push=False, **dims)
     loss.student_bank.storage.copy_(x.student_rows)
     loss.teacher_bank.storage.copy_(x.teacher_rows)
     return with_maps(loss, x)
 
 
 def wcord(x: Sampled) -> Callable[..., Tensor]:
-    bank = IndexedBank(*x.teacher_rows.shape)
-    bank.storage.copy_(x.teacher_rows)
     weights = {"global_weight": GLOBAL, "local_weight": LOCAL, "epsilon": EPSILON, "iters": ITERATIONS}
     dims = {"student_dim": x.student.shape[1], "teacher_dim": x.teacher.shape[1]}
-    return with_maps(WCoRD(bank, dim=WIDTH, sampler=_Fixed(x.index), temperature=TAU, push=False, **weights, **dims), x)
+    with x.index.device:
+        bank = IndexedBank(*x.teacher_rows.shape)
+        loss = WCoRD(bank, dim=WIDTH, sampler=_Fixed(x.index), temperature=TAU, push=False, **weights, **dims)
+    bank.storage.copy_(x.teacher_rows)
+    return with_maps(loss, x)
 
 
 _draws = {
-    "shapes": {"quick": ((32, 5_000, 128, 1_024),), "default": ((64, 50_000, 256, 16_384),), "full": ((64, 50_000, 256, 16_384),)},
+    "shapes": {"quick": ((32, 5_000, 128, 1_024),), **dict.fromkeys(("default", "full", "cuda"), ((64, 50_000, 256, 16_384),))},
     "axes": "N M D K",
     "dtypes": (torch.float32,),
     "inputs": sampled,

@@ -114,6 +114,7 @@ GROWTH = INFO_NCE._replace(
         "quick": octaves((64, 512, 32), entries=(0, 1, 2), count=1),
         "default": octaves((512, 8192, 128), entries=(0, 1, 2)),
         "full": octaves((1024, 16384, 128), entries=(0, 1, 2)),
+        "cuda": octaves((2048, 32768, 64), entries=(0, 1, 2)),
     },
     peers=INFO_NCE.peers[:2],
 )

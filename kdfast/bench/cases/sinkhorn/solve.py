@@ -94,6 +94,7 @@ GROWTH = SOLVE._replace(
         "quick": octaves((1, 200, 200, 20), entries=(1, 2, 3), count=1),
         "default": octaves((1, 500, 500, 20), entries=(1, 2, 3)),
         "full": octaves((4, 500, 500, 20), entries=(0, 1, 2, 3)),
+        "cuda": octaves((4, 2_000, 2_000, 20), entries=(0, 1, 2, 3)),
     },
     peers=SOLVE.peers[:4],
 )
