@@ -8,6 +8,7 @@
 #include "bind.h"
 #include "dispatch.h"
 #include "large_pages.h"
+#include "triplet/bind_triplet.h"
 
 namespace {
 
@@ -17,7 +18,6 @@ using kdfast::PairSums;
 using kdfast::PairTask;
 using kdfast::tile_columns;
 
-constexpr int64_t kPanelPad = 64;   // vectors over rows or columns may be read up to a whole panel
 constexpr int64_t kFewWindows = 16;  // windows of a row that are compared with every level; more are sorted
 constexpr int64_t kPullColumns = 256;  // of small classes, whose positives are summed together
 constexpr int64_t kTaskSlots = int64_t(1) << 17;  // of one task, whose tables they are

@@ -2,7 +2,10 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
+#include <limits>
 #include <tuple>
+#include <vector>
 
 #include "triplet/bind_triplet.h"
 
@@ -46,6 +49,47 @@ void for_each_anchors(const kdfast::ScanParams& p, const Words& words, const F& 
   for_each_rows(workers, rows, [&](int64_t worker, int64_t begin, int64_t end) { f(begin, end, written<float>(workspace) + worker * each); });
 }
 
+void extrema_of(const kdfast::ExtremaParams& p) {
+  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
+  for_each_anchors(
+      p.scan, [&](int64_t most) { return kernels.triplet_extrema_workspace(p, most); },
+      [&](int64_t begin, int64_t end, float* workspace) { kernels.triplet_extrema(p, begin, end, workspace); });
+}
+
+// The nearest negatives of a batch from half its pairs; false where rows are not fit for that. Tasks are ranges of rows with equal shares of the
+// triangle; what each finds for a column is then compared.
+bool nearest_by_triangle(const kdfast::ExtremaParams& p) {
+  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
+  const int64_t rows = p.scan.classes.rows, padded = rows + kPanelPad;
+  const int64_t workers = workers_for(double(rows) * double(rows) / 2 * double(p.scan.x.width));
+  std::vector<int64_t> first(size_t(workers) + 1, rows);
+  for (int64_t t = 0; t < workers; ++t) {
+    const double left = std::sqrt(1 - double(t) / double(workers));
+    first[size_t(t)] = std::min(rows, int64_t(double(rows) * (1 - left)) / kRowsApart * kRowsApart);
+  }
+  int64_t most = 0;
+  for (int64_t t = 0; t < workers; ++t) most = std::max(most, first[size_t(t) + 1] - first[size_t(t)]);
+  const int64_t words = kernels.triplet_triangle_workspace(p, most);
+  const Tensor workspace = scratch((words + 2 * padded) * workers);
+  float* const work = written<float>(workspace);
+  const auto closeness = [&](int64_t t) { return work + workers * words + 2 * t * padded; };
+  const auto nearest = [&](int64_t t) { return reinterpret_cast<int32_t*>(closeness(t) + padded); };
+  std::vector<char> sound(size_t(workers), 1);
+  for_each_task(workers, workers, [&](int64_t worker, int64_t t) {
+    std::fill_n(closeness(t), padded, -std::numeric_limits<float>::infinity());
+    std::fill_n(nearest(t), padded, -1);
+    sound[size_t(t)] = kernels.triplet_triangle(p, first[size_t(t)], first[size_t(t) + 1], closeness(t), nearest(t), work + worker * words);
+  });
+  if (std::count(sound.begin(), sound.end(), 0) > 0) return false;
+  for (int64_t i = 0; i < rows; ++i) {
+    int64_t best = 0;  // rows of a later task are later rows
+    for (int64_t t = 1; t < workers; ++t)
+      if (closeness(t)[i] > closeness(best)[i]) best = t;
+    p.nearest_negative[i] = nearest(best)[i];
+  }
+  return true;
+}
+
 std::tuple<Tensor, Tensor> triplet_extrema(const Tensor& x, const Tensor& y, const OptionalTensor& centre, bool normalize, int64_t metric,
                                            const Tensor& label, const Tensor& own, const Tensor& first, const Tensor& skip,
                                            const Tensor& count, const Tensor& sequence, const Tensor& ref_label, const Tensor& order,
@@ -60,10 +104,13 @@ std::tuple<Tensor, Tensor> triplet_extrema(const Tensor& x, const Tensor& y, con
   p.farthest_positive = found, p.nearest_positive = found + rows;
   p.nearest_negative = found + 2 * rows, p.most_distant_negative = found + 3 * rows;
   p.unordered = written<bool>(unordered);
-  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
-  for_each_anchors(
-      p.scan, [&](int64_t most) { return kernels.triplet_extrema_workspace(p, most); },
-      [&](int64_t begin, int64_t end, float* workspace) { kernels.triplet_extrema(p, begin, end, workspace); });
+  if (kdfast::cpu_kernels().triplet_triangle_serves(p)) {
+    kdfast::ExtremaParams half = p;
+    half.scan.precision = kdfast::Precision::kFloat32, half.scan.positives_alone = true;
+    extrema_of(half);
+    if (nearest_by_triangle(half)) return {index, unordered};
+  }
+  extrema_of(p);
   return {index, unordered};
 }
 

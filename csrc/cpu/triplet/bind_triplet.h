@@ -6,6 +6,8 @@
 
 namespace {
 
+constexpr int64_t kPanelPad = 64;  // vectors over rows or columns may be read up to a whole panel
+
 inline kdfast::Metric metric_of(int64_t metric) {
   STD_TORCH_CHECK(metric >= 0 && metric <= 2, "metric must be 0 (euclidean), 1 (sqeuclidean) or 2 (cosine), got ", metric);
   return kdfast::Metric(metric);

@@ -12,6 +12,7 @@ struct ScanParams {
   MetricRows x, y;
   Classes classes;
   const int64_t* sequence;  // [rows]: the anchors by class, in which order they are taken
+  bool positives_alone;     // no negative is shown
 };
 
 struct ExtremaParams {
@@ -43,6 +44,10 @@ struct WeightedParams {
 
 // One instruction set's.
 struct MiningKernels {
+  // Of a batch among itself: the nearest negatives from half the pairs (extrema_triangle.inl), where that is the faster way.
+  bool (*triplet_triangle_serves)(const ExtremaParams&);
+  int64_t (*triplet_triangle_workspace)(const ExtremaParams&, int64_t rows);  // floats, for tasks up to this size
+  bool (*triplet_triangle)(const ExtremaParams&, int64_t begin, int64_t end, float* closeness, int32_t* nearest, float* workspace);
   int64_t (*triplet_extrema_workspace)(const ExtremaParams&, int64_t rows);  // floats, for tasks up to this size
   void (*triplet_extrema)(const ExtremaParams&, int64_t begin, int64_t end, float* workspace);  // of the sequence
   int64_t (*triplet_facenet_workspace)(const PairsParams&, int64_t rows);

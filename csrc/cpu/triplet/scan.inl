@@ -69,18 +69,11 @@ struct ScanPass {
   float length(float square) const { return p.metric == Metric::kCosine ? square - square : square; }
 
   bool run() const {
-    const float factor = p.metric == Metric::kCosine ? 1 : 2;
-    bool sound = true;
-    for (int64_t i = 0; i < count; ++i) {
-      w.base[i] = length(prepare_row(p.x, anchor(i), factor, w.prepared));
-      sound &= Packing<Product>::pack_row({w.prepared, ElementType::kFloat32}, 0, p.x.width, false, w.x.at(i));
-      w.cursor[i] = p.classes.first[anchor(i)];
-    }
-    __builtin_memset(w.zeros, 0, size_t(w.block) * 4);
-    const int64_t padded_rows = round_up(count, Product::kRowMultiple), chunk_rows = Product::kRowChunk;
-    __builtin_memset(w.x.at(count), 0, size_t(4 * w.x.stride * (padded_rows - count)));
+    bool sound = ready_rows();
     for (int64_t i = 0, rows; i < count; i += rows) sound &= classes(i, &rows);
     for (int64_t i = 0; i < count; ++i) visitor.prepare(i);
+    if (p.positives_alone) return sound;
+    const int64_t padded_rows = round_up(count, Product::kRowMultiple), chunk_rows = Product::kRowChunk;
     for (int64_t first = 0; first < p.classes.columns; first += w.block) {
       const int64_t columns = smaller(w.block, p.classes.columns - first);
       const Block block{first, columns, round_up(columns, kPanel)};
@@ -90,6 +83,20 @@ struct ScanPass {
       for (int64_t row = 0; row < padded_rows; row += chunk_rows)
         chunk(block, row, smaller(padded_rows - row, chunk_rows), wild, next);
     }
+    return sound;
+  }
+
+  // Packs the anchors, and nothing up to whole tiles.
+  bool ready_rows() const {
+    const float factor = p.metric == Metric::kCosine ? 1 : 2;
+    bool sound = true;
+    for (int64_t i = 0; i < count; ++i) {
+      w.base[i] = length(prepare_row(p.x, anchor(i), factor, w.prepared));
+      sound &= Packing<Product>::pack_row({w.prepared, ElementType::kFloat32}, 0, p.x.width, false, w.x.at(i));
+      w.cursor[i] = p.classes.first[anchor(i)];
+    }
+    __builtin_memset(w.zeros, 0, size_t(w.block) * 4);
+    __builtin_memset(w.x.at(count), 0, size_t(4 * w.x.stride * (round_up(count, Product::kRowMultiple) - count)));
     return sound;
   }
 

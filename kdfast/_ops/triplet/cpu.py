@@ -99,7 +99,9 @@ def extremes(
 def _scan(x: Tensor, y: Tensor, anchors: Anchors, refs: References, metric: str, normalize: bool) -> tuple:
     """What every scan is given: rows, their metric, who is whose positive."""
     normalize = normalize or metric == "cosine"
-    x, y = x.detach().contiguous(), y.detach().contiguous()
+    in_batch = y is x
+    x = x.detach().contiguous()
+    y = x if in_batch else y.detach().contiguous()
     per_anchor = (anchors.label, anchors.own, anchors.first, anchors.skip, anchors.count, anchors.first.argsort(stable=True))
     rows = x, y, _centre(y, metric, normalize), normalize, chosen.METRICS[metric]
     return *rows, *(t.contiguous() for t in (*per_anchor, *refs))
