@@ -71,7 +71,7 @@ def test_rows_of_a_batch_that_are_not_contiguous(isa):
     assert extremes(x, labels, "euclidean", halved=True)[0].equal(extremes(x.contiguous(), labels, "euclidean", halved=False)[0])
 
 
-def test_a_permission_for_bf16_changes_nothing_but_on_tiles(isa):
-    """With it the tiles of AMX score every pair; elsewhere half of them are scored in floats."""
+def test_a_permission_for_bf16_changes_nothing(isa):
+    """The tiles of AMX use it and score every pair; elsewhere half of them are scored in floats."""
     x, labels = torch.randn(700, 16), torch.arange(700) // 5
     same(x, labels, precision=2)
