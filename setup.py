@@ -54,6 +54,15 @@ def headers(*patterns: str) -> list[str]:
     return [str(path.relative_to(ROOT)) for pattern in patterns for path in sorted(ROOT.glob(pattern))]
 
 
+def toolkit(home: str | None) -> str | None:
+    """The folder of the CUDA headers and libraries. torch takes that around the nvcc on the PATH, which may stand for one elsewhere."""
+    if home is None or not (nvcc := Path(home, "bin", "nvcc")).is_file() or Path(home, "include", "cuda_runtime.h").is_file():
+        return home
+    told = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    found = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
+    return home if found is None else os.path.normpath(found[1].strip())
+
+
 def against_cuda(torch, home: str | None) -> str | None:
     """Why CUDA kernels cannot be built (None: they can)."""
     if torch.version.cuda is None:
@@ -69,6 +78,7 @@ def against_cuda(torch, home: str | None) -> str | None:
 
 def cuda_module(torch, cpp_extension, include: str):
     """kdfast._C_cuda, or None with the reason written down."""
+    cpp_extension.CUDA_HOME = toolkit(cpp_extension.CUDA_HOME)
     reason = against_cuda(torch, cpp_extension.CUDA_HOME)
     if reason is not None:
         give_up("kdfast._C_cuda", reason)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from kdfast._core import extension
 
 _C, REASON = extension.load("_C")
 needs_extension = pytest.mark.skipif(_C is None, reason=str(REASON))
+SETUP = Path(__file__).parent.parent / "setup.py"
 KNOWN = ["avx512_amx", "avx512_bf16", "avx512", "avx2", "base"]
 
 
@@ -90,6 +92,25 @@ def test_build_failure_is_remembered(tmp_path, monkeypatch):
 
 
 @needs_extension
+def test_the_cuda_toolkit_is_that_of_the_nvcc_on_the_path(tmp_path, monkeypatch):
+    """An nvcc in /usr/local/bin may be two lines that run another: the headers and libraries are not around it."""
+    real, shown = tmp_path / "cuda-13.0", tmp_path / "local"
+    for folder in (real / "bin", real / "include", shown / "bin"):
+        folder.mkdir(parents=True)
+    (real / "include" / "cuda_runtime.h").touch()
+    for folder in (real, shown):
+        nvcc = folder / "bin" / "nvcc"
+        nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={real}/bin/..' >&2\n")
+        nvcc.chmod(0o755)
+    monkeypatch.setattr(pytest.importorskip("setuptools"), "setup", lambda **given: None)
+    monkeypatch.setenv("KDFAST_NO_EXT", "1")
+    (tmp_path / "kdfast").mkdir()  # where it writes down that nothing is built
+    names = {"__file__": str(tmp_path / "setup.py")}
+    exec(SETUP.read_text(), names)
+    assert names["toolkit"](str(shown)) == names["toolkit"](str(real)) == str(real)
+    assert names["toolkit"](None) is None and names["toolkit"](str(tmp_path)) == str(tmp_path)
+
+
 def test_fma_rate_measures_something_and_checks_its_arguments():
     assert _C.fma_rate("fp32", seconds=0.002) > 0.1
     assert _C.fma_rate("bf16", seconds=0.002, threads=2) > 0.1
