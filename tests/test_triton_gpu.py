@@ -44,6 +44,11 @@ def matched(i):
     return loss_and_gradient(loss, i["q"])
 
 
+def views(i):
+    loss = functional.nt_xent(i["q"], i["bank"][:N] + i["q"], temperature=0.3, impl="triton")
+    return loss_and_gradient(loss, i["q"])
+
+
 def sup_con(i):
     return loss_and_gradient(functional.sup_con(i["q"], i["labels"], temperature=0.1, impl="triton"), i["q"])
 
@@ -105,7 +110,19 @@ def sinkhorn(i):
     return given.f, given.g, given.value, points.f, points.g, points.value
 
 
-KERNELS = [info_nce, wide, distillation, matched, sup_con, triplet, dense, pairs, relations, extrema, knn, sampled, sinkhorn]
+def potentials(i):
+    """Gradients through the iterations and at their fixed point, of a cost and of points."""
+    cost, q = i["cost"].clone().requires_grad_(), i["q"]
+    given = [ops.sinkhorn(cost, epsilon=0.3, max_iters=10, grad=grad, impl="triton") for grad in ("unrolled", "implicit")]
+    points = ops.sinkhorn(x=q[None], y=i["bank"][None, :900], epsilon=20.0, max_iters=4, grad="unrolled", impl="triton")
+    found = [torch.autograd.grad(result.transport_cost.sum(), cost)[0] for result in given]
+    return *found, *torch.autograd.grad(points.transport_cost.sum(), q)
+
+
+KERNELS = [
+    *(info_nce, wide, distillation, matched, views, sup_con, triplet, dense, pairs, relations, extrema, knn, sampled, sinkhorn),
+    potentials,
+]
 CASES = pytest.mark.parametrize("case", KERNELS, ids=lambda c: c.__name__)
 
 
@@ -135,6 +152,7 @@ TARGETS = [
     (functional, "similarity_distillation"),
     (functional, "clip_loss"),
     (functional, "siglip_loss"),
+    (functional, "nt_xent"),
     (functional, "sup_con"),
     (functional, "triplet_loss"),
     (functional, "contrastive_loss"),
