@@ -7,7 +7,7 @@ import torch
 
 from kdfast._core import impls
 from kdfast._ops.similarity import cpu, plain
-from kdfast.functional import info_nce, similarity_distillation
+from kdfast.functional import clip_loss, info_nce, siglip_loss, similarity_distillation
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None or impls.DEFAULT is not None, reason="only the compiled kernels have a short way")
 
@@ -29,6 +29,7 @@ def taken(monkeypatch):
 
     watch("info_nce_mean")
     watch("distillation_mean")
+    watch("matching_mean")
     return seen
 
 
@@ -69,6 +70,28 @@ def test_distillation_has_the_bits_of_the_general_way(taken, divergence, dtype, 
     assert taken == [True]
     inputs = [x for x in (student, keys) if x.requires_grad]
     same_bits(loss, similarity_distillation(student, teacher, keys, teacher_keys, impl="cpu", **options), inputs)
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("loss", [clip_loss, siglip_loss], ids=["clip", "siglip"])
+def test_matching_losses_have_the_bits_of_the_general_way(taken, loss, dtype):
+    image, text = matrices((33, 7), (33, 7), dtype=dtype)
+    scale, shift = torch.tensor(7.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
+    for numbers in ((7.0, -3.0), (scale, shift)):
+        numbers = numbers if loss is siglip_loss else numbers[:1]
+        leaves = [image, text, *(x for x in numbers if isinstance(x, torch.Tensor))]
+        same_bits(loss(image, text, *numbers), loss(image, text, *numbers, impl="cpu"), leaves)
+    same_bits(loss(image.mT, text.mT, *numbers), loss(image.mT, text.mT, *numbers, impl="cpu"), [image, text])
+    assert taken == [True] * 3
+    loss(image.double(), text.double(), *numbers)
+    assert taken[3:] == [False]
+
+
+@pytest.mark.parametrize("numbers", [(-1.0, 0.0), (True, 0.0), (1.0, True), (1.0, None), (torch.ones(2), 0.0)], ids=str)
+def test_wrong_scales_are_named(numbers):
+    image, text = matrices((4, 3), (4, 3))
+    with pytest.raises((TypeError, ValueError), match=r"logit_(scale|bias)"):
+        siglip_loss(image, text, *numbers)
 
 
 def test_second_derivatives(taken):

@@ -6,7 +6,7 @@ from torch import Tensor
 from .._core import checks, collectives, dtypes
 from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
-from .._ops.similarity import sigmoid_pair_loss
+from .._ops.similarity import plain, sigmoid_pair_loss
 from .._ops.similarity.matching import clip_rows, sigmoid_rows, view_rows
 from .._ops.similarity.positives import dot
 from .._ops.similarity.sup_con import sup_con_rows
@@ -152,6 +152,9 @@ def clip_loss(
 
     Raises: ValueError, TypeError naming the argument. Source: Radford et al. 2021 (CLIP), figure 3.
     """
+    usual = weight is group is precision is impl is None and normalize is False and type(label_smoothing) is float and label_smoothing == 0
+    if usual and reduction == "mean" and (loss := plain.matching_mean(image, text, logit_scale)) is not None:
+        return loss
     _pair("image", image, "text", text)
     checks.positive_number("logit_scale", logit_scale)
     checks.scalar("logit_scale", logit_scale)
@@ -210,6 +213,9 @@ def siglip_loss(
 
     Raises: ValueError, TypeError naming the argument. Source: Zhai et al. 2023 (SigLIP), section 3.2.
     """
+    usual = weight is group is precision is impl is None and normalize is False and logit_bias is not None
+    if usual and reduction == "mean" and (loss := plain.matching_mean(image, text, logit_scale, logit_bias)) is not None:
+        return loss
     _pair("image", image, "text", text)
     checks.positive_number("logit_scale", logit_scale)
     for name, x in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):

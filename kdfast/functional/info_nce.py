@@ -85,10 +85,9 @@ def info_nce(
     whole_bank = targets is query_labels is bank_labels is bank_bias is bank_valid is own_index is false_negative_margin is None
     usual = positive_weights is weight is group is precision is impl is None and include_positive is True and normalize is False
     unsmoothed = type(label_smoothing) is float and label_smoothing == 0
-    if whole_bank and usual and unsmoothed and same_class == "exclude" and reduction == "mean":
-        loss = plain.info_nce_mean(query, positive, bank, temperature)
-        if loss is not None:
-            return loss
+    usual = usual and unsmoothed and same_class == "exclude" and reduction == "mean"
+    if whole_bank and usual and (loss := plain.info_nce_mean(query, positive, bank, temperature)) is not None:
+        return loss
     p = _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bias, bank_valid, own_index, normalize, group)
     _check_options(p, positive_weights, same_class, false_negative_margin, include_positive, label_smoothing, reduction)
     return prepared_loss(

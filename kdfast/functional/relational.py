@@ -60,8 +60,7 @@ def similarity_distillation(
     usual = weight is precision is impl is None and normalize is False
     if whole_bank and usual and reduction == "mean" and divergence in ("ce", "kl"):
         sides, temperatures = (student, student_bank, teacher, teacher_bank), (student_temperature, teacher_temperature)
-        loss = plain.distillation_mean(*sides, *temperatures, divergence == "kl")
-        if loss is not None:
+        if (loss := plain.distillation_mean(*sides, *temperatures, divergence == "kl")) is not None:
             return loss
     checks.rows("student", student, ndim=2)
     checks.rows("teacher", teacher, ndim=2)

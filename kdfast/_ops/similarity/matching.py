@@ -76,6 +76,11 @@ def _losses(x, y, scale, shift, labels, mean, precision, impl) -> Tensor:
     fused = chosen == "cpu" or (chosen == "triton" and shift is None)
     if not fused or transformed() or _of_rows(scale) or _of_rows(shift):
         return _definition(call, x, y, scale, shift)
+    return fused_losses(call, x, y, scale, shift)
+
+
+def fused_losses(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor, shift: float | Tensor | None) -> Tensor:
+    """By the call's kernels; scale and shift are floats or 0-d."""
     # made contiguous here, not within: what a Function saves must be what it was given, or the second derivative misses it
     x, y = x.contiguous(), None if y is None else y.contiguous()
     device = x.device

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._core import impls
-from . import cpu, distillation, info_nce
+from . import cpu, distillation, info_nce, matching
 from .apply import transformed
 from .arguments import Compute, Spec
 
@@ -54,8 +54,21 @@ def distillation_mean(
     )
 
 
-def _usual(temperature) -> bool:
-    return type(temperature) is float and 1e-3 <= temperature <= 1e3
+def matching_mean(x: Tensor, y: Tensor, scale: float | Tensor, shift: float | Tensor | None = None) -> Tensor | None:
+    """The mean of `clip_rows` or, with a shift, of `sigmoid_rows` of x and y [N, D]."""
+    numbers = (_usual(scale) or _scalar(scale)) and (shift is None or (type(shift) is float and abs(shift) <= 1e3) or _scalar(shift))
+    if not (numbers and _plain(x, y) and x.shape == y.shape):
+        return None
+    call = matching.Call(None, True, torch.is_grad_enabled(), None, None, cpu.KERNELS, cpu.product_number(None, x))
+    return matching.fused_losses(call, x, y, scale, shift)
+
+
+def _usual(number) -> bool:
+    return type(number) is float and 1e-3 <= number <= 1e3
+
+
+def _scalar(x) -> bool:
+    return type(x) in _TYPES and x.dim() == 0 and x.dtype == torch.float32 and x.is_cpu
 
 
 def _plain(*matrices: Tensor) -> bool:
