@@ -145,6 +145,19 @@ def test_compress_with_a_single_queue():
     torch.testing.assert_close(newest(bank, 5), unit(t))
 
 
+@pytest.mark.parametrize("banks", [1, 2], ids=["one queue", "a queue each"])
+def test_compress_learns_the_teachers_temperature(banks):
+    """The queues are pushed to before the backward."""
+    queues = [queue() for _ in range(banks)]
+    keys = [bank.keys.clone() for bank in queues]
+    temperature = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    s, t = rows(5, 4, grad=True), rows(5, 4)
+    log_t, log_s = (unit(t) @ keys[0].T / temperature).log_softmax(1), (unit(s) @ keys[-1].T / 0.2).log_softmax(1)
+    expected = (log_t.exp() * (log_t - log_s)).sum(1).mean()
+    loss = CompRess(*queues, student_temperature=0.2, teacher_temperature=temperature)
+    same_value_and_gradient(loss(s, t), expected, s, temperature)
+
+
 def test_bad_input_is_named():
     x, labels = torch.randn(4, 3), torch.arange(4)
     for call, message in (

@@ -146,6 +146,31 @@ def test_both_sides_of_a_batch_see_the_same_scores(isa, loss, rows):
     assert (got - truth).norm() <= 2 * (naive - truth).norm() + 4 * torch.finfo(torch.float32).eps * truth.norm()
 
 
+@pytest.mark.parametrize("given", ["pooled", "both"])
+@pytest.mark.parametrize("length", [10, 30, 80])
+@pytest.mark.parametrize("impl", ["cpu", "torch"])
+def test_pooled_of_nearly_one_key(impl, length, given):
+    """p (h.v - h.pooled) is p (1 - p) times a difference: an h.pooled with other roundings than h.v would leave 1e-7 |h| |v| |q|."""
+    shapes = {"query": (N, WIDTH), "keys": (70, WIDTH), "values": (70, 19)}
+    made = {name: length * torch.randn(shape) for name, shape in shapes.items()}
+    h, g = torch.randn(N, 19), torch.randn(N)
+
+    def gradients(softmax, dtype):
+        leaves = {name: x.to(dtype).requires_grad_() for name, x in made.items()}
+        lse, pooled = softmax(**leaves)
+        loss = (pooled * h.to(dtype)).sum() + (lse * g.to(dtype)).sum() * (given == "both")
+        return torch.autograd.grad(loss, tuple(leaves.values()))
+
+    def formula(query, keys, values):
+        z = query @ keys.T
+        return z.logsumexp(1), z.softmax(1) @ values
+
+    got = gradients(lambda **rows: similarity_softmax(**rows, impl=impl), torch.float32)
+    naive, truth = gradients(formula, torch.float32), gradients(formula, torch.float64)
+    for a, b, c in zip(got, naive, truth, strict=True):
+        assert (a - c).norm() <= 2 * (b - c).norm() + 4 * torch.finfo(torch.float32).eps * c.norm() + 1e-9
+
+
 @pytest.mark.parametrize("temperature", [0.1, 0.05, 0.03])
 def test_losses_of_learnt_classes_have_their_digits(isa, temperature):
     """Of 1e-3 to 1e-10: the positive is all but that of the sum, which no float of size 1 can tell."""

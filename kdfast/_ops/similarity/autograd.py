@@ -60,14 +60,15 @@ class Similarity(Function):
         if g is None and h is None:
             return (None,) * 16
         (query, scale, start_logit, start_value, lse, lse_low, pooled), (keys, bias, values, *rules) = _kept(ctx, 7)
-        g = torch.zeros_like(lse) if g is None else g.contiguous()
+        from_lse = g is not None
+        g = g.contiguous() if from_lse else torch.zeros_like(lse)
         h = h.contiguous() if ctx.pool and h is not None else None
         *want, want_values = ctx.want
         # as a Function where it may be differentiated again, or is under torch.func.vmap
         record = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
         run = Gradients.apply if record and not torch.compiler.is_compiling() else Gradients.forward
         dquery, dkeys, dscale, dbias, dstart_logit, dvalues, dstart_value = run(
-            ctx.impl, ctx.compute, (*want, want_values and h is not None), ctx.versions,
+            ctx.impl, ctx.compute, (*want, want_values and h is not None, from_lse), ctx.versions,
             g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules,
         )  # fmt: skip
         return (None, None, None, None, dquery, dkeys, dscale, dbias, dstart_logit, dvalues, dstart_value, *(None,) * 5)

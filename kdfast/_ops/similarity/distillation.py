@@ -117,8 +117,12 @@ def distillation_rows(
 def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Tensor, Tensor]:
     """The definition by streaming softmaxes: any device, dtype and transform, and derivatives in the teacher's scale and the bias too."""
     f = Fixed(*fixed)
+    learnt = recorded(f.scale, f.start_logit, f.bias)
     scale = call.factor if scale is None else scale
     f = f._replace(scale=call.teacher_factor) if f.scale is None else f
+    if learnt:  # the teacher's gradient reads the banks, into which a push may have come by then
+        keys, own_keys, valid = (None if x is None else x.clone() for x in (keys, f.keys, f.valid))
+        f = f._replace(keys=own_keys, valid=valid)
     wide, one_bank = torch.promote_types(student.dtype, f.teacher.dtype), f.keys is None
     operands = (student, keys, f.teacher, keys.detach() if one_bank else f.keys)
     if not torch.is_autocast_enabled(student.device.type):
@@ -139,7 +143,7 @@ def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Te
     if p_start is not None:
         losses = losses - p_start * start_logit
     if call.kl:
-        if one_bank and not recorded(f.scale, f.bias):
+        if one_bank and not learnt:
             own = expected.detach()
         else:
             own = softmax(teacher, teacher_keys, f.scale, None, f.start_logit, pool=True)[-1]

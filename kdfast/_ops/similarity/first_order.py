@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .passes import Sums, Want, run_gradients
+from .passes import Sums, Want, run_forward, run_gradients
 from .portable import above_nothing
 
 
@@ -26,55 +26,111 @@ def pooled_is_over_keys(values: Tensor | None, start_value: Tensor | None) -> bo
     return values is None and start_value is None
 
 
-def corrected(sums: Sums, start: Start | None, expected: Tensor, key_mean: Tensor | None) -> Tensor:  # [B, N, D]
-    """The rows' sums without the errors that all candidates of a row share.
+class Excess(NamedTuple):
+    """How far a row's sums are from what they would be without rounding."""
 
-    lse and what the slopes contain are rounded, so a row's p add up to m = 1 + O(eps) and its dz to t in place of `expected`. Such errors
-    add up in the row's sum, which is therefore divided by m; and (t / m - expected) sum_j p_ij k_j is taken off, where that mean is known.
-    """
+    mass: Tensor  # [B, N], sum_j p_ij, which would be 1; 1 for rows that admit nothing
+    mean: Tensor  # [B, N], of the slopes under p, which would be 0 where what they have in common was taken off
+
+
+def excess(sums: Sums, start: Start | None) -> Excess:
     mass, total = sums.mass, sums.total
     if start is not None:
         mass, total = mass + start.weight, total + start.weight * start.slope
-    mass = torch.where(mass == 0, 1.0, mass)
-    rows = sums.rows / mass[..., None]
-    return rows if key_mean is None else rows - (total / mass - expected)[..., None] * key_mean
+    nothing = mass == 0
+    mass = torch.where(nothing, 1.0, mass)
+    return Excess(mass, torch.where(nothing, 0.0, total / mass))
 
 
-def first_order(impl, compute, want, g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules):
-    """(dquery, dkeys, dscale, dbias, dstart_logit, dvalues, dstart_value); `want` = (query, scale, keys, bias, values), None if not."""
-    want_query, want_scale, want_keys, want_bias, want_values = want
-    closed = h is None and pooled_is_over_keys(values, start_value)
-    slope = g if h is None else g - (h * pooled).sum(-1)  # of a candidate whose value is zero
-    start = dstart_logit = dstart_value = None
-    if start_logit is not None:
-        of_start = slope if h is None or start_value is None else slope + (h * start_value.to(h.dtype)).sum(-1)
-        start = Start(start_weight(start_logit, lse, lse_low), of_start)
-        dstart_logit = start.weight * start.slope
-        if h is not None and start_value is not None:
-            dstart_value = (start.weight[..., None] * h).to(start_value.dtype)
+def corrected(sums: Sums, start: Start | None, key_mean: Tensor) -> Tensor:  # [B, N, D]
+    """The rows' sums, with slopes of mean 0, without the errors that all candidates of a row share.
 
-    wanted = Want((want_query or want_scale) and not closed, want_keys, want_bias, want_values and h is not None)
+    lse and what the slopes contain are rounded, so a row's p add up to m = 1 + O(eps) and its dz to t in place of 0. Such errors
+    add up in the row's sum, which is therefore divided by m; and t / m sum_j p_ij k_j is taken off.
+    """
+    over = excess(sums, start)
+    return sums.rows / over.mass[..., None] - over.mean[..., None] * key_mean
+
+
+def first_order(impl, compute, want, g, h, *problem):
+    """(dquery, dkeys, dscale, dbias, dstart_logit, dvalues, dstart_value), None where not wanted.
+
+    `want` = (query, scale, keys, bias, values, lse), the last whether g is more than zeros.
+    `problem` = (query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules).
+    """
+    return _of_lse(impl, compute, want, g, *problem) if h is None else _of_both(impl, compute, want, g, h, *problem)
+
+
+def _of_lse(impl, compute, want, g, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules):
+    want_query, want_scale, want_keys, want_bias, *_ = want
+    closed = pooled_is_over_keys(values, start_value)
+    start = None if start_logit is None else Start(start_weight(start_logit, lse, lse_low), g)
+    wanted = Want((want_query or want_scale) and not closed, want_keys, want_bias, False)
     sums = None
     if any(wanted):
-        sums = run_gradients(impl, compute, wanted, slope, h, query, keys, scale, bias, values, lse, lse_low, *rules)
-    if wanted.rows:
-        key_mean = None
-        if h is not None and values is None:
-            key_mean = pooled if start_value is None else pooled - start.weight[..., None] * start_value.to(pooled.dtype)
-        rows = corrected(sums, start, g, key_mean)
+        sums = run_gradients(impl, compute, wanted, g, None, query, keys, scale, bias, values, lse, lse_low, *rules)
+    rows = sums.rows / excess(sums, start).mass[..., None] if wanted.rows else pooled
+    factor = g if closed else None  # of rows; None: they have it
     dquery = dscale = None
     if want_query:
-        factor = scale * g if closed else scale
-        dquery = (factor[..., None] * (pooled if closed else rows)).to(query.dtype)
+        dquery = ((scale if factor is None else scale * factor)[..., None] * rows).to(query.dtype)
     if want_scale:
-        dscale = (query.to(compute.dtype).to(scale.dtype) * (pooled if closed else rows)).sum(-1)
-        dscale = g * dscale if closed else dscale
+        dscale = _wide(query, compute, scale, rows)
+        dscale = dscale if factor is None else factor * dscale
     return (
         dquery,
         sums.keys.to(keys.dtype) if want_keys else None,
         dscale,
         sums.bias if want_bias else None,
-        dstart_logit,
-        sums.values.to(values.dtype) if wanted.values else None,
-        dstart_value,
+        None if start is None else start.weight * start.slope,
+        None,
+        None,
+    )
+
+
+def _wide(query, compute, scale, rows):
+    """q_i.rows_i, [B, N]."""
+    return (query.to(compute.dtype).to(scale.dtype) * rows).sum(-1)
+
+
+def _of_both(impl, compute, want, g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules):
+    """Where p is nearly one candidate's, h.v less its mean is 0 to many digits: the mean must be one of the h.v in the sums, to the bit.
+
+    So rows come first, with a mean from `pooled`; by as much as their slopes miss zero that mean is moved before columns are summed. What g
+    adds is apart, lest it be rounded to h.v.
+    """
+    want_query, want_scale, want_keys, want_bias, want_values, from_lse = want
+    weight = None if start_logit is None else start_weight(start_logit, lse, lse_low)
+    of_start = 0.0 if start_value is None else (h * start_value.to(h.dtype)).sum(-1)
+    mean = (h * pooled).sum(-1)
+
+    def summed(wanted, slope, h):
+        return run_gradients(impl, compute, wanted, slope, h, query, keys, scale, bias, values, lse, lse_low, *rules)
+
+    rows = columns = None
+    if want_query or want_scale or want_keys or want_bias:
+        of_rows = summed(Want(True, False, False, False), -mean, h)
+        over = excess(of_rows, None if weight is None else Start(weight, of_start - mean))
+        mean = mean + over.mean
+    if want_query or want_scale:
+        if values is not None:
+            _, key_mean, _ = run_forward(impl, compute, True, query, keys, scale, bias, start_logit, None, None, *rules)
+        elif start_value is not None:
+            key_mean = pooled - weight[..., None] * start_value.to(pooled.dtype)
+        else:
+            key_mean = pooled
+        rows = of_rows.rows / over.mass[..., None] + (g - over.mean)[..., None] * key_mean
+    if want_keys or want_bias or want_values:
+        columns = summed(Want(False, want_keys, want_bias, want_values), -mean, h)
+        if from_lse and (want_keys or want_bias):
+            of_lse = summed(Want(False, want_keys, want_bias, False), g, None)
+            columns = columns._replace(keys=columns.keys + of_lse.keys, bias=columns.bias + of_lse.bias)
+    return (
+        (scale[..., None] * rows).to(query.dtype) if want_query else None,
+        columns.keys.to(keys.dtype) if want_keys else None,
+        _wide(query, compute, scale, rows) if want_scale else None,
+        columns.bias if want_bias else None,
+        None if weight is None else weight * (g + (of_start - mean)),
+        columns.values.to(values.dtype) if want_values else None,
+        None if weight is None or start_value is None else (weight[..., None] * h).to(start_value.dtype),
     )

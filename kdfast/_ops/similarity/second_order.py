@@ -78,7 +78,7 @@ def second_order_of_lse(
     want = Want(True, want_keys, want_bias, want_keys and bool(parts))
     sums = run_gradients(impl, compute, want, -g * rate, g[..., None] * direction, query, keys, scale, bias, of_rates, lse, lse_low, *rules)
     key_mean = means[..., :width]
-    rows_a = corrected(sums, start, torch.zeros_like(g), key_mean)
+    rows_a = corrected(sums, start, key_mean)
     rows_b = g[..., None] * key_mean
     if tangent.keys is not None:
         rows_a = rows_a + g[..., None] * means[..., width : 2 * width]
