@@ -3,8 +3,9 @@
 //   E_ij = 2^(U_i + X_j - k C_ij),  X_j = k g_j,    s_i = sum_j b_j E_ij,    f_i = lambda_a (U_i - log2 s_i)/k,
 //   w_i = a_i 2^(k f_i - U_i),                      t_j = sum_i w_i E_ij,    g_j = lambda_b (X_j - log2 t_j)/k
 //
-// U_i is any exponent that keeps row i in range: minus the row's largest (the first iteration, where epsilon has changed, and rows
-// whose sum went out of range), else k f_i; or E is a stored kernel times 2^(k (g_j - g0_j)), and U_i what its row was stored with.
+// U_i is any exponent that keeps row i in range: k f_i; before there is an f for this epsilon, what would have made a row before sum
+// to 1, while sums stay close to that; minus the row's largest exponent where a sum did not; or E is a stored kernel times
+// 2^(k (g_j - g0_j)), and U_i what its row was stored with.
 // A group of rows is weighed, then added to the column sums while it is in cache: one exponential an entry. Columns whose sum
 // went out of range are redone from their own maxima. Columns without weight, which any row without weight may be infinitely near,
 // are left out by X_j = -infinity and get their g at the end.
@@ -123,14 +124,7 @@ class SinkhornSolver {
   }
 
  private:
-  enum class Form { kLargest, kAbsorbed, kStored };
-
-  // The rows to be weighed after a group, read from memory while that is weighed, and maybe their exponents.
-  struct Ahead {
-    int64_t row;  // the first of as many rows
-    bool peek, known;
-    Real exponents[kGroup];
-  };
+  enum class Form { kFresh, kAbsorbed, kStored };
 
   using V = VecOf<Real>;
   static constexpr int64_t kW = kWidth<Real>;
@@ -143,7 +137,7 @@ class SinkhornSolver {
 
   double epsilon_ = 0;
   Real k_ = 0, damp_a_ = 1, damp_b_ = 1;
-  Form form_ = Form::kLargest;
+  Form form_ = Form::kFresh;
   bool keep_ = false;        // this sweep stores its exponentials
   bool kernel_ok_ = false;   // the stored kernel serves the current potentials
   bool backward_ = true;     // this sweep starts at the last row: what the one before read last is still in cache
@@ -200,7 +194,7 @@ class SinkhornSolver {
       sweep();
       if (!doubtful_ && drift() < kDrift) return;
     }
-    form_ = fresh ? Form::kLargest : Form::kAbsorbed;
+    form_ = fresh ? Form::kFresh : Form::kAbsorbed;
     keep_ = stores && more;
     if (schedule_.method != SinkhornMethod::kProximal)
       for (int64_t j = 0; j < w_.m; ++j) w_.start_g[j] = w_.g[j];
@@ -266,7 +260,7 @@ class SinkhornSolver {
     int64_t waiting[kLag] = {};  // rows of old
     const int64_t groups = (end - begin + step - 1) / step;
     const auto first = [&](int64_t q) { return begin + (backward_ ? groups - 1 - q : q) * step; };
-    Ahead ahead{};
+    Real guess = Real(__builtin_nan(""));
     for (int64_t q = 0; q < groups; ++q) {
       const int64_t i = first(q), rows = smaller(step, end - i), slot = q % lag;
       if (waiting[slot] != rows) {  // taken together otherwise
@@ -275,12 +269,8 @@ class SinkhornSolver {
       }
       Real* const e = stored ? w_.kernel + i * w_.m : entries;
       Real sums[kGroup], used[kGroup] = {};
-      if (far) {
-        const int64_t following = q + 1 < groups ? first(q + 1) : i;
-        const bool whole = following + rows <= end;
-        ahead.row = whole ? following : i, ahead.peek = form_ == Form::kLargest && whole && waiting[slot] > 0;
-      }
-      weigh_group(i, rows, e, waiting[slot] > 0 ? &old[slot] : nullptr, w_.costs + worker * w_.worker_entries, far ? &ahead : nullptr, sums, used);
+      const int64_t following = q + 1 < groups ? first(q + 1) : i, ahead = following + rows <= end ? following : i;
+      weigh_group(i, rows, e, waiting[slot] > 0 ? &old[slot] : nullptr, w_.costs + worker * w_.worker_entries, far ? ahead : -1, sums, used, &guess);
       for (int64_t r = rows; r < kGroup; ++r) sums[r] = 1;
       if (keep_) __builtin_memcpy(w_.stored_u + i, used, size_t(rows) * sizeof(Real));
       error += update_rows(i, rows, sums, form_ == Form::kStored ? w_.stored_u + i : used, weights[slot], &doubt);
@@ -293,10 +283,10 @@ class SinkhornSolver {
     share[0] = error, share[1] = form_ == Form::kStored ? sum_lanes(doubt) : Real(0);
   }
 
-  // sums_r = sum_j b_j e_rj of rows i ... i + rows, at the exponents `used`, adding as many rows of `old`, where given, to
-  // their columns. `ahead`, where rows come from memory, is of these before, and of those that follow after.
-  void weigh_group(int64_t i, int64_t rows, Real* e, const WeightedRows<Real>* old, Real* buffer, Ahead* ahead, Real* sums, Real* used) {
-    V lanes[kGroup], most[kGroup];
+  // sums_r = sum_j b_j e_rj of rows i ... i + rows, at the exponents `used`, adding as many rows of `old`, where given, to their
+  // columns. `ahead` >= 0: rows come from memory, and those from there on follow. `guess`: what makes rows like these sum to 1, or NaN.
+  void weigh_group(int64_t i, int64_t rows, Real* e, const WeightedRows<Real>* old, Real* buffer, int64_t ahead, Real* sums, Real* used, Real* guess) {
+    V lanes[kGroup];
     if (form_ == Form::kStored) {
       each_rows(rows, [&](int64_t r, auto together) {
         constexpr int kRows = decltype(together)::value;
@@ -310,36 +300,33 @@ class SinkhornSolver {
     }
     CostRows<Real, T> costs{nullptr, 0, w_.exponent, k_, p_.m};
     costs.c = cost_rows<Real, T>(p_, points_, i, rows, 0, p_.m, buffer, &costs.stride);
-    const bool known = ahead != nullptr && ahead->known, peek = ahead != nullptr && ahead->peek;
-    for (int64_t r = 0; r < rows; ++r) used[r] = form_ == Form::kAbsorbed ? k_ * w_.f[i + r] : known ? ahead->exponents[r] : least_exponent(costs.from(r));
+    const bool absorbed = form_ == Form::kAbsorbed;
+    if (!absorbed && !(*guess - *guess == 0)) *guess = least_exponent(costs);
+    for (int64_t r = 0; r < rows; ++r) used[r] = absorbed ? k_ * w_.f[i + r] : *guess;
     each_rows(rows, [&](int64_t r, auto together) {
       constexpr int kRows = decltype(together)::value;
-      if (peek) {
-        weigh_costs<kRows, true, Next::kPeek>(costs.from(r), used + r, w_.b, e + r * w_.m, old->from(r), lanes + r, costs.from(ahead->row - i + r), most + r);
-      } else if (old != nullptr && ahead != nullptr) {
-        weigh_costs<kRows, true, Next::kFetch>(costs.from(r), used + r, w_.b, e + r * w_.m, old->from(r), lanes + r, costs.from(ahead->row - i + r));
+      if (old != nullptr && ahead >= 0) {
+        weigh_costs<kRows, true, true>(costs.from(r), used + r, w_.b, e + r * w_.m, old->from(r), lanes + r, costs.from(ahead - i + r));
       } else if (old != nullptr) {
-        weigh_costs<kRows, true, Next::kNone>(costs.from(r), used + r, w_.b, e + r * w_.m, old->from(r), lanes + r);
+        weigh_costs<kRows, true, false>(costs.from(r), used + r, w_.b, e + r * w_.m, old->from(r), lanes + r);
       } else {
-        weigh_costs<kRows, false, Next::kNone>(costs.from(r), used + r, w_.b, e + r * w_.m, WeightedRows<Real>{}, lanes + r);
+        weigh_costs<kRows, false, false>(costs.from(r), used + r, w_.b, e + r * w_.m, WeightedRows<Real>{}, lanes + r);
       }
     });
     sum_lanes_of(lanes, rows, sums);
-    if (ahead != nullptr) ahead->known = peek;
-    for (int64_t r = 0; r < rows && peek; ++r) ahead->exponents[r] = against<Real>(most[r]);
-    if (form_ == Form::kLargest) return;
     each_rows(rows, [&](int64_t first, auto together) {
       constexpr int kRows = decltype(together)::value;
       bool again = false;
       for (int64_t r = first; r < first + kRows; ++r) {
-        if (trusted(sums[r])) continue;
+        if (absorbed ? trusted(sums[r]) : close(sums[r])) continue;
         used[r] = least_exponent(costs.from(r));
         again = true;
       }
       if (!again) return;
-      weigh_costs<kRows, false, Next::kNone>(costs.from(first), used + first, w_.b, e + first * w_.m, WeightedRows<Real>{}, lanes);
+      weigh_costs<kRows, false, false>(costs.from(first), used + first, w_.b, e + first * w_.m, WeightedRows<Real>{}, lanes);
       for (int64_t r = 0; r < kRows; ++r) sums[first + r] = sum_lanes(lanes[r]);
     });
+    *guess = used[0] - log2<Real>(splat(sums[0]))[0];
   }
 
   // new_f and the weights of a group of rows; returns the error of their marginals before. `doubt`: not 0 where a sum was not trusted.

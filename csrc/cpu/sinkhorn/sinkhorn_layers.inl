@@ -45,14 +45,6 @@ void assign_chunk(const SinkhornAssign<Real>& p, const T* scores, int64_t first,
   });
 }
 
-// Sums of exponentials within this of 1, or its inverse, have exponents so small that their rounding is that of the exponential.
-constexpr double kClose = 0x1p12;
-
-template <class Real>
-inline bool close(Real sum) {
-  return sum >= Real(1 / kClose) && sum <= Real(kClose);
-}
-
 // Each chunk takes the largest of those before, and vectors of columns find their own where a sum is not close to 1.
 template <class Real, class T>
 void assign_columns(const SinkhornAssign<Real>& p, const T* scores, Real* work) {
@@ -109,7 +101,7 @@ inline Real weigh_alike(const CostRows<Real, T>& rows, Real u, const Real* ones,
   VecOf<Real> lanes[kRows];
   Real used[kRows], sum[kRows];
   for (int r = 0; r < kRows; ++r) used[r] = u;
-  weigh_costs<kRows, kAdd, Next::kFetch>(rows, used, ones, entries, old, lanes, next);
+  weigh_costs<kRows, kAdd, true>(rows, used, ones, entries, old, lanes, next);
   bool again = false;
   for (int r = 0; r < kRows; ++r) {
     sum[r] = sum_lanes(lanes[r]);
@@ -118,7 +110,7 @@ inline Real weigh_alike(const CostRows<Real, T>& rows, Real u, const Real* ones,
     again = true;
   }
   if (again) {
-    weigh_costs<kRows, false, Next::kNone>(rows, used, ones, entries, old, lanes);
+    weigh_costs<kRows, false, false>(rows, used, ones, entries, old, lanes);
     for (int r = 0; r < kRows; ++r) sum[r] = sum_lanes(lanes[r]);
   }
   for (int r = 0; r < kRows; ++r) weights[r] = 1 / sum[r];

@@ -24,7 +24,15 @@ inline bool trusted(Real sum) {
   return sum >= Real(1 / kTrusted) && sum <= Real(kTrusted);
 }
 
-// 1 for sums that are not, 0 elsewhere.
+// Sums of exponentials within this of 1, or its inverse, have exponents so small that their rounding is that of the exponential.
+constexpr double kClose = 0x1p12;
+
+template <class Real>
+inline bool close(Real sum) {
+  return sum >= Real(1 / kClose) && sum <= Real(kClose);
+}
+
+// 1 for sums that are not trusted, 0 elsewhere.
 template <class Real>
 inline VecOf<Real> doubt_of(VecOf<Real> sum) {
   const VecOf<Real> zero = {};
@@ -79,36 +87,26 @@ inline int64_t elements_to_line(const Real* p) {
   return -reinterpret_cast<intptr_t>(p) / int64_t(sizeof(Real)) & (kWidth<Real> - 1);
 }
 
-// The u that makes 1 of the largest of exponents by lanes; 0 where there is nothing to sum.
-template <class Real>
-inline Real against(VecOf<Real> most) {
-  const Real largest = largest_lane(most);
-  return largest == Real(-__builtin_inf()) ? Real(0) : -largest;
-}
-
-// That of a row.
+// The u that makes 1 of a row's largest exponential; 0 where there is nothing to sum.
 template <class Real, class T>
 inline Real least_exponent(const CostRows<Real, T>& row) {
   const VecOf<Real> none = splat(Real(-__builtin_inf()));
   VecOf<Real> most[4] = {none, none, none, none};
   each_vector<Real>(row.m, [&](int64_t j, int lane, int64_t count) { most[lane] = larger(most[lane], row.at(0, j, count, VecOf<Real>{})); });
-  return against<Real>(larger(larger(most[0], most[1]), larger(most[2], most[3])));
+  const Real largest = largest_lane(larger(larger(most[0], most[1]), larger(most[2], most[3])));
+  return largest == Real(-__builtin_inf()) ? Real(0) : -largest;
 }
 
-// What is done of the rows to be weighed next: nothing, brought into the caches, or that and their largest exponents found.
-enum class Next { kNone, kFetch, kPeek };
-
 // e_rj = 2^(u_r + x_j) for kRows rows, and sum_j b_j e_rj by lanes. With kAdd `old`, which may lie where e does, goes to its columns;
-// with kPeek the largest exponents of as many rows at `next` go to `most`, by lanes.
-template <int kRows, bool kAdd, Next kNext, class Real, class T>
+// with kFetch as many rows at `next` are brought into the caches.
+template <int kRows, bool kAdd, bool kFetch, class Real, class T>
 inline void weigh_costs(const CostRows<Real, T>& rows, const Real* u, const Real* b, Real* e, const WeightedRows<Real>& old, VecOf<Real>* sums,
-                        const CostRows<Real, T>& next = {}, VecOf<Real>* most = nullptr) {
-  VecOf<Real> sum[kRows][2], shift[kRows], weight[kRows], largest[kRows];
+                        const CostRows<Real, T>& next = {}) {
+  VecOf<Real> sum[kRows][2], shift[kRows], weight[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     sum[r][0] = sum[r][1] = VecOf<Real>{};
     shift[r] = splat(u[r]), weight[r] = splat(kAdd ? old.weight[r] : Real(0));
-    largest[r] = splat(Real(-__builtin_inf()));
   }
   each_vector<Real, 2>(rows.m, [&](int64_t j, int lane, int64_t count) {
     const VecOf<Real> share = load(b + j);
@@ -116,8 +114,7 @@ inline void weigh_costs(const CostRows<Real, T>& rows, const Real* u, const Real
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       if constexpr (kAdd) column = multiply_add(load(old.e + kRows * j + r * kWidth<Real>), weight[r], column);
-      if constexpr (kNext == Next::kFetch) __builtin_prefetch(next.c + r * next.stride + j);
-      if constexpr (kNext == Next::kPeek) largest[r] = larger(largest[r], next.at(r, j, count, VecOf<Real>{}));
+      if constexpr (kFetch) __builtin_prefetch(next.c + r * next.stride + j);
       const VecOf<Real> x = exp2(rows.at(r, j, count, shift[r]));
       store(e + kRows * j + r * kWidth<Real>, x);
       sum[r][lane] = multiply_add(x, share, sum[r][lane]);
@@ -125,10 +122,7 @@ inline void weigh_costs(const CostRows<Real, T>& rows, const Real* u, const Real
     if constexpr (kAdd) store(old.columns + j, column);
   });
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-    sums[r] = sum[r][0] + sum[r][1];
-    if constexpr (kNext == Next::kPeek) most[r] = largest[r];
-  }
+  for (int r = 0; r < kRows; ++r) sums[r] = sum[r][0] + sum[r][1];
 }
 
 // The same of exponentials that are stored, and any v in place of b. Two vectors' work in L1 is all there is to a step, so nothing else may be:

@@ -108,7 +108,7 @@ def implicit(p: Problem, f: Tensor, g: Tensor, done: Tensor, to_f: Tensor, to_g:
     """adjoint.implicit by one pass over the cost a step of conjugate gradients, all problems at once."""
     epsilon = effective_epsilon(p, schedule, done)
     q, once = p._replace(epsilon=epsilon), Schedule(1, None, "log", None, None)
-    step = solve(q, g, once, True)  # from g, by true maxima: with its potentials over lambda, rows and columns sum to 1 in this precision
+    step = solve(q, g, once, True)  # from g alone: with its potentials over lambda, rows and columns sum to 1 in this precision
     damp_b, g_hat = damping(p.rho_b, epsilon), step.g / damping(p.rho_b, epsilon)
     # A is B with its rows and columns rescaled
     rows, columns = (step.f / damping(p.rho_a, epsilon) - step.f) / epsilon[:, None], (g - g_hat) / epsilon[:, None]
