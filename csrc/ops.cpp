@@ -112,11 +112,18 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "bool normalize, int metric, bool want_x, bool want_y) -> (Tensor, Tensor)");
   m.def(
       "triplet_hinges(Tensor x, Tensor? y, Tensor first, Tensor last, Tensor own, Tensor columns, int metric, int positives, int mining, "
-      "float sign, float margin, float epsilon, bool soft, bool swap, bool want_x, bool want_y) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "float sign, float margin, float epsilon, bool soft, bool want_x, bool want_y) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "triplet_hinges_grad(Tensor g, Tensor nearest, Tensor tiles, Tensor dx, Tensor dy, Tensor x, Tensor? y, Tensor first, Tensor last, "
-      "Tensor own, Tensor columns, int metric, int positives, int mining, float sign, float margin, float epsilon, bool soft, bool swap, bool want_x, "
+      "Tensor own, Tensor columns, int metric, int positives, int mining, float sign, float margin, float epsilon, bool soft, bool want_x, "
       "bool want_y) -> (Tensor, Tensor)");
+  m.def(
+      "every_triplet(Tensor[] x, Tensor[] y, Tensor? mine, Tensor? mine_ref, Tensor first, Tensor last, Tensor own, Tensor columns, int metric, "
+      "int positives, int mining, float sign, float margin, float epsilon, bool soft, bool swap, bool want_x, bool want_y) -> Tensor[]");
+  m.def(
+      "every_triplet_grad(Tensor g, Tensor nearest, Tensor[] dx, Tensor[] dy, Tensor[] x, Tensor[] y, Tensor? mine, Tensor? mine_ref, Tensor first, "
+      "Tensor last, Tensor own, Tensor columns, int metric, int positives, int mining, float sign, float margin, float epsilon, bool soft, bool swap, "
+      "bool want_x, bool want_y) -> Tensor[]");
   m.def(
       "pair_hinges(Tensor x, Tensor? y, Tensor first, Tensor last, Tensor own, Tensor columns, Tensor levels, int metric) "
       "-> (Tensor, Tensor, Tensor)");

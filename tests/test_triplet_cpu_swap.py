@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from triplet_dense_cases import case, check, check_repeats, check_second_derivative, loss_of
+from triplet_dense_cases import case, check, check_compiles, check_repeats, check_second_derivative, loss_of
 
 from kdfast._core import extension
-from kdfast._ops.triplet import cpu, distances, mining
+from kdfast._ops.triplet import distances, mining
 from kdfast.functional import triplet_loss
 
 _C, REASON = extension.load("_C")
@@ -34,7 +34,7 @@ def test_unit_rows(isa, name):
             check(a | {"metric": metric}, swap=True, soft=True, mining=name, margin=0.2, normalize=True, reduction=reduction)
 
 
-# a lone row; beside a panel and a chunk of rows; several blocks of columns; classes of one to seventeen, and anchors of several teams
+# a lone row; beside a panel and a chunk of rows; several blocks of columns
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (3, 15, 2), (17, 65, 3), (65, 63, 65), (257, 300, 130), (40, 600, 33)], ids=lambda s: "x".join(map(str, s))
 )
@@ -46,13 +46,11 @@ def test_ragged_sizes(isa, shape):
 
 @pytest.mark.parametrize("bank", [False, True], ids=["in_batch", "bank"])
 def test_classes_of_any_size(isa, bank):
-    sizes = (17, 1, 16, 15, 2, 17, 1, 9)
+    sizes = (17, 1, 16, 15, 2, 17, 1, 60)
     labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[torch.randperm(sum(sizes))]
-    a = case(200 if bank else labels.numel(), labels.numel() if bank else None, 4, len(sizes) + 1)
-    a |= {"ref_labels": labels, "own_index": torch.arange(200) % (labels.numel() + 1) - 1} if bank else {"labels": labels}
+    a = case(60 if bank else labels.numel(), labels.numel() if bank else None, 4, len(sizes) + 1)
+    a |= {"ref_labels": labels} if bank else {"labels": labels}
     a["x"][::7] = a["x"][0]
-    if bank:  # rows of their own class alone, for own_index would leave 17 positives
-        a["labels"] = labels[a["own_index"]].where(a["own_index"] >= 0, 1)
     for name in mining.SETS:
         for how in ({"reduction": "sum"}, {"max_positives": 3, "reduction": "none", "direction": "confuse"}):
             check(a, swap=True, mining=name, margin=1.0, epsilon=0.7, **how)
@@ -96,10 +94,19 @@ def test_threads_agree_and_repeat(threads, bank):
     check_repeats(a, swap=True, mining="batch_all", margin=1.3)
 
 
-def test_larger_classes_take_the_portable_path():
-    labels = torch.zeros(cpu.SWAPPED_POSITIVES + 4, dtype=torch.int64)
-    labels[-2:] = 1
-    x = torch.randn(labels.numel(), 4)
-    with pytest.raises(ValueError, match="at most 16 positives"):
-        triplet_loss(x, labels, swap=True, mining="batch_all", impl="cpu")
-    torch.testing.assert_close(*(triplet_loss(x, labels, swap=True, mining="batch_all", impl=impl) for impl in (None, "torch")))
+@pytest.mark.parametrize("name", mining.SETS)
+def test_compiles_whole(name):
+    check_compiles(swap=True, mining=name)
+
+
+def test_units_of_several_chunks(isa):
+    a = case(300, None, 9, 1)
+    a["labels"][:40] = 1
+    check(a, swap=True, mining="batch_all", max_positives=2, margin=1.3)
+
+
+def test_units_of_more_rows_than_are_packed_together():
+    """Rows so wide that those of the one large class are more than a pass takes otherwise."""
+    a = case(1100, None, 600, 1)
+    a["labels"][-20:] = 1
+    check(a, swap=True, mining="batch_all", max_positives=2, margin=1.3)

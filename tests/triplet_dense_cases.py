@@ -17,14 +17,21 @@ def case(n, m, width, classes, *, metric="euclidean", valid=0) -> dict:
 
 
 def loss_of(a: dict, impl: str, dtype=torch.float32, **how) -> tuple[torch.Tensor, ...]:
-    """The loss and its gradients in x and ref."""
-    leaves = {name: a[name].to(dtype).requires_grad_() for name in ("x", "ref") if name in a}
+    """The loss and its gradients in x and ref, or in each layer where these are lists."""
+    leaves = {name: _leaves(a[name], dtype) for name in ("x", "ref") if name in a}
     rest = {name: value for name, value in a.items() if name not in ("x", "labels", "ref")}
+    if "sample_on" in a:
+        rest["sample_on"] = tuple(t.to(dtype) for t in a["sample_on"]) if "ref" in a else a["sample_on"].to(dtype)
     normalize = how.pop("normalize", False)
     more = {"ref": leaves["ref"]} if "ref" in leaves else {}
     loss = triplet_loss(leaves["x"], a["labels"], **rest, **more, normalize=normalize, impl=impl, **how)
     upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
-    return loss.detach(), *torch.autograd.grad(loss, tuple(leaves.values()), upstream)
+    flat = [t for rows in leaves.values() for t in (rows if isinstance(rows, list) else [rows])]
+    return loss.detach(), *torch.autograd.grad(loss, flat, upstream)
+
+
+def _leaves(rows, dtype):
+    return [t.to(dtype).requires_grad_() for t in rows] if isinstance(rows, list) else rows.to(dtype).requires_grad_()
 
 
 def check(a: dict, **how) -> None:

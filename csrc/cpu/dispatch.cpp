@@ -32,6 +32,7 @@ namespace kdfast {
   X(MiningKernels, mining, isa)                   \
   X(ChosenKernels, chosen, isa)                   \
   X(DenseKernels, dense, isa)                     \
+  X(EveryTripletKernels, every_triplet, isa)      \
   X(ProbeKernels, probe, isa)
 #define KDFAST_DECLARE(Kernels, unit, isa) extern const Kernels unit##_kernels_##isa;
 #define KDFAST_ENTRY(Kernels, unit, isa) unit##_kernels_##isa,

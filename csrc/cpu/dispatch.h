@@ -18,7 +18,7 @@
 #include "similarity/unit_length.h"
 #include "sinkhorn/sinkhorn.h"
 #include "triplet/chosen.h"
-#include "triplet/dense.h"
+#include "triplet/every_triplet.h"
 #include "triplet/mining.h"
 
 namespace kdfast {
@@ -41,6 +41,7 @@ struct CpuKernels : SimilarityKernels,
                     MiningKernels,
                     ChosenKernels,
                     DenseKernels,
+                    EveryTripletKernels,
                     ProbeKernels {
   const char* isa;
 };

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._core import checks, random
 from .._ops import triplet as op
-from .._ops.triplet import classes, cpu, dense, distances, inputs, mining, portable, sampling, triton_mining
+from .._ops.triplet import classes, cpu, dense, distances, every_triplet, inputs, mining, portable, sampling, triton_mining
 
 REDUCTIONS = ("mean_nonzero", "mean", "sum", "none")
 
@@ -90,9 +90,8 @@ def triplet_loss(
     loss NaN. At distance 0 the gradient is 0. Under autocast everything is formed in float32.
 
     Cost: O(N M D) time, memory of a block of anchors. Soft, swapped, `sample_on` or several layers visit every triplet of
-    batch_all, semi_hard and multi_similarity (N P M); otherwise these cost N M (D + log P). impl="cpu" serves them soft, and
-    swapped with at most 16 positives an anchor, not on other rows or several layers. It
-    keeps about 20 bytes for each triplet of the minings with one negative an anchor or a pair.
+    batch_all, semi_hard and multi_similarity (N P M); otherwise these cost N M (D + log P). impl="cpu" serves them with at most
+    16 layers, and keeps about 20 bytes for each triplet of the minings with one negative an anchor or a pair.
 
     Raises: ValueError, TypeError, IndexError naming the argument. Sources: Hermans et al. 2017 (batch_hard, batch_all), Schroff et
     al. 2015 (FaceNet), Wu et al. 2017 (distance weighting), Wang et al. 2019 (multi-similarity), Balntas et al. 2016 (swap).
@@ -114,7 +113,7 @@ def triplet_loss(
     with op.full_precision(problem.mine):
         if problem.mine.shape[0] == 0:
             return portable.nothing((*problem.layers, *problem.refs), reduction)
-        return portable.finish(_module(settings).triplet_rows(settings, problem, seed), reduction)
+        return portable.finish(_module(settings, problem).triplet_rows(settings, problem, seed), reduction)
 
 
 def mine_triplets(
@@ -177,14 +176,16 @@ def mine_triplets(
         none = problem.anchors.row.new_empty((0,) if per_anchor else (0, problem.positives, *([per_pair] if draws else [])))
         return Triplets(none, none, none, none.bool())
     with op.full_precision(problem.mine):
-        module = _module(settings)
+        module = _module(settings, problem)
         m = portable.mine(settings, problem, seed, per_pair) if module is portable else module.mine(settings, problem, seed)
     anchor = problem.anchors.row.view(-1, *[1] * (m.valid.dim() - 1)).expand(m.valid.shape)
     return Triplets(anchor, m.positive, m.negative, m.valid)
 
 
-def _module(s: mining.Settings):
+def _module(s: mining.Settings, p: portable.Problem):
     """What serves a mining in an implementation."""
+    if s.impl == "cpu" and s.mining in mining.SETS and (s.swap or p.separate):
+        return every_triplet
     if s.impl != "torch" and s.mining in mining.SETS:
         return dense
     if s.impl == "triton" and s.mining in mining.PER_PAIR:
@@ -232,10 +233,14 @@ def _problem(
     bounded = max_positives is not None or name_of_op == "mine_triplets"
     facts = dict(others=tuple(t.dtype for t in rows), width=min(t.shape[1] for t in rows), mined=name, bounded=bounded)
     facts |= dict(
-        soft=settings.get("soft", False), swap=settings.get("swap", False), separates=name_of_op == "triplet_loss" and sample_on is None
+        soft=settings.get("soft", False),
+        swap=settings.get("swap", False),
+        separate=sample_on is not None,
+        listed=name_of_op == "mine_triplets",
+        layers=len(batch.layers),
     )
     positives = classes.largest(batch.anchors, batch.refs[0].shape[0])
-    impl = op.choose(name_of_op, impl, batch.layers[0], positives=positives, **facts)
+    impl = op.choose(name_of_op, impl, batch.layers[0], **facts)
     by_kernels = impl == "cpu" or (impl == "triton" and name in mining.SETS)  # which take rows as given
     if not by_kernels or batch.layers[0].shape[0] == 0:
         batch = batch.ready(metric, normalize)

@@ -45,4 +45,11 @@ inline Vec softplus(Vec u, Vec* derivative) {
   return larger(Vec{}, u) + log1p_unit(e);
 }
 
+// The same without divisions, an error of 1e-7 more of each: where it is most of the work.
+inline Vec softplus_quick(Vec u, Vec* derivative) {
+  const Vec e = exp2_nonpositive(splat(-kLog2e) * (u < Vec{} ? -u : u)), one = splat(1.0f);
+  *derivative = (u < Vec{} ? e : one) * reciprocal(one + e);
+  return larger(Vec{}, u) + twice_artanh(e * reciprocal(e + splat(2.0f)));
+}
+
 }  // namespace

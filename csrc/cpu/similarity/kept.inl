@@ -51,7 +51,8 @@ inline void keep_scores(Product product, const PairParams& p, const PairTask& al
 struct KeptWorkspace : PairGradientWorkspace {
   template <class Product>
   KeptWorkspace(Product product, const PairParams& p, const PairSums& out, Arena& arena)
-      : PairGradientWorkspace(product, p, out.x_sums != nullptr, out.y_sums != nullptr, p.rows, p.columns, arena, round_up(p.columns, kPanel), true) {}
+      : PairGradientWorkspace(product, p, out.x_sums != nullptr, out.y_sums != nullptr, p.rows, p.columns, arena, round_up(p.columns, kPanel),
+                              round_up(p.rows, Product::kRowChunk)) {}
 };
 
 inline PairTask all_pairs(const PairParams& p) { return {0, 0, p.rows, 0, p.columns}; }

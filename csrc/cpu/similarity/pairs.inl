@@ -144,7 +144,7 @@ struct PairPass {
 
 // ---- sums weighted by a function of the scores --------------------------------------------------------------------------
 
-// kept: the tile has the scores of all rows and columns.
+// The tile has the scores of `tile_rows` rows, a chunk of them or several.
 struct PairGradientWorkspace {
   int64_t rows, block, group;  // group: rows whose weights are collected transposed
   Rows x;
@@ -159,10 +159,12 @@ struct PairGradientWorkspace {
   float* scale;                // per row
   bool group_idle = false;     // all weights of the group at hand are 0
 
+  PairGradientWorkspace() = default;
   template <class Product>
   PairGradientWorkspace(Product product, const PairParams& p, bool want_x, bool want_y, int64_t row_count, int64_t columns, Arena& arena,
-                        int64_t most_columns = kPairBlock<Product>, bool kept = false) {
+                        int64_t most_columns = kPairBlock<Product>, int64_t tile_rows = Product::kRowChunk) {
     rows = rows_at_once<Product>(p.width, row_count);
+    if (rows < tile_rows) rows = round_up(smaller(tile_rows, row_count), Product::kRowMultiple);
     block = smaller(most_columns, round_up(columns, kPanel));
     group = smaller(kTransposedRows<Product>, round_up(rows, kPanel));
     const int64_t sums = round_up(block, Product::kRowMultiple), groups = (rows + group - 1) / group;
@@ -170,7 +172,7 @@ struct PairGradientWorkspace {
     y.panels.plan(product, p.width, block, true, want_x, arena);
     x_sums.plan(want_x ? rows : 0, p.width, arena);
     tile.plan(product, Product::kRowChunk, block, arena);
-    if (kept) arena.take((round_up(rows, Product::kRowChunk) - Product::kRowChunk) * tile.stride);  // its other rows
+    if (tile_rows > Product::kRowChunk) arena.take((tile_rows - Product::kRowChunk) * tile.stride);  // its other rows
     scale = arena.take(round_up(rows, Product::kRowChunk));
     if (!want_y) return;
     x_panels.plan(product, p.width, group, false, true, arena);
@@ -211,6 +213,12 @@ struct PairGradientPass {
   int64_t padded_rows() const { return round_up(count, Product::kRowMultiple); }
 
   void run() const {
+    begin();
+    stream_blocks(Product{}, w.block, padded_rows(), task.column_begin, task.column_end, *this, w.y);
+    finish();
+  }
+
+  void begin() const {
     const Matrix x = p.x.from(task.batch * p.rows * p.width);
     for (int64_t i = 0; i < count; ++i) {
       Packing<Product>::pack_row(x, first + i, p.width, false, w.x.at(i));
@@ -225,7 +233,9 @@ struct PairGradientPass {
       }
     }
     if (out.x_sums != nullptr && !kKept) __builtin_memset(w.x_sums.at(0), 0, size_t(4 * padded_rows() * w.x_sums.stride));
-    stream_blocks(Product{}, w.block, padded_rows(), task.column_begin, task.column_end, *this, w.y);
+  }
+
+  void finish() const {
     if (out.x_sums != nullptr) add_to(out.x_sums + (task.batch * p.rows + first) * p.width, w.x_sums, count);
   }
 

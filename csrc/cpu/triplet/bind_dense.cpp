@@ -2,112 +2,23 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
-#include <limits>
-
-#include "triplet/bind_teams.h"
+#include "triplet/bind_hinges.h"
 
 namespace {
 
-kdfast::HingeRule rule_of(int64_t mining, double sign, double margin, double epsilon, bool soft, bool swap) {
-  STD_TORCH_CHECK(mining >= 0 && mining <= 2, "mining must be 0, 1 or 2, got ", mining);
-  STD_TORCH_CHECK(sign == 1 || sign == -1, "sign must be 1 or -1, got ", sign);
-  return {kdfast::Mining(mining), float(sign), float(epsilon), margin, soft, swap, nullptr};
-}
-
 // Whether one pass makes values and gradients.
 bool at_once(const Dense& dense, const kdfast::HingeRule& rule) {
-  return rule.threshold == nullptr && (rule.soft || rule.swap || dense.most > kFewWindows);
-}
-
-// Sums of the columns that each thread keeps for itself, added up in the order of threads.
-struct ColumnSums {
-  int64_t size, columns, threads;
-  Tensor sums, weights;
-
-  ColumnSums(const Dense& dense, bool wanted)
-      : size(wanted ? dense.p.pairs.columns * dense.p.pairs.width : 0), columns(wanted ? dense.p.pairs.columns : 0), threads(dense.threads()),
-        sums(zeros<float>(size * threads, ScalarType::Float)), weights(zeros<double>(columns * threads, ScalarType::Double)) {}
-  float* sums_of(int64_t worker) const { return size > 0 ? memory<float>(sums) + worker * size : nullptr; }
-  double* weights_of(int64_t worker) const { return size > 0 ? memory<double>(weights) + worker * columns : nullptr; }
-  void add_to(float* to_sums, double* to_weights) const {
-    for (int64_t worker = 0; worker < threads; ++worker) {
-      const float* const own_sums = sums_of(worker);
-      const double* const own_weights = weights_of(worker);
-      for (int64_t i = 0; i < size; ++i) to_sums[i] += own_sums[i];
-      for (int64_t j = 0; j < columns; ++j) to_weights[j] += own_weights[j];
-    }
-  }
-};
-
-// Where a part of the filter's rows begins: those whose distances serve both their rows have the fewer columns the later they come.
-int64_t filter_bound(const DenseParams& p, int64_t part, int64_t parts) {
-  if (!p.symmetric) return bound(p.pairs.rows, part, parts);
-  const double before = 1 - std::sqrt(1 - double(part) / double(parts));
-  return part == parts ? p.pairs.rows : int64_t(before * double(p.pairs.rows)) / kRowsApart * kRowsApart;
-}
-
-// What values of one pass are made with: out.nearest, and out.mined as SortedHinges takes it.
-void run_filter(const Dense& dense, const kdfast::HingeRule& rule, const kdfast::HingeResult& out) {
-  const int64_t rows = dense.rows();
-  std::fill_n(out.nearest, rows, std::numeric_limits<float>::infinity());
-  if (rule.mining != kdfast::Mining::kMultiSimilarity) return;
-  const int64_t parts = parts_of(rows, dense.workers), padded_rows = rows + kPanelPad;
-  const Tensor nearest = scratch(parts * padded_rows), kept = zeros<int64_t>(parts * rows, ScalarType::Long);
-  std::fill_n(memory<float>(nearest), parts * padded_rows, std::numeric_limits<float>::infinity());
-  for_each_task(parts, parts, [&](int64_t, int64_t part) {
-    const int64_t begin = filter_bound(dense.p, part, parts), end = filter_bound(dense.p, part + 1, parts);
-    const Tensor workspace = scratch(dense.kernels.hinge_filter_workspace(dense.p, end - begin));
-    dense.kernels.hinge_filter(dense.p, rule, {memory<float>(nearest) + part * padded_rows, memory<int64_t>(kept) + part * rows}, begin, end,
-                               memory<float>(workspace));
-  });
-  for (int64_t part = 0; part < parts; ++part) {
-    for (int64_t i = 0; i < rows; ++i) {
-      out.nearest[i] = std::min(out.nearest[i], memory<float>(nearest)[part * padded_rows + i]);
-      out.mined[i] += memory<int64_t>(kept)[part * rows + i];
-    }
-  }
-}
-
-// The same of triplets with `swap`.
-void run_swapped(const Dense& dense, const kdfast::HingeRule& rule, const kdfast::HingeResult& out, const kdfast::HingeUpstream& upstream,
-                 const PairSums& sums) {
-  const CpuKernels& kernels = dense.kernels;
-  const DenseParams& p = dense.p;
-  if (out.loss != nullptr) run_filter(dense, rule, out);
-  const bool wanted = upstream.g != nullptr;
-  const ArrangedTeams arranged(dense);
-  const ColumnSums columns(dense, wanted && (p.in_batch || sums.y_sums != nullptr));
-  const Tensor row_sums = zeros<float>(wanted ? arranged.rows() * p.pairs.width : 0, ScalarType::Float);
-  const Tensor of_anchors = zeros<double>(3 * dense.rows(), ScalarType::Double), weight = zeros<double>(arranged.rows(), ScalarType::Double);
-  const Tensor pull = zeros<double>(dense.slots, ScalarType::Double);
-  double* const sum = memory<double>(of_anchors);
-  const kdfast::SwapState state{sum, sum + dense.rows(), sum + 2 * dense.rows(), memory<double>(pull), memory<double>(weight)};
-  const auto sums_of = [&](int64_t worker) { return PairSums{memory<float>(row_sums), columns.sums_of(worker), nullptr}; };
-  const int64_t rows = arranged.rows(), parts = parts_of(rows, columns.threads);
-  const int64_t size = kernels.swapped_hinges_workspace(p, arranged.teams, sums_of(0), rows / parts + 2 * kRowsApart);
-  const Tensor workspace = scratch(size * parts);
-  for_each_task(parts, rows > 0 ? parts : 0, [&](int64_t worker, int64_t part) {
-    kdfast::HingeUpstream own = upstream;
-    own.y_weight = columns.weights_of(worker);
-    kernels.swapped_hinges(p, arranged.teams, rule, own, state, sums_of(worker), bound(rows, part, parts), bound(rows, part + 1, parts),
-                           memory<float>(workspace) + worker * size);
-  });
-  kernels.swapped_finish(p, rule, state, out, upstream);
-  if (!wanted) return;
-  arranged.add_to(p, memory<float>(row_sums), memory<double>(weight), sums, upstream.x_weight, upstream.y_weight);
-  p.in_batch ? columns.add_to(sums.x_sums, upstream.x_weight) : columns.add_to(sums.y_sums, upstream.y_weight);
+  return rule.threshold == nullptr && (rule.soft || dense.most > kFewWindows);
 }
 
 // Rows with many positives, or softplus: values where out.loss is given, sums of weights where upstream.g is. The weights are of the rows alone: in
 // batch, what a pair weighs in its other role is a sum of the columns.
 void run_at_once(const Dense& dense, const kdfast::HingeRule& rule, const kdfast::HingeResult& out, const kdfast::HingeUpstream& upstream,
                 const PairSums& sums) {
-  if (rule.swap) return run_swapped(dense, rule, out, upstream, sums);
   const CpuKernels& kernels = dense.kernels;
   const DenseParams& p = dense.p;
   if (out.loss != nullptr) run_filter(dense, rule, out);
-  const ColumnSums columns(dense, upstream.g != nullptr && (p.in_batch || sums.y_sums != nullptr));
+  const ColumnSums columns(dense, upstream.g != nullptr && (p.in_batch || sums.y_sums != nullptr), dense.threads());
   const auto sums_of = [&](int64_t worker) { return PairSums{sums.x_sums, columns.sums_of(worker), nullptr}; };
   dense.for_each_rows(
       [&](int64_t n, int64_t slots) {
@@ -141,19 +52,6 @@ void run_hinges_grad(DenseGradients& gradients, const kdfast::HingeRule& rule, c
       [&](const PairTask& task, float* work) { dense.kernels.triplet_hinges_grad(dense.p, rule, upstream, task, sums, most, work); });
 }
 
-// counts [N, pairs of columns] from `pairs` vectors of N.
-Tensor columns_of(const Tensor& like, const std::vector<const int64_t*>& columns, int64_t rows) {
-  const int64_t number = int64_t(columns.size());
-  Tensor to = output(like, {rows, number}, ScalarType::Long);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t c = 0; c < number; ++c) memory<int64_t>(to)[i * number + c] = columns[size_t(c)][i];
-  return to;
-}
-
-struct Wanted {
-  bool x, y;
-};
-
 // Gradients of the sum of g_i times row i's hinges, g padded; where one pass makes both, `out` is filled too if out.loss is given.
 std::tuple<Tensor, Tensor> hinge_gradients(const Dense& dense, const Tensor& like, const kdfast::HingeRule& rule, const Tensor& g,
                                            const kdfast::HingeResult& out, const float* nearest, const uint8_t* tiles, Wanted want) {
@@ -175,10 +73,10 @@ std::tuple<Tensor, Tensor> hinge_gradients(const Dense& dense, const Tensor& lik
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> triplet_hinges(const Tensor& x, const OptionalTensor& y, const Tensor& first,
                                                                           const Tensor& last, const Tensor& own, const Tensor& columns,
                                                                           int64_t metric, int64_t positives, int64_t mining, double sign,
-                                                                          double margin, double epsilon, bool soft, bool swap, bool want_x, bool want_y) {
+                                                                          double margin, double epsilon, bool soft, bool want_x, bool want_y) {
   const Dense dense(x, y, first, last, own, columns, metric, positives);
   const int64_t rows = dense.rows();
-  const kdfast::HingeRule rule = rule_of(mining, sign, margin, epsilon, soft, swap);
+  const kdfast::HingeRule rule = rule_of(mining, sign, margin, epsilon, soft);
   Tensor sums = output(x, {rows, 1}), nearest = output(x, {rows}), tiles = no_tiles(x, dense.p), dx = output(x, {0}), dy = output(x, {0});
   std::vector<int64_t> mined(size_t(rows), 0), active(size_t(rows), 0);
   const kdfast::HingeResult out{memory<float>(sums), mined.data(), active.data(), memory<float>(nearest), memory<uint8_t>(tiles)};
@@ -192,38 +90,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> triplet_hinges(const 
   return {sums, columns_of(x, {mined.data(), active.data()}, rows), nearest, tiles, dx, dy};
 }
 
-// factor x where it is wanted, else nothing.
-Tensor scaled(const Tensor& x, float factor, bool wanted) {
-  Tensor to = output(x, wanted ? std::vector<int64_t>{x.size(0), x.size(1)} : std::vector<int64_t>{0});
-  std::transform(data<float>(x), data<float>(x) + to.numel(), memory<float>(to), [&](float one) { return factor * one; });
-  return to;
-}
-
-// Whether a gradient made with the values, of the rows of `like`, is at hand: else it has no elements.
-bool given(const char* name, const Tensor& gradient, const Tensor& like) {
-  if (gradient.dim() == 1 && gradient.size(0) == 0) return false;
-  packed<float>(name, gradient, {like.size(0), like.size(1)});
-  return true;
-}
-
 // dx and dy of the sum of all rows, empty where they are not at hand, serve where every row has the same g.
 std::tuple<Tensor, Tensor> triplet_hinges_grad(const Tensor& g, const Tensor& nearest, const Tensor& tiles, const Tensor& dx, const Tensor& dy,
                                                const Tensor& x, const OptionalTensor& y, const Tensor& first, const Tensor& last, const Tensor& own,
                                                const Tensor& columns, int64_t metric, int64_t positives, int64_t mining, double sign,
-                                               double margin, double epsilon, bool soft, bool swap, bool want_x, bool want_y) {
+                                               double margin, double epsilon, bool soft, bool want_x, bool want_y) {
   const int64_t rows = x.size(0);
   const float* const upstream_g = packed<float>("g", g, {rows, 1});
   const bool x_given = given("dx", dx, x), y_given = given("dy", dy, y ? *y : x), at_hand = (!want_x || x_given) && (!want_y || y_given);
   if (at_hand && rows > 0 && std::all_of(upstream_g, upstream_g + rows, [&](float one) { return one == upstream_g[0]; }))
     return {scaled(dx, upstream_g[0], want_x), scaled(dy, upstream_g[0], want_y)};
   const Dense dense(x, y, first, last, own, columns, metric, positives);
-  return hinge_gradients(dense, x, rule_of(mining, sign, margin, epsilon, soft, swap), padded(upstream_g, 1, rows), {},
+  return hinge_gradients(dense, x, rule_of(mining, sign, margin, epsilon, soft), padded(upstream_g, 1, rows), {},
                          packed<float>("nearest", nearest, {rows}), tiles_data(tiles, dense.p), {want_x, want_y});
 }
 
 // ---- hinges of pairs: d_ap - level 0 of the positives, level 1 - d_an of the negatives --------------------------------------------
 
-kdfast::HingeRule pair_rule(const Tensor& threshold) { return {kdfast::Mining::kBatchAll, 1, 0, 0, false, false, memory<float>(threshold)}; }
+kdfast::HingeRule pair_rule(const Tensor& threshold) { return {kdfast::Mining::kBatchAll, 1, 0, 0, false, memory<float>(threshold)}; }
 
 std::tuple<Tensor, Tensor, Tensor> pair_hinges(const Tensor& x, const OptionalTensor& y, const Tensor& first, const Tensor& last,
                                                const Tensor& own, const Tensor& columns, const Tensor& levels, int64_t metric) {

@@ -58,7 +58,7 @@ struct HingeRule {
   Mining mining;
   float sign, epsilon;
   double margin;
-  bool soft, swap;            // softplus instead of the hinge; the nearer of d_an and d_pn (Teams): of triplets alone
+  bool soft;                  // softplus instead of the hinge: of triplets alone
   const float* threshold;     // [rows], padded as DenseParams.farthest is; null: triplets
 };
 
@@ -82,27 +82,6 @@ struct HingeUpstream {
   int32_t* active;            // slots: active triplets of each positive, where these are few; null: not counted
   float* pull;                // slots: what each positive weighs, where they are many (DensePull)
   double *x_weight, *y_weight;  // [rows], [columns]: sums of the weights; the columns' null: not wanted
-};
-
-// Rows arranged so that an anchor and its positives are side by side: `anchors` anchors from number `anchor` on and all references of their class from
-// row `refs` on, rows begin .. end together, within one run of kRows. Where each anchor is its own reference, the two are the same rows.
-struct Team {
-  int64_t begin, end, refs, anchor, anchors;
-};
-
-struct Teams {
-  static constexpr int64_t kRows = 32;  // that a chunk of every product has, or a multiple of them
-
-  DenseParams rows;     // as far as distances of the rows to the columns, and columns left out, are concerned
-  const Team* teams;
-  const int32_t* team;  // [rows]; -1: none, a row of zeros
-};
-
-// Sums of the triplets with `swap`.
-struct SwapState {
-  double *sum, *mined, *active;  // [anchors]
-  double* pull;                  // slots: sums of the slopes
-  double* weight;                // [rows of teams]
 };
 
 // Hinges d_ap - level of all positives: their sums and the number of those > 0.
@@ -159,10 +138,6 @@ struct DenseKernels {
   int64_t (*soft_hinges_workspace)(const DenseParams&, const PairSums&, int64_t rows, int64_t slots);
   void (*soft_hinges)(const DenseParams&, const HingeRule&, const HingeResult&, const HingeUpstream&, const PairSums&, int64_t begin, int64_t end,
                       int64_t slots, float* workspace);
-  int64_t (*swapped_hinges_workspace)(const DenseParams&, const Teams&, const PairSums&, int64_t rows);
-  void (*swapped_hinges)(const DenseParams&, const Teams&, const HingeRule&, const HingeUpstream&, const SwapState&, const PairSums&, int64_t begin,
-                         int64_t end, float* workspace);
-  void (*swapped_finish)(const DenseParams&, const HingeRule&, const SwapState&, const HingeResult&, const HingeUpstream&);
   void (*triplet_hinges_pull)(const DenseParams&, const HingeRule&, const HingeUpstream&, float* pull, int64_t begin, int64_t end);
   void (*pull_hinges)(const DenseParams&, const PullHinges&, int64_t begin, int64_t end);
   void (*pull_hinges_pull)(const DenseParams&, const float* level, const float* g, float* pull, int64_t begin, int64_t end);

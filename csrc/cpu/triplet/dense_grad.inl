@@ -6,6 +6,7 @@
 // Included after an instruction set's header (isa/).
 #pragma once
 
+#include "triplet/column_weights.inl"
 #include "triplet/dense.inl"
 
 namespace {
@@ -22,36 +23,6 @@ inline bool tiles_are_idle(const DenseParams& p, const uint8_t* tiles, int64_t r
   };
   return !any(row, row + rows, column, column + columns) && !(p.in_batch && any(column, column + columns, row, row + rows));
 }
-
-// Sums of a block's weights by columns, in floats over a few rows and in double beyond.
-struct ColumnWeights {
-  double* to = nullptr;   // [columns]; null: not wanted
-  float* part = nullptr;  // [block]
-  int64_t first = 0, columns = 0, rows = 0;
-
-  static constexpr int64_t kRows = 64;
-
-  void plan(int64_t block, Arena& arena) { part = arena.take(block); }
-
-  void begin_block(const Block& block) {
-    flush();
-    first = block.first, columns = block.columns;
-    __builtin_memset(part, 0, size_t(4 * block.padded));
-  }
-  void add(int64_t j, Vec weight) const {
-    if (to != nullptr) store(part + j, load(part + j) + weight);
-  }
-  void end_row() {
-    if (++rows == kRows) flush();
-  }
-  void flush() {
-    if (to != nullptr && rows > 0) {
-      for (int64_t j = 0; j < columns; ++j) to[first + j] += double(part[j]);
-      __builtin_memset(part, 0, size_t(4 * columns));
-    }
-    rows = 0;
-  }
-};
 
 struct HingeWeights {
   static constexpr bool kKnowsIdle = true;

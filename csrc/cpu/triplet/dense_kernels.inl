@@ -1,6 +1,6 @@
 // A unit compiled once for each instruction set, and its part of the dispatch table.
 #include "triplet/dense_pull.inl"
-#include "triplet/dense_swap.inl"
+#include "triplet/dense_soft.inl"
 #include "triplet/multi_similarity.inl"
 
 namespace kdfast {
@@ -23,9 +23,6 @@ const DenseKernels KDFAST_UNIT(dense) = {
     .sorted_hinges = sorted_hinges,
     .soft_hinges_workspace = soft_hinges_workspace,
     .soft_hinges = soft_hinges,
-    .swapped_hinges_workspace = swapped_hinges_workspace,
-    .swapped_hinges = swapped_hinges,
-    .swapped_finish = swapped_finish,
     .triplet_hinges_pull = triplet_hinges_pull,
     .pull_hinges = pull_hinges,
     .pull_hinges_pull = pull_hinges_pull,

@@ -192,6 +192,16 @@ inline Windows windows(const HingeRule& rule, Vec d, Vec farthest) {
   return {t, low, t};
 }
 
+// Levels that are mined with a positive at distance d: low <= v < high.
+inline Windows mined_windows(const HingeRule& rule, Vec d, Vec farthest) {
+  HingeRule whole = rule;
+  if (rule.mining == Mining::kMultiSimilarity) whole.margin = double(kInfinity);
+  Windows w = windows(whole, d, farthest);
+  if (rule.mining == Mining::kBatchAll) w.high = splat(kInfinity);
+  if (rule.mining == Mining::kSemiHard && rule.sign > 0) w.high = above(w.high);  // d_an = d_ap + margin is mined
+  return w;
+}
+
 inline bool has_low_end(const HingeRule& rule) {
   return rule.mining == Mining::kSemiHard || (rule.mining == Mining::kMultiSimilarity && rule.sign < 0);
 }

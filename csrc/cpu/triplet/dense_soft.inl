@@ -18,16 +18,6 @@ namespace {
 constexpr float kMostHinge = 20, kLeastHinge = -60;  // of which kSoftTogether exponentials, and their quotients, are floats that lose nothing
 constexpr int kSoftTogether = 4;
 
-// Levels that are mined with a positive at distance d: low <= v < high.
-inline Windows soft_windows(const HingeRule& rule, Vec d, Vec farthest) {
-  HingeRule whole = rule;
-  if (rule.mining == Mining::kMultiSimilarity) whole.margin = double(kInfinity);
-  Windows w = windows(whole, d, farthest);
-  if (rule.mining == Mining::kBatchAll) w.high = splat(kInfinity);
-  if (rule.mining == Mining::kSemiHard && rule.sign > 0) w.high = above(w.high);  // d_an = d_ap + margin is mined
-  return w;
-}
-
 // As the statistic of a pass, the sums alone; as its weights, W_ij of the rows, as SortedHinges.
 struct SoftHinges {
   static constexpr bool kKnowsIdle = true;
@@ -76,7 +66,7 @@ struct SoftHinges {
     for (int64_t k = 0; k < count; ++k) {
       const int64_t at = p.slot(row, k) - base;
       const Vec d = splat(p.distance[p.slot(row, k)]);
-      const Windows w = soft_windows(rule, d, splat(p.farthest[row]));
+      const Windows w = mined_windows(rule, d, splat(p.farthest[row]));
       t[at] = taken(row, k) ? float(rule.sign * double(d[0]) + rule.margin) : -kInfinity;
       low[at] = w.low[0], high[at] = w.high[0], pull[at] = 0;
       if (t[at] > most[i]) most[i] = t[at];
@@ -116,7 +106,7 @@ struct SoftHinges {
 
   // Levels of negatives that are not kept become those of no negatives.
   void filter(int64_t row, int64_t padded, float* levels) const {
-    const Windows w = soft_windows(rule, Vec{}, splat(p.farthest[row]));
+    const Windows w = mined_windows(rule, Vec{}, splat(p.farthest[row]));
     for (int64_t j = 0; j < padded; j += kLanes) store(levels + j, choose(between(load(levels + j), w.low, w.high), load(levels + j), splat(kInfinity)));
   }
 

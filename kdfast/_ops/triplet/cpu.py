@@ -18,8 +18,8 @@ from .portable import Mined, Problem, Rows
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: numbers in the gathered rows of all positives, at most: 32 MB
 GATHERED = 2**23
-#: positives of an anchor, at most, that share a tile with it (dense_swap.inl)
-SWAPPED_POSITIVES = 16
+#: kMostLayers of every_triplet.h
+MOST_LAYERS = 16
 _FLOAT_PRODUCTS = 0
 #: where one of each kind is looked for, products may be bf16's: what they cannot tell apart is measured again (extrema_coarse.inl)
 _COARSE_PRODUCTS = 2
@@ -43,16 +43,15 @@ def refuses(
     width: int = 1,
     mined: str = "batch_hard",
     bounded: bool = True,
-    separates: bool = True,
-    swap: bool = False,
-    positives: int = 0,
+    listed: bool = False,
+    layers: int = 1,
     gathered: int = 0,
     **_facts,
 ) -> str | None:
     """Why they cannot serve a call on this device type, with these dtypes and this width and mining (None: they can).
 
-    `bounded`: the caller says how many positives an anchor has at most. `separates`: one sum of losses, mined on the embeddings
-    themselves. `swap`: as triplet_loss has it; `positives` of an anchor.
+    `bounded`: the caller says how many positives an anchor has at most. `listed`: triplets are wanted, not their loss.
+    `layers`: in which each has one.
     `gathered`: numbers in the rows of all positives, where they are gathered.
     """
     if device_type != "cpu":
@@ -64,10 +63,10 @@ def refuses(
         return "it takes rows of at least one element"
     if mined in mining.PER_PAIR and torch.compiler.is_compiling() and not bounded:
         return f"compiled without max_positives it would reserve room for every reference as a positive of mining={mined!r}"
-    if mined in mining.SETS and not separates:
-        return f"with mining={mined!r} it sums over what is mined on the embeddings: no sample_on, and no list of triplets"
-    if mined in mining.SETS and swap and positives > SWAPPED_POSITIVES:
-        return f"with swap and mining={mined!r} it takes at most {SWAPPED_POSITIVES} positives of an anchor, not {positives}"
+    if mined in mining.SETS and listed:
+        return f"with mining={mined!r} it sums losses: no list of triplets"
+    if mined in mining.SETS and layers > MOST_LAYERS:
+        return f"with mining={mined!r} it takes at most {MOST_LAYERS} layers, not {layers}"
     if gathered > GATHERED:
         return f"it would gather the rows of all positives, {gathered} numbers, more than {GATHERED}"
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():

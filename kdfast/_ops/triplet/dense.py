@@ -96,10 +96,10 @@ def triplet_rows(s: Settings, p: Problem, _seed: Tensor) -> Rows:
     rule = (chosen.METRICS[s.metric], p.positives, mining.SETS.index(s.mining), float(s.sign), s.margin, s.epsilon)
     ahead = ()
     if s.impl == "cpu":
-        rule = (*rule, s.soft, s.swap)
-        at_once = s.soft or s.swap or p.positives > _FEW_POSITIVES
+        rule = (*rule, s.soft)
+        at_once = s.soft or p.positives > _FEW_POSITIVES
         ahead = (_needs_gradient(x), not in_batch and _needs_gradient(y)) if at_once else (False, False)
-    loss = Loss(s.impl, "triplet_hinges", rule, portable.every_triplet if s.soft or s.swap else portable.separable, s, p.positives, ahead)
+    loss = Loss(s.impl, "triplet_hinges", rule, portable.every_triplet if s.soft else portable.separable, s, p.positives, ahead)
     sums, counts = rows(loss, *distances.centred(x, y, s.metric), None, p.anchors, p.classes)
     return Rows(sums[:, 0], counts[:, 0], counts[:, 1])
 

@@ -51,7 +51,7 @@ def triplet_rows(s: Settings, p: Problem, seed: Tensor) -> Rows:
             sums, counts = row_sums(separable, s, whole(n, p.positives, m, limit), layers, refs, tuple(p.anchors), tuple(p.classes))
             return Rows(sums[:, 0], counts[:, 0], counts[:, 1])
         gathered = max(y.shape[1] for y in refs) if s.swap else 0  # a positive's row, to take d_pn from
-        fn, blocks = _cube, plan(n, p.positives, m, max(m, gathered), limit)
+        fn, blocks = cube, plan(n, p.positives, m, max(m, gathered), limit)
     sums, counts = row_sums(fn, s, blocks, layers, refs, (p.mine, *p.anchors), (p.mine_ref, *p.classes, seed))
     return Rows(sums[:, 0], counts[:, 0], counts[:, 1])
 
@@ -109,7 +109,7 @@ def _sparse(s, block, layers, refs, fixed_rows, fixed):
     return summed(loss, valid, c.poisoned, (1,))
 
 
-def _cube(s, block, layers, refs, fixed_rows, fixed):
+def cube(s, block, layers, refs, fixed_rows, fixed):
     """Every triplet of the block, [R, P, M]: where the loss of a triplet does not separate into its distances."""
     with torch.no_grad():
         _, _, c, _ = _unpack(s, block, fixed_rows, fixed)
@@ -130,7 +130,7 @@ def _cube(s, block, layers, refs, fixed_rows, fixed):
 def every_triplet(s, block, layers, refs, fixed_rows, fixed):
     """The same, mined on the embeddings themselves."""
     mine, mine_ref = layers[0].detach(), refs[0].detach()
-    return _cube(s, block, layers, refs, (mine, *fixed_rows), (mine_ref, *fixed, None))
+    return cube(s, block, layers, refs, (mine, *fixed_rows), (mine_ref, *fixed, None))
 
 
 def summed(loss: Tensor, valid: Tensor, poisoned: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,8 @@ def refuses(
     width: int = 1,
     mined: str = "batch_hard",
     bounded: bool = True,
-    separates: bool = True,
+    separate: bool = False,
+    listed: bool = False,
     gathered: int = 0,
     soft: bool = False,
     swap: bool = False,
@@ -40,8 +41,8 @@ def refuses(
 ) -> str | None:
     """Why the kernels cannot serve a call (None: they can).
 
-    `bounded`: the caller says how many positives an anchor has at most. `separates`: one sum of losses, mined on the embeddings
-    themselves. `soft`, `swap`: as triplet_loss has them.
+    `bounded`: the caller says how many positives an anchor has at most. `separate`: mined on other rows than the
+    embeddings. `listed`: triplets are wanted, not their loss. `soft`, `swap`: as triplet_loss has them.
     `gathered`: numbers in the rows of all positives, where they are gathered.
     """
     for given in (dtype, *others):
@@ -52,7 +53,7 @@ def refuses(
     per_pair = mined == "semi_hard_facenet" or mined in RANGES
     if per_pair and not bounded:
         return f"without max_positives it would reserve room for every reference as a positive of mining={mined!r}"
-    if not (per_pair or mined in PER_ANCHOR or (separates and not (soft or swap))):
+    if not (per_pair or mined in PER_ANCHOR or not (soft or swap or separate or listed)):
         return f"with mining={mined!r} it sums plain hinges mined on the embeddings: no soft, swap, sample_on, and no list of triplets"
     if gathered > GATHERED:
         return f"it would gather the rows of all positives, {gathered} numbers, more than {GATHERED}"
