@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdfast._core import extension
 from kdfast._ops.similarity import distillation  # noqa: F401  (registers the fakes)
+from kdfast.functional import similarity_distillation
 
 _C, REASON = extension.load("_C")
 pytestmark = pytest.mark.skipif(_C is None, reason=str(REASON))
@@ -238,6 +239,25 @@ def test_a_bad_row_spoils_itself_alone(isa, name, bad):
         keep = torch.arange(20) != 3
         torch.testing.assert_close(rows[keep], expected[keep], rtol=1e-5, atol=1e-5)
     assert forward(a)[0][3].isnan()
+
+
+def test_own_key_among_rounded_weights(isa):
+    """The own key's weight is not rounded to bf16, the others are: what they add up to is what the mean of the logits is divided by."""
+    bank, noise, more = (F.normalize(torch.randn(count, 32), dim=1) for count in (400, 100, 100))
+    teacher = F.normalize(bank[:100] + 0.1 * noise, dim=1)
+    student = F.normalize(teacher + 0.3 * more, dim=1)
+
+    def formula(student, teacher, bank):
+        z = (torch.cat([(x * teacher).sum(1, keepdim=True), x @ bank.T], 1) / 0.05 for x in (student, teacher))
+        log_p, log_q = (x.log_softmax(1) for x in z)
+        return -(log_q.exp() * log_p).sum(1)
+
+    rows = [x.bfloat16().float() for x in (student, teacher, bank)]
+    with torch.autocast("cpu", torch.bfloat16):
+        naive = formula(*rows)
+        ours = similarity_distillation(*rows, student_temperature=0.05, teacher_temperature=0.05, own=True, reduction="none", impl="cpu")
+    truth = formula(*(x.double() for x in rows))
+    assert (ours - truth).norm() <= 2 * (naive - truth).norm()
 
 
 def test_equal_sides_cancel(isa):

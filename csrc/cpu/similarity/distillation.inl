@@ -111,14 +111,28 @@ inline void finish_row(const DistillationParams& p, int64_t i, const DistilledRo
 
 // ---- one rectangle ----------------------------------------------------------------------------------------------------
 
-// As weigh_row, and adds what the weights contribute to the row's fall and, where biases are given, to its bias.
+// Weights as they are stored: of products in bf16 rounded.
+template <class Product>
+inline void as_stored([[maybe_unused]] Vec& first, [[maybe_unused]] Vec& second) {
+#ifdef KDFAST_BF16_INSTRUCTIONS
+  if constexpr (__is_same(Product, BFloat16Product)) {
+    const __m512i pairs = Packing<Product>::round_pairs(first, second);
+    first = Packing<Product>::widen(_mm512_castsi512_si256(pairs));
+    second = Packing<Product>::widen(_mm512_extracti64x4_epi64(pairs, 1));
+  }
+#endif
+}
+
+// As weigh_row, and adds what the weights contribute to the row's fall and, where biases are given, to its bias. The loss is a difference of
+// logits under them: rounded weights that do not add up to their sum would leave a part of the logits themselves.
 template <class Product>
 inline Vec weigh_teacher_row(const float* scores, float* weights, int64_t padded, RowLevel level, const float* biases, Vec& fall, Vec& bias) {
   const Vec least = splat(-88.1f);
   Vec sum0 = {}, sum1 = {}, fall0 = {}, fall1 = {};
   for (int64_t j = 0; j < padded; j += 2 * kLanes) {
     const Vec t0 = level.exponent_of(load(scores + j)), t1 = level.exponent_of(load(scores + j + kLanes));
-    const Vec p0 = exp_nonpositive(t0), p1 = exp_nonpositive(t1);
+    Vec p0 = exp_nonpositive(t0), p1 = exp_nonpositive(t1);
+    as_stored<Product>(p0, p1);
     sum0 += p0;
     sum1 += p1;
     fall0 = multiply_add(p0, larger(least, t0), fall0);  // a weight of 0 has exponent -inf
