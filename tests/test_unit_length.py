@@ -82,3 +82,11 @@ def test_the_ops_are_described_to_the_compiler():
         torch.ops.kdfast.unit_length(torch.ones(3))
     with pytest.raises(RuntimeError, match="dtype of x"):
         torch.ops.kdfast.unit_length_grad(x.bfloat16(), x, torch.ones(3))
+
+
+def test_forward_mode_keeps_its_tangent():
+    x, t = torch.randn(3, 5), torch.randn(3, 5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, t)
+        tangents = [torch.autograd.forward_ad.unpack_dual(f(dual)).tangent for f in (unit_length, formula)]
+    torch.testing.assert_close(*tangents)

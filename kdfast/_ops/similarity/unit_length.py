@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from ..._core import dtypes
 from ..._core.recording import recorded
@@ -15,6 +15,8 @@ from .definition import SecondOrder
 def unit_length(x: Tensor) -> Tensor:
     """x / max(|x|, 1e-12) by rows [..., D], the norm taken in float32 (float64 for float64)."""
     if cpu.missing() is not None or cpu.refuses(device_type=x.device.type, dtype=x.dtype) is not None or transformed():
+        return _definition(x)
+    if forward_ad.unpack_dual(x).tangent is not None:  # the op would lose it without a word
         return _definition(x)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y = UnitLength.apply(rows) if recorded(rows) else torch.ops.kdfast.unit_length(rows)[0]
