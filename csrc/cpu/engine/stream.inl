@@ -167,6 +167,10 @@ inline Prefetch after_block(Product, const Streamed& s, const Panels& own, const
   return {reinterpret_cast<const char*>(s.packed.at(kept)), bytes, round_up(bytes / rows + 1, 64)};
 }
 
+// Rows of a chunk, unless the pass says otherwise.
+template <class Product, class Pass>
+constexpr int64_t kChunkRows = Product::kRowChunk;
+
 // Takes `rows` rows through the columns `begin` to `end` of each of `streamed`. A pass has
 //   begin_block(block)              what it keeps of a block's columns
 //   chunk(block, row, rows, next)   scores, weights and sums of a chunk of rows; next.fetch(i) once for each row i
@@ -186,10 +190,8 @@ inline bool stream_blocks(Product, int64_t block_size, int64_t rows, int64_t beg
     (pack(more), ...);
     pass.begin_block(block);
     const Prefetch next = after_block(Product{}, streamed, own, block, block_size, end, rows);
-    for (int64_t row = 0; row < rows; row += Product::kRowChunk) {
-      const int64_t left = rows - row;
-      pass.chunk(block, row, smaller(left, Product::kRowChunk), next);
-    }
+    constexpr int64_t chunk = kChunkRows<Product, Pass>;
+    for (int64_t row = 0; row < rows; row += chunk) pass.chunk(block, row, smaller(rows - row, chunk), next);
   }
   streamed.panels = own;
   return sound;

@@ -7,6 +7,7 @@
 
 #include "bind.h"
 #include "dispatch.h"
+#include "workspace.h"
 
 namespace {
 
@@ -58,8 +59,8 @@ void knn_scan(const Tensor& query, const Tensor& keys, const Tensor& factor, con
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const int64_t workers = workers_for(double(p.rows) * double(p.columns) * double(p.width));
   const int64_t words = kernels.knn_workspace(p, (p.rows + workers - 1) / workers + kRowsApart);
-  const Tensor workspace = scratch(words * workers);
-  float* const work = static_cast<float*>(workspace.mutable_data_ptr());
+  const Workspace<float> workspace = product_workspace(words * workers);
+  float* const work = workspace.data();
   for_each_rows(workers, p.rows, [&](int64_t worker, int64_t begin, int64_t end) { kernels.knn_scan(p, begin, end, work + worker * words); });
 }
 

@@ -10,6 +10,7 @@
 
 #include "bind.h"
 #include "dispatch.h"
+#include "workspace.h"
 
 namespace {
 
@@ -46,8 +47,8 @@ Totals sum_rows(const PairSumParams& p, float* gradient, const Pass& pass) {
   const double width = double(p.side.width) * (gradient != nullptr ? 2 : 1) + double(p.teacher.width);
   const int64_t workers = workers_for(double(p.rows) * double(p.columns) * width);
   const int64_t words = kernels.pair_sums_workspace(p, gradient != nullptr, (p.rows + workers - 1) / workers + kRowsApart);
-  const Tensor workspace = scratch(workers * words);
-  float* const work = static_cast<float*>(workspace.mutable_data_ptr());
+  const Workspace<float> workspace = product_workspace(workers * words);
+  float* const work = workspace.data();
   for_each_rows(workers, p.rows, [&](int64_t worker, int64_t begin, int64_t end) { pass(out, begin, end, work + worker * words); });
   return {std::accumulate(value.begin(), value.end(), 0.0), std::accumulate(second.begin(), second.end(), 0.0)};
 }

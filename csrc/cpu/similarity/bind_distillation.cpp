@@ -70,8 +70,9 @@ void run(const DistillationParams& p) {
 
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const int64_t words = kernels.distillation_workspace(p, row_step, column_step);
-  const Tensor workspace = scratch(words * cut.workers), parts = scratch(merge ? cut.column_parts * rows * partial : 0);
-  float* const work_begin = static_cast<float*>(workspace.mutable_data_ptr());
+  const Workspace<float> workspace = product_workspace(words * cut.workers);
+  const Tensor parts = scratch(merge ? cut.column_parts * rows * partial : 0);
+  float* const work_begin = workspace.data();
   float* const statistics = static_cast<float*>(parts.mutable_data_ptr());
   float* const pooled = statistics + cut.column_parts * rows * kDistillationStatistics;
 
@@ -138,8 +139,8 @@ Tensor similarity_distillation_grad_keys(const Tensor& g, const Tensor& log_sums
   const int64_t parts = parts_of_keys(workers, 1, columns), step = (columns + parts - 1) / parts;
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const int64_t words = kernels.distillation_grad_workspace(p, step);
-  const Tensor workspace = scratch(words * workers);
-  float* const work_begin = static_cast<float*>(workspace.mutable_data_ptr());
+  const Workspace<float> workspace = product_workspace(words * workers);
+  float* const work_begin = workspace.data();
   for_each_task(workers, parts, [&](int64_t worker, int64_t t) {
     const int64_t begin = std::min(columns, t * step), end = std::min(columns, begin + step);
     if (begin < end) kernels.distillation_grad(p, {begin, end, upstream, levels, out}, work_begin + worker * words);

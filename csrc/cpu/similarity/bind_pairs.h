@@ -93,8 +93,8 @@ void for_each_rectangle(const PairParams& p, int64_t products, const Words& word
   const int64_t workers = workers_for(work_of(p, products));
   const int64_t parts = std::clamp<int64_t>(std::min(p.rows, p.columns) / kMinSide, 1, workers / std::gcd(workers, p.batch));
   const int64_t words = words_for(longest(p.rows, parts), longest(p.columns, parts));
-  const Tensor workspace = scratch(words * workers);
-  float* const work = floats_of(workspace);
+  const Workspace<float> workspace = product_workspace(words * workers);
+  float* const work = workspace.data();
   for (int64_t round = 0; round < parts; ++round) {
     for_each_task(workers, p.batch * parts, [&](int64_t worker, int64_t t) {
       const Range columns = part_of(p.columns, t % parts, parts), rows = part_of(p.rows, (t + round) % parts, parts);
@@ -110,8 +110,8 @@ inline void symmetric_log_sums(const PairParams& p, float* row_lse, float* row_l
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const Partial of_rows(grid.column_parts, p.batch * p.rows), of_columns(grid.row_parts, p.batch * p.columns);
   const int64_t words = kernels.symmetric_workspace(p, longest(p.rows, grid.row_parts), longest(p.columns, grid.column_parts));
-  const Tensor workspace = scratch(words * grid.workers);
-  float* const work = floats_of(workspace);
+  const Workspace<float> workspace = product_workspace(words * grid.workers);
+  float* const work = workspace.data();
   for_each_task(grid.workers, grid.tasks(), [&](int64_t worker, int64_t t) {
     const PairTask task = grid.task(t);
     const int64_t row_part = grid.row_part(t), column_part = grid.column_part(t);
@@ -140,8 +140,8 @@ inline std::vector<BatchStatistic> row_statistics(const PairParams& p, const int
   const Grid grid(p);
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const int64_t words = kernels.row_statistics_workspace(p, longest(p.rows, grid.row_parts), longest(p.columns, grid.column_parts));
-  const Tensor workspace = scratch(words * grid.workers);
-  float* const work = floats_of(workspace);
+  const Workspace<float> workspace = product_workspace(words * grid.workers);
+  float* const work = workspace.data();
   std::vector<BatchStatistic> found(size_t(grid.column_parts * p.rows));
   for_each_task(grid.workers, grid.tasks(), [&](int64_t worker, int64_t t) {
     const PairTask task = grid.task(t);
@@ -176,7 +176,7 @@ void kept_symmetric_sums(const PairParams& p, float* row_lse, float* row_low, fl
                          const SymmetricUpstream& upstream, const PairSums& sums) {
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const Partial of_rows(1, p.rows), of_columns(1, p.columns);
-  const Tensor workspace = scratch(kernels.kept_symmetric_workspace(p, sums));
+  const Workspace<float> workspace = product_workspace(kernels.kept_symmetric_workspace(p, sums));
   auto merge = [&] {
     leave_vectors();
     of_rows.merge(row_lse, row_low);
@@ -186,7 +186,7 @@ void kept_symmetric_sums(const PairParams& p, float* row_lse, float* row_low, fl
   const kdfast::Step step{[](void* f) { (*static_cast<decltype(merge)*>(f))(); }, &merge};
   const kdfast::SymmetricStatistics found{of_rows.maximum(0, 0),    of_rows.rest(0, 0),    of_rows.sum(0, 0),
                                           of_columns.maximum(0, 0), of_columns.rest(0, 0), of_columns.sum(0, 0)};
-  kernels.kept_symmetric(p, found, step, upstream, sums, floats_of(workspace));
+  kernels.kept_symmetric(p, found, step, upstream, sums, workspace.data());
   leave_vectors();
 }
 
@@ -196,8 +196,9 @@ inline void sigmoid_losses(const PairParams& p, float* losses) {
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const int64_t words = kernels.sigmoid_workspace(p, longest(p.rows, grid.row_parts), longest(p.columns, grid.column_parts));
   const int64_t size = p.batch * p.rows;
-  const Tensor workspace = scratch(words * grid.workers), partial = scratch(grid.column_parts * size);
-  float *const work = floats_of(workspace), *const parts = floats_of(partial);
+  const Workspace<float> workspace = product_workspace(words * grid.workers);
+  const Tensor partial = scratch(grid.column_parts * size);
+  float *const work = workspace.data(), *const parts = floats_of(partial);
   for_each_task(grid.workers, grid.tasks(), [&](int64_t worker, int64_t t) {
     const PairTask task = grid.task(t);
     kernels.sigmoid(p, task, parts + grid.column_part(t) * size + task.batch * p.rows + task.row_begin, work + worker * words);
@@ -221,8 +222,8 @@ inline void sigmoid_sums(const PairParams& p, const float* g, const PairSums& su
 // Both for few_pairs, from the same scores.
 inline void kept_sigmoid_sums(const PairParams& p, float* losses, const float* g, const PairSums& sums) {
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
-  const Tensor workspace = scratch(kernels.kept_sigmoid_workspace(p, sums));
-  kernels.kept_sigmoid(p, losses, g, sums, floats_of(workspace));
+  const Workspace<float> workspace = product_workspace(kernels.kept_sigmoid_workspace(p, sums));
+  kernels.kept_sigmoid(p, losses, g, sums, workspace.data());
   leave_vectors();
 }
 

@@ -27,10 +27,10 @@ void run(const SimilarityParams& p, float* lse, float* lse_low, float* pooled) {
   const bool merge = cut.column_parts > 1;
 
   const int64_t words = kernels.similarity_workspace(p, row_step, column_step);
-  const Tensor workspace = scratch(words * cut.workers);
+  const Workspace<float> workspace = product_workspace(words * cut.workers);
   const int64_t partial_rows = merge ? cut.column_parts * total_rows : 0;
   const Tensor partial = scratch(partial_rows * (3 + (p.pooled ? p.pooled_width : 0)));
-  float* const work = static_cast<float*>(workspace.mutable_data_ptr());
+  float* const work = workspace.data();
   float* const maximum = static_cast<float*>(partial.mutable_data_ptr());
   float *const low = maximum + partial_rows, *const sum = low + partial_rows;
   float* const values = sum + partial_rows;

@@ -8,6 +8,7 @@
 
 #include "bind.h"
 #include "dispatch.h"
+#include "workspace.h"
 
 namespace kdfast {
 

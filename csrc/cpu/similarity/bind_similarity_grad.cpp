@@ -54,8 +54,9 @@ std::tuple<Tensor, Tensor, Tensor> similarity_grad_rows(const Tensor& slope, con
   const bool merge = cut.column_parts > 1;
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const int64_t words = kernels.similarity_grad_rows_workspace(p, call, row_step, column_step);
-  const Tensor workspace = scratch(words * cut.workers), partial = scratch(merge ? cut.column_parts * total_rows * (p.width + 2) : 0);
-  float *const work = floats_of(workspace), *const parts = floats_of(partial);
+  const Workspace<float> workspace = product_workspace(words * cut.workers);
+  const Tensor partial = scratch(merge ? cut.column_parts * total_rows * (p.width + 2) : 0);
+  float *const work = workspace.data(), *const parts = floats_of(partial);
   float* const outputs[] = {floats_of(rows), floats_of(mass), floats_of(total)};
   const int64_t sizes[] = {total_rows * p.width, total_rows, total_rows};
   float* const starts[] = {parts, parts + cut.column_parts * sizes[0], parts + cut.column_parts * (sizes[0] + sizes[1])};
@@ -109,8 +110,8 @@ std::tuple<Tensor, Tensor, Tensor> kdfast::similarity_grad_keys(const Tensor& sl
   const int64_t parts = parts_of_keys(workers, p.batch, p.columns), step = (p.columns + parts - 1) / parts;
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const int64_t words = kernels.similarity_grad_workspace(p, call, step);
-  const Tensor workspace = scratch(words * workers);
-  float* const work = floats_of(workspace);
+  const Workspace<float> workspace = product_workspace(words * workers);
+  float* const work = workspace.data();
   for_each_task(workers, p.batch * parts, [&](int64_t worker, int64_t t) {
     SimilarityGradTask task = call;
     task.batch = t / parts;

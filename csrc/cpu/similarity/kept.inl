@@ -27,8 +27,8 @@ struct KeptWeights {
 
   template <class Product>
   void learn(Product, const Block& block, const PairGradientWorkspace& w) {
-    for (int64_t row = 0; row < rows; row += Product::kRowChunk)
-      statistic.chunk(block, row, smaller(Product::kRowChunk, rows - row), w.tile_from(row));
+    for (int64_t row = 0; row < rows; row += kPairChunk<Product>)
+      statistic.chunk(block, row, smaller(kPairChunk<Product>, rows - row), w.tile_from(row));
     between();
     weights.begin_rows(0, rows);
     weights.begin_block(block);
@@ -52,7 +52,7 @@ struct KeptWorkspace : PairGradientWorkspace {
   template <class Product>
   KeptWorkspace(Product product, const PairParams& p, const PairSums& out, Arena& arena)
       : PairGradientWorkspace(product, p, out.x_sums != nullptr, out.y_sums != nullptr, p.rows, p.columns, arena, round_up(p.columns, kPanel),
-                              round_up(p.rows, Product::kRowChunk)) {}
+                              round_up(p.rows, kPairChunk<Product>)) {}
 };
 
 inline PairTask all_pairs(const PairParams& p) { return {0, 0, p.rows, 0, p.columns}; }

@@ -15,13 +15,17 @@ using kdfast::PairParams;
 using kdfast::PairSums;
 using kdfast::PairTask;
 
-// Columns packed at a time, and rows that one product W^T X adds up, a multiple of kRowChunk. Beside the block's two panels, those of
-// a group of rows and its transposed weights should stay in L2; and the longer a product's inner dimension, the fewer times its sums are
-// loaded and stored.
+// Of a gradient: columns packed at a time, rows weighed at a time, and rows that one product W^T X adds up, a multiple of these. Beside the
+// block's two panels and its sums, a chunk of rows, their panels and sums should stay in L2, or a group's panels and its transposed weights; and
+// the longer a product's inner dimension, the fewer times its sums are loaded and stored.
 template <class Product>
-constexpr int64_t kPairBlock = Product::kRowChunk > 128 ? Product::kBlock : Product::kParts > 1 ? 128 : 256;
+constexpr bool kOnTiles = Product::kRowChunk < 128;
 template <class Product>
-constexpr int64_t kTransposedRows = Product::kRowChunk > 128 ? Product::kRowChunk : 256;
+constexpr int64_t kPairBlock = !kOnTiles<Product> ? Product::kBlock : Product::kParts > 1 ? 128 : 256;
+template <class Product>
+constexpr int64_t kPairChunk = kOnTiles<Product> ? Product::kRowChunk : Product::kBlock * 3 / 4;
+template <class Product>
+constexpr int64_t kTransposedRows = kOnTiles<Product> ? 256 : kPairChunk<Product>;
 
 // The scale, and for a scale of 0 the smallest float: an infinite score, which stands for a pair left out, must not become NaN.
 inline float multiplier_of(float scale) { return scale == 0 ? 0x1p-126f : scale; }
@@ -162,7 +166,7 @@ struct PairGradientWorkspace {
   PairGradientWorkspace() = default;
   template <class Product>
   PairGradientWorkspace(Product product, const PairParams& p, bool want_x, bool want_y, int64_t row_count, int64_t columns, Arena& arena,
-                        int64_t most_columns = kPairBlock<Product>, int64_t tile_rows = Product::kRowChunk) {
+                        int64_t most_columns = kPairBlock<Product>, int64_t tile_rows = kPairChunk<Product>) {
     rows = rows_at_once<Product>(p.width, row_count);
     if (rows < tile_rows) rows = round_up(smaller(tile_rows, row_count), Product::kRowMultiple);
     block = smaller(most_columns, round_up(columns, kPanel));
@@ -171,9 +175,9 @@ struct PairGradientWorkspace {
     x.plan(product, rows, p.width, arena);
     y.panels.plan(product, p.width, block, true, want_x, arena);
     x_sums.plan(want_x ? rows : 0, p.width, arena);
-    tile.plan(product, Product::kRowChunk, block, arena);
-    if (tile_rows > Product::kRowChunk) arena.take((tile_rows - Product::kRowChunk) * tile.stride);  // its other rows
-    scale = arena.take(round_up(rows, Product::kRowChunk));
+    tile.plan(product, kPairChunk<Product>, block, arena);
+    if (tile_rows > kPairChunk<Product>) arena.take((tile_rows - kPairChunk<Product>) * tile.stride);  // its other rows
+    scale = arena.take(round_up(rows, kPairChunk<Product>));
     if (!want_y) return;
     x_panels.plan(product, p.width, group, false, true, arena);
     group_words = x_panels.block_words * x_panels.padded_width;
@@ -198,6 +202,11 @@ struct PairGradientWorkspace {
 //   learn(product, block, workspace) where kKeepsScores: once all scores are there, and before the first is weighed
 template <class Weights>
 constexpr bool kKeepsScores = false;
+
+template <class Product, class Weights>
+struct PairGradientPass;
+template <class Product, class Weights>
+constexpr int64_t kChunkRows<Product, PairGradientPass<Product, Weights>> = kPairChunk<Product>;
 
 template <class Product, class Weights>
 struct PairGradientPass {
@@ -225,11 +234,11 @@ struct PairGradientPass {
       w.scale[i] = p.scale != nullptr ? p.scale[task.batch * p.rows + first + i] : 1;
     }
     __builtin_memset(w.x.at(count), 0, size_t(4 * (padded_rows() - count) * w.x.stride));
-    for (int64_t i = count; i < round_up(count, Product::kRowChunk); ++i) w.scale[i] = 0;
+    for (int64_t i = count; i < round_up(count, kPairChunk<Product>); ++i) w.scale[i] = 0;
     if (out.y_sums != nullptr) {
       for (int64_t row = 0; row < count; row += w.group) {
         const int64_t rows = smaller(w.group, count - row);
-        Packing<Product>::pack_block(group_panels(row), x, first + row, rows, round_up(rows, kPanel));
+        Packing<Product>::pack_block(group_panels(row), x, first + row, rows, round_up(rows, 2 * kLanes));
       }
     }
     if (out.x_sums != nullptr && !kKept) __builtin_memset(w.x_sums.at(0), 0, size_t(4 * padded_rows() * w.x_sums.stride));
@@ -273,8 +282,8 @@ struct PairGradientPass {
       weigh_and_sum(block, row, rows, tile, next, idle);
     } else if (row + rows == padded_rows()) {
       weights.learn(Product{}, block, w);
-      for (int64_t i = 0; i < padded_rows(); i += Product::kRowChunk)
-        weigh_and_sum(block, i, smaller(Product::kRowChunk, padded_rows() - i), w.tile_from(i), next, idle);
+      for (int64_t i = 0; i < padded_rows(); i += kPairChunk<Product>)
+        weigh_and_sum(block, i, smaller(kPairChunk<Product>, padded_rows() - i), w.tile_from(i), next, idle);
     }
   }
 
@@ -327,9 +336,9 @@ struct PairGradientPass {
   void sum_for_columns(const Block& block, int64_t row, int64_t rows) const {
     const Panels panels = group_panels(row);
     const int64_t columns = round_up(block.columns, Product::kRowMultiple);
-    for (int64_t j = 0; j < columns; j += Product::kRowChunk) {
+    for (int64_t j = 0; j < columns; j += kPairChunk<Product>) {
       give_tile(w.y_sums, j, row == 0, [&](auto to) {
-        sum_rows(Product{}, w.transposed + j * w.transposed_stride, w.transposed_stride, smaller(Product::kRowChunk, columns - j), rows, panels, to);
+        sum_rows(Product{}, w.transposed + j * w.transposed_stride, w.transposed_stride, smaller(kPairChunk<Product>, columns - j), rows, panels, to);
       });
     }
   }

@@ -48,7 +48,7 @@ Solution solve(const Problems<Real>& problems, const Tensor& a, const Tensor& b,
   const Division division(batch, n, m, schedule.iterations);
   const SinkhornTeam team{division.team, run_team};
   const int64_t space = solve_workspace(problems.first_padded(), schedule, team.size);
-  const Workspace<Real> work(a, division.workers * space);
+  const Workspace<Real> work(division.workers * space);
   Real *const to_f = values<Real>(f), *const to_g = values<Real>(g), *const to_row = values<Real>(row), *const to_col = values<Real>(col);
   Real *const to_transport = values<Real>(transport), *const to_error = values<Real>(error);
   Real *const to_steps_f = values<Real>(steps_f), *const to_steps_g = values<Real>(steps_g);

@@ -7,8 +7,8 @@
 
 #include "bind.h"
 #include "dispatch.h"
-#include "kept_scratch.h"
 #include "large_pages.h"
+#include "workspace.h"
 
 namespace {
 
@@ -32,28 +32,6 @@ inline SinkhornMetric metric_of(const std::string& name) {
   STD_TORCH_CHECK(name == "dot", "unknown metric ", name);
   return SinkhornMetric::kDot;
 }
-
-// Scratch of one call, aligned to vectors: a tensor, or kept from call to call where it is large.
-template <class Real>
-class Workspace {
- public:
-  Workspace(const Tensor& like, int64_t count) {
-    if (count * int64_t(sizeof(Real)) >= kKept) {
-      kept_.emplace(count * int64_t(sizeof(Real)));
-      data_ = static_cast<Real*>(kept_->data());
-    } else {
-      fresh_ = torch::stable::new_empty(like, {count + 16});
-      data_ = reinterpret_cast<Real*>((reinterpret_cast<uintptr_t>(fresh_->mutable_data_ptr()) + 63) / 64 * 64);
-    }
-  }
-  Real* data() const { return data_; }
-
- private:
-  static constexpr int64_t kKept = 4 << 20;
-  std::optional<kdfast::KeptScratch> kept_;
-  std::optional<Tensor> fresh_;
-  Real* data_;
-};
 
 // The batch of problems of one call.
 template <class Real>

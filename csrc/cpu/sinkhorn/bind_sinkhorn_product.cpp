@@ -33,7 +33,7 @@ Tensor product(const Problems<Real>& problems, const Tensor& f, const Tensor& g,
   const double entries = double(n) * double(m) * double(batch);
   const int64_t workers = std::clamp<int64_t>(int64_t(entries / kEntriesAThread), 1, std::min(threads, batch * std::max<int64_t>(n, 1)));
   const int64_t parts = batch < workers ? std::min(n, workers) : 1, space = product_workspace(problems.first_padded());
-  const Workspace<Real> work(v, workers * space + batch * parts * m);
+  const Workspace<Real> work(workers * space + batch * parts * m);
   Real *const scratch = work.data(), *const sums = scratch + workers * space, *const to = values<Real>(out);
   for_each_task(workers, batch * parts, [&](int64_t worker, int64_t task) {
     const int64_t i = task / parts, part = task % parts;

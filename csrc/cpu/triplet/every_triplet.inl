@@ -162,8 +162,8 @@ struct EveryPass {
     if (!weighs()) return;
     for_each_space([&](const Layer& pass, int64_t l) {
       if (l == e.layer_count) return;
-      for (int64_t row = begin - first; row < end - first; row += Product::kRowChunk) {
-        const int64_t rows = smaller(Product::kRowChunk, pass.padded_rows() - row);
+      for (int64_t row = begin - first; row < end - first; row += kPairChunk<Product>) {
+        const int64_t rows = smaller(kPairChunk<Product>, pass.padded_rows() - row);
         pass.weigh_and_sum(block, row, rows, pass.w.tile_from(row - (begin - first)), Prefetch{nullptr, 0, 0}, false);
       }
     });
