@@ -70,20 +70,24 @@ struct RowStatistics {
 
   static void add_exponentials(const Block& block, float multiplier, const float* scores, BatchStatistic& s) {
     const float sign = multiplier < 0 ? -1 : 1;
-    Vec best = splat(-kInfinity);
-    for (int64_t j = 0; j < block.padded; j += kLanes) best = larger(splat(sign) * load(scores + j), best);
-    const Vec factor = splat(multiplier);
-    const Logits before{splat(s.maximum), splat(s.low)}, after = larger(logits(splat(sign * largest(best)), factor), before);
+    Vec best0 = splat(-kInfinity), best1 = best0;
+    for (int64_t j = 0; j < block.padded; j += 2 * kLanes) {
+      best0 = larger(splat(sign) * load(scores + j), best0);
+      best1 = larger(splat(sign) * load(scores + j + kLanes), best1);
+    }
+    const Vec factor = splat(multiplier), best = splat(sign * largest(larger(best0, best1)));
+    const Logits before{splat(s.maximum), splat(s.low)}, after = larger(logits(best, factor), before);
     const Vec shift = finite_shift(after.high);
-    Vec largest_ones = {}, others = {};
-    for (int64_t j = 0; j < block.padded; j += kLanes) {
+    Vec largest_ones = {}, others0 = {}, others1 = {};
+    const auto add = [&](int64_t j, Vec& others) {
       const Vec x = exponent(load(scores + j), factor, shift, after.low);
       const IntVec is_largest = x == Vec{};
       largest_ones += is_largest ? splat(1) : Vec{};
       others += is_largest ? Vec{} : exp_nonpositive(x);
-    }
+    };
+    for (int64_t j = 0; j < block.padded; j += 2 * kLanes) add(j, others0), add(j + kLanes, others1);
     const float correction = exp_nonpositive(gap(before, {shift, after.low}))[0];
-    s.sum = s.sum * double(correction) + double(total(largest_ones)) + double(total(others));
+    s.sum = s.sum * double(correction) + double(total(largest_ones)) + double(total(others0 + others1));
     s.maximum = after.high[0], s.low = after.low[0];
   }
 };
