@@ -66,3 +66,23 @@ def test_second_derivative(name):
     torch.testing.assert_close(torch.func.grad(lambda x: (torch.func.grad(loss)(x) * v).sum())(x), again, rtol=1e-4, atol=1e-4)
     for ours, expected in zip(product(x.T.contiguous().T.requires_grad_()), product(x.requires_grad_()), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_forward_mode(name):
+    """The tangent is the gradient's product with the direction; what has none says so. Kernels would lose it without a word."""
+    loss, x, direction = LOSSES[name], torch.randn(N, D), torch.randn(N, D)
+    expected = (torch.func.grad(loss)(x) * direction).sum()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, direction)
+        if name in ("gather_similarity", "sampled_info_nce", "sampled_nce"):
+            with pytest.raises(NotImplementedError, match="jvp"):
+                loss(dual)
+            return
+        tangent = torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent
+    torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_forward_mode_has_no_kernels():
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="impl='cpu' has no forward-mode derivatives"):
+        ops.similarity_softmax(torch.randn(N, D), BANK, impl="cpu")

@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch.autograd import forward_ad
+
 NAMES = ("cpu", "cuda", "triton", "torch")
 NOT_WRITTEN = "not written for this op"
 
@@ -39,8 +41,13 @@ def register(op: str, *implementations: Implementation) -> None:
 def choose(op: str, impl: str | None, **facts) -> str:
     """The implementation that serves this call of `op`; `facts` (device type, dtype, ...) go to `refuses`.
 
-    Raises ValueError when `impl` names an unknown implementation or one that cannot serve the call.
+    Under forward-mode differentiation that is the portable one: kernels would lose the tangents without a word.
+
+    Raises ValueError when `impl` names an unknown implementation or one that cannot serve the call, NotImplementedError when it names a
+    kernel under forward-mode differentiation.
     """
+    if impl is None and forward_mode():
+        return "torch"
     if impl is None:
         found = _registry[op] if DEFAULT is None else sorted(_registry[op], key=lambda c: c.name != DEFAULT)
         for candidate in found:
@@ -52,9 +59,16 @@ def choose(op: str, impl: str | None, **facts) -> str:
         if candidate.name == impl:
             reason = candidate.unavailable() or candidate.refuses(**facts)
             if reason is None:
+                if impl != "torch" and forward_mode():
+                    raise NotImplementedError(f"impl={impl!r} has no forward-mode derivatives of {op}: give impl=None or 'torch'")
                 return impl
             raise ValueError(f"impl={impl!r} cannot serve {op}: {reason}")
     raise ValueError(f"impl={impl!r} cannot serve {op}: {NOT_WRITTEN}; it has {', '.join(c.name for c in _registry[op])}")
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives (dual tensors, torch.func.jvp) are being computed."""
+    return forward_ad._current_level >= 0
 
 
 def table() -> dict[str, dict[str, str | None]]:

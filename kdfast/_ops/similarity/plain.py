@@ -77,7 +77,7 @@ def _plain(*matrices: Tensor) -> bool:
     dtype = first.dtype if type(first) in _TYPES else None
     if dtype not in cpu.DTYPES or impls.DEFAULT is not None or cpu.missing() is not None:
         return False
-    if transformed() or torch.is_autocast_enabled("cpu"):
+    if transformed() or impls.forward_mode() or torch.is_autocast_enabled("cpu"):
         return False
     return all([type(x) in _TYPES and x.dtype == dtype and _dense_matrix(x) for x in matrices])
 

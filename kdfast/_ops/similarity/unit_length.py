@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
-from ..._core import dtypes
+from ..._core import dtypes, impls
 from ..._core.recording import recorded
 from . import cpu
 from .apply import transformed
@@ -14,9 +14,8 @@ from .definition import SecondOrder
 
 def unit_length(x: Tensor) -> Tensor:
     """x / max(|x|, 1e-12) by rows [..., D], the norm taken in float32 (float64 for float64)."""
-    if cpu.missing() is not None or cpu.refuses(device_type=x.device.type, dtype=x.dtype) is not None or transformed():
-        return _definition(x)
-    if forward_ad.unpack_dual(x).tangent is not None:  # the op would lose it without a word
+    served = cpu.missing() is None and cpu.refuses(device_type=x.device.type, dtype=x.dtype) is None
+    if not served or transformed() or impls.forward_mode():
         return _definition(x)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y = UnitLength.apply(rows) if recorded(rows) else torch.ops.kdfast.unit_length(rows)[0]
