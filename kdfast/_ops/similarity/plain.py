@@ -68,7 +68,7 @@ def _usual(number) -> bool:
 
 
 def _scalar(x) -> bool:
-    return type(x) in _TYPES and x.dim() == 0 and x.dtype == torch.float32 and x.is_cpu
+    return type(x) in _TYPES and x.is_cpu and x.layout == torch.strided and x.dim() == 0 and x.dtype == torch.float32
 
 
 def _plain(*matrices: Tensor) -> bool:
