@@ -53,15 +53,14 @@ def assert_in_registers(code: Code, arch: int) -> None:
 @CASES
 @pytest.mark.parametrize("flags", [{"LABELLED": True, "CLASSES": False}, {"LABELLED": False, "CLASSES": True}], ids=["clip", "sup_con"])
 def test_softmaxes_of_both_sides(arch, dtype, flags, tmp_path):
-    both = not flags["CLASSES"]
-    assert_in_registers(compiled(kernels.symmetric_statistics, arch, dtype, tmp_path, BOTH=both, **flags), arch)
+    assert_in_registers(compiled(kernels.symmetric_statistics, arch, dtype, tmp_path, HALF=flags["CLASSES"], **flags), arch)
     assert_in_registers(compiled(kernels.symmetric_weights, arch, dtype, tmp_path, WANTED=True, **flags), arch)
 
 
 @CASES
 def test_softmax_of_two_views(arch, dtype, tmp_path):
     flags = {"LABELLED": True, "CLASSES": False, "x_labels": "*i32", "y_labels": "*i32"}
-    assert_in_registers(compiled(kernels.symmetric_statistics, arch, dtype, tmp_path, BOTH=False, **flags), arch)
+    assert_in_registers(compiled(kernels.symmetric_statistics, arch, dtype, tmp_path, HALF=True, **flags), arch)
     assert_in_registers(compiled(kernels.symmetric_weights, arch, dtype, tmp_path, WANTED=True, **flags), arch)
 
 

@@ -29,6 +29,7 @@ SHAPES = pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 7, 65, 3), (3, 33, 
 def small_slabs(monkeypatch):
     """Several slabs, cut along both sides."""
     monkeypatch.setattr(triton_slabs, "STATISTICS_PAIRS", 2 * 32 * 32)
+    monkeypatch.setattr(triton_slabs, "HALF_PAIRS", 2 * 32 * 32)
     monkeypatch.setattr(triton_slabs, "WEIGHTS_PAIRS", 2 * 32 * 32)
 
 
@@ -150,6 +151,17 @@ def test_sigmoid_matched_pairs_keep_their_digits():
     shift = torch.linspace(5, 60, 20)[None]
     losses = run(lambda *args: (OPS.sigmoid_pairs(*args),), x, y, torch.zeros(1, 20), shift, torch.zeros(1, 20, dtype=torch.long), 0)[0]
     torch.testing.assert_close(losses, torch.exp(-shift), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 500, 1000])
+@pytest.mark.parametrize("columns", [64, 128])
+def test_every_two_rows_meet_once(size, columns):
+    """In the slabs of one matrix's rows, of which those on the diagonal have both of their triangles."""
+    met = torch.zeros(size, size, dtype=torch.int64)
+    for slab in triton_slabs.cut_half(size, 300**2, triton_slabs.Tiles(128, columns, 32, 8, 3)):
+        assert slab.on_diagonal or slab.rows.stop <= slab.columns.start
+        met[slab.rows, slab.columns] += 1
+    assert torch.equal(met.triu(), torch.ones_like(met).triu()) and (met.tril() <= met.mT.tril()).all()
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "sup_con", "nt_xent", "nt_xent of classes"])

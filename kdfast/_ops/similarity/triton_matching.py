@@ -1,7 +1,7 @@
 """impl="triton" of losses in which every row has one match: CLIP's and NT-Xent's, with the schemas of kdfast::matching_loss.
 
-The pairs that are not matches are a pass over all pairs (triton_pairs.py); what matches is O(N D). Of two views the weights of pairs are a
-symmetric matrix, so that one product serves both of a pair's rows: 6 N^2 D floating-point operations forward and backward, CLIP's 8.
+The pairs that are not matches are a pass over all pairs (triton_pairs.py); what matches is O(N D). Of two views scores and weights are
+symmetric matrices, of which half is made: 4 to 5 N^2 D floating-point operations forward and backward, CLIP's 8.
 """
 
 import torch
@@ -67,8 +67,9 @@ def matching_loss_grad(
     of_rows, pairs = scale.expand(1, len(x)).contiguous(), _pairs(x, y, labels)
     sides = [tuple(t[None].contiguous() for t in side) for side in zip(slopes, lse, low, strict=True)]
     dx, dy, _, moment = triton_pairs.pair_gradients(
-        x[None], (x if y is None else y)[None], of_rows, pairs, pairs, None, None, sides[0], sides[-1], want_x, want_y, precision
-    )
+        x[None], (x if y is None else y)[None], of_rows, pairs, pairs, None, None, sides[0], sides[-1], want_x, want_y, precision,
+        half=y is None,
+    )  # fmt: skip
     matches = _matches(x, y)
     # of a match i: -dL / dz_i, which two views have in common
     pulled = slopes[0] + (slopes[0].roll(len(x) // 2) if y is None else slopes[1])

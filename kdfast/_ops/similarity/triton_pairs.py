@@ -1,5 +1,6 @@
 """impl="triton" of losses over all pairs of two sides: launches slab by slab, registration in torch.ops.kdfast_triton."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,9 +25,9 @@ class Sides(NamedTuple):
     def products(self) -> bool:
         return self.x is not None or self.y is not None
 
-    def add(self, slab: slabs.Slab, part: slabs.Part, weights: Tensor, slope: Tensor, moment: Tensor) -> None:
+    def add(self, slab: slabs.Slab, part: slabs.Part, weights: Tensor, slope: Tensor, moment: Tensor, times: int) -> None:
         for total, more in ((self.slope, slope), (self.moment, moment)):
-            slab.of_rows(total)[0].add_(more.sum(0))
+            slab.of_rows(total)[0].add_(more.sum(0), alpha=times)
         if self.x is not None:
             slabs.add_products(weights, part.y, *slab.of_rows(self.x), part, transposed=False)
         if self.y is not None:
@@ -48,35 +49,40 @@ def symmetric_lse(
     """row_lse [B, N], column_lse [B, M] and what both rounded off, of x [B, N, D], y [B, M, D], scale [B, N] and labels [B, N], [B, M]."""
     rows, columns = slabs.nothing_yet(x), slabs.nothing_yet(y)
     for slab, part in slabs.parts(x, y, precision, slabs.STATISTICS_PAIRS):
-        of_rows, of_columns = (part.of_rows(), part.of_rows()), (part.of_columns(), part.of_columns())
-        _statistics(slab, part, scale, x_labels, y_labels, None, of_rows, of_columns)
+        of_rows, of_columns = _statistics(slab, part, scale, (x_labels, y_labels), None, half=False)
         rows.add((slab.entries, slab.rows), *of_rows)
         columns.add((slab.entries, slab.columns), *of_columns)
     return rows.lse, columns.lse, rows.low, columns.low
 
 
 def row_lse(x: Tensor, scale: Tensor, labels: Tensor, precision: int) -> tuple[Tensor, Tensor]:
-    """row_lse [B, N] of x [B, N, D] against itself, and what it rounded off: the columns' is the same."""
+    """row_lse [1, N] of x [1, N, D] against itself, and what it rounded off: the columns' is the same. All of a scale are one number."""
     rows = slabs.nothing_yet(x)
-    for slab, part in slabs.parts(x, x, precision, slabs.STATISTICS_PAIRS):
-        of_rows = part.of_rows(), part.of_rows()
-        _statistics(slab, part, scale, labels, labels, None, of_rows, None)
-        rows.add((slab.entries, slab.rows), *of_rows)
+    for at, found in _half(x, scale, (labels, labels), None, precision):
+        rows.add(at, *found)
     return rows.lse, rows.low
 
 
-def _statistics(slab, part, scale, x_labels, y_labels, classes, of_rows, others) -> None:
-    """`others`: statistics of the columns (None: not wanted), or, with `classes`, of the others of each row's class."""
+def _half(x, scale, labels, classes, precision) -> Iterator[tuple[tuple[slice, slice], list[Tensor]]]:
+    """Entries and rows of x [1, N, D], and statistics of them against others of its rows: every two rows meet once."""
+    for slab, part in slabs.parts(x, x, precision, slabs.HALF_PAIRS, narrow=classes is not None, half=True):
+        sides = _statistics(slab, part, scale, labels, classes, half=True)
+        yield from zip(((slab.entries, slab.rows), (slab.entries, slab.columns)), sides, strict=True)
+
+
+def _statistics(slab, part, scale, labels, classes, *, half: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Of rows and of columns: largest logits and sums of exponentials; with `classes` also sums of scores in a row's class, and numbers."""
     from .triton_pairs_kernels import symmetric_statistics
 
-    labels = (*slab.of_rows(x_labels), *slab.of_columns(y_labels), classes)
-    unused, both = (scale, scale), classes is None and others is not None
+    given = (*slab.of_rows(labels[0]), *slab.of_columns(labels[1]), classes)
+    sides = [[new() for _ in range(2 if classes is None else 4)] for new in (part.of_rows, part.of_columns)]
     symmetric_statistics[part.programs](
-        part.x, part.y, *slab.of_rows(scale), *(scale if x is None else x for x in labels), *of_rows,
-        *(others if both else unused), *(unused if classes is None else others),
-        *part.sizes, slab.rows.start, slab.columns.start, LABELLED=x_labels is not None, CLASSES=classes is not None, BOTH=both,
+        part.x, part.y, *slab.of_rows(scale), *(scale if x is None else x for x in given),
+        *(x for side in sides for x in (side if len(side) == 4 else side + side)),
+        *part.sizes, slab.rows.start, slab.columns.start, LABELLED=labels[0] is not None, CLASSES=classes is not None, HALF=half,
         **part.options,
     )  # fmt: skip
+    return sides
 
 
 def symmetric_gradients(
@@ -101,13 +107,16 @@ def symmetric_gradients(
     return dx, dy, dscale
 
 
-def pair_gradients(x, y, scale, x_labels, y_labels, classes, share, row_side, column_side, want_x, want_y, precision) -> tuple[Tensor, ...]:
-    """Sides.found; each side is (g, lse, low)."""
+def pair_gradients(
+    x, y, scale, x_labels, y_labels, classes, share, row_side, column_side, want_x, want_y, precision, *, half: bool = False
+) -> tuple[Tensor, ...]:
+    """Sides.found; each side is (g, lse, low). `half`: x [1, N, D] is y and both sides are one, so that the weights of a slab are those of
+    the one across the diagonal: x alone is wanted, and of slope and moment no more stands than their sums over all rows."""
     from .triton_pairs_kernels import symmetric_weights
 
     sums = no_sums(x, y, want_x, want_y)
     narrow = classes is not None or runtime.architecture(x.device.index or 0) >= 100
-    for slab, part in slabs.parts(x, y, precision, slabs.WEIGHTS_PAIRS, narrow=narrow):
+    for slab, part in slabs.parts(x, y, precision, slabs.WEIGHTS_PAIRS, narrow=narrow, half=half):
         weights, slope, moment = part.weights() if sums.products else scale, part.of_rows(), part.of_rows()
         given = (*slab.of_rows(x_labels), *slab.of_columns(y_labels), classes, *slab.of_rows(share))
         symmetric_weights[part.programs](
@@ -116,7 +125,8 @@ def pair_gradients(x, y, scale, x_labels, y_labels, classes, share, row_side, co
             *part.sizes, slab.rows.start, slab.columns.start, *part.leading, LABELLED=x_labels is not None, CLASSES=classes is not None,
             WANTED=sums.products, **part.options,
         )  # fmt: skip
-        sums.add(slab, part, weights, slope, moment)
+        across = half and not slab.on_diagonal
+        (sums._replace(y=sums.x) if across else sums).add(slab, part, weights, slope, moment, 2 if across else 1)
     return sums.found()
 
 
@@ -147,7 +157,7 @@ def sigmoid_gradients(
     for slab, part in slabs.parts(x, y, precision, slabs.WEIGHTS_PAIRS):
         weights, slope, moment = part.weights() if sums.products else scale, part.of_rows(), part.of_rows()
         _sigmoid(slab, part, scale, shift, positive, g, slope, weights, slope, moment, wanted=sums.products)
-        sums.add(slab, part, weights, slope, moment)
+        sums.add(slab, part, weights, slope, moment, 1)
     return sums.found()
 
 
@@ -155,13 +165,10 @@ def sup_con(x: Tensor, scale: Tensor, labels: Tensor, mean: bool, precision: int
     """Losses [N] or their mean, and [3, N]: lse, its low digits, 1 / others of the class (0: none), of x [N, D], scale [], labels [N]."""
     x, of_rows = x[None], scale.expand(1, len(x)).contiguous()
     rows, same, others = slabs.nothing_yet(x), torch.zeros_like(of_rows), torch.zeros_like(of_rows)
-    classes = classes_of(labels)
-    for slab, part in slabs.parts(x, x, precision, slabs.STATISTICS_PAIRS, narrow=True):
-        tops, of_class = (part.of_rows(), part.of_rows()), (part.of_rows(), part.of_rows())
-        _statistics(slab, part, of_rows, None, None, classes, tops, of_class)
-        rows.add((slab.entries, slab.rows), *tops)
-        for total, more in zip((same, others), of_class, strict=True):
-            slab.of_rows(total)[0].add_(more.sum(0))
+    for at, (*tops, score, number) in _half(x, of_rows, (None, None), classes_of(labels), precision):
+        rows.add(at, *tops)
+        same[at].add_(score.sum(0))
+        others[at].add_(number.sum(0))
     inverse = torch.where(others > 0, 1 / others, 0.0)
     losses = torch.where(others > 0, (rows.lse - scale * same * inverse) + rows.low, 0.0)[0]
     if mean:
@@ -182,7 +189,9 @@ def sup_con_grad(
     counted = share > 0
     g = torch.where(counted, g / counted.sum().clamp(min=1) if g.dim() == 0 else g, 0.0)
     side, sides, of_rows = (g, lse, low), x[None], scale.expand(1, len(x)).contiguous()
-    dx, _, _, moment = pair_gradients(sides, sides, of_rows, None, None, classes_of(labels), share, side, side, want_x, False, precision)
+    dx, _, _, moment = pair_gradients(
+        sides, sides, of_rows, None, None, classes_of(labels), share, side, side, want_x, False, precision, half=True
+    )
     found = [dx[0].to(x.dtype)] if want_x else []
     return [*found, moment.sum() / 2] if want_scale else found  # a pair's weight is that of both of its rows
 

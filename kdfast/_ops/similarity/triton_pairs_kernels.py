@@ -37,58 +37,83 @@ def pair_scores(
 
 
 @triton.jit
-def admitted_pairs(x_labels, y_labels, i, j, row, column, row_exists, column_exists, LABELLED: tl.constexpr, CLASSES: tl.constexpr):
-    """Which pairs of a tile count: those of unequal labels, or, with CLASSES, of different rows."""
+def admitted_pairs(
+    x_labels, y_labels, i, j, row, column, row_exists, column_exists, LABELLED: tl.constexpr, CLASSES: tl.constexpr, HALF: tl.constexpr
+):  # fmt: skip
+    """Which pairs of a tile count: those of unequal labels, with CLASSES of different rows; HALF: above the diagonal."""
     admitted = row_exists[:, None] & column_exists[None, :]
     if LABELLED:
         own = tl.load(x_labels + i, mask=row_exists, other=0)
         admitted = admitted & (own[:, None] != tl.load(y_labels + j, mask=column_exists, other=0)[None, :])
-    if CLASSES:
+    if HALF:
+        admitted = admitted & (row[:, None] < column[None, :])
+    elif CLASSES:
         admitted = admitted & (row[:, None] != column[None, :])
     return admitted
 
 
 @triton.jit
-def same_class(classes, row, column, row_exists, column_exists):
-    """Whether two different rows of one matrix are of one class."""
+def same_class(classes, row, column, row_exists, column_exists, admitted):
+    """Which of the admitted pairs of one matrix's rows are of one class."""
     own = tl.load(classes + row, mask=row_exists, other=0)
-    same = own[:, None] == tl.load(classes + column, mask=column_exists, other=0)[None, :]
-    return same & row_exists[:, None] & column_exists[None, :] & (row[:, None] != column[None, :])
+    return admitted & (own[:, None] == tl.load(classes + column, mask=column_exists, other=0)[None, :])
+
+
+@triton.jit
+def store_statistics(z, score, same, top, total, same_sum, same_count, at, exists, AXIS: tl.constexpr, CLASSES: tl.constexpr):
+    """Of a tile of base-2 logits, of each row (AXIS 1) or column (AXIS 0): the largest, the sum of exponentials, and of its class."""
+    highest = tl.max(z, AXIS)
+    tl.store(top + at, highest, mask=exists)
+    tl.store(total + at, tl.sum(tl.exp2(z - tl.expand_dims(finite_or_zero(highest), AXIS)), AXIS), mask=exists)
+    if CLASSES:
+        tl.store(same_sum + at, tl.sum(tl.where(same, score, 0.0), AXIS), mask=exists)
+        tl.store(same_count + at, tl.sum(tl.where(same, 1.0, 0.0), AXIS), mask=exists)
+
+
+@triton.jit
+def store_nothing(top, total, same_sum, same_count, at, exists, CLASSES: tl.constexpr):
+    """The statistics of no pairs."""
+    tl.store(top + at, float("-inf"), mask=exists)
+    tl.store(total + at, 0.0, mask=exists)
+    if CLASSES:
+        tl.store(same_sum + at, 0.0, mask=exists)
+        tl.store(same_count + at, 0.0, mask=exists)
 
 
 @triton.jit
 def symmetric_statistics(
-    x, y, scale, x_labels, y_labels, classes, row_top, row_total, column_top, column_total, same_sum, same_count,
+    x, y, scale, x_labels, y_labels, classes, row_top, row_total, row_same, row_count, column_top, column_total, column_same, column_count,
     rows, columns, width, x_stride, y_stride, entries, first_row, first_column,
-    LABELLED: tl.constexpr, CLASSES: tl.constexpr, BOTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    LABELLED: tl.constexpr, CLASSES: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     EVEN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Largest logit and sum of exponentials of each row of a tile, [tiles of columns, entries, rows]; BOTH: and of each column likewise.
+    """Largest logit and sum of exponentials of each row of a tile, [tiles of columns, entries, rows], and of each column likewise.
 
-    CLASSES (one matrix on both sides, whose slab begins at first_row and first_column): also the number of others of each row's class and
-    the sum of its scores with them.
+    HALF (one matrix on both sides, whose slab begins at first_row and first_column): of the pairs above the diagonal alone. CLASSES, with
+    HALF: also the sum of a row's scores with others of its class, and the number of these.
     """
     b, row_tile, column_tile = pair_place(rows, columns, ROWS, COLUMNS)
+    row, column = row_tile * ROWS + tl.arange(0, ROWS), column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    row_exists, column_exists = row < rows, column < columns
+    i, j = b * rows + row, b * columns + column
+    of_row, of_column = (column_tile * entries + b) * rows + row, row_tile * entries * columns + j
+    if HALF:  # noqa: SIM102, one is known when the kernel is compiled, the other is not
+        if first_column + column_tile * COLUMNS + COLUMNS <= first_row + row_tile * ROWS + 1:
+            store_nothing(row_top, row_total, row_same, row_count, of_row, row_exists, CLASSES)
+            store_nothing(column_top, column_total, column_same, column_count, of_column, column_exists, CLASSES)
+            return
     row, row_exists, column, column_exists, score = pair_scores(
         x, y, b, row_tile, column_tile, rows, columns, width, x_stride, y_stride,
         ROWS, COLUMNS, DEPTH, EVEN, DOT, PRECISION, STAGES, INTERPRETED,
     )  # fmt: skip
-    i, j, part = b * rows + row, b * columns + column, (column_tile * entries + b) * rows + row
     row, column = first_row + row, first_column + column
+    admitted = admitted_pairs(x_labels, y_labels, i, j, row, column, row_exists, column_exists, LABELLED, CLASSES, HALF)
+    same = admitted
     if CLASSES:
-        same = same_class(classes, row, column, row_exists, column_exists)
-        tl.store(same_sum + part, tl.sum(tl.where(same, score, 0.0), 1), mask=row_exists)
-        tl.store(same_count + part, tl.sum(tl.where(same, 1.0, 0.0), 1), mask=row_exists)
-    admitted = admitted_pairs(x_labels, y_labels, i, j, row, column, row_exists, column_exists, LABELLED, CLASSES)
+        same = same_class(classes, row, column, row_exists, column_exists, admitted)
     z = tl.where(admitted, score * (tl.load(scale + i, mask=row_exists, other=0.0) * LOG2E)[:, None], float("-inf"))
-    top = tl.max(z, 1)
-    tl.store(row_top + part, top, mask=row_exists)
-    tl.store(row_total + part, tl.sum(tl.exp2(z - finite_or_zero(top)[:, None]), 1), mask=row_exists)
-    if BOTH:
-        top = tl.max(z, 0)
-        part = row_tile * entries * columns + j
-        tl.store(column_top + part, top, mask=column_exists)
-        tl.store(column_total + part, tl.sum(tl.exp2(z - finite_or_zero(top)[None, :]), 0), mask=column_exists)
+    store_statistics(z, score, same, row_top, row_total, row_same, row_count, of_row, row_exists, 1, CLASSES)
+    store_statistics(z, score, same, column_top, column_total, column_same, column_count, of_column, column_exists, 0, CLASSES)
 
 
 @triton.jit
@@ -165,13 +190,12 @@ def symmetric_weights(
         tl.load(column_lse + j, mask=column_exists, other=float("-inf")), tl.load(column_low + j, mask=column_exists, other=0.0)
     )  # fmt: skip
     weight += tl.exp2(score * (s * LOG2E)[:, None] - level[None, :]) * (of_column * factor)[None, :]
-    admitted = admitted_pairs(
-        x_labels, y_labels, i, j, first_row + row, first_column + column, row_exists, column_exists, LABELLED, CLASSES
-    )  # fmt: skip
+    in_row, in_column = first_row + row, first_column + column
+    admitted = admitted_pairs(x_labels, y_labels, i, j, in_row, in_column, row_exists, column_exists, LABELLED, CLASSES, False)
     weight = tl.where(admitted, weight, 0.0)
     if CLASSES:
         share = tl.load(same_share + i, mask=row_exists, other=0.0)
-        same = same_class(classes, first_row + row, first_column + column, row_exists, column_exists)
+        same = same_class(classes, in_row, in_column, row_exists, column_exists, admitted)
         weight -= tl.where(same, (of_row[:, None] + of_column[None, :]) * share[:, None], 0.0)
     part = (column_tile * entries + b) * rows + row
     store_weights(weight, score, s, weights, slope, moment, b, row, column, part, row_exists, leading, weights_stride, WANTED)

@@ -15,6 +15,7 @@ from ..._core import triton_runtime as runtime
 from .triton_formats import KERNELS, PRECISIONS
 
 STATISTICS_PAIRS = 1 << 28  # of a launch: what it leaves of a pair is 2^-3 bytes
+HALF_PAIRS = 1 << 26  # of a launch that leaves out half: programs that have nothing to do take their time as well
 WEIGHTS_PAIRS = 1 << 24  # of a slab: 32 MB in 16 bits, most of which stay in the L2 of an H200; 4096 x 4096 fill its multiprocessors
 
 
@@ -69,6 +70,11 @@ class Slab(NamedTuple):
     def of_columns(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(None if x is None else x[self.entries, self.columns] for x in tensors)
 
+    @property
+    def on_diagonal(self) -> bool:
+        """Of one matrix's rows with one another: whether both sides are the same ones."""
+        return self.rows == self.columns
+
 
 def cut(batch: int, rows: int, columns: int, most: int, shape: Tiles) -> Iterator[Slab]:
     """The pairs of `batch` entries in parts of about `most`, as nearly square as they come, in whole tiles."""
@@ -86,6 +92,16 @@ def cut(batch: int, rows: int, columns: int, most: int, shape: Tiles) -> Iterato
         for r in range(0, rows, high):
             for c in range(0, columns, wide):
                 yield Slab(slice(b, b + 1), slice(r, min(r + high, rows)), slice(c, min(c + wide, columns)))
+
+
+def cut_half(rows: int, most: int, shape: Tiles) -> Iterator[Slab]:
+    """The pairs of one matrix's rows with one another in squares of about `most`, those below the diagonal left out."""
+    tile = max(shape.rows, shape.columns)
+    side = max(tile, math.isqrt(most) // tile * tile)
+    parts = [slice(first, min(first + side, rows)) for first in range(0, rows, side)]
+    for i, of_rows in enumerate(parts):
+        for of_columns in parts[i:]:
+            yield Slab(slice(0, 1), of_rows, of_columns)
 
 
 def _whole(count: int, tile: int) -> int:
@@ -149,9 +165,10 @@ class Part(NamedTuple):
         return self.x.new_empty((len(self.x), entry // columns, columns), dtype=self.format.weights)
 
 
-def parts(x: Tensor, y: Tensor, precision: int, most: int, *, narrow: bool = False) -> Iterator[tuple[Slab, Part]]:
+def parts(x: Tensor, y: Tensor, precision: int, most: int, *, narrow: bool = False, half: bool = False) -> Iterator[tuple[Slab, Part]]:
+    """`half`: x [1, N, D] is y, and what is below the diagonal is left out."""
     shape, format = tiles(x.dtype, narrow), format_of(x.dtype, precision)
-    for slab in cut(len(x), x.shape[1], y.shape[1], most, shape):
+    for slab in cut_half(x.shape[1], most, shape) if half else cut(len(x), x.shape[1], y.shape[1], most, shape):
         yield slab, Part(*slab.of_rows(x), *slab.of_columns(y), shape, format)
 
 
