@@ -27,6 +27,12 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "info_nce_grad_rows(Tensor g, Tensor? statistics, Tensor pull, Tensor query, Tensor? scale, bool want_query, bool want_scale, "
       "bool want_positive, float factor=1.0) -> Tensor[]");
   m.def(
+      "info_nce_mean(Tensor query, Tensor keys, Tensor positive, float factor, bool pull, bool keep_keys, int precision) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "info_nce_mean_grad(Tensor g, Tensor statistics, Tensor pull, Tensor kept_keys, Tensor query, Tensor keys, float factor, bool want_query, "
+      "bool want_keys, bool want_positive, int precision) -> Tensor[]");
+  m.def(
       "similarity_distillation(Tensor student, Tensor keys, Tensor teacher, Tensor teacher_keys, Tensor? scale, Tensor? teacher_scale, "
       "Tensor? bias, Tensor? start_logit, Tensor? teacher_start_logit, Tensor? key_index, Tensor? valid, int precision, bool kl=False, "
       "bool mean=False, float factor=1.0, float teacher_factor=1.0) -> (Tensor, Tensor, Tensor, Tensor)");

@@ -101,7 +101,53 @@ def test_second_derivatives(taken):
     for loss in (partial(info_nce, query, positive, given[1]), partial(similarity_distillation, query, *given, **temperatures)):
         second = [torch.autograd.grad(loss(impl=impl), query, create_graph=True)[0].square().sum() for impl in (None, "cpu")]
         same_bits(*second, [query])
+    learnt = query, positive, bank
+    second = [
+        sum(x.square().sum() for x in torch.autograd.grad(info_nce(*learnt, impl=impl), learnt, create_graph=True))
+        for impl in (None, "cpu")
+    ]
+    same_bits(*second, learnt)
+    assert taken == [True] * 3
+
+
+@pytest.mark.parametrize("learnt", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+def test_gradients_of_some_inputs(taken, learnt):
+    given = [x.detach() for x in matrices((9, 6), (9, 6), (17, 6))]
+    inputs = [given[i].requires_grad_() for i in learnt]
+    same_bits(info_nce(*given), info_nce(*given, impl="cpu"), inputs)
+    with torch.no_grad():
+        assert torch.equal(info_nce(*given), info_nce(*given, impl="cpu"))
     assert taken == [True, True]
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_bank_without_gradient_may_change_before_the_backward_and_not_before_a_second_one(distilled):
+    query, positive, bank = matrices((9, 6), (9, 6), (17, 6))
+    bank.requires_grad_(False)
+
+    def loss():
+        if not distilled:
+            return info_nce(query, positive, bank)
+        return similarity_distillation(query, positive.detach(), bank, student_temperature=0.2, teacher_temperature=0.1)
+
+    (expected,) = torch.autograd.grad(loss(), query)
+    changed, twice = loss(), loss()
+    (first,) = torch.autograd.grad(twice, query, create_graph=True)
+    bank.add_(1)
+    for _ in range(2):
+        assert torch.equal(torch.autograd.grad(changed, query, retain_graph=True)[0], expected)
+    with pytest.raises(RuntimeError, match="double backward through"):
+        first.sum().backward()
+
+
+def test_opcheck():
+    query, positive, keys = (x.detach() for x in matrices((4, 3), (4, 3), (5, 3)))
+    for keep_keys in (True, False):
+        given = query, keys, positive, 2.0, True, keep_keys, 0
+        torch.library.opcheck(torch.ops.kdfast.info_nce_mean.default, given)
+        saved = torch.ops.kdfast.info_nce_mean(*given)[1:]
+        given = torch.tensor(2.0), *saved, query, keys, 2.0, True, keep_keys, True, 0
+        torch.library.opcheck(torch.ops.kdfast.info_nce_mean_grad.default, given)
 
 
 NOT_PLAIN = {

@@ -71,9 +71,9 @@ void run(const DistillationParams& p) {
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const int64_t words = kernels.distillation_workspace(p, row_step, column_step);
   const Workspace<float> workspace = product_workspace(words * cut.workers);
-  const Tensor parts = scratch(merge ? cut.column_parts * rows * partial : 0);
+  const OptionalTensor parts = merge ? OptionalTensor(scratch(cut.column_parts * rows * partial)) : std::nullopt;
   float* const work_begin = workspace.data();
-  float* const statistics = static_cast<float*>(parts.mutable_data_ptr());
+  float* const statistics = merge ? floats_of(*parts) : nullptr;
   float* const pooled = statistics + cut.column_parts * rows * kDistillationStatistics;
 
   for_each_task(cut.workers, cut.row_parts * cut.column_parts, [&](int64_t worker, int64_t t) {
@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distillation(
   return {value, entropy, difference, log_sums};
 }
 
-// Keys are cut among threads, each of whose sums belong to one thread: no merge, and the same bits for any number of threads.
+// g: of every loss, or of their mean. Keys are cut among threads, each of whose sums belong to one thread: no merge, and the same bits for any number of threads.
 Tensor similarity_distillation_grad_keys(const Tensor& g, const Tensor& log_sums, const Tensor& student, const Tensor& keys,
                                          const Tensor& teacher, const Tensor& teacher_keys, const OptionalTensor& scale,
                                          const OptionalTensor& teacher_scale, const OptionalTensor& bias, const OptionalTensor& key_index,
@@ -129,7 +129,8 @@ Tensor similarity_distillation_grad_keys(const Tensor& g, const Tensor& log_sums
   const Tensor s = scale_of(scale, factor, student), t = scale_of(teacher_scale, teacher_factor, teacher);
   const DistillationParams p = parameters(student, keys, teacher, teacher_keys, s, t, bias, key_index, valid, precision);
   const int64_t rows = p.student.rows, count = p.student.columns, width = p.student.width, columns = valid_columns(p.student, 0);
-  const float* const upstream = row_data<float>("g", g, {rows});
+  const Tensor of_rows = g.dim() == 0 ? filled(g, {rows}, *packed<float>("g", g, {}) / float(rows)) : g;
+  const float* const upstream = row_data<float>("g", of_rows, {rows});
   const float* const levels = row_data<float>("log_sums", log_sums, {4, rows});
   const Tensor dkeys = output(keys, {count, width});
   float* const out = static_cast<float*>(dkeys.mutable_data_ptr());

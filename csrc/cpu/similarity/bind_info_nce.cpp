@@ -253,10 +253,28 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& statistics, con
   return those_wanted({&back.dquery, &dkeys, &back.dscale, &dbias, &back.dpositive});
 }
 
+// Of a plain call: matrices, one scale, nothing left out, the mean. What an op is given takes as long as some of its arithmetic.
+std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_mean(const Tensor& query, const Tensor& keys, const Tensor& positive, double factor, bool pull,
+                                                         bool keep_keys, int64_t precision) {
+  const OptionalTensor none;
+  return info_nce(query, keys, none, none, none, none, none, none, none, positive, none, none, true, true, pull, precision, none, keep_keys, factor);
+}
+
+std::vector<Tensor> info_nce_mean_grad(const Tensor& g, const Tensor& statistics, const Tensor& pull, const Tensor& kept_keys,
+                                       const Tensor& query, const Tensor& keys, double factor, bool want_query, bool want_keys, bool want_positive,
+                                       int64_t precision) {
+  const OptionalTensor none;
+  if (!want_keys) return info_nce_grad_rows(g, statistics, pull, query, none, want_query, false, want_positive, factor);
+  return info_nce_grad(g, statistics, pull, query, keys, none, none, none, none, none, none, none, none, want_query, want_keys, false, false,
+                       want_positive, precision, kept_keys, factor);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("info_nce", TORCH_BOX(&info_nce));
   m.impl("info_nce_grad", TORCH_BOX(&info_nce_grad));
   m.impl("info_nce_grad_rows", TORCH_BOX(&info_nce_grad_rows));
+  m.impl("info_nce_mean", TORCH_BOX(&info_nce_mean));
+  m.impl("info_nce_mean_grad", TORCH_BOX(&info_nce_mean_grad));
 }

@@ -29,9 +29,9 @@ void run(const SimilarityParams& p, float* lse, float* lse_low, float* pooled) {
   const int64_t words = kernels.similarity_workspace(p, row_step, column_step);
   const Workspace<float> workspace = product_workspace(words * cut.workers);
   const int64_t partial_rows = merge ? cut.column_parts * total_rows : 0;
-  const Tensor partial = scratch(partial_rows * (3 + (p.pooled ? p.pooled_width : 0)));
+  const OptionalTensor partial = merge ? OptionalTensor(scratch(partial_rows * (3 + (p.pooled ? p.pooled_width : 0)))) : std::nullopt;
   float* const work = workspace.data();
-  float* const maximum = static_cast<float*>(partial.mutable_data_ptr());
+  float* const maximum = merge ? floats_of(*partial) : nullptr;
   float *const low = maximum + partial_rows, *const sum = low + partial_rows;
   float* const values = sum + partial_rows;
 

@@ -198,13 +198,11 @@ def _gradients(call, want, versions, g, student, scale, start_logit, slope, diff
     """The gradients of <g, losses> in (student, keys, scale, start_logit), None where not wanted."""
     want_student, want_keys, want_scale, want_start = want
     dkeys = dstart = None
-    if want_keys or want_start:
-        of_rows = (g / student.shape[0]).expand(student.shape[0]).contiguous() if call.mean else g
-        if want_start:
-            dstart = of_rows * slope
-        if want_keys:
-            inputs = _for_kernel(student, keys, scale, *fixed)
-            dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(of_rows, log_sums, *inputs, call.products, *call[-2:]).to(keys.dtype)
+    if want_start:
+        dstart = (g / student.shape[0] if call.mean else g) * slope
+    if want_keys:
+        inputs = _for_kernel(student, keys, scale, *fixed)
+        dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(g, log_sums, *inputs, call.products, *call[-2:]).to(keys.dtype)
     rows = g, None, difference, student, scale
     found = iter(torch.ops.kdfast.info_nce_grad_rows(*rows, want_student, want_scale, False, call.factor))
     return next(found).to(student.dtype) if want_student else None, dkeys, next(found) if want_scale else None, dstart
@@ -255,6 +253,10 @@ def _fake(
     )
 
 
+def _grad_keys_fake(g, log_sums, student, keys, *_):
+    return log_sums.new_empty(keys.shape)
+
+
 if cpu.missing() is None:
     torch.library.register_fake("kdfast::similarity_distillation", _fake)
-    torch.library.register_fake("kdfast::similarity_distillation_grad_keys", lambda g, log_sums, student, keys, *_: g.new_empty(keys.shape))
+    torch.library.register_fake("kdfast::similarity_distillation_grad_keys", _grad_keys_fake)

@@ -191,7 +191,7 @@ def _like(grad: Tensor, x: Tensor) -> Tensor:
     return grad if grad.dtype == x.dtype else grad.to(x.dtype)
 
 
-def _info_nce_fake(
+def fake(
     query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, positive, columns, weights, include, mean, pull, products,
     panels=None, keep_keys=False, factor=1.0,
 ):  # fmt: skip
@@ -225,6 +225,6 @@ def _grad_rows_fake(g, statistics, pull, query, scale, want_query, want_scale, w
 
 
 if cpu.missing() is None:
-    torch.library.register_fake("kdfast::info_nce", _info_nce_fake)
+    torch.library.register_fake("kdfast::info_nce", fake)
     torch.library.register_fake("kdfast::info_nce_grad_rows", _grad_rows_fake)
     torch.library.register_fake("kdfast::info_nce_grad", _info_nce_grad_fake)

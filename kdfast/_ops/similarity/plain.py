@@ -2,7 +2,7 @@
 
 Finding out what a call gives, checking it and choosing how to compute takes as long as the arithmetic of 64 queries and 256 keys. A plain
 call is seen to be one by what little it has; any other, and one with something wrong, is left (None) to the general way, which
-says what that is. Both end in the same op.
+says what that is. Both end in the same ops.
 """
 
 import functools
@@ -14,9 +14,9 @@ from ..._core import impls
 from . import cpu, distillation, info_nce, matching
 from .apply import transformed
 from .arguments import Compute, Spec
+from .plain_functions import DistillationMean, InfoNceMean
 
 _TYPES = (Tensor, torch.nn.Parameter)
-_NOTHING = (None,) * 5  # the rest of distillation.Fixed
 _PRODUCTS = {torch.float32: "ieee", torch.float16: "ieee", torch.bfloat16: "bf16"}
 
 
@@ -25,7 +25,7 @@ def info_nce_mean(query: Tensor, positive: Tensor, keys: Tensor, temperature: fl
     if not (_plain(query, positive, keys) and _usual(temperature) and positive.shape == query.shape and keys.shape[1] == query.shape[1]):
         return None
     call = _info_nce_call(len(query), query.dtype, torch.is_grad_enabled() and query.requires_grad, 1.0 / temperature)
-    return info_nce.InfoNceRows.apply(call, (None,) * 7, query, keys, None, None, positive)
+    return InfoNceMean.apply(call, query, keys, positive)
 
 
 @functools.lru_cache
@@ -47,11 +47,11 @@ def distillation_mean(
         return None
     if teacher.requires_grad or (teacher_keys is not None and teacher_keys.requires_grad):
         return None
+    if not (student.is_contiguous() and keys.is_contiguous() and teacher.is_contiguous() and theirs.is_contiguous()):
+        return None
     scales = 1.0 / temperature, 1.0 / teacher_temperature
     call = distillation.Call(kl, True, None, None, cpu.product_number(None, student), *scales)
-    return distillation.Distillation.apply(
-        call, student, keys, None, None, teacher, None if teacher_keys is keys else teacher_keys, *_NOTHING
-    )
+    return DistillationMean.apply(call, student, keys, teacher, None if teacher_keys is keys else teacher_keys)
 
 
 def matching_mean(x: Tensor, y: Tensor, scale: float | Tensor, shift: float | Tensor | None = None) -> Tensor | None:
