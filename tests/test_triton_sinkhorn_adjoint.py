@@ -124,6 +124,17 @@ def test_zero_weights_padding_and_forbidden_pairs():
             torch.testing.assert_close(x.double(), y, rtol=1e-3, atol=1e-5 * float(y.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["cost", "sqeuclidean"])
+def test_programs_of_problems_that_have_converged_end_at_once(name):
+    p = problem({key: x.expand(2, -1, -1) for key, x in SOURCES[name].items()}, torch.float32)
+    step, v = triton_adjoint.Step(p), torch.rand_like(p.b)
+    both, first, none = (
+        triton_adjoint._sums(step, step.rows, step.columns, torch.zeros_like(p.a), torch.zeros_like(p.b), v, active)
+        for active in (None, *(torch.tensor(flags, device=DEVICE) for flags in ([True, False], [False, False])))
+    )
+    assert (both > 0).all() and torch.equal(first[0], both[0]) and (first[1] == 0).all() and (none == 0).all()
+
+
 def test_a_large_range_loses_no_digits_over_iterations():
     """exp(-C / eps) is 0 everywhere in float32; sums that were off 1 by rounding would be added up by the steps."""
     source, plan = {"cost": 1 + 20 * torch.rand(1, 20, 24)}, schedule(10)

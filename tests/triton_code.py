@@ -17,7 +17,7 @@ POINTERS = {
     **dict.fromkeys(("query_labels", "key_labels", "key_index", "valid", "label", "own", "query_label", "key_label"), "*i64"),
     **dict.fromkeys(("index", "chosen", "row_count", "column_count", "x_labels", "y_labels", "positive", "done"), "*i64"),
     **dict.fromkeys(("first", "last", "exist", "found", "order", "nearest", "farthest", "block"), "*i64"), "uniform_row": "*i1",
-    **dict.fromkeys(("exists", "dropped"), "*i1"), "position": "*i32", "classes": "*i32", "rho": "fp32",
+    **dict.fromkeys(("exists", "dropped", "needed"), "*i1"), "position": "*i32", "classes": "*i32", "rho": "fp32",
     **dict.fromkeys(("active", "unordered", "number"), "*i32"), "marks": "*u8",
     **dict.fromkeys(("alpha", "beta", "tolerance", "margin", "sign", "low", "high", "least", "real_width", "now", "before"), "fp32"),
 }  # fmt: skip

@@ -198,7 +198,7 @@ def _solve_adjoint(p: Problem, tiles: Tiles, eps, f, g, f_hat, g_hat, to_f, to_g
 
     kept = None if tiles.whole is None else list(jacobians())
 
-    def through(y: Tensor, plus: Tensor | None) -> Tensor:
+    def through(y: Tensor, plus: Tensor | None, _active: Tensor | None) -> Tensor:
         out = torch.zeros_like(y)
         for rows, e, other in kept or jacobians():
             x = p.a[:, rows] * times(e, y)
@@ -215,14 +215,15 @@ def _solve_adjoint(p: Problem, tiles: Tiles, eps, f, g, f_hat, g_hat, to_f, to_g
 def conjugate_gradients(p: Problem, eps: Tensor, g: Tensor, g_hat: Tensor, to_f: Tensor, to_g: Tensor, through) -> Tensor:
     """y [B, m] with y + lambda_a A^T x = to_g, x = to_f - lambda_b B y.
 
-    through(y, plus) is A^T (plus - lambda_b B y), or A^T B y where `plus` is None, in one pass. A's columns sum to b exp((g - g_hat)/eps).
+    through(y, plus, active) is A^T (plus - lambda_b B y), or A^T B y where `plus` is None, in one pass; of problems that are not `active`
+    [B] (None: all are) it may be any finite number. A's columns sum to b exp((g - g_hat)/eps).
     """
     damp_a, damp_b = damping(p.rho_a, eps), damping(p.rho_b, eps)
     balanced = p.rho_a is None and p.rho_b is None
     log_c = p.b.log() + (g - g_hat) / eps[:, None]
     c = torch.exp(log_c - log_c.amax(-1, keepdim=True))  # the plan's column sums, up to a factor: there may be no mass in this precision
     free = c > 0  # a column without weight keeps y = to_g
-    residual = torch.where(free, to_g - damp_a * through(torch.where(free, 0.0, to_g), to_f), 0.0)
+    residual = torch.where(free, to_g - damp_a * through(torch.where(free, 0.0, to_g), to_f, None), 0.0)
     share = c / c.sum(-1, keepdim=True).clamp_min(TINY)
 
     def project(r: Tensor) -> Tensor:  # balanced: constants are the null space, nothing may remain along them
@@ -238,7 +239,7 @@ def conjugate_gradients(p: Problem, eps: Tensor, g: Tensor, g_hat: Tensor, to_f:
         active = norm > target
         if p.readable and not bool(active.any()):
             break
-        image = c * direction - damp_a * damp_b * through(c * direction, None)
+        image = c * direction - damp_a * damp_b * through(c * direction, None, active)
         curvature = (direction * image).sum(-1)
         active = active & (curvature > 0)
         length = torch.where(active, norm / curvature, 0.0)[:, None]
@@ -250,4 +251,4 @@ def conjugate_gradients(p: Problem, eps: Tensor, g: Tensor, g_hat: Tensor, to_f:
         direction = over_c * residual + torch.where(active, norm / last, 0.0)[:, None] * direction
     y = torch.where(free, c * best, to_g)
     # relaxed columns of relatively no mass have a weight, but no c: the equation itself gives them
-    return y if balanced else to_g - damp_a * through(y, to_f)
+    return y if balanced else to_g - damp_a * through(y, to_f, None)

@@ -46,7 +46,10 @@ def replay(
 
 
 def implicit(p: Problem, f: Tensor, g: Tensor, done: Tensor, to_f: Tensor, to_g: Tensor, to_epsilon: bool, schedule: Schedule) -> Pulled:
-    """adjoint.implicit: a fixed number of conjugate gradients, two launches a product with both Jacobians, and one iteration's adjoint."""
+    """adjoint.implicit: a fixed number of conjugate gradients, two launches a product with both Jacobians, and one iteration's adjoint.
+
+    The host does not learn when a problem has converged; its programs end at once from then on.
+    """
     epsilon, once = effective_epsilon(p, schedule, done), Schedule(1, None, "log", None, None)
     q = p._replace(epsilon=epsilon)
     with torch.autocast(p.a.device.type, enabled=False):
@@ -55,10 +58,10 @@ def implicit(p: Problem, f: Tensor, g: Tensor, done: Tensor, to_f: Tensor, to_g:
         damp_b = damping(p.rho_b, epsilon)
         f_hat, g_hat = torch.where(lse == -torch.inf, f, -epsilon[:, None] * lse), new_g / damp_b
 
-        def through(y: Tensor, plus: Tensor | None) -> Tensor:
-            x = p.a * _sums(step, step.rows, step.columns, f, g_hat, y)
+        def through(y: Tensor, plus: Tensor | None, active: Tensor | None) -> Tensor:
+            x = p.a * _sums(step, step.rows, step.columns, f, g_hat, y, active)
             x = x if plus is None else plus - damp_b * x
-            return p.b * _sums(step, step.columns, step.rows, g, f_hat, x)
+            return p.b * _sums(step, step.columns, step.rows, g, f_hat, x, active)
 
         y = adjoint.conjugate_gradients(q, epsilon, g, g_hat, to_f, to_g, through)
         vectors = (t[:, None].contiguous() for t in (f, f_hat, g, g, g_hat, epsilon, epsilon / p.epsilon))
@@ -169,13 +172,14 @@ def _products(w: Tensor, parts: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return out[..., :width], mass
 
 
-def _sums(step: Step, mine: Side, others: Side, f: Tensor, g: Tensor, v: Tensor) -> Tensor:
-    """sum_j v_j exp((f_i + g_j - C_ij)/eps) [B, mine.size], with potentials and v of either side."""
+def _sums(step: Step, mine: Side, others: Side, f: Tensor, g: Tensor, v: Tensor, active: Tensor | None) -> Tensor:
+    """sum_j v_j exp((f_i + g_j - C_ij)/eps) [B, mine.size], with potentials and v of either side; 0 of problems not `active` [B]."""
     from . import triton_adjoint_kernels as kernels
 
     out = torch.empty_like(f, memory_format=torch.contiguous_format)
     vectors = (f.contiguous(), g.contiguous(), v.contiguous(), step.p.epsilon.contiguous())
-    _launch(kernels.plan_sums, step, mine, others, vectors, (out,), (), ())
+    needed = torch.ones_like(step.p.epsilon, dtype=torch.bool) if active is None else active
+    _launch(kernels.plan_sums, step, mine, others, vectors, (needed, out), (), ())
     return out
 
 
