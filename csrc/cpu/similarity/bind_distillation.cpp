@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <functional>
 #include <tuple>
 
 #include "similarity/bind_similarity.h"
@@ -97,7 +96,7 @@ void run(const DistillationParams& p) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distillation(
+std::tuple<Tensor, Tensor, Tensor> similarity_distillation(
     const Tensor& student, const Tensor& keys, const Tensor& teacher, const Tensor& teacher_keys, const OptionalTensor& scale,
     const OptionalTensor& teacher_scale, const OptionalTensor& bias, const OptionalTensor& start_logit, const OptionalTensor& teacher_start_logit,
     const OptionalTensor& key_index, const OptionalTensor& valid, int64_t precision, bool kl, bool mean, double factor,
@@ -110,15 +109,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distillation(
   p.teacher.start_logit = row_data<float>("teacher_start_logit", teacher_start_logit, {rows});
 
   const auto made = [&](const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); };
-  const Tensor loss = output(student, {rows}), entropy = output(student, {rows});
-  const Tensor difference = output(student, {rows, p.student.width}), log_sums = output(student, {4, rows});
-  p.loss = made(loss), p.entropy = made(entropy), p.difference = made(difference), p.log_sums = made(log_sums);
+  const Tensor loss = output(student, {rows}), difference = output(student, {rows, p.student.width}), log_sums = output(student, {4, rows});
+  p.kl = kl, p.loss = made(loss), p.difference = made(difference), p.log_sums = made(log_sums);
   if (rows > 0) run(p);
-  if (kl) std::transform(p.loss, p.loss + rows, p.entropy, p.loss, std::minus<float>());
-  if (!mean) return {loss, entropy, difference, log_sums};
+  if (!mean) return {loss, difference, log_sums};
   const Tensor value = output(student, {});
   *floats_of(value) = mean_of(p.loss, rows);
-  return {value, entropy, difference, log_sums};
+  return {value, difference, log_sums};
 }
 
 // g: of every loss, or of their mean. Keys are cut among threads, each of whose sums belong to one thread: no merge, and the same bits for any number of threads.

@@ -10,8 +10,8 @@ namespace kdfast {
 // student.keys.
 struct DistillationParams {
   SimilarityParams student, teacher;
-  float* loss;        // [rows]: cross-entropy of the student's softmax under the teacher's
-  float* entropy;     // [rows], of the teacher's softmax
+  bool kl;            // the loss is KL, not the cross-entropy of the student's softmax under the teacher's
+  float* loss;        // [rows]
   float* difference;  // [rows, width]: sum_j (p^S_ij - p^T_ij) k^S_j
   float* log_sums;    // [4, rows]: lse of the student, the digits it has no room for, and the same of the teacher
 };
@@ -28,7 +28,7 @@ struct DistillationTask {
   int64_t pooled_stride;
 };
 
-constexpr int64_t kDistillationStatistics = 8;  // student's maximum in two floats and sum, the same of the teacher, fall, bias (distillation.inl)
+constexpr int64_t kDistillationStatistics = 7;  // student's maximum in two floats and sum, the same of the teacher, excess (distillation.inl)
 
 // Rows `begin` to `end` of the call from their parts, [parts][part_stride rows] of what a task writes. Part 0 is overwritten.
 struct DistillationMerge {

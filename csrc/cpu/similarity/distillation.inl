@@ -1,14 +1,16 @@
-// Cross-entropy between two softmaxes over one bank, and what its gradient needs, in one pass.
+// Cross-entropy between two softmaxes over one bank, or KL, and what its gradient needs, in one pass.
 //
-// For each row, p^S the softmax of z^S_j = s q.k^S_j + b_j and p^T that of z^T_j = t u.k^T_j + b_j:
-//   loss = lse^S - sum_j p^T_j z^S_j = lse^S - s q.O^T - sum_j p^T_j b_j    O^S = sum_j p^S_j k^S_j, O^T = sum_j p^T_j k^S_j
-//   dloss / dq = s (O^S - O^T),   dloss / ds = q.(O^S - O^T)
-// so that both pooled rows are sums of the same panels. The teacher's entropy, log l - F / l, comes from its fall F = sum_j w_j log w_j
-// over the weights w_j = e^(z^T_j - m), whose sum is l.
+// For each row, p^S the softmax of z^S_j = s q.k^S_j + b_j and p^T that of z^T_j = t u.k^T_j + b_j, with maxima m, weights w_j = e^(z_j - m)
+// and their sums l:
+//   cross-entropy = log l^S - (sum_j w^T_j (z^S_j - m^S)) / l^T      KL = log l^S - log l^T - (sum_j w^T_j ((z^S_j - m^S) - (z^T_j - m^T))) / l^T
+//   dloss / dq = s (O^S - O^T),   dloss / ds = q.(O^S - O^T)         O^S = sum_j p^S_j k^S_j, O^T = sum_j p^T_j k^S_j
+// Both pooled rows are sums of the same panels. From them the loss would be lse^S - s q.O^T, with rounding errors as large as those of the
+// logits; those of the sums above are as large as the differences in them.
 //
 // Included after an instruction set's header (isa/).
 #pragma once
 
+#include "engine/rows.inl"
 #include "similarity/distillation.h"
 #include "similarity/softmax.inl"
 
@@ -45,14 +47,19 @@ struct Side {
   }
 };
 
+// Rows whose scores on the student's side are kept until the teacher's come: enough that one side's panels stay in L2 meanwhile.
+template <class Product>
+constexpr int64_t kKeptRows = Product::kRowChunk < 192 ? 192 : Product::kRowChunk;
+
 struct DistillationWorkspace {
   int64_t rows, block;
   bool one_bank;
   Side student, teacher;
   Streamed keys, teacher_keys = {};
-  Tile tile;
+  Tile student_scores, tile;  // weights of both sides are made in `tile`
+  RowLevel* levels;           // of student_scores
   ColumnTerms terms;
-  float *fall, *bias;  // [rows][kLanes], of the teacher's weights
+  float* excess;  // [rows][kLanes]: sum of the teacher's weights times the exponents of the student's, less their own for KL
 
   template <class Product>
   DistillationWorkspace(Product product, const DistillationParams& p, int64_t row_count, int64_t columns, Arena& arena) {
@@ -68,9 +75,12 @@ struct DistillationWorkspace {
       teacher_keys.panels.plan(product, teacher_width, block, true, false, arena);
       teacher_keys.matrix = p.teacher.keys;
     }
+    const int64_t kept = smaller(kKeptRows<Product>, rows);
     tile.plan(product, rows, block, arena);
+    student_scores = {arena.take(kept * tile.stride), tile.stride, 0};
+    levels = reinterpret_cast<RowLevel*>(arena.take(kept * int64_t(sizeof(RowLevel) / 4)));
     terms.plan(block, arena);
-    fall = arena.take(rows * kLanes), bias = arena.take(rows * kLanes);
+    excess = arena.take(rows * kLanes);
   }
 };
 
@@ -78,75 +88,60 @@ struct DistillationWorkspace {
 
 // Weights, their sums and pooled rows, all relative to the maxima.
 struct DistilledRow {
-  double maximum, teacher_maximum;
-  float sum, teacher_sum;
-  float fall, bias;  // sums of the teacher's weights times their exponents, and times the biases
+  double maximum, teacher_maximum, sum, teacher_sum, excess;
   const float *pooled, *teacher_pooled;
 };
 
 inline void finish_row(const DistillationParams& p, int64_t i, const DistilledRow& r) {
   const SimilarityParams& s = p.student;
-  const double lse = log_sum(r.maximum, r.sum), teacher_lse = log_sum(r.teacher_maximum, r.teacher_sum);
-  const float weight = r.sum == 0 ? 0 : 1 / r.sum, teacher_weight = r.teacher_sum == 0 ? 0 : 1 / r.teacher_sum;
-  float inner = 0;
-  with_elements(s.query.from(i * s.width), [&](const auto* query) {
-    Vec sum = {};
-    for (int64_t d = 0; d < s.width; d += kLanes) {
-      const Vec expected = splat(teacher_weight) * load(r.teacher_pooled + d);
-      const Vec difference = multiply_add(splat(weight), load(r.pooled + d), -expected);
-      sum = multiply_add(load_row(query, d, s.width), expected, sum);
-      __builtin_memcpy(p.difference + i * s.width + d, &difference, size_t(4 * smaller(kLanes, s.width - d)));
-    }
-    inner = total(sum);
-  });
-  double score = double(s.scale[i]) * double(inner) + double(teacher_weight) * double(r.bias);
-  if (s.start_logit != nullptr && p.teacher.start_logit[i] != -kInfinity)
-    score += __builtin_exp(double(p.teacher.start_logit[i]) - teacher_lse) * double(s.start_logit[i]);
-  p.loss[i] = float(lse - score);
-  p.entropy[i] = r.teacher_sum == 0 ? 0 : float(__builtin_log(double(r.teacher_sum)) - double(teacher_weight) * double(r.fall));
+  const double weight = r.sum == 0 ? 0 : 1 / r.sum, teacher_weight = r.teacher_sum == 0 ? 0 : 1 / r.teacher_sum;
+  const Vec scale = splat(float(weight)), teacher_scale = splat(float(teacher_weight));
+  for (int64_t d = 0; d < s.width; d += kLanes) {
+    const Vec difference = scaled(load(r.pooled + d), scale) - scaled(load(r.teacher_pooled + d), teacher_scale);  // 0 for equal sides
+    __builtin_memcpy(p.difference + i * s.width + d, &difference, size_t(4 * smaller(kLanes, s.width - d)));
+  }
+  const double level = __builtin_log(r.sum), teacher_level = __builtin_log(r.teacher_sum);
+  p.loss[i] = float(level - (p.kl && r.teacher_sum != 0 ? teacher_level : 0) - teacher_weight * r.excess);
   float* const out = p.log_sums + i;
-  store_log_sum(lse, out, out + s.rows);
-  store_log_sum(teacher_lse, out + 2 * s.rows, out + 3 * s.rows);
+  store_log_sum(r.maximum + level, out, out + s.rows);
+  store_log_sum(r.teacher_maximum + teacher_level, out + 2 * s.rows, out + 3 * s.rows);
 }
 
 // ---- one rectangle ----------------------------------------------------------------------------------------------------
 
-// Weights as they are stored: of products in bf16 rounded.
-template <class Product>
-inline void as_stored([[maybe_unused]] Vec& first, [[maybe_unused]] Vec& second) {
-#ifdef KDFAST_BF16_INSTRUCTIONS
-  if constexpr (__is_same(Product, BFloat16Product)) {
-    const __m512i pairs = Packing<Product>::round_pairs(first, second);
-    first = Packing<Product>::widen(_mm512_castsi512_si256(pairs));
-    second = Packing<Product>::widen(_mm512_extracti64x4_epi64(pairs, 1));
-  }
-#endif
-}
+// A row of the student's scores, and what the teacher's weights of it add to the excess.
+struct Excess {
+  const float* scores;
+  RowLevel level;
+  Vec sum;
+};
 
-// As weigh_row, and adds what the weights contribute to the row's fall and, where biases are given, to its bias. The loss is a difference of
-// logits under them: rounded weights that do not add up to their sum would leave a part of the logits themselves.
-template <class Product>
-inline Vec weigh_teacher_row(const float* scores, float* weights, int64_t padded, RowLevel level, const float* biases, Vec& fall, Vec& bias) {
-  const Vec least = splat(-88.1f);
-  Vec sum0 = {}, sum1 = {}, fall0 = {}, fall1 = {};
+// As weigh_row of the teacher's scores, and its excess; with `kKl` less the teacher's exponents. A weight of 0 may have exponents of -inf.
+template <class Product, bool kKl>
+inline Vec weigh_teacher_scores(const float* scores, float* weights, int64_t padded, RowLevel level, Excess& excess) {
+  const Vec least = splat(-88.1f), lowest = splat(-0x1p100f);
+  const RowLevel student = excess.level;
+  Vec sum0 = {}, sum1 = {}, excess0 = {}, excess1 = {};
   for (int64_t j = 0; j < padded; j += 2 * kLanes) {
     const Vec t0 = level.exponent_of(load(scores + j)), t1 = level.exponent_of(load(scores + j + kLanes));
-    Vec p0 = exp_nonpositive(t0), p1 = exp_nonpositive(t1);
-    as_stored<Product>(p0, p1);
+    const Vec p0 = exp_nonpositive(t0), p1 = exp_nonpositive(t1);
+    Vec z0 = larger(lowest, student.exponent_of(load(excess.scores + j)));
+    Vec z1 = larger(lowest, student.exponent_of(load(excess.scores + j + kLanes)));
+    if constexpr (kKl) z0 -= larger(least, t0), z1 -= larger(least, t1);
     sum0 += p0;
     sum1 += p1;
-    fall0 = multiply_add(p0, larger(least, t0), fall0);  // a weight of 0 has exponent -inf
-    fall1 = multiply_add(p1, larger(least, t1), fall1);
-    if (biases != nullptr) {
-      const Vec lowest = splat(-0x1p100f);
-      bias = multiply_add(p0, larger(lowest, load(biases + j)), bias);
-      bias = multiply_add(p1, larger(lowest, load(biases + j + kLanes)), bias);
-    }
+    excess0 = multiply_add(p0, z0, excess0);
+    excess1 = multiply_add(p1, z1, excess1);
     Packing<Product>::store_weights(weights, j, p0, p1);
   }
-  fall = fall0 + fall1;
+  excess.sum = excess0 + excess1;
   return sum0 + sum1;
 }
+
+template <class Product>
+struct DistillationPass;
+template <class Product>
+constexpr int64_t kChunkRows<Product, DistillationPass<Product>> = kKeptRows<Product>;
 
 // Up to rows_at_once rows, `first` .. `first + count` of the call, through the task's columns.
 template <class Product>
@@ -163,38 +158,58 @@ struct DistillationPass {
     for (int64_t i = 0; i < padded_rows; ++i) {
       sound &= w.student.begin_row(Product{}, p.student, i, first + i, i < count, start);
       sound &= w.teacher.begin_row(Product{}, p.teacher, i, first + i, i < count, start);
-      __builtin_memset(w.fall + i * kLanes, 0, 4 * kLanes);
-      __builtin_memset(w.bias + i * kLanes, 0, 4 * kLanes);
+      __builtin_memset(w.excess + i * kLanes, 0, 4 * kLanes);
+      const bool only_teacher = start && i < count && p.student.start_logit[first + i] == -kInfinity;
+      if (only_teacher && p.teacher.start_logit[first + i] != -kInfinity) w.excess[i * kLanes] = -kInfinity;
     }
     sound &= stream_blocks(Product{}, w.block, padded_rows, task.column_begin, task.column_end, *this, w.keys, w.teacher_keys);
     for (int64_t i = 0; i < count; ++i) end_row(i);
     return sound;
   }
 
-  // All rows for the teacher, then (chunk by chunk) all for the student: each time only one side's rows and panels need room in L2.
-  void begin_block(const Block& block) const {
-    w.terms.pack(p.student, 0, block);
-    const int64_t padded_rows = round_up(count, Product::kRowMultiple);
-    const Panels& keys = w.one_bank ? w.keys.panels : w.teacher_keys.panels;
-    const Prefetch next = after_block(w.teacher_keys, block, w.block, task.column_end, padded_rows);
-    for (int64_t row = 0; row < padded_rows; row += Product::kRowChunk) {
-      const int64_t left = padded_rows - row, rows = smaller(left, Product::kRowChunk);
-      score(w.teacher, keys, block, row, rows);
-      weigh_rows(w.teacher.softmax, w.terms, w.tile, p.teacher, first, count, block, row, rows, next,
-                 [&](int64_t i, const float* scores, RowLevel level) { return weigh_teacher(i, row, block, scores, level); });
-      sum(w.teacher, block, row, rows);
-    }
+  void begin_block(const Block& block) const { w.terms.pack(p.student, 0, block); }
+
+  // The teacher's weights meet the student's scores, which are therefore kept.
+  void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
+    const Prefetch next_teacher = after_block(w.teacher_keys, block, w.block, task.column_end, round_up(count, Product::kRowMultiple));
+    for (int64_t at = 0; at < rows; at += Product::kRowChunk)
+      weigh_student(block, row + at, smaller(rows - at, Product::kRowChunk), kept_from(at), next);
+    for (int64_t at = 0; at < rows; at += Product::kRowChunk)
+      weigh_teacher(block, row + at, smaller(rows - at, Product::kRowChunk), kept_from(at), next_teacher);
   }
 
-  void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
-    score(w.student, w.keys.panels, block, row, rows);
-    weigh_rows(w.student.softmax, w.terms, w.tile, p.student, first, count, block, row, rows, next,
-               [&](int64_t i, const float* scores, RowLevel level) { return weigh_row<Product>(scores, w.tile.weights(i - row), block.padded, level); });
+  struct Kept {  // of the student, from a row on
+    Tile scores;
+    RowLevel* levels;
+  };
+  Kept kept_from(int64_t at) const {
+    const Tile& scores = w.student_scores;
+    return {{scores.scores(at), scores.stride, 0}, w.levels + at};
+  }
+
+  void weigh_student(const Block& block, int64_t row, int64_t rows, const Kept& kept, const Prefetch& next) const {
+    score(w.student, w.keys.panels, kept.scores, block, row, rows);
+    weigh_rows(w.student.softmax, w.terms, kept.scores, p.student, first, count, block, row, rows, next,
+               [&](int64_t i, const float* scores, RowLevel level) {
+                 kept.levels[i - row] = level;
+                 return weigh_row<Product>(scores, w.tile.weights(i - row), block.padded, level);
+               });
     sum(w.student, block, row, rows);
   }
 
-  void score(const Side& side, const Panels& keys, const Block& block, int64_t row, int64_t rows) const {
-    score_rows(Product{}, side.rows.at(row), side.rows.stride, rows, keys, block.padded, w.tile.scores(0), w.tile.stride);
+  void weigh_teacher(const Block& block, int64_t row, int64_t rows, const Kept& kept, const Prefetch& next) const {
+    score(w.teacher, w.one_bank ? w.keys.panels : w.teacher_keys.panels, w.tile, block, row, rows);
+    weigh_rows(w.teacher.softmax, w.terms, w.tile, p.teacher, first, count, block, row, rows, next,
+               [&](int64_t i, const float* scores, RowLevel level) {
+                 const int64_t at = i - row;
+                 return p.kl ? weigh_teacher_row<true>(i, at, scores, block, level, kept)
+                             : weigh_teacher_row<false>(i, at, scores, block, level, kept);
+               });
+    sum(w.teacher, block, row, rows);
+  }
+
+  void score(const Side& side, const Panels& keys, const Tile& tile, const Block& block, int64_t row, int64_t rows) const {
+    score_rows(Product{}, side.rows.at(row), side.rows.stride, rows, keys, block.padded, tile.scores(0), tile.stride);
   }
 
   // O = diag(correction) O + P K
@@ -203,27 +218,32 @@ struct DistillationPass {
              ScaleAddTile{side.pooled.at(row), side.pooled.stride, side.softmax.correction + row});
   }
 
-  // F' = c (F + log c l) + sum of weight log weight with the correction c = e^(m - m').
-  Vec weigh_teacher(int64_t i, int64_t row, const Block& block, const float* scores, RowLevel level) const {
-    const bool biased = p.teacher.bias != nullptr && i < count;
-    Vec fall, bias = {};
-    const Vec sum = weigh_teacher_row<Product>(scores, w.tile.weights(i - row), block.padded, level, biased ? w.terms.bias : nullptr, fall, bias);
-    const Vec correction = splat(w.teacher.softmax.correction[i]), step = larger(splat(-88.1f), splat(w.teacher.softmax.step[i]));
-    float *const f = w.fall + i * kLanes, *const b = w.bias + i * kLanes;
-    store(f, multiply_add(correction, multiply_add(step, load(w.teacher.softmax.sum + i * kLanes), load(f)), fall));
-    if (biased) store(b, multiply_add(correction, load(b), bias));
+  // E' = c (E + h l) + what the block adds, c = e^(m - m') of the teacher's maxima and h what its differences change by.
+  template <bool kKl>
+  Vec weigh_teacher_row(int64_t i, int64_t at, const float* scores, const Block& block, RowLevel level, const Kept& kept) const {
+    Excess excess{kept.scores.scores(at), kept.levels[at], {}};
+    const Vec sum = weigh_teacher_scores<Product, kKl>(scores, w.tile.weights(at), block.padded, level, excess);
+    const Vec correction = splat(w.teacher.softmax.correction[i]), before = load(w.teacher.softmax.sum + i * kLanes);
+    Vec step = larger(splat(-0x1p100f), splat(w.student.softmax.step[i]));
+    if constexpr (kKl) step -= larger(splat(-0x1p100f), splat(w.teacher.softmax.step[i]));
+    float* const e = w.excess + i * kLanes;
+    store(e, multiply_add(correction, multiply_add(step, before, load(e)), excess.sum));
     return sum;
   }
 
   void end_row(int64_t i) const {
-    const auto whole = [i](const float* lanes) { return total(load(lanes + i * kLanes)); };
+    const auto whole = [i](const float* lanes) {
+      double sum = 0;
+      for (int k = 0; k < kLanes; ++k) sum += double(lanes[i * kLanes + k]);
+      return sum;
+    };
     const RunningSoftmax &student = w.student.softmax, &teacher = w.teacher.softmax;
-    const DistilledRow row{student.top(i), teacher.top(i), whole(student.sum), whole(teacher.sum),
-                           whole(w.fall),  whole(w.bias),  w.student.pooled.at(i), w.teacher.pooled.at(i)};
+    const DistilledRow row{student.top(i),  teacher.top(i),         whole(student.sum),     whole(teacher.sum),
+                           whole(w.excess), w.student.pooled.at(i), w.teacher.pooled.at(i)};
     if (task.finish) return finish_row(p, first + i, row);
     const int64_t out = first + i - task.row_begin;
-    const float statistics[kDistillationStatistics] = {student.maximum[i], student.low[i], row.sum, teacher.maximum[i],
-                                                       teacher.low[i],     row.teacher_sum, row.fall, row.bias};
+    const float statistics[kDistillationStatistics] = {student.maximum[i], student.low[i],         float(row.sum),   teacher.maximum[i],
+                                                       teacher.low[i],     float(row.teacher_sum), float(row.excess)};
     __builtin_memcpy(task.statistics + out * kDistillationStatistics, statistics, sizeof(statistics));
     float* const pooled = task.pooled + 2 * out * task.pooled_stride;
     __builtin_memcpy(pooled, row.pooled, size_t(4 * w.student.pooled.stride));
@@ -265,24 +285,28 @@ void distillation_merge(const DistillationParams& p, const DistillationMerge& t)
     for (int64_t c = 1; c < t.parts; ++c) {
       const float* const other = s + c * t.part_stride * kDistillationStatistics;
       const float* const other_pooled = pooled + 2 * c * t.part_stride * t.pooled_stride;
+      double own[2], others[2], to[2];
       for (int64_t side = 0; side < 2; ++side) {
-        float *const maximum = s + 3 * side, *const sum = maximum + 2;
-        const float *const other_maximum = other + 3 * side, other_sum = other_maximum[2];
-        const double own = top(maximum), others = top(other_maximum), to = own > others ? own : others;
-        const float mine = rescale(own, to), theirs = rescale(others, to);
-        if (side == 1) {
-          const auto fallen = [to](float fall, double from, float weights) { return weights == 0 ? 0 : fall + float(from - to) * weights; };
-          s[6] = mine * fallen(s[6], own, *sum) + theirs * fallen(other[6], others, other_sum);
-          s[7] = mine * s[7] + theirs * other[7];
-        }
-        if (others > own) maximum[0] = other_maximum[0], maximum[1] = other_maximum[1];
-        *sum = mine * *sum + theirs * other_sum;
+        own[side] = top(s + 3 * side), others[side] = top(other + 3 * side);
+        to[side] = own[side] > others[side] ? own[side] : others[side];
+      }
+      const auto moved = [&](const float* part, const double* from) {
+        const double step = from[0] - to[0] - (p.kl ? from[1] - to[1] : 0);
+        return part[5] == 0 ? 0 : part[6] + float(step) * part[5];
+      };
+      s[6] = rescale(own[1], to[1]) * moved(s, own) + rescale(others[1], to[1]) * moved(other, others);
+      for (int64_t side = 0; side < 2; ++side) {
+        float* const maximum = s + 3 * side;
+        const float* const other_maximum = other + 3 * side;
+        const float mine = rescale(own[side], to[side]), theirs = rescale(others[side], to[side]);
+        if (others[side] > own[side]) maximum[0] = other_maximum[0], maximum[1] = other_maximum[1];
+        maximum[2] = mine * maximum[2] + theirs * other_maximum[2];
         float* const o = pooled + side * t.pooled_stride;
         const float* const other_o = other_pooled + side * t.pooled_stride;
         for (int64_t d = 0; d < p.student.width; ++d) o[d] = mine * o[d] + theirs * other_o[d];
       }
     }
-    finish_row(p, i, {top(s), top(s + 3), s[2], s[5], s[6], s[7], pooled, pooled + t.pooled_stride});
+    finish_row(p, i, {top(s), top(s + 3), s[2], s[5], s[6], pooled, pooled + t.pooled_stride});
   }
 }
 

@@ -68,12 +68,10 @@ struct DistillationKeyPass {
     return true;
   }
 
-  // The teacher's probabilities weigh student's queries too.
   void begin_block(const Block& block) const {
     const int64_t n = p.student.rows;
     w.softmax.pack(p.student, task.g, task.log_sums, task.log_sums + n, 0, block);
     w.teacher_softmax.pack(p.teacher, task.g, task.log_sums + 2 * n, task.log_sums + 3 * n, 0, block);
-    for (int64_t i = 0; i < block.padded; ++i) w.teacher_softmax.factor[i] = w.teacher_softmax.upstream[i] * w.softmax.scale[i];
   }
 
   void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
@@ -117,7 +115,7 @@ struct DistillationKeyPass {
     const KnownSoftmax student = w.softmax, teacher = w.teacher_softmax;
     const auto weight = [&](int64_t j) {
       const Vec p_student = student.template probability<kLogits>(scores, j), p_teacher = teacher.template probability<kLogits>(teacher_scores, j);
-      return multiply_add(p_student, load(student.factor + j), -(p_teacher * load(teacher.factor + j)));
+      return load(student.factor + j) * (p_student - p_teacher);
     };
     for (int64_t j = 0; j < padded; j += 2 * kLanes) {
       const Vec first_weight = weight(j), second_weight = weight(j + kLanes);

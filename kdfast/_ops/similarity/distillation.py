@@ -164,7 +164,7 @@ class Distillation(Function):
         inputs = _for_kernel(student, keys, scale, *fixed)
         f = Fixed(*fixed)
         starts = tuple(None if x is None else x.contiguous() for x in (start_logit, f.start_logit))
-        losses, _, difference, log_sums = torch.ops.kdfast.similarity_distillation(
+        losses, difference, log_sums = torch.ops.kdfast.similarity_distillation(
             *inputs[:7], *starts, *inputs[7:], call.products, call.kl, call.mean, call.factor, call.teacher_factor
         )
         slope = None
@@ -248,9 +248,7 @@ def _fake(
     kl=False, mean=False, factor=1.0, teacher_factor=1.0,
 ):  # fmt: skip
     count, width = student.shape
-    return tuple(
-        student.new_empty(shape, dtype=torch.float32) for shape in (() if mean else (count,), (count,), (count, width), (4, count))
-    )
+    return tuple(student.new_empty(shape, dtype=torch.float32) for shape in (() if mean else (count,), (count, width), (4, count)))
 
 
 def _grad_keys_fake(g, log_sums, student, keys, *_):
