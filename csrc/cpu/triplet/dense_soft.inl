@@ -29,7 +29,8 @@ struct SoftHinges {
   int64_t rows, first = 0, base;
   ColumnWeights column_weights = {};
   float *factors, *relative, *slopes;    // [block]: relative, the f of the levels
-  float *t, *exponential, *low, *high;   // slots of the task; exponential: e_k
+  float *t, *t_rest, *exponential;       // slots of the task; t_rest: what rounding took from t; exponential: e_k
+  float *low, *high;                     // slots of the task
   double* pull;                          // slots of the task: sums of the slopes
   float *most, *least;                   // [rows]: the largest t, the r of the row, and the smallest
   double *sum, *mined;                   // [rows]
@@ -41,7 +42,7 @@ struct SoftHinges {
     column_weights.plan(block, arena);
     float** const of_block[] = {&factors, &relative, &slopes};
     for (float** const one : of_block) *one = arena.take(block);
-    float** const of_slots[] = {&t, &exponential, &low, &high};
+    float** const of_slots[] = {&t, &t_rest, &exponential, &low, &high};
     for (float** const one : of_slots) *one = arena.take(slots);
     pull = HingeStatistic::doubles(slots, arena);
     most = arena.take(rows), least = arena.take(rows);
@@ -67,7 +68,9 @@ struct SoftHinges {
       const int64_t at = p.slot(row, k) - base;
       const Vec d = splat(p.distance[p.slot(row, k)]);
       const Windows w = mined_windows(rule, d, splat(p.farthest[row]));
-      t[at] = taken(row, k) ? float(rule.sign * double(d[0]) + rule.margin) : -kInfinity;
+      const double hinge = taken(row, k) ? rule.sign * double(d[0]) + rule.margin : -kInfinity;
+      t[at] = float(hinge);
+      t_rest[at] = t[at] - t[at] == 0 ? float(hinge - t[at]) : 0;
       low[at] = w.low[0], high[at] = w.high[0], pull[at] = 0;
       if (t[at] > most[i]) most[i] = t[at];
       if (t[at] > -kInfinity && t[at] < least[i]) least[i] = t[at];
@@ -75,7 +78,7 @@ struct SoftHinges {
     if (most[i] == -kInfinity) most[i] = least[i] = 0;
     for (int64_t k = 0; k < count; ++k) {
       const int64_t at = p.slot(row, k) - base;
-      exponential[at] = exp2_nonpositive(splat((t[at] - most[i]) * kLog2e))[0];
+      exponential[at] = exp2_nonpositive(splat((t[at] - most[i] + t_rest[at]) * kLog2e))[0];
     }
   }
 
@@ -147,10 +150,10 @@ struct SoftHinges {
     const int64_t i = row - task.row_begin;
     const Vec one = splat(1.0f);
     int64_t at[kCount];
-    Vec of_positive[kCount], from[kCount], to[kCount], slope_sum[kCount] = {}, total_of = {}, number = {};
+    Vec of_positive[kCount], rest[kCount], from[kCount], to[kCount], slope_sum[kCount] = {}, total_of = {}, number = {};
     for (int c = 0; c < kCount; ++c) {
       at[c] = p.slot(row, k + c) - base;
-      of_positive[c] = splat(kNear ? exponential[at[c]] : t[at[c]]);
+      of_positive[c] = splat(kNear ? exponential[at[c]] : t[at[c]]), rest[c] = splat(t_rest[at[c]]);
       from[c] = splat(low[at[c]]), to[c] = splat(high[at[c]]);
     }
     for (int64_t j = 0; j < padded; j += kLanes) {
@@ -162,7 +165,7 @@ struct SoftHinges {
         if constexpr (kNear) {
           q = of_positive[c] * f;
         } else {
-          alone = softplus(of_positive[c] - v, &slope);
+          alone = softplus(of_positive[c] - v + rest[c], &slope);
         }
         if constexpr (kEach) {
           const Mask inside = between(v, from[c], to[c]);

@@ -19,7 +19,7 @@ namespace {
 // ---- the windows of a task's rows ---------------------------------------------------------------------------------------
 
 constexpr int64_t kLine = 64;            // bytes
-constexpr int64_t kSortedColumns = 256;  // packed at a time: the more, the fewer times a row's tables come from L2
+constexpr int64_t kSortedColumns = 512;  // packed at a time: the more, the fewer times a row's tables come from L2
 
 // Tables of each row: its upper and its lower ends as trees.
 struct SortedWindows {
@@ -125,7 +125,8 @@ struct LevelSum {
 #if KDFAST_LANES == 16
   __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
 #else
-  double sum = 0;
+  typedef double Doubles __attribute__((vector_size(8 * KDFAST_LANES)));
+  Doubles sum = {};
 #endif
 
   explicit LevelSum(double start) : start(start) {}
@@ -137,7 +138,7 @@ struct LevelSum {
     low = term(_mm512_castsi512_si256(n), _mm512_castps512_ps256((__m512)level), low);
     high = term(_mm512_extracti64x4_epi64(n, 1), _mm512_extractf32x8_ps((__m512)level, 1), high);
 #else
-    for (int lane = 0; lane < kLanes; ++lane) sum += double(number[lane]) * (start - double(level[lane]));
+    sum += __builtin_convertvector(number, Doubles) * (start - __builtin_convertvector(level, Doubles));
 #endif
   }
 
@@ -148,7 +149,11 @@ struct LevelSum {
   }
   double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
 #else
-  double total() const { return sum; }
+  double total() const {
+    double all = 0;
+    for (int lane = 0; lane < kLanes; ++lane) all += sum[lane];
+    return all;
+  }
 #endif
 };
 
@@ -240,9 +245,11 @@ struct SortedHinges {
     active[i] += double(total(number));
     if constexpr (kWeights) upstream.x_weight[row] += double(total(weights));
     int32_t* const counts = by_rank.of(i);
-    for (int64_t j = 0; j < block.padded; ++j) ++counts[begins[j]];
-    if constexpr (kLow)
-      for (int64_t j = 0; j < block.padded; ++j) --counts[ends[j]];
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < block.padded; ++j) {
+      ++counts[begins[j]];
+      if constexpr (kLow) --counts[ends[j]];
+    }
   }
 
   // The runs of windows that hold row i's levels.

@@ -1,8 +1,8 @@
 // How many of many sorted floats are not above others: sorting, and a tree to search.
 //
 // 2^depth - 1 floats are a binary tree in the order of its levels: node n has the children 2 n and 2 n + 1. A search goes down from node 1 and its
-// rank is the leaf it would reach, one comparison a level. The first eight levels are sixteen vectors of 16, from which permutations
-// take what each lane compares with; below them it is gathered. Searches of several vectors hide each other's latency.
+// rank is the leaf it would reach, one comparison a level. The first levels are a few vectors (of 16: eight levels, sixteen vectors), from which
+// permutations take what each lane compares with; below them it is gathered. Searches of several vectors hide each other's latency.
 //
 // Included after an instruction set's header (isa/).
 #pragma once
@@ -112,9 +112,10 @@ inline void grow_tree(float* sorted, int depth, float* tree) {
   }
 }
 
-#if KDFAST_LANES == 16
-constexpr int kRegisterLevels = 8;
+// Levels whose nodes are compared from registers.
+constexpr int kRegisterLevels = KDFAST_LANES == 16 ? 8 : KDFAST_LANES == 8 ? 5 : 0;
 
+#if KDFAST_LANES == 16
 // Of kVectors vectors, the floats whose numbers are the low bits of `at`.
 template <int kVectors>
 inline __m512 floats_at(const float* from, __m512i at) {
@@ -127,20 +128,52 @@ inline __m512 floats_at(const float* from, __m512i at) {
     return _mm512_mask_mov_ps(low, _mm512_test_epi32_mask(at, _mm512_set1_epi32(kVectors / 2 * kLanes)), high);
   }
 }
+#elif KDFAST_LANES == 8
+template <int kVectors>
+inline __m256 floats_at(const float* from, __m256i at) {
+  if constexpr (kVectors == 1) {
+    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(from), at);
+  } else {
+    const __m256 low = floats_at<kVectors / 2>(from, at), high = floats_at<kVectors / 2>(from + kVectors / 2 * kLanes, at);
+    return _mm256_blendv_ps(low, high, (__m256)_mm256_slli_epi32(at, __builtin_clz(kVectors / 2 * kLanes)));  // the sign tells
+  }
+}
+#endif
 
 // What lanes at the nodes of a level compare with.
 template <int kLevel>
 inline Vec nodes_at(const float* tree, IntVec node) {
   constexpr int kNodes = 1 << kLevel;
+#if KDFAST_LANES == 16
   return (Vec)(kNodes < kLanes ? floats_at<1>(tree, (__m512i)node) : floats_at<(kNodes < kLanes ? 1 : kNodes / kLanes)>(tree + kNodes, (__m512i)node));
+#elif KDFAST_LANES == 8
+  return (Vec)(kNodes < kLanes ? floats_at<1>(tree, (__m256i)node) : floats_at<(kNodes < kLanes ? 1 : kNodes / kLanes)>(tree + kNodes, (__m256i)node));
+#endif
+}
+inline Vec nodes_at(const float* tree, IntVec node) {
+#if KDFAST_LANES == 16
+  return (Vec)_mm512_i32gather_ps((__m512i)node, tree, 4);
+#elif KDFAST_LANES == 8
+  return (Vec)_mm256_i32gather_ps(tree, (__m256i)node, 4);
+#else
+  Vec probe;
+  for (int lane = 0; lane < kLanes; ++lane) probe[lane] = tree[node[lane]];
+  return probe;
+#endif
 }
 
 // To the right child where the probe is not above v; `last`: the probes passed on the left.
 inline void descend(Vec probe, Vec v, IntVec* node, Vec* last) {
+#if KDFAST_LANES == 16
   const __mmask16 right = _mm512_cmp_ps_mask((__m512)probe, (__m512)v, _CMP_LE_OQ);
   const __m512i child = _mm512_slli_epi32((__m512i)*node, 1);
   *node = (IntVec)_mm512_mask_add_epi32(child, right, child, _mm512_set1_epi32(1));
   if (last != nullptr) *last = (Vec)_mm512_mask_mov_ps((__m512)*last, right, (__m512)probe);
+#else
+  const IntVec right = probe <= v;
+  *node = *node + *node - right;
+  if (last != nullptr) *last = right ? probe : *last;
+#endif
 }
 
 template <int kLevel>
@@ -152,7 +185,6 @@ inline void descend_in_registers(const float* tree, int depth, const Vec* v, Int
     descend_in_registers<kLevel + 1>(tree, depth, v, node, last);
   }
 }
-#endif
 
 struct RankTree {
   const float* tree;
@@ -164,24 +196,10 @@ struct RankTree {
     for (int a = 0; a < kAtOnce; ++a) rank[a] = IntVec{} + 1;
     if (last != nullptr)
       for (int a = 0; a < kAtOnce; ++a) last[a] = splat(-kInfinity);
-#if KDFAST_LANES == 16
     descend_in_registers<0>(tree, depth, v, rank, last);
     for (int level = kRegisterLevels; level < depth; ++level)
 #pragma GCC unroll 4
-      for (int a = 0; a < kAtOnce; ++a)
-        descend((Vec)_mm512_i32gather_ps((__m512i)rank[a], tree, 4), v[a], rank + a, last != nullptr ? last + a : nullptr);
-#else
-    for (int a = 0; a < kAtOnce; ++a) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        for (int level = 0; level < depth; ++level) {
-          const float probe = tree[rank[a][lane]];
-          const bool right = probe <= v[a][lane];
-          if (right && last != nullptr) last[a][lane] = probe;
-          rank[a][lane] = 2 * rank[a][lane] + right;
-        }
-      }
-    }
-#endif
+      for (int a = 0; a < kAtOnce; ++a) descend(nodes_at(tree, rank[a]), v[a], rank + a, last != nullptr ? last + a : nullptr);
     for (int a = 0; a < kAtOnce; ++a) rank[a] -= leaves;
   }
 
