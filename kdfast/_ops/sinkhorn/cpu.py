@@ -117,7 +117,7 @@ def implicit(p: Problem, f: Tensor, g: Tensor, done: Tensor, to_f: Tensor, to_g:
         return adjoint.implicit(p, f, g, done, to_f, to_g, to_epsilon, schedule)
     row_factor, col_factor = rows.exp(), p.b * columns.exp()
 
-    def through(y: Tensor, plus: Tensor | None) -> Tensor:
+    def through(y: Tensor, plus: Tensor | None, _active: Tensor | None) -> Tensor:
         plus, weight = (torch.zeros_like(p.a), p.a) if plus is None else (plus, -damp_b * p.a)
         return col_factor * _product(q, step.f, g_hat, y, row_factor * plus, row_factor * weight)
 
