@@ -58,7 +58,7 @@ class DistillationMean(Function):
     @staticmethod
     def forward(ctx, call, student, keys, teacher, teacher_keys):
         _, want_student, want_keys, _, _ = ctx.needs_input_grad
-        loss, _, difference, log_sums = torch.ops.kdfast.similarity_distillation(
+        loss, difference, log_sums = torch.ops.kdfast.similarity_distillation(
             student, keys, teacher, keys if teacher_keys is None else teacher_keys, *(None,) * 7,
             call.products, call.kl, True, call.factor, call.teacher_factor,
         )  # fmt: skip
