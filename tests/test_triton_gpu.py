@@ -6,6 +6,7 @@ from gpu_cases import same_when_replayed
 
 from kdfast import functional, ops
 from kdfast._core import triton_runtime
+from kdfast._ops.similarity import triton_slabs
 
 if triton_runtime.missing() is not None or triton_runtime.INTERPRETED:
     pytest.skip(triton_runtime.missing() or "it takes a GPU", allow_module_level=True)
@@ -32,7 +33,7 @@ def info_nce(i):
 
 
 def wide(i):
-    """Rows of 2 KB and a bank with gradient, in several slabs."""
+    """Rows of 2 KB and a bank with gradient."""
     q, bank = (i[name].detach().repeat(1, 11)[:, :1024].bfloat16().requires_grad_() for name in ("q", "bank"))
     loss = functional.info_nce(q, q.detach(), bank, bank_labels=i["bank_labels"], query_labels=i["labels"], temperature=50.0, impl="triton")
     return loss.detach(), *torch.autograd.grad(loss, (q, bank))
@@ -167,6 +168,17 @@ TARGETS = [
     (ops, "knn"),
     (ops, "sinkhorn"),
 ]
+
+
+@pytest.mark.parametrize("case", [wide, matched, views, sup_con], ids=lambda c: c.__name__)
+def test_slab_by_slab(case, monkeypatch):
+    """As in one slab, which these sizes fit into."""
+    i = inputs()
+    whole = case(i)
+    for name in ("STATISTICS_PAIRS", "HALF_PAIRS", "WEIGHTS_PAIRS"):
+        monkeypatch.setattr(triton_slabs, name, 2**15)
+    for x, y in zip(case(i), whole, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
 
 
 @CASES

@@ -153,6 +153,16 @@ def test_sigmoid_matched_pairs_keep_their_digits():
     torch.testing.assert_close(losses, torch.exp(-shift), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 300, 70), (1, 1000, 129), (1, 3, 2000), (2, 0, 5)])
+@pytest.mark.parametrize("most", [1, 128 * 128, 300**2])
+def test_every_pair_is_in_one_slab(shape, most):
+    """Also of slabs smaller than a tile, which is then what they are."""
+    met = torch.zeros(shape, dtype=torch.int64)
+    for slab in triton_slabs.cut(*shape, most, triton_slabs.Tiles(128, 64, 32, 8, 3)):
+        met[slab.entries, slab.rows, slab.columns] += 1
+    assert (met == 1).all()
+
+
 @pytest.mark.parametrize("size", [0, 1, 127, 128, 500, 1000])
 @pytest.mark.parametrize("columns", [64, 128])
 def test_every_two_rows_meet_once(size, columns):

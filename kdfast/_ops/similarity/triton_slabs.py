@@ -77,7 +77,7 @@ class Slab(NamedTuple):
 
 
 def cut(batch: int, rows: int, columns: int, most: int, shape: Tiles) -> Iterator[Slab]:
-    """The pairs of `batch` entries in parts of about `most`, as nearly square as they come, in whole tiles."""
+    """The pairs of `batch` entries in parts of about `most`, at least a tile, as nearly square as they come, in whole tiles."""
     padded = _whole(rows, shape.rows) * _whole(columns, shape.columns)
     if padded == 0:
         return
@@ -86,8 +86,8 @@ def cut(batch: int, rows: int, columns: int, most: int, shape: Tiles) -> Iterato
         for b in range(0, batch, step):
             yield Slab(slice(b, min(b + step, batch)), slice(0, rows), slice(0, columns))
         return
-    high = min(rows, max(math.isqrt(most), most // _whole(columns, shape.columns)) // shape.rows * shape.rows)
-    wide = min(columns, most // _whole(high, shape.rows) // shape.columns * shape.columns)
+    high = min(rows, max(shape.rows, max(math.isqrt(most), most // _whole(columns, shape.columns)) // shape.rows * shape.rows))
+    wide = min(columns, max(shape.columns, most // _whole(high, shape.rows) // shape.columns * shape.columns))
     for b in range(batch):
         for r in range(0, rows, high):
             for c in range(0, columns, wide):
