@@ -31,7 +31,7 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "info_nce_mean_grad(Tensor g, Tensor statistics, Tensor pull, Tensor kept_keys, Tensor query, Tensor keys, float factor, bool want_query, "
-      "bool want_keys, bool want_positive, int precision) -> Tensor[]");
+      "bool want_keys, bool want_scale, bool want_positive, int precision) -> Tensor[]");
   m.def(
       "similarity_distillation(Tensor student, Tensor keys, Tensor teacher, Tensor teacher_keys, Tensor? scale, Tensor? teacher_scale, "
       "Tensor? bias, Tensor? start_logit, Tensor? teacher_start_logit, Tensor? key_index, Tensor? valid, int precision, bool kl=False, "
@@ -49,11 +49,12 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "sigmoid_gradients(Tensor g, Tensor x, Tensor y, Tensor scale, Tensor shift, Tensor positive, bool want_x, bool want_y, int precision) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "matching_loss(Tensor x, Tensor? y, Tensor scale, Tensor? shift, Tensor? labels, bool mean, bool keep_x, bool keep_y, int precision) "
+      "matching_loss(Tensor x, Tensor? y, Tensor scale, Tensor? shift, Tensor? labels, bool mean, bool keep_x, bool keep_y, int precision, "
+      "bool rows_alone=False) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "matching_loss_grad(Tensor g, Tensor statistics, Tensor kept_x, Tensor kept_y, Tensor x, Tensor? y, Tensor scale, Tensor? shift, "
-      "Tensor? labels, bool want_x, bool want_y, bool want_scale, bool want_shift, int precision) -> Tensor[]");
+      "Tensor? labels, bool want_x, bool want_y, bool want_scale, bool want_shift, int precision, bool rows_alone=False) -> Tensor[]");
   m.def("unit_length(Tensor x) -> (Tensor, Tensor)");
   m.def("unit_length_grad(Tensor dy, Tensor x, Tensor norm) -> Tensor");
   m.def("sup_con(Tensor x, Tensor scale, Tensor labels, bool mean, int precision) -> (Tensor, Tensor)");

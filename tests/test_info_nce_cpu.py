@@ -278,12 +278,10 @@ def test_gradients_of_the_rows_alone_are_those_beside_the_banks(lead):
     for x, y in zip(alone, every, strict=True):
         assert torch.equal(x, y)
     torch.library.opcheck(torch.ops.kdfast.info_nce_grad_rows.default, (*saved.values(), True, True, True))
-    with pytest.raises(RuntimeError, match="without a scale"):
-        torch.ops.kdfast.info_nce_grad_rows(**saved | {"scale": None}, **wanted)
     filled = dict(saved, scale=torch.full_like(scale, 3.0))
     for x, y in zip(
-        torch.ops.kdfast.info_nce_grad_rows(**saved | {"scale": None}, **wanted | {"want_scale": False}, factor=3.0),
-        torch.ops.kdfast.info_nce_grad_rows(**filled, **wanted | {"want_scale": False}),
+        torch.ops.kdfast.info_nce_grad_rows(**saved | {"scale": None}, **wanted, factor=3.0),
+        torch.ops.kdfast.info_nce_grad_rows(**filled, **wanted),
         strict=True,
     ):
         assert torch.equal(x, y)
@@ -349,7 +347,6 @@ def test_bad_arguments(given, message):
         (dict(statistics=torch.rand(1, 1, 4)), "statistics must have 3 dimensions, 2 rows or more"),
         (dict(pull=torch.empty(0)), "pull must have 3 dimensions"),
         (dict(statistics=torch.rand(3, 1, 3)), "statistics has size"),
-        (dict(scale=None), "without a scale"),
         (dict(columns=COLUMNS + 1), r"columns must be in \[-1, 3\)"),
         (dict(kept_keys=torch.rand(1, 3, 5)), "kept for the mean"),
         (dict(g=torch.rand(()), columns=None, want_bias=False, kept_keys=torch.rand(1, 2, 5)), "kept_keys has size"),

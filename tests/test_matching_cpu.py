@@ -1,4 +1,4 @@
-"""clip_loss, nt_xent and siglip_loss as one op each way: against the formulas, in every dtype and under every instruction set."""
+"""clip_loss, info_nce within a batch, nt_xent and siglip_loss as one op each way: against the formulas, under every instruction set."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from similarity_cases import assert_as_good_as
 from torch import Tensor
 
 from kdfast._core import impls
-from kdfast.functional import clip_loss, nt_xent, siglip_loss
+from kdfast.functional import clip_loss, info_nce, nt_xent, siglip_loss
 
 pytestmark = pytest.mark.skipif(impls.table()["matching_loss"]["cpu"] is not None, reason="no compiled kernels")
 
@@ -19,6 +19,10 @@ SIZES = pytest.mark.parametrize("size", [(1, 1), (3, 7), (64, 33), (65, 128), (2
 def clip(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
     z, own = scale * (x @ y.T).to(scale.dtype), torch.arange(len(x))
     return (F.cross_entropy(z, own, reduction="none") + F.cross_entropy(z.T, own, reduction="none")) / 2
+
+
+def rows_alone(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+    return F.cross_entropy(scale * (x @ y.T).to(scale.dtype), torch.arange(len(x)), reduction="none")
 
 
 def two_views(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -36,6 +40,10 @@ def fused_clip(x, y, scale, shift=None, **options):
     return clip_loss(x, y, scale, impl="cpu", **options)
 
 
+def fused_rows_alone(x, y, scale, shift=None, **options):
+    return info_nce(x, y, temperature=1 / scale, impl="cpu", **options)
+
+
 def fused_two_views(x, y, scale, shift=None, **options):
     return nt_xent(x, y, temperature=1 / scale, normalize=False, impl="cpu", **options)
 
@@ -45,7 +53,9 @@ def fused_sigmoid(x, y, scale, shift, **options):
 
 
 LOSSES = pytest.mark.parametrize(
-    ("fused", "formula"), [(fused_clip, clip), (fused_two_views, two_views), (fused_sigmoid, sigmoid)], ids=["clip", "nt_xent", "siglip"]
+    ("fused", "formula"),
+    [(fused_clip, clip), (fused_rows_alone, rows_alone), (fused_two_views, two_views), (fused_sigmoid, sigmoid)],
+    ids=["clip", "info_nce", "nt_xent", "siglip"],
 )
 
 
@@ -207,6 +217,12 @@ def test_the_ops_are_described_to_the_compiler():
                 g = torch.ones(()) if mean else torch.ones(6)
                 want = (True, given[0] is not None, True, given[2] is not None)
                 torch.library.opcheck(torch.ops.kdfast.matching_loss_grad, (g, *found, x, *given, *want, 0))
+    for mean in (True, False):
+        given, keep = (y, scale, None, None), (mean, mean)
+        _, *found = torch.ops.kdfast.matching_loss(x, *given, mean, *keep, 0, True)
+        torch.library.opcheck(torch.ops.kdfast.matching_loss, (x, *given, mean, *keep, 0, True))
+        g = torch.ones(()) if mean else torch.ones(6)
+        torch.library.opcheck(torch.ops.kdfast.matching_loss_grad, (g, *found, x, *given, True, True, True, False, 0, True))
 
 
 @pytest.mark.parametrize(
@@ -219,12 +235,14 @@ def test_the_ops_are_described_to_the_compiler():
         ({"scale": torch.ones(6)}, "scale must have 0 dimensions"),
         ({"labels": torch.zeros(5, dtype=torch.long)}, "labels has size 5"),
         ({"y": None, "shift": torch.zeros(())}, "shift needs y"),
+        ({"y": None, "rows_alone": True}, "rows_alone needs y"),
     ],
 )
 def test_bad_tensors_are_refused(change, message):
     arguments = {"x": torch.ones(6, 9), "y": torch.ones(6, 9), "scale": torch.ones(())} | dict.fromkeys(("shift", "labels")) | change
+    sides = arguments.pop("rows_alone", False)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.kdfast.matching_loss(*arguments.values(), True, False, False, 0)
+        torch.ops.kdfast.matching_loss(*arguments.values(), True, False, False, 0, sides)
 
 
 def test_scalars_live_with_the_rows():

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+from kdfast import QueueBank
 from kdfast._core import impls
 from kdfast._ops.similarity import cpu, plain
 from kdfast.functional import clip_loss, info_nce, siglip_loss, similarity_distillation
@@ -54,6 +55,48 @@ def test_info_nce_has_the_bits_of_the_general_way(taken, size, dtype, bank_grad)
     assert taken == [True]
     same_bits(loss, info_nce(query, positive, bank, temperature=0.2, impl="cpu"), [x for x in (query, positive, bank) if x.requires_grad])
     assert taken == [True]
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("bank", [None, "fixed", "learnt"])
+def test_info_nce_with_a_temperature_that_is_a_tensor(taken, bank, dtype):
+    query, positive, keys = matrices((9, 6), (9, 6), (17, 6), dtype=dtype)
+    bank = None if bank is None else keys.requires_grad_(bank == "learnt")
+    for learnt in (False, True):
+        temperature = torch.tensor(0.3, requires_grad=learnt)
+        inputs = [x for x in (query, positive, bank, temperature) if x is not None and x.requires_grad]
+        losses = [info_nce(query, positive, bank, temperature=temperature, impl=impl) for impl in (None, "cpu")]
+        same_bits(*losses, inputs)
+        both = [torch.autograd.grad(info_nce(query, positive, bank, temperature=temperature, impl=impl), inputs, create_graph=True)
+                for impl in (None, "cpu")]  # fmt: skip
+        second = [torch.autograd.grad(sum(x.square().sum() for x in grads), inputs) for grads in both]
+        torch.testing.assert_close(*second)  # a temperature's is added up in another order
+    assert taken == [True] * 4
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (2, 7), (64, 33), (257, 65)], ids=str)  # without others, few pairs, and many
+def test_info_nce_within_a_batch_has_the_bits_of_the_general_way(taken, size, dtype):
+    query, positive = matrices(size, size, dtype=dtype)
+    same_bits(info_nce(query, positive), info_nce(query, positive, impl="cpu"), [query, positive])
+    labels = torch.arange(len(query))  # each of its own class: nothing more is left out
+    rows = info_nce(query, positive, query_labels=labels, reduction="none")
+    torch.testing.assert_close(info_nce(query, positive, reduction="none"), rows)
+    assert taken == [True]
+
+
+def test_full_banks(taken):
+    query, positive, keys, teacher = matrices((9, 6), (9, 6), (17, 6), (9, 6))
+    bank, theirs, short = QueueBank(17, 6, labels=True), QueueBank(17, 6), QueueBank(17, 6)
+    bank.push(keys, torch.arange(17)), theirs.push(keys.flip(0)), short.push(keys[:5])
+    same_bits(info_nce(query, positive, bank), info_nce(query, positive, bank, impl="cpu"), [query, positive])
+    given, temperatures = (teacher.detach(), bank), dict(student_temperature=0.2, teacher_temperature=0.1)
+    for more in ((), (theirs,)):
+        losses = [similarity_distillation(query, *given, *more, impl=impl, **temperatures) for impl in (None, "cpu")]
+        same_bits(*losses, [query])
+    assert taken == [True] * 3
+    torch.testing.assert_close(info_nce(query, positive, short), info_nce(query, positive, short.keys))
+    assert taken[3:] == [False, True]
 
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
@@ -146,7 +189,7 @@ def test_opcheck():
         given = query, keys, positive, 2.0, True, keep_keys, 0
         torch.library.opcheck(torch.ops.kdfast.info_nce_mean.default, given)
         saved = torch.ops.kdfast.info_nce_mean(*given)[1:]
-        given = torch.tensor(2.0), *saved, query, keys, 2.0, True, keep_keys, True, 0
+        given = torch.tensor(2.0), *saved, query, keys, 2.0, True, keep_keys, True, True, 0
         torch.library.opcheck(torch.ops.kdfast.info_nce_mean_grad.default, given)
 
 
@@ -154,7 +197,9 @@ NOT_PLAIN = {
     "float64": lambda q, p, b: info_nce(q.double(), p.double(), b.double()),
     "leading dimensions": lambda q, p, b: info_nce(q[None], p[None], b),
     "two positives": lambda q, p, b: info_nce(q, torch.stack([p, p], 1), b),
-    "a tensor temperature": lambda q, p, b: info_nce(q, p, b, temperature=torch.tensor(0.07)),
+    "a temperature of each row": lambda q, p, b: info_nce(q, p, b, temperature=torch.full((4,), 0.07)),
+    "a temperature in double": lambda q, p, b: info_nce(q, p, b, temperature=torch.tensor(0.07, dtype=torch.float64)),
+    "a temperature of zero": lambda q, p, b: info_nce(q, p, b, temperature=torch.tensor(0.0)),
     "an extreme temperature": lambda q, p, b: info_nce(q, p, b, temperature=1e4),
     "no rows": lambda q, p, b: info_nce(q[:0], p[:0], b),
     "a subclass": lambda q, p, b: info_nce(q.as_subclass(type("Sub", (torch.Tensor,), {})), p, b),

@@ -12,6 +12,7 @@ from .._ops.similarity import plain, similarity_lse
 from .._ops.similarity.arguments import checked_problem, rounded
 from .._ops.similarity.exclusions import Rules
 from .._ops.similarity.info_nce import Positives, info_nce_rows
+from .._ops.similarity.matching import paired_rows
 from .._ops.similarity.positives import positive_logits
 from ._candidates import ScoreSums, inverse, normalized, own_columns, per_row, score_sums
 
@@ -86,10 +87,17 @@ def info_nce(
     usual = positive_weights is weight is group is precision is impl is None and include_positive is True and normalize is False
     unsmoothed = type(label_smoothing) is float and label_smoothing == 0
     usual = usual and unsmoothed and same_class == "exclude" and reduction == "mean"
-    if whole_bank and usual and (loss := plain.info_nce_mean(query, positive, bank, temperature)) is not None:
+    if whole_bank and usual and positive is not None and (loss := plain.info_nce_mean(query, positive, bank, temperature)) is not None:
         return loss
     p = _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bias, bank_valid, own_index, normalize, group)
     _check_options(p, positive_weights, same_class, false_negative_margin, include_positive, label_smoothing, reduction)
+    paired = bank is query_labels is group is positive_weights is false_negative_margin is None and own_index in (None, True)
+    if paired and include_positive and not label_smoothing and query.dim() == positive.dim() == 2 and len(query):
+        mean = reduction == "mean" and weight is None
+        scale = inverse("temperature", temperature, p.query)
+        losses = paired_rows(p.query, p.rows, scale, mean=mean, precision=precision, impl=impl)
+        if losses is not None:
+            return losses if mean else reduce_rows(losses, weight=weight, reduction=reduction)
     return prepared_loss(
         p,
         temperature=temperature,

@@ -162,7 +162,6 @@ struct Backward {
            bool want_query, bool want_scale, bool want_positive, double factor)
       : batch{queries.dim() == 3}, query(batch.in(queries)), scale(batch.scale(scales, factor, query)),
         pull(pulls.dim() == 2 ? batch_of_one(pulls) : pulls), g(upstream.dim() == 0 ? upstream : batch.in(upstream)), p(rows_of(query, scale)) {
-    STD_TORCH_CHECK(!want_scale || scales.has_value(), "without a scale there is no gradient of it");
     if (statistics.has_value()) {
       STD_TORCH_CHECK(statistics->dim() == 3 && statistics->size(0) >= 2, "statistics must have 3 dimensions, 2 rows or more");
       p.positives = statistics->size(0) - 2;
@@ -261,11 +260,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_mean(const Tensor& query, co
 }
 
 std::vector<Tensor> info_nce_mean_grad(const Tensor& g, const Tensor& statistics, const Tensor& pull, const Tensor& kept_keys,
-                                       const Tensor& query, const Tensor& keys, double factor, bool want_query, bool want_keys, bool want_positive,
-                                       int64_t precision) {
+                                       const Tensor& query, const Tensor& keys, double factor, bool want_query, bool want_keys, bool want_scale,
+                                       bool want_positive, int64_t precision) {
   const OptionalTensor none;
-  if (!want_keys) return info_nce_grad_rows(g, statistics, pull, query, none, want_query, false, want_positive, factor);
-  return info_nce_grad(g, statistics, pull, query, keys, none, none, none, none, none, none, none, none, want_query, want_keys, false, false,
+  if (!want_keys) return info_nce_grad_rows(g, statistics, pull, query, none, want_query, want_scale, want_positive, factor);
+  return info_nce_grad(g, statistics, pull, query, keys, none, none, none, none, none, none, none, none, want_query, want_keys, want_scale, false,
                        want_positive, precision, kept_keys, factor);
 }
 

@@ -13,26 +13,28 @@ namespace {
 using kdfast::Matching;
 using kdfast::MatchingGradients;
 
-// One call. With a shift it is the sigmoid loss of all pairs. Otherwise softmaxes over the other samples: without y the columns are the rows
-// themselves, two views of N / 2 samples.
+// One call. With a shift it is the sigmoid loss of all pairs. Otherwise softmaxes over the other samples, of rows and of columns or of rows
+// alone: without y the columns are the rows themselves, two views of N / 2 samples.
 struct MatchingCall {
   Matching m;
   PairParams p;
+  bool rows_alone;
   Tensor of_rows, labels;  // memory: scale and, for the sigmoid, shift of every row; its label, or its positive
 
   bool sigmoid() const { return p.shift != nullptr; }
-  int64_t sides() const { return sigmoid() ? 0 : m.views ? 1 : 2; }
+  int64_t sides() const { return sigmoid() ? 0 : m.views || rows_alone ? 1 : 2; }
 };
 
 MatchingCall matching_call(const Tensor& x, const OptionalTensor& y, const Tensor& scale, const OptionalTensor& shift, const OptionalTensor& labels,
-                           int64_t precision) {
+                           int64_t precision, bool rows_alone) {
   STD_TORCH_CHECK(x.dim() == 2, "x must have 2 dimensions, got ", x.dim());
   STD_TORCH_CHECK(y.has_value() || x.size(0) % 2 == 0, "x must hold as many rows of one view as of the other, got ", x.size(0));
   STD_TORCH_CHECK(!shift.has_value() || (y.has_value() && !labels.has_value()), "shift needs y, and no labels");
+  STD_TORCH_CHECK(!rows_alone || (y.has_value() && !shift.has_value()), "rows_alone needs y, and no shift");
   const int64_t rows = x.size(0), width = x.size(1), samples = y.has_value() ? rows : rows / 2;
   const Tensor& other = y.has_value() ? *y : x;
   STD_TORCH_CHECK(other.scalar_type() == x.scalar_type(), "y must have the dtype of x");
-  MatchingCall call{{}, {}, scratch((shift.has_value() ? 2 : 1) * rows), labels.has_value() ? *labels : scratch(rows, ScalarType::Long)};
+  MatchingCall call{{}, {}, rows_alone, scratch((shift.has_value() ? 2 : 1) * rows), labels.has_value() ? *labels : scratch(rows, ScalarType::Long)};
   Matching& m = call.m;
   m.rows = rows, m.width = width, m.views = !y.has_value();
   m.x = row_matrix("x", x, {rows, width}), m.y = row_matrix("y", other, {rows, width});
@@ -43,7 +45,7 @@ MatchingCall matching_call(const Tensor& x, const OptionalTensor& y, const Tenso
     for (int64_t i = 0; i < rows; ++i) static_cast<int64_t*>(call.labels.mutable_data_ptr())[i] = i % samples;
 
   PairParams& p = call.p;
-  p.precision = precision_for_rows(precision_of(precision), rows, kPairRowsOnVectors);
+  p.precision = precision_for_rows(rows <= kKeysInPlace ? kdfast::Precision::kFloat32 : precision_of(precision), rows, kPairRowsOnVectors);
   p.batch = 1, p.rows = p.columns = rows, p.width = width;
   p.x = m.x, p.y = m.y;
   p.scale = scales;
@@ -68,16 +70,20 @@ struct Backward {
   float *row_g, *column_g, *pull;
 
   Backward(const MatchingCall& call, const float* statistics)
-      : call(call), row(statistics), column(call.m.views ? row : row + kStatistics * call.m.rows), of_rows(scratch(3 * call.m.rows)) {
-    row_g = floats_of(of_rows), column_g = row_g + call.m.rows, pull = column_g + call.m.rows;
+      : call(call), row(statistics), column(call.sides() < 2 ? row : row + kStatistics * call.m.rows), of_rows(scratch(3 * call.m.rows)) {
+    row_g = floats_of(of_rows), pull = row_g + call.m.rows, column_g = call.rows_alone ? nullptr : pull + call.m.rows;
   }
 
   // g[i stride] times `share` is the upstream gradient of row i's loss.
   void set(const float* g, int64_t stride, float share) const {
     const int64_t rows = call.m.rows;
-    for (int64_t i = 0; i < rows; ++i) row_g[i] = column_g[i] = share * g[i * stride];
-    for (int64_t i = 0; i < rows && call.sides() > 0; ++i) row_g[i] *= row[2 * rows + i], column_g[i] *= column[2 * rows + i];
-    for (int64_t i = 0; i < rows; ++i) pull[i] = call.sigmoid() ? 0 : row_g[i] + column_g[call.m.partner(i)];
+    const auto weigh = [&](float* side, const float* statistics) {
+      for (int64_t i = 0; i < rows; ++i) side[i] = share * g[i * stride] * (call.sigmoid() ? 1 : statistics[2 * rows + i]);
+    };
+    weigh(row_g, row);
+    if (column_g != nullptr) weigh(column_g, column);
+    for (int64_t i = 0; i < rows; ++i)
+      pull[i] = call.sigmoid() ? 0 : column_g == nullptr ? row_g[i] : row_g[i] + column_g[call.m.partner(i)];
   }
   SymmetricUpstream upstream() const {
     const int64_t rows = call.m.rows;
@@ -90,8 +96,9 @@ inline float* data_of(bool want, const Tensor& x) { return want ? floats_of(x) :
 // (losses or their mean, statistics, sums of the rows of x and of y): the sums for an upstream of 1 of the mean, where they are asked for and
 // few_pairs; else [0], and matching_loss_grad forms them.
 std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const OptionalTensor& y, const Tensor& scale, const OptionalTensor& shift,
-                                                         const OptionalTensor& labels, bool mean, bool keep_x, bool keep_y, int64_t precision) {
-  const MatchingCall call = matching_call(x, y, scale, shift, labels, precision);
+                                                         const OptionalTensor& labels, bool mean, bool keep_x, bool keep_y, int64_t precision,
+                                                         bool rows_alone) {
+  const MatchingCall call = matching_call(x, y, scale, shift, labels, precision, rows_alone);
   const int64_t rows = call.m.rows, sides = call.sides();
   const bool kept = mean && (keep_x || keep_y) && kdfast::few_pairs(rows, rows, call.m.width);
   const Tensor losses = output(x, {rows}), statistics = output(x, {call.sigmoid() ? int64_t(kept) : sides * kStatistics, rows});
@@ -109,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const 
       back.set(&one, 0, 1 / float(rows));
       kept_sigmoid_sums(call.p, floats_of(losses), back.row_g, {data_of(keep_x, x_sums), data_of(keep_y, y_sums), row});
     } else {
-      const bool both = !call.m.views;
+      const bool both = sides == 2;
       kept_symmetric_sums(call.p, row, row + rows, both ? column : nullptr, column + rows, [&] {
         find_losses();
         back.set(&one, 0, 1 / float(rows));
@@ -122,7 +129,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const 
       const std::vector<BatchStatistic> found = row_statistics(call.p, nullptr);
       for (int64_t i = 0; i < rows; ++i) log_sum(found[i], row + i, row + rows + i);
     } else {
-      symmetric_log_sums(call.p, row, row + rows, column, column + rows);
+      const Tensor unused = scratch(sides == 2 ? 0 : 2 * rows);
+      float* const of_columns = sides == 2 ? column : floats_of(unused);
+      symmetric_log_sums(call.p, row, row + rows, of_columns, of_columns + rows);
     }
     find_losses();
   }
@@ -141,8 +150,8 @@ double total(const Tensor& x, int64_t count) {
 // The gradients that are wanted, in the order of x, y, scale, shift.
 std::vector<Tensor> matching_loss_grad(const Tensor& g, const Tensor& statistics, const Tensor& kept_x, const Tensor& kept_y, const Tensor& x,
                                        const OptionalTensor& y, const Tensor& scale, const OptionalTensor& shift, const OptionalTensor& labels,
-                                       bool want_x, bool want_y, bool want_scale, bool want_shift, int64_t precision) {
-  const MatchingCall call = matching_call(x, y, scale, shift, labels, precision);
+                                       bool want_x, bool want_y, bool want_scale, bool want_shift, int64_t precision, bool rows_alone) {
+  const MatchingCall call = matching_call(x, y, scale, shift, labels, precision, rows_alone);
   const Matching& m = call.m;
   const int64_t rows = m.rows, sides = call.sides();
   const bool mean = g.dim() == 0, kept = kept_x.numel() + kept_y.numel() > 0, sum_x = want_x || want_scale;

@@ -1,4 +1,4 @@
-"""Losses in which every row has one match among the columns, and the others are its negatives: CLIP's, NT-Xent's and SigLIP's.
+"""Losses in which every row has one match among the columns, and the others are its negatives: CLIP's, InfoNCE's, NT-Xent's and SigLIP's.
 
 With z_i the logit of row i and its match, a side's loss is log(1 + e^(lse_i - z_i)), lse_i over the pairs that are not left out; the
 sigmoid loss adds up all pairs of a row. A call is one op, and its gradient another: on the CPU (csrc/cpu/similarity/matching.inl), and but
@@ -41,6 +41,7 @@ class Call(NamedTuple):
     impl: str | None
     kernels: cpu.Kernels  # that serve it
     products: int  # their number for how products are formed
+    rows_alone: bool = False  # the rows' side instead of the mean of both
 
 
 def clip_rows(x: Tensor, y: Tensor, scale: float | Tensor, *, mean: bool, precision: str | None, impl: str | None) -> Tensor:
@@ -49,6 +50,17 @@ def clip_rows(x: Tensor, y: Tensor, scale: float | Tensor, *, mean: bool, precis
     x, y: [N, D] of one dtype, N >= 1. scale: a float or 0-d.
     """
     return _losses(x, y, scale, None, None, mean, precision, impl)
+
+
+def paired_rows(x: Tensor, y: Tensor, scale: float | Tensor, *, mean: bool, precision: str | None, impl: str | None) -> Tensor | None:
+    """As `clip_rows`, of the rows' side alone. None where no kernel serves the call."""
+    if transformed() or impl not in (None, "cpu") or _of_rows(scale) or y.dtype != x.dtype:
+        return None
+    compute = how_to_compute(x, precision)
+    if impls.choose("matching_loss", None, device_type=x.device.type, dtype=compute.dtype) != "cpu":
+        return None
+    products = cpu.product_number(compute.products, x)
+    return fused_losses(Call(None, mean, torch.is_grad_enabled(), precision, impl, cpu.KERNELS, products, True), x, y, scale, None)
 
 
 def sigmoid_rows(
@@ -97,16 +109,17 @@ def _scalar(x: float | Tensor, device: torch.device) -> Tensor:
 
 def _definition(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor, shift: float | Tensor | None) -> Tensor:
     """In PyTorch's operations around the pass over all pairs, for any device and transform, and for derivatives of the second order."""
-    labels, mean, _, precision, impl, *_ = call
+    labels, mean, _, precision, impl, *_, rows_alone = call
     own = torch.arange(len(x), device=x.device)
     if shift is not None:
         losses = sigmoid_pair_loss(x, y, scale, shift, own, precision=precision, impl=impl)
-    elif y is None:
+    elif y is None or rows_alone:
         half = len(x) // 2
-        labels = own % half if labels is None else labels
-        spec, tensors = problem(x, x, scale, None, None, None, (SameLabel(labels, labels),), None, precision, impl)
+        columns, match = (x, x.roll(half, 0)) if y is None else (y, y)
+        labels = (own if rows_alone else own % half) if labels is None else labels
+        spec, tensors = problem(x, columns, scale, None, None, None, (SameLabel(labels, labels),), None, precision, impl)
         lse, *_ = streaming_softmax(spec, tensors.folded(spec), pool=False, need_pooled=False)
-        losses = F.softplus(lse[0] - scale * dot(x, x.roll(half, 0)), threshold=40)  # beyond 40, log(1 + e^x) is x in float64 too
+        losses = F.softplus(lse[0] - scale * dot(x, match), threshold=40)  # beyond 40, log(1 + e^x) is x in float64 too
     else:
         sides = symmetric_lse(x, y, scale, labels=(own, own), precision=precision, impl=impl)
         losses = F.softplus(torch.stack(sides) - scale * dot(x, y), threshold=40).mean(0)
@@ -120,7 +133,8 @@ class MatchingLoss(Function):
     def forward(ctx, call, x, y, scale, shift):
         _, want_x, want_y, want_scale, _ = ctx.needs_input_grad
         keep = call.grad and (want_x or want_scale), call.grad and want_y
-        losses, *found = call.kernels.ops.matching_loss(x, y, scale, shift, call.labels, call.mean, *keep, call.products)
+        sides = (True,) if call.rows_alone else ()  # which only the CPU's op knows
+        losses, *found = call.kernels.ops.matching_loss(x, y, scale, shift, call.labels, call.mean, *keep, call.products, *sides)
         ctx.call = call
         ctx.save_for_backward(*found, x, y, scale, shift)
         ctx.set_materialize_grads(False)
@@ -152,13 +166,14 @@ class MatchingGradients(Function):
 
 def _gradients(call, want, g, *tensors) -> tuple[Tensor | None, ...]:
     """The gradients of <g, losses> in (x, y, scale, shift), None where not wanted. `tensors`: statistics, sums that were kept, inputs."""
-    found = iter(call.kernels.ops.matching_loss_grad(g.contiguous(), *tensors, call.labels, *want, call.products))
+    sides = (True,) if call.rows_alone else ()
+    found = iter(call.kernels.ops.matching_loss_grad(g.contiguous(), *tensors, call.labels, *want, call.products, *sides))
     return tuple([next(found) if wanted else None for wanted in want])
 
 
-def _loss_fake(x, y, scale, shift, labels, mean, keep_x, keep_y, products):
+def _loss_fake(x, y, scale, shift, labels, mean, keep_x, keep_y, products, rows_alone=False):
     kept = mean and (keep_x or keep_y) and extension.load("_C")[0].few_pairs(len(x), *x.shape)
-    statistics = int(kept) if shift is not None else 3 if y is None else 6
+    statistics = int(kept) if shift is not None else 3 if y is None or rows_alone else 6
     sums = (scale.new_empty(x.shape if kept and keep else (0,)) for keep in (keep_x, keep_y))
     return scale.new_empty(() if mean else x.shape[:1]), scale.new_empty((statistics, len(x))), *sums
 

@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..._core import impls
+from ..._core import bank_protocol, impls
 from . import cpu, distillation, info_nce, matching
 from .apply import transformed
 from .arguments import Compute, Spec
@@ -20,12 +20,21 @@ _TYPES = (Tensor, torch.nn.Parameter)
 _PRODUCTS = {torch.float32: "ieee", torch.float16: "ieee", torch.bfloat16: "bf16"}
 
 
-def info_nce_mean(query: Tensor, positive: Tensor, keys: Tensor, temperature: float) -> Tensor | None:
-    """The mean InfoNCE loss of query and positive [N, D] against keys [M, D]."""
-    if not (_plain(query, positive, keys) and _usual(temperature) and positive.shape == query.shape and keys.shape[1] == query.shape[1]):
+def info_nce_mean(query: Tensor, positive: Tensor, bank, temperature: float | Tensor) -> Tensor | None:
+    """The mean InfoNCE loss of query and positive [N, D] against the rows [M, D] of a bank; None: against each other's positives."""
+    keys = positive if bank is None else _rows(bank)
+    if not (_plain(query, positive, keys) and positive.shape == query.shape and keys.shape[1] == query.shape[1]):
         return None
-    call = _info_nce_call(len(query), query.dtype, torch.is_grad_enabled() and query.requires_grad, 1.0 / temperature)
-    return InfoNceMean.apply(call, query, keys, positive)
+    number = temperature.item() if _scalar(temperature) else temperature
+    if not _usual(number):
+        return None
+    if bank is None:
+        scale = 1.0 / number if number is temperature else temperature.reciprocal()
+        call = matching.Call(None, True, torch.is_grad_enabled(), None, None, cpu.KERNELS, cpu.product_number(None, query), True)
+        return matching.fused_losses(call, query, positive, scale, None)
+    learnt = None if number is temperature else temperature
+    pull = torch.is_grad_enabled() and (query.requires_grad or (learnt is not None and learnt.requires_grad))
+    return InfoNceMean.apply(_info_nce_call(len(query), query.dtype, pull, 1.0 / number), query, keys, positive, learnt)
 
 
 @functools.lru_cache
@@ -36,9 +45,10 @@ def _info_nce_call(count: int, dtype: torch.dtype, pull: bool, scale: float) -> 
 
 
 def distillation_mean(
-    student: Tensor, keys: Tensor, teacher: Tensor, teacher_keys: Tensor | None, temperature: float, teacher_temperature: float, kl: bool
+    student: Tensor, bank, teacher: Tensor, teacher_bank, temperature: float, teacher_temperature: float, kl: bool
 ) -> Tensor | None:
-    """The mean of `distillation_rows` of student [N, Ds] and keys [M, Ds] under teacher [N, Dt] and teacher_keys [M, Dt] (None: keys)."""
+    """The mean of `distillation_rows` of student [N, Ds] and a bank [M, Ds] under teacher [N, Dt] and another [M, Dt] (None: the same)."""
+    keys, teacher_keys = _rows(bank), None if teacher_bank is None else _rows(teacher_bank)
     theirs = keys if teacher_keys is None else teacher_keys
     if not (_plain(student, keys, teacher, theirs) and _usual(temperature) and _usual(teacher_temperature)):
         return None
@@ -61,6 +71,14 @@ def matching_mean(x: Tensor, y: Tensor, scale: float | Tensor, shift: float | Te
         return None
     call = matching.Call(None, True, torch.is_grad_enabled(), None, None, cpu.KERNELS, cpu.product_number(None, x))
     return matching.fused_losses(call, x, y, scale, shift)
+
+
+def _rows(bank) -> Tensor | None:
+    """All rows of a bank that has no more to say of them."""
+    if type(bank) in _TYPES or not hasattr(bank, "as_rows"):
+        return bank
+    given = bank_protocol.unpack(bank)
+    return given.rows if given.valid is given.bias is given.panels is None else None
 
 
 def _usual(number) -> bool:

@@ -14,41 +14,42 @@ _NO_RULES = (None,) * 5  # query_labels, key_labels, key_index, limit, valid
 
 
 class InfoNceMean(Function):
-    """The mean InfoNCE loss of query and positive [N, D] against keys [M, D]."""
+    """The mean InfoNCE loss of query and positive [N, D] against keys [M, D]; `temperature`, a tensor or None, has the call's factor."""
 
     @staticmethod
-    def forward(ctx, call, query, keys, positive):
-        _, want_query, want_keys, want_positive = ctx.needs_input_grad
+    def forward(ctx, call, query, keys, positive, temperature):
+        _, want_query, want_keys, want_positive, want_scale = ctx.needs_input_grad
         loss, *kept = torch.ops.kdfast.info_nce_mean(query, keys, positive, call.factor, call.pull, want_keys and call.pull, call.products)
-        ctx.call, ctx.want = call, (want_query, want_keys, False, False, want_positive)
+        ctx.call, ctx.want = call, (want_query, want_keys, want_scale, False, want_positive)
         ctx.held = None if want_keys else (keys, _versions((keys,)))
-        ctx.save_for_backward(*kept, query, positive, *((keys,) if want_keys else ()))
+        ctx.save_for_backward(*kept, query, positive, temperature, *((keys,) if want_keys else ()))
         return loss
 
     @staticmethod
     def backward(ctx, g):
         call, want = ctx.call, ctx.want
-        want_query, want_keys, _, _, want_positive = want
-        if want_keys:
-            statistics, pulls, dkeys, query, positive, keys = ctx.saved_tensors
-            versions = None
-        else:
-            statistics, pulls, dkeys, query, positive = ctx.saved_tensors
-            keys, versions = ctx.held
+        want_query, want_keys, want_scale, _, want_positive = want
+        statistics, pulls, dkeys, query, positive, temperature, *bank = ctx.saved_tensors
+        keys, versions = (*bank, None) if want_keys else ctx.held
         if torch.is_grad_enabled():
+            scale = None if temperature is None else temperature.reciprocal().expand(len(query)).contiguous()
             bank = keys, None, None, None, *_NO_RULES
-            grads = info_nce.Gradients.apply(call, want, versions, g, statistics, pulls, dkeys, query, None, positive, *bank)
-            return None, grads[0], grads[1], grads[4]
+            grads = info_nce.Gradients.apply(call, want, versions, g, statistics, pulls, dkeys, query, scale, positive, *bank)
+            return None, grads[0], grads[1], grads[4], _through_inverse(grads[2], temperature) if want_scale else None
         found = iter(
             torch.ops.kdfast.info_nce_mean_grad(
-                g, statistics, pulls, dkeys, query, keys, call.factor, want_query, want_keys, want_positive, call.products
+                g, statistics, pulls, dkeys, query, keys, call.factor, want_query, want_keys, want_scale, want_positive, call.products
             )
+        )
+        dquery, dkeys, dscale, dpositive = (
+            next(found) if wanted else None for wanted in (want_query, want_keys, want_scale, want_positive)
         )
         return (
             None,
-            _like(next(found), query) if want_query else None,
-            _like(next(found), keys) if want_keys else None,
-            _like(next(found), positive) if want_positive else None,
+            _like(dquery, query) if want_query else None,
+            _like(dkeys, keys) if want_keys else None,
+            _like(dpositive, positive) if want_positive else None,
+            _through_inverse(dscale, temperature) if want_scale else None,
         )
 
 
@@ -90,6 +91,12 @@ class DistillationMean(Function):
         return None, dstudent, dkeys, None, None
 
 
+def _through_inverse(dscale: Tensor, temperature: Tensor) -> Tensor:
+    """The gradient of a temperature whose inverse scales every row."""
+    inverse = temperature.reciprocal()
+    return -dscale.sum() * (inverse * inverse)
+
+
 def _like(grad: Tensor, x: Tensor) -> Tensor:
     """A gradient of as many numbers as `x` has, in its shape and dtype."""
     grad = grad.view(x.shape) if grad.dim() > 2 else grad
@@ -100,8 +107,11 @@ def _info_nce_mean_fake(query, keys, positive, factor, pull, keep_keys, products
     return info_nce.fake(query, keys, None, None, *_NO_RULES, positive, None, None, True, True, pull, products, None, keep_keys, factor)
 
 
-def _info_nce_mean_grad_fake(g, statistics, pull, kept_keys, query, keys, factor, want_query, want_keys, want_positive, products):
-    shapes = ((want_query, query.shape), (want_keys, keys.shape), (want_positive, (len(query), 1, query.shape[1])))
+def _info_nce_mean_grad_fake(
+    g, statistics, pull, kept_keys, query, keys, factor, want_query, want_keys, want_scale, want_positive, products
+):
+    count, width = query.shape
+    shapes = ((want_query, query.shape), (want_keys, keys.shape), (want_scale, (count,)), (want_positive, (count, 1, width)))
     return [statistics.new_empty(shape) for wanted, shape in shapes if wanted]
 
 
