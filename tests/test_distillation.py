@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from similarity_cases import assert_as_good_as
 
@@ -74,6 +75,45 @@ def test_losses_and_every_gradient(dtype, divergence):
     grads = (gradients(losses, x, upstream) for losses, x in ((ours, d), (other, naive), (wanted, truth)))
     for mine, its, exact in zip(*grads, strict=True):
         assert_as_good_as(mine, its, exact)
+
+
+def apart(noise, temperature):
+    """Students `noise` away from their teachers, each near a key of the bank that is both sides', and the losses' formula on them."""
+    unit = lambda rows: F.normalize(torch.randn(rows, 32), dim=1)
+    bank = unit(1500)
+    teacher = F.normalize(bank[:40] + 0.2 * unit(40), dim=1)
+    student = F.normalize(teacher + noise * unit(40), dim=1) if noise else teacher
+
+    def formula(divergence, dtype):
+        z, t = ((x.to(dtype) @ bank.to(dtype).T / temperature).log_softmax(1) for x in (student, teacher))
+        return (t.exp() * (t - z)).sum(1) if divergence == "kl" else -(t.exp() * z).sum(1)
+
+    return (student, teacher, bank), formula
+
+
+@pytest.mark.parametrize("how", ["eager", "vmap", "compiled", "jvp"])
+@pytest.mark.parametrize("impl", ["cpu", "torch"])
+@pytest.mark.parametrize("divergence", ["ce", "kl"])
+@pytest.mark.parametrize(("noise", "temperature"), [(0, 0.07), (1e-4, 0.3), (1e-3, 0.02), (0.1, 0.07), (1, 0.02)])
+def test_losses_have_the_digits_of_a_sum_over_the_columns(how, impl, divergence, noise, temperature):
+    """Taken from the logits' means, they would round as logits do: 1e-5 at 50."""
+    (student, teacher, bank), formula = apart(noise, temperature)
+    given = dict(student_temperature=temperature, teacher_temperature=temperature, divergence=divergence, reduction="none")
+    loss = lambda student, impl=impl: similarity_distillation(student, teacher, bank, impl=impl, **given)
+    if how == "vmap":
+        losses = torch.vmap(loss)(student[None])[0]
+    elif how == "compiled":
+        torch.compiler.reset()  # else the temperature is one that changes, which compiled code takes as a tensor
+        losses = torch.compile(loss, fullgraph=True, backend="aot_eager")(student)
+    elif how == "jvp":
+        with fwAD.dual_level():
+            losses, tangent = fwAD.unpack_dual(loss(fwAD.make_dual(student, torch.randn_like(student)), impl=None))
+        assert tangent is not None
+    else:
+        losses = loss(student)
+    assert_as_good_as(losses, formula(divergence, torch.float32), formula(divergence, torch.float64))
+    if how == "eager" and noise == 0 and divergence == "kl":
+        assert (losses == 0).all()
 
 
 @pytest.mark.parametrize("wanted", ["student", "student_bank", "student_positive", "student_temperature"])

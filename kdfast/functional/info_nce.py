@@ -72,7 +72,8 @@ def info_nce(
         reduction: "mean" (weighted, over rows that have a positive), "sum" or "none" ([*B, N]).
         group: torch.distributed group over which an in-batch form's batch is spread; the mean is over local rows and
             column gradients are summed over ranks. A bank is taken to be the same on every rank.
-        precision: of float32 products: None follows PyTorch; "ieee", "tf32", "bf16x3" or "bf16".
+        precision: of float32 products: None follows PyTorch; "ieee", "tf32", "bf16x3" or "bf16". The C++ kernels take few
+            rows, and up to 16 bank rows, in full float32 whatever the name.
         impl: None (the best available), "cpu", "cuda", "triton" or "torch".
 
     Returns:

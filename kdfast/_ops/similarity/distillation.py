@@ -2,12 +2,13 @@
 
 With p^S, p^T the softmaxes of z^S_ij = s_i q_i.k^S_j + b_j and z^T_ij = t_i u_i.k^T_j + b_j, and start candidates j = 0:
 
-    loss_i = lse^S_i - sum_j p^T_ij z^S_ij        KL subtracts the teacher's entropy, lse^T_i - sum_j p^T_ij z^T_ij
+    loss_i = sum_j p^T_ij (lse^S_i - z^S_ij)      KL: sum_j p^T_ij ((lse^S_i - z^S_ij) - (lse^T_i - z^T_ij))
     dq_i = g_i s_i (O^S_i - O^T_i)                ds_i = g_i q_i.(O^S_i - O^T_i)        O_i = sum_(j > 0) p_ij k^S_j
     dk_j = sum_i g_i s_i (p^S_ij - p^T_ij) q_i    dz^S_i0 = g_i (p^S_i0 - p^T_i0)
 
 impl="cpu" takes the losses and O^S - O^T from one pass over both banks, so that a student's bank without gradient is read once. Anything
-else, and what has a gradient besides, is composed of the streaming softmaxes of the two sides.
+else, and what has a gradient besides, is composed of the streaming softmaxes of the two sides for its derivatives, while the values, which
+that would leave with the rounding errors of the logits, are distillation_values.py's.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from torch.autograd import Function
 
 from ..._core import impls
 from ..._core.recording import recorded
-from . import cpu, triton
+from . import cpu, distillation_values, triton
 from .apply import streaming_softmax
 from .arguments import how_to_compute, key_bias, prefix_length, problem, row_parameter
 from .autograd import _keep, _kept, _versions
@@ -111,11 +112,26 @@ def distillation_rows(
         found = Distillation.apply(call, *inputs)
         return (found, None) if mean else (found[0], found[1][0])
     losses, lse = _composed(call, *inputs)
-    return losses, None if mean else lse.detach()
+    losses = _exactly(losses, call, ours.dtype, theirs.dtype, *inputs)
+    return (losses.mean(), None) if mean else (losses, lse.detach())
+
+
+def _exactly(losses: Tensor, call: Call, compute: torch.dtype, teacher_compute: torch.dtype, *inputs) -> Tensor:
+    """The composition's losses with the values of distillation_values.py."""
+    student, keys, scale, start_logit, *fixed = (x.detach() if isinstance(x, Tensor) else x for x in inputs)
+    f, acc = Fixed(*fixed), losses.dtype
+    scales = student.new_full((len(student),), call.factor, dtype=acc) if scale is None else scale
+    teacher_scales = scales.new_full(scales.shape, call.teacher_factor) if f.scale is None else f.scale
+    vectors = (None if x is None else x.to(acc) for x in (scales, teacher_scales, start_logit, f.start_logit, f.bias))
+    run = torch.ops.kdfast_torch.similarity_distillation_losses if torch.compiler.is_compiling() else distillation_values.losses
+    matrices = student, keys, f.teacher, keys if f.keys is None else f.keys
+    exact = run(*matrices, *vectors, f.key_index, f.valid, call.kl, compute, teacher_compute)
+    rounded_off = exact - losses.detach()
+    return losses + torch.where(torch.isfinite(rounded_off), rounded_off, 0.0)
 
 
 def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Tensor, Tensor]:
-    """The definition by streaming softmaxes: any device, dtype and transform, and derivatives in the teacher's scale and the bias too."""
+    """(losses, lse) by streaming softmaxes: any device, dtype and transform, and derivatives in the teacher's scale and the bias too."""
     f = Fixed(*fixed)
     learnt = recorded(f.scale, f.start_logit, f.bias)
     scale = call.factor if scale is None else scale
@@ -153,7 +169,7 @@ def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Te
     elif f.bias is not None:  # KL's two terms sum_j p^T_ij b_j cancel
         finite = torch.where(f.bias == -torch.inf, 0.0, f.bias)[:, None].to(wide)
         losses = losses - softmax(teacher, teacher_keys, f.scale, finite, f.start_logit, pool=True)[-1][:, 0]
-    return losses.mean() if call.mean else losses, lse
+    return losses, lse
 
 
 class Distillation(Function):
@@ -229,7 +245,8 @@ class Gradients(Function):
         keys, *fixed = bank
 
         def definition(*inputs):
-            return _composed(ctx.call, *inputs, *fixed)[0]
+            losses, _ = _composed(ctx.call, *inputs, *fixed)
+            return losses.mean() if ctx.call.mean else losses
 
         dg, dstudent, dkeys, dscale, dstart = SecondOrder.apply(definition, ctx.want, *cotangents, g, student, keys, scale, start_logit)
         return None, None, None, dg, dstudent, dscale, dstart, None, None, None, dkeys, *(None,) * 7
