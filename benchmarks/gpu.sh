@@ -15,7 +15,8 @@ trap 'rm -rf "$logs"' EXIT
 failed=0
 told=()
 
-if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+# asked once: to import torch takes seconds
+if ! gpu=$("$python" -c "import sys, torch; torch.cuda.is_available() or sys.exit(1); print(torch.cuda.get_device_name())"); then
   echo "no GPU is visible to PyTorch ($python): nothing can be measured" >&2
   exit 1
 fi
@@ -34,7 +35,7 @@ write() {  # FILE: standard input, under a temporary name first
 
 report() {
   {
-    echo "# $("$python" -c "import torch; print(torch.cuda.get_device_name())"), $COMMIT, $(date -u +'%F %H:%M UTC')"
+    echo "# $gpu, $COMMIT, $(date -u +'%F %H:%M UTC')"
     echo
     printf -- '- %s\n' "${told[@]}"
     echo
@@ -43,11 +44,11 @@ report() {
   for log in "$logs"/*.log; do printf '== %s\n' "$(basename "$log" .log)" && cat "$log"; done | write log.txt
 }
 
-run() {  # NAME PERCENT COMMAND...: until that share of the limit, then it gets `signal`
+run() {  # NAME PERCENT COMMAND...: until that share of the limit, then it gets `signal`, and `grace` seconds to end
   local name=$1 left=$((limit * $2 / 100 - SECONDS)) start=$SECONDS status
   shift 2
   ((left > 0)) || left=1
-  timeout -s "${signal:-TERM}" -k 3 "$left" "$@" >"$logs/$name.log" 2>&1
+  timeout -s "${signal:-TERM}" -k "${grace:-3}" "$left" "$@" >"$logs/$name.log" 2>&1
   status=$?
   case $status in
     0) echo "$name: done in $((SECONDS - start)) s" ;;
@@ -84,8 +85,9 @@ conclude compile $?
 until=$((limit * 66 / 100))
 step bench 68 "$python" -m kdfast bench "${families[@]}" --device cuda --seconds $((until > SECONDS ? until - SECONDS : 1)) --output "$out"
 parallel=()
-"$python" -c "import xdist" 2>/dev/null && parallel=(-n 12)
-signal=INT step tests 88 "$python" -m pytest -q -p no:cacheprovider "${parallel[@]}" tests/test_triton_gpu.py tests/test_cuda{,_similarity}_gpu.py \
+"$python" -c "import xdist" 2>/dev/null && parallel=(-n "$(nproc)")  # most of their time goes to compiling
+# each test is named as it ends, for one that does not heed an interruption takes the summary with it
+signal=INT grace=15 step tests 86 "$python" -m pytest -vv --tb=short -p no:cacheprovider "${parallel[@]}" tests/test_triton_gpu.py tests/test_cuda{,_similarity}_gpu.py \
   tests/test_triton_{similarity,pairs,wide,triplet,triplet_dense,triplet_mining,relations,knn,gather,sinkhorn,sinkhorn_plan,sinkhorn_adjoint}.py tests/test_cuda_{similarity,sinkhorn*}.py
 step doctor 92 "$python" -m kdfast doctor
 if command -v compute-sanitizer >/dev/null; then

@@ -8,6 +8,7 @@ import torch
 from kdfast._core import extension
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else some versions of PyTorch warn of every product on a GPU
 
 
 @pytest.fixture(autouse=True)
