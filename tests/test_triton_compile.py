@@ -71,6 +71,16 @@ def test_the_widest_rows_fit_shared_memory(name, dtype, width, tmp_path):
     assert Code(kernel, 90, dtype, *made, tmp_path).shared <= SHARED_MEMORY[90]
 
 
+@NAMES
+@pytest.mark.parametrize("arch", [86, 120])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_widest_rows_of_a_small_gpu_fit_shared_memory(name, dtype, arch, tmp_path):
+    kernel, width = getattr(kernels, name), launches.MAX_BYTES_SMALL // dtype.itemsize
+    made = constants(kernel, arch, width, dtype, everything=True, with_h=name != "forward")
+    code = Code(kernel, arch, dtype, *made, tmp_path)
+    assert code.shared <= SHARED_MEMORY[arch] and code.has(MATRIX_INSTRUCTION[arch])
+
+
 def test_merge_compiles(tmp_path):
     made = {"POOLED": True, "ROWS": 16, "VALUE_WIDTH": 128}
     for arch in (80, 90, 100):

@@ -15,6 +15,7 @@ from kdfast._ops.similarity import triton, triton_slabs
 def every_row_is_wide(monkeypatch):
     """And several slabs, cut along both sides."""
     monkeypatch.setattr(triton, "MAX_BYTES", 0)
+    monkeypatch.setattr(triton, "MAX_BYTES_SMALL", 0)
     monkeypatch.setattr(triton_slabs, "STATISTICS_PAIRS", 2 * 32 * 32)
     monkeypatch.setattr(triton_slabs, "WEIGHTS_PAIRS", 2 * 32 * 32)
 

@@ -45,6 +45,12 @@ def architecture(device_index: int) -> int:
     return 10 * major + minor
 
 
+def is_small(arch: int) -> bool:
+    """Of a GPU by its architecture: whether a block has 99 KB of shared memory, not 163 or 227. Those after Hopper among them (12.0) have
+    the matrix instructions of before it."""
+    return arch in (86, 89) or arch >= 120
+
+
 @functools.cache
 def processors(device_index: int) -> int:
     """Streaming multiprocessors of a GPU."""

@@ -1,7 +1,7 @@
 """impl="triton": the ops of cpu.py with the same schemas, in torch.ops.kdfast_triton: tile sizes, launches, registration.
 
-triton_kernels.py has the kernels. They serve rows of up to 1 KB; wider ones, and exact products of float32, go slab by slab
-(triton_wide.py).
+triton_kernels.py has the kernels. They serve rows of up to 1 KB (on small GPUs 256 bytes); wider ones, and exact products of float32, go
+slab by slab (triton_wide.py).
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from ..._core import triton_runtime as runtime
 from . import cpu, triton_wide
 from .triton_formats import KERNELS, PRECISIONS, missing, refuses
 
-MAX_BYTES = 1024  # of a row here: wider tiles exceed shared memory
+MAX_BYTES, MAX_BYTES_SMALL = 1024, 256  # of a row here, the second where runtime.is_small: wider tiles exceed shared memory
 
 
 __all__ = ["KERNELS", "forward", "grad_keys", "grad_rows", "missing", "refuses", "tiles"]
@@ -31,7 +31,8 @@ class Tiles(NamedTuple):
 def in_slabs(query: Tensor, values: Tensor | None, precision: int) -> bool:
     """Whether rows are too wide for a tile of their sums, or exact products of float32, by whole rows here, would spill kilobytes."""
     exact = query.dtype == torch.float32 and precision in (KERNELS.products["ieee"], KERNELS.products["bf16x3"])
-    return exact or max(query.shape[2], 0 if values is None else values.shape[2]) * query.element_size() > MAX_BYTES
+    most = MAX_BYTES_SMALL if runtime.is_small(runtime.architecture(query.device.index or 0)) else MAX_BYTES
+    return exact or max(query.shape[2], 0 if values is None else values.shape[2]) * query.element_size() > most
 
 
 def tiles(width: int, dtype: torch.dtype, streams: int, arch: int) -> Tiles:
@@ -39,14 +40,14 @@ def tiles(width: int, dtype: torch.dtype, streams: int, arch: int) -> Tiles:
 
     The sums of a tile's rows stay in registers, rows x width floats: 64 to 128 of the 255 of a thread; scores and weights take as many
     more (all of them before Hopper, whose matrix instructions read operands from shared memory). There lie what stays, and two stages of
-    what passes by: 96 to 192 KB.
+    what passes by: 96 to 192 KB; on small GPUs, whose rows are narrow here (MAX_BYTES_SMALL), at most 85.
     """
     if runtime.INTERPRETED:
         return Tiles(32, 32, 4, 1)
     wide = dtype == torch.float32
     rows = 128 if width * (1 + wide) <= 256 else 64
     columns = 128 if width <= 128 else 64 if width <= 256 else 32
-    if wide or streams > 1 or arch < 90:
+    if wide or streams > 1 or arch < 90 or runtime.is_small(arch):
         columns //= 2
     return Tiles(rows, max(16, columns), 8, 2)
 
