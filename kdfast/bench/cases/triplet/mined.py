@@ -127,8 +127,8 @@ def bank_loss(x: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor) -> T
     return triplet_loss(x, labels, ref=bank, ref_labels=bank_labels, mining="batch_hard", margin=MARGIN)
 
 
-def in_double(loss: Callable[..., Tensor], x: NamedTuple) -> tuple[Tensor, ...]:
-    return peers.step(loss, *(t.double() if t.is_floating_point() else t for t in x))
+def in_double(loss: Callable[..., Tensor], x: NamedTuple, **options) -> tuple[Tensor, ...]:
+    return peers.step(loss, *(t.double() if t.is_floating_point() else t for t in x), **options)
 
 
 def scores(mm: Callable, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
@@ -152,7 +152,7 @@ BATCH_HARD = Case(
     dtypes=(torch.float32, torch.bfloat16),
     inputs=batch.inputs,
     reference=partial(in_double, HARDEST),
-    flop=lambda shape: 2 * shape[0] ** 2 * shape[1],
+    flop=lambda shape: 2 * shape[0] ** 2 * shape[1],  # of all pairs: kernels on vectors take each once, and so half of it
     peers=(
         *with_formula("batch_hard", HARDEST),
         peers.steps("torch.cdist", partial(hardest, distances=torch.cdist))._replace(dtypes=(torch.float32,)),
