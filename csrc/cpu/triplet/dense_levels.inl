@@ -19,6 +19,8 @@ using kdfast::Mining;
 using kdfast::of_product;
 using kdfast::tile_columns;
 
+typedef double WideVec __attribute__((vector_size(8 * KDFAST_LANES)));  // kLanes doubles
+
 constexpr int64_t kSlotRows = DenseParams::kSlotRows;
 constexpr float kLargestFinite = 0x1.fffffep127f;
 

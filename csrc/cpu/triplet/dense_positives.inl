@@ -139,9 +139,19 @@ inline double add_pulls(const DenseParams& p, const float* pull, const DenseRows
 
 // ---- the entries of the dispatch table --------------------------------------------------------------------------------
 
-// Squared lengths of rows begin .. end of a [rows, width] matrix.
+// Squared lengths of rows begin .. end of a [rows, width] matrix, summed in double: what a row's loses is lost alike by all its distances from products, but not
+// by those of its positives.
 void dense_squares(const float* x, int64_t width, int64_t begin, int64_t end, float* square) {
-  for (int64_t i = begin; i < end; ++i) square[i] = row_square(x + i * width, width);
+  for (int64_t i = begin; i < end; ++i) {
+    WideVec sum = {};
+    for (int64_t d = 0; d < width; d += kLanes) {
+      const WideVec v = __builtin_convertvector(load_row(x + i * width, d, width), WideVec);
+      sum += v * v;
+    }
+    double all = 0;
+    for (int lane = 0; lane < kLanes; ++lane) all += sum[lane];
+    square[i] = float(all);
+  }
 }
 
 // Distances of the positives of rows begin .. end. A few columns stay in L1 for a group of rows, which are mostly of one class.

@@ -125,8 +125,7 @@ struct LevelSum {
 #if KDFAST_LANES == 16
   __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
 #else
-  typedef double Doubles __attribute__((vector_size(8 * KDFAST_LANES)));
-  Doubles sum = {};
+  WideVec sum = {};
 #endif
 
   explicit LevelSum(double start) : start(start) {}
@@ -138,7 +137,7 @@ struct LevelSum {
     low = term(_mm512_castsi512_si256(n), _mm512_castps512_ps256((__m512)level), low);
     high = term(_mm512_extracti64x4_epi64(n, 1), _mm512_extractf32x8_ps((__m512)level, 1), high);
 #else
-    sum += __builtin_convertvector(number, Doubles) * (start - __builtin_convertvector(level, Doubles));
+    sum += __builtin_convertvector(number, WideVec) * (start - __builtin_convertvector(level, WideVec));
 #endif
   }
 
