@@ -26,7 +26,9 @@ def adjoint_tiles(flags: dict, along_rows: bool, width: int, arch: int) -> runti
     t = tiles(flags["GIVEN"], along_rows, width)
     if flags["GIVEN"] and along_rows:
         return t._replace(columns=min(128, t.columns))
-    return t._replace(columns=32 if flags["DIRECT"] or (arch < 90 and not flags["GIVEN"]) else t.columns, warps=8)
+    if arch < 90 and not flags["GIVEN"]:  # addresses of a third stage are registers too
+        return t._replace(columns=32, warps=8, stages=min(2, t.stages))
+    return t._replace(columns=32 if flags["DIRECT"] else t.columns, warps=8)
 
 
 def replay(
