@@ -76,6 +76,14 @@ def test_small_losses_keep_their_digits(isa):
         torch.testing.assert_close(g.double(), w, rtol=2e-5, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [[0, 512, -512], [0, 512, -512, 712]], ids=["products", "one by one"])
+def test_a_margin_less_than_distances_are_rounded_by_counts(isa, rows):
+    """d_ap = d_an, exactly: 512 + margin is 512 as a float."""
+    x, labels = torch.tensor(rows, dtype=torch.float32)[:, None], torch.tensor([0, 0, 1, 1][: len(rows)])
+    how = dict(soft=True, mining="batch_all", margin=1e-5, normalize=False, reduction="none", impl="cpu")
+    assert triplet_loss(x, labels, **how)[0].item() == pytest.approx(math.log1p(math.exp(1e-5)), rel=1e-6)
+
+
 @pytest.mark.parametrize("name", mining.SETS)
 @pytest.mark.parametrize("labels", [[0, 0, 0, 0], [0, 1, 2, 3], [0]], ids=["no_negative", "no_positive", "one"])
 def test_no_triplet_is_zero_with_a_graph(name, labels):
