@@ -481,12 +481,14 @@ def test_compile(grad, options):
         torch.testing.assert_close(torch.compile(outputs, backend="aot_eager", fullgraph=True)(leaf), outputs(leaf))
 
 
-def test_never_counts_on_the_tile_size(monkeypatch):
+@pytest.mark.parametrize("grad", ["implicit", "unrolled"])
+def test_never_counts_on_the_tile_size(grad, monkeypatch):
     given = {k: t.detach().requires_grad_() for k, t in problem("sqeuclidean", n=7, m=6).items()}
     results = []
     for size in (10**6, 13):
         monkeypatch.setattr("kdfast._ops.sinkhorn.geometry.TILE", {"cpu": size})
-        r = sinkhorn(**given, max_iters=30, grad="implicit", method="log")
+        monkeypatch.setattr("kdfast._ops.sinkhorn.cpu.FORMED", size)
+        r = sinkhorn(**given, max_iters=30, grad=grad, method="log")
         results.append((r.value, r.f, *torch.autograd.grad(r.transport_cost.sum(), tuple(given.values()))))
     for u, v in zip(*results, strict=True):
         torch.testing.assert_close(u, v, rtol=1e-9, atol=1e-11)

@@ -31,6 +31,15 @@ def test_scratch_is_kept_and_released():
     assert _C.release_scratch() == 0  # small scratch is not kept
 
 
+@pytest.mark.parametrize("grad", ["envelope", "unrolled"])
+def test_the_log_form_takes_no_scratch_as_large_as_the_cost(grad):
+    cost, x, y = torch.rand(1050, 1010, requires_grad=True), torch.rand(1050, 2), torch.rand(1010, 2)
+    _C.release_scratch()
+    solve(cost, method="log", grad=grad).value.backward()
+    sinkhorn(x=x, y=y, epsilon=0.1, max_iters=3, method="log", grad=grad, impl="cpu")
+    assert _C.release_scratch() == 0
+
+
 def test_scratch_of_calls_at_once():
     costs = torch.rand(3, 1050, 1010)
     expected = [solve(c) for c in costs]

@@ -36,6 +36,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("grad", ["envelope", "implicit", "unrolled", "detached"])
 def test_nothing_as_large_as_the_plan(grad, monkeypatch, opened):
     monkeypatch.setattr("kdfast._ops.sinkhorn.geometry.TILE", {"cpu": 2000})
+    monkeypatch.setattr("kdfast._ops.sinkhorn.cpu.FORMED", 2000)
     x, y = torch.randn(200, 3, requires_grad=True), torch.randn(190, 3)
     with Largest() as seen:
         r = sinkhorn(x=x, y=y, epsilon=0.5, max_iters=4, grad=grad, method="log")

@@ -16,6 +16,9 @@ from .portable import Schedule, Solution, effective_epsilon
 NORMALIZED_ENTRIES = 4096
 #: Nats up to which rows and columns of a plan are rescaled; beyond, relaxed rows hold so little mass that they take maxima of their own.
 RESCALED = 30.0
+#: Entries n m up to which gradients through iterations form the cost of points: in float32 64 MiB, four times that with gradient and
+#: scratch. Formed anew tile by tile they take 15 forwards in place of one.
+FORMED = 2**24
 
 
 def missing() -> str | None:
@@ -84,22 +87,22 @@ def replay(
     to_epsilon: bool,
     schedule: Schedule,
 ) -> Pulled:
-    """adjoint.replay, with a cost; and of points where theirs is one tile."""
+    """adjoint.replay, with a cost; and of points where theirs may be formed."""
     per_problem = (g0, history_f, history_g, done, to_f, to_g)
     if p.cost is not None and p.cost.dim() == 3:
         cost, a, b, epsilon = _replayed(p, *per_problem, to_epsilon, schedule)
         return Pulled(cost.to(p.cost.dtype), *(a.new_empty(0) for _ in "xy"), a, b, epsilon)
+    rows = p.a.shape[1]
+    if p.cost is None and rows * p.b.shape[1] > FORMED:
+        return adjoint.replay(p, *per_problem, to_epsilon, schedule)
     parts, pieces = Gradients(p), []
     for lo, hi in blocks(p):
         block, q = slice(lo, hi), p.part(lo, hi)
-        rows = next(iter(row_tiles(q)))
-        if q.cost is None and rows.stop < q.a.shape[1]:
-            return adjoint.replay(p, *per_problem, to_epsilon, schedule)
-        c = q.cost if q.cost is not None else costs(q, 0, rows.stop)
+        c = q.cost if q.cost is not None else costs(q, 0, rows)
         given = q._replace(cost=c.expand(len(q.a), *c.shape[-2:]), x=None, y=None, metric="given")
         w, *rest = _replayed(given, *(t[block] for t in per_problem), to_epsilon, schedule)
         with torch.autocast("cpu", enabled=False):
-            parts.add(q, block, slice(0, q.a.shape[1]), w, c)
+            parts.add(q, block, slice(0, rows), w, c)
         pieces.append(rest)
     return Pulled(*parts.outputs(p), *(torch.cat(part) for part in zip(*pieces, strict=True)))
 
