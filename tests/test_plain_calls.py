@@ -101,14 +101,17 @@ def test_full_banks(taken):
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
 @pytest.mark.parametrize("divergence", ["ce", "kl"])
-@pytest.mark.parametrize("banks", ["two", "one", "given twice"])
+@pytest.mark.parametrize("banks", ["two", "one", "given twice", "own"])
 def test_distillation_has_the_bits_of_the_general_way(taken, divergence, dtype, banks):
     student, keys = matrices((9, 6), (17, 6), dtype=dtype)
     teacher, teacher_keys = (x.detach() for x in matrices((9, 5), (17, 5), dtype=dtype))
-    if banks != "two":
+    if banks == "own":
+        teacher = (student.detach() + 1).to(dtype)
+        teacher_keys = keys.detach().flip(0)
+    elif banks != "two":
         keys = keys.detach()
         teacher, teacher_keys = student.detach().flip(0), None if banks == "one" else keys
-    options = dict(student_temperature=0.2, teacher_temperature=0.1, divergence=divergence)
+    options = dict(student_temperature=0.2, teacher_temperature=0.1, divergence=divergence, own=banks == "own")
     loss = similarity_distillation(student, teacher, keys, teacher_keys, **options)
     assert taken == [True]
     inputs = [x for x in (student, keys) if x.requires_grad]
@@ -144,13 +147,20 @@ def test_second_derivatives(taken):
     for loss in (partial(info_nce, query, positive, given[1]), partial(similarity_distillation, query, *given, **temperatures)):
         second = [torch.autograd.grad(loss(impl=impl), query, create_graph=True)[0].square().sum() for impl in (None, "cpu")]
         same_bits(*second, [query])
+    given, temperatures["own"] = (query.detach() + 1, bank), True
+    both = [
+        torch.autograd.grad(similarity_distillation(query, *given, impl=impl, **temperatures), (query, bank), create_graph=True)
+        for impl in (None, "cpu")
+    ]
+    second = [torch.autograd.grad(sum(x.square().sum() for x in grads), (query, bank)) for grads in both]
+    torch.testing.assert_close(*second)
     learnt = query, positive, bank
     second = [
         sum(x.square().sum() for x in torch.autograd.grad(info_nce(*learnt, impl=impl), learnt, create_graph=True))
         for impl in (None, "cpu")
     ]
     same_bits(*second, learnt)
-    assert taken == [True] * 3
+    assert taken == [True] * 4
 
 
 @pytest.mark.parametrize("learnt", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)

@@ -56,11 +56,11 @@ def similarity_distillation(
 
     Raises: ValueError, TypeError naming the argument. Source: Fang et al. 2021 (SEED), eq. 5; Koohpayegani et al. 2020 (CompRess).
     """
-    whole_bank = student_positive is teacher_positive is bank_valid is own_index is None and own is False
+    whole_bank = student_positive is teacher_positive is bank_valid is own_index is None and type(own) is bool
     usual = weight is precision is impl is None and normalize is False
     if whole_bank and usual and reduction == "mean" and divergence in ("ce", "kl"):
         sides, temperatures = (student, student_bank, teacher, teacher_bank), (student_temperature, teacher_temperature)
-        if (loss := plain.distillation_mean(*sides, *temperatures, divergence == "kl")) is not None:
+        if (loss := plain.distillation_mean(*sides, *temperatures, divergence == "kl", own)) is not None:
             return loss
     checks.rows("student", student, ndim=2)
     checks.rows("teacher", teacher, ndim=2)

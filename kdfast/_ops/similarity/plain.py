@@ -45,9 +45,12 @@ def _info_nce_call(count: int, dtype: torch.dtype, pull: bool, scale: float) -> 
 
 
 def distillation_mean(
-    student: Tensor, bank, teacher: Tensor, teacher_bank, temperature: float, teacher_temperature: float, kl: bool
+    student: Tensor, bank, teacher: Tensor, teacher_bank, temperature: float, teacher_temperature: float, kl: bool, own: bool
 ) -> Tensor | None:
-    """The mean of `distillation_rows` of student [N, Ds] and a bank [M, Ds] under teacher [N, Dt] and another [M, Dt] (None: the same)."""
+    """The mean of `distillation_rows` of student [N, Ds] and a bank [M, Ds] under teacher [N, Dt] and another [M, Dt] (None: the same).
+
+    own: the teacher's rows are one more candidate of each row, on both sides.
+    """
     keys, teacher_keys = _rows(bank), None if teacher_bank is None else _rows(teacher_bank)
     theirs = keys if teacher_keys is None else teacher_keys
     if not (_plain(student, keys, teacher, theirs) and _usual(temperature) and _usual(teacher_temperature)):
@@ -55,13 +58,15 @@ def distillation_mean(
     count = len(student)
     if len(teacher) != count or len(theirs) != len(keys) or keys.shape[1] != student.shape[1] or theirs.shape[1] != teacher.shape[1]:
         return None
+    if own and teacher.shape != student.shape:
+        return None
     if teacher.requires_grad or (teacher_keys is not None and teacher_keys.requires_grad):
         return None
     if not (student.is_contiguous() and keys.is_contiguous() and teacher.is_contiguous() and theirs.is_contiguous()):
         return None
     scales = 1.0 / temperature, 1.0 / teacher_temperature
     call = distillation.Call(kl, True, None, None, cpu.product_number(None, student), *scales)
-    return DistillationMean.apply(call, student, keys, teacher, None if teacher_keys is keys else teacher_keys)
+    return DistillationMean.apply(call, student, keys, teacher, None if teacher_keys is keys else teacher_keys, own)
 
 
 def matching_mean(x: Tensor, y: Tensor, scale: float | Tensor, shift: float | Tensor | None = None) -> Tensor | None:

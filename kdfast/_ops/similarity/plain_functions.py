@@ -9,6 +9,8 @@ from torch.autograd import Function
 
 from . import cpu, distillation, info_nce
 from .autograd import _versions
+from .first_order import start_weight
+from .positives import dot
 
 _NO_RULES = (None,) * 5  # query_labels, key_labels, key_index, limit, valid
 
@@ -54,41 +56,60 @@ class InfoNceMean(Function):
 
 
 class DistillationMean(Function):
-    """The mean of the losses of student [N, Ds] and keys [M, Ds] under teacher [N, Dt] and teacher_keys [M, Dt], None: keys."""
+    """The mean of the losses of student [N, Ds] and keys [M, Ds] under teacher [N, Dt] and teacher_keys [M, Dt], None: keys.
+
+    own: the teacher's rows are one more candidate of each row, on both sides.
+    """
 
     @staticmethod
-    def forward(ctx, call, student, keys, teacher, teacher_keys):
-        _, want_student, want_keys, _, _ = ctx.needs_input_grad
+    def forward(ctx, call, student, keys, teacher, teacher_keys, own):
+        _, want_student, want_keys, *_ = ctx.needs_input_grad
+        start, theirs = _own_logits(call, student, teacher) if own else (None, None)
         loss, difference, log_sums = torch.ops.kdfast.similarity_distillation(
-            student, keys, teacher, keys if teacher_keys is None else teacher_keys, *(None,) * 7,
+            student, keys, teacher, keys if teacher_keys is None else teacher_keys, None, None, None, start, theirs, None, None,
             call.products, call.kl, True, call.factor, call.teacher_factor,
         )  # fmt: skip
-        ctx.call, ctx.want = call, (want_student, want_keys, False, False)
+        slope = start_weight(start, *log_sums[:2]) - start_weight(theirs, *log_sums[2:]) if own else None
+        ctx.call, ctx.want = call, (want_student, want_keys, False, own and want_student)
         bank = keys, teacher, teacher_keys
         ctx.held = None if want_keys else (*bank, _versions(bank))
-        ctx.save_for_backward(student, difference, log_sums, *(bank if want_keys else ()))
+        ctx.save_for_backward(student, difference, log_sums, slope, teacher if own else None, *(bank if want_keys else ()))
         return loss
 
     @staticmethod
     def backward(ctx, g):
         call, want = ctx.call, ctx.want
-        want_student, want_keys, _, _ = want
-        student, difference, log_sums, *bank = ctx.saved_tensors
+        want_student, want_keys, _, want_start = want
+        student, difference, log_sums, slope, own, *bank = ctx.saved_tensors
         keys, teacher, teacher_keys, versions = (*bank, None) if want_keys else ctx.held
         if torch.is_grad_enabled():
-            fixed = keys, teacher, teacher_keys, *(None,) * 5
-            grads = distillation.Gradients.apply(call, want, versions, g, student, None, None, None, difference, log_sums, *fixed)
-            return None, *grads[:2], None, None
+            start, theirs = (None, None) if own is None else _own_logits(call, student, own)
+            fixed = keys, teacher, teacher_keys, None, theirs, None, None, None
+            found = distillation.Gradients.apply(call, want, versions, g, student, None, start, slope, difference, log_sums, *fixed)
+            dstudent, dkeys, _, dstart = found
+            return None, dstudent if dstart is None else dstudent + _through_dot(dstart, call, own), dkeys, None, None, None
         dstudent = dkeys = None
         if want_student:
             (dstudent,) = torch.ops.kdfast.info_nce_grad_rows(g, None, difference, student, None, True, False, False, call.factor)
             dstudent = _like(dstudent, student)
+        if want_start:
+            dstudent += _through_dot(g / len(student) * slope, call, own)
         if want_keys:
             both = student, keys, teacher, keys if teacher_keys is None else teacher_keys
             factors = call.factor, call.teacher_factor
             dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(g, log_sums, *both, *(None,) * 5, call.products, *factors)
             dkeys = _like(dkeys, keys)
-        return None, dstudent, dkeys, None, None
+        return None, dstudent, dkeys, None, None, None
+
+
+def _own_logits(call: distillation.Call, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits [N] of the teacher's rows, the student's and the teacher's."""
+    return call.factor * dot(student, teacher), call.teacher_factor * dot(teacher, teacher)
+
+
+def _through_dot(dlogit: Tensor, call: distillation.Call, teacher: Tensor) -> Tensor:
+    """The gradient of the student's rows in their own logits."""
+    return ((dlogit * call.factor)[:, None] * teacher.to(dlogit.dtype)).to(teacher.dtype)
 
 
 def _through_inverse(dscale: Tensor, temperature: Tensor) -> Tensor:
