@@ -75,6 +75,23 @@ def test_info_nce_with_a_temperature_that_is_a_tensor(taken, bank, dtype):
 
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("bank_grad", [False, True], ids=["bank", "bank-grad"])
+def test_distillation_with_temperatures_that_are_tensors(taken, bank_grad, dtype):
+    student, keys, teacher, teacher_keys = matrices((9, 6), (17, 6), (9, 5), (17, 5), dtype=dtype)
+    keys.requires_grad_(bank_grad)
+    for learnt in (False, True):
+        own, theirs = torch.tensor(0.3, requires_grad=learnt), torch.tensor(0.2)
+        inputs = [x for x in (student, keys, own) if x.requires_grad]
+        given = student, teacher.detach(), keys, teacher_keys.detach()
+        call = partial(similarity_distillation, *given, student_temperature=own, teacher_temperature=theirs)
+        same_bits(call(), call(impl="cpu"), inputs)
+        both = [torch.autograd.grad(call(impl=impl), inputs, create_graph=True) for impl in (None, "cpu")]
+        second = [torch.autograd.grad(sum(x.square().sum() for x in grads), inputs) for grads in both]
+        torch.testing.assert_close(*second)
+    assert taken == [True] * 4
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (2, 7), (64, 33), (257, 65)], ids=str)  # without others, few pairs, and many
 def test_info_nce_within_a_batch_has_the_bits_of_the_general_way(taken, size, dtype):
     query, positive = matrices(size, size, dtype=dtype)

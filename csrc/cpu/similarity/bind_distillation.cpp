@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_distillation(
   p.teacher.start_logit = row_data<float>("teacher_start_logit", teacher_start_logit, {rows});
 
   const auto made = [&](const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); };
-  const Tensor loss = output(student, {rows}), difference = output(student, {rows, p.student.width}), log_sums = output(student, {4, rows});
+  const Tensor loss = output(student, {rows}), difference = output(student, {rows, p.student.width}), log_sums = output(student, {5, rows});
   p.kl = kl, p.loss = made(loss), p.difference = made(difference), p.log_sums = made(log_sums);
   if (rows > 0) run(p);
   if (!mean) return {loss, difference, log_sums};
@@ -128,7 +128,7 @@ Tensor similarity_distillation_grad_keys(const Tensor& g, const Tensor& log_sums
   const int64_t rows = p.student.rows, count = p.student.columns, width = p.student.width, columns = valid_columns(p.student, 0);
   const Tensor of_rows = g.dim() == 0 ? filled(g, {rows}, *packed<float>("g", g, {}) / float(rows)) : g;
   const float* const upstream = row_data<float>("g", of_rows, {rows});
-  const float* const levels = row_data<float>("log_sums", log_sums, {4, rows});
+  const float* const levels = row_data<float>("log_sums", log_sums, {5, rows});
   const Tensor dkeys = output(keys, {count, width});
   float* const out = static_cast<float*>(dkeys.mutable_data_ptr());
   std::fill(out + columns * width, out + count * width, 0.0f);

@@ -13,7 +13,7 @@ struct DistillationParams {
   bool kl;            // the loss is KL, not the cross-entropy of the student's softmax under the teacher's
   float* loss;        // [rows]
   float* difference;  // [rows, width]: sum_j (p^S_ij - p^T_ij) k^S_j
-  float* log_sums;    // [4, rows]: lse of the student, the digits it has no room for, and the same of the teacher
+  float* log_sums;    // [5, rows]: lse of the student, the digits it has no room for, the same of the teacher; p^S - p^T of the start
 };
 
 // A rectangle, computed by one thread. finish: it spans every column, and the call's outputs are written. Otherwise `statistics` and
@@ -42,7 +42,7 @@ struct DistillationMerge {
 struct DistillationGradTask {
   int64_t key_begin, key_end;
   const float* g;         // [rows], upstream of loss
-  const float* log_sums;  // [4, rows], as the forward pass left them
+  const float* log_sums;  // [5, rows], as the forward pass left them
   float* dkeys;           // [columns, width]: sum_i g_i s_i (p^S_ij - p^T_ij) q_i
 };
 

@@ -103,8 +103,13 @@ inline void finish_row(const DistillationParams& p, int64_t i, const DistilledRo
   const double level = __builtin_log(r.sum), teacher_level = __builtin_log(r.teacher_sum);
   p.loss[i] = float(level - (p.kl && r.teacher_sum != 0 ? teacher_level : 0) - teacher_weight * r.excess);
   float* const out = p.log_sums + i;
-  store_log_sum(r.maximum + level, out, out + s.rows);
-  store_log_sum(r.teacher_maximum + teacher_level, out + 2 * s.rows, out + 3 * s.rows);
+  const double lse = r.maximum + level, teacher_lse = r.teacher_maximum + teacher_level;
+  store_log_sum(lse, out, out + s.rows);
+  store_log_sum(teacher_lse, out + 2 * s.rows, out + 3 * s.rows);
+  const auto start_weight = [i](const SimilarityParams& side, double lse) {
+    return side.start_logit == nullptr || lse == -double(kInfinity) ? 0 : __builtin_exp(double(side.start_logit[i]) - lse);
+  };
+  out[4 * s.rows] = float(start_weight(s, lse) - start_weight(p.teacher, teacher_lse));
 }
 
 // ---- one rectangle ----------------------------------------------------------------------------------------------------

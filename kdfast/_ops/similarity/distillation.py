@@ -173,7 +173,7 @@ def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Te
 
 
 class Distillation(Function):
-    """The losses' mean by the fused pass; or losses [N], and lse of student and teacher, each followed by its low digits, [4, N]."""
+    """The losses' mean by the fused pass; or losses [N], and [5, N]: lse of student and teacher, each with its low digits, and slopes."""
 
     @staticmethod
     def forward(ctx, call, student, keys, scale, start_logit, *fixed):
@@ -183,9 +183,7 @@ class Distillation(Function):
         losses, difference, log_sums = torch.ops.kdfast.similarity_distillation(
             *inputs[:7], *starts, *inputs[7:], call.products, call.kl, call.mean, call.factor, call.teacher_factor
         )
-        slope = None
-        if start_logit is not None:
-            slope = start_weight(start_logit, *log_sums[:2]) - start_weight(f.start_logit, *log_sums[2:])
+        slope = None if start_logit is None else log_sums[4]
         ctx.call, ctx.want = call, ctx.needs_input_grad[1:5]
         rows, bank, hold = (student, scale, start_logit, slope, difference, log_sums), (keys, *fixed), not ctx.want[1]
         ctx.versions = None
@@ -265,7 +263,7 @@ def _fake(
     kl=False, mean=False, factor=1.0, teacher_factor=1.0,
 ):  # fmt: skip
     count, width = student.shape
-    return tuple(student.new_empty(shape, dtype=torch.float32) for shape in (() if mean else (count,), (count, width), (4, count)))
+    return tuple(student.new_empty(shape, dtype=torch.float32) for shape in (() if mean else (count,), (count, width), (5, count)))
 
 
 def _grad_keys_fake(g, log_sums, student, keys, *_):

@@ -25,7 +25,7 @@ def info_nce_mean(query: Tensor, positive: Tensor, bank, temperature: float | Te
     keys = positive if bank is None else _rows(bank)
     if not (_plain(query, positive, keys) and positive.shape == query.shape and keys.shape[1] == query.shape[1]):
         return None
-    number = temperature.item() if _scalar(temperature) else temperature
+    number = _number(temperature)
     if not _usual(number):
         return None
     if bank is None:
@@ -45,7 +45,14 @@ def _info_nce_call(count: int, dtype: torch.dtype, pull: bool, scale: float) -> 
 
 
 def distillation_mean(
-    student: Tensor, bank, teacher: Tensor, teacher_bank, temperature: float, teacher_temperature: float, kl: bool, own: bool
+    student: Tensor,
+    bank,
+    teacher: Tensor,
+    teacher_bank,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
+    kl: bool,
+    own: bool,
 ) -> Tensor | None:
     """The mean of `distillation_rows` of student [N, Ds] and a bank [M, Ds] under teacher [N, Dt] and another [M, Dt] (None: the same).
 
@@ -53,7 +60,12 @@ def distillation_mean(
     """
     keys, teacher_keys = _rows(bank), None if teacher_bank is None else _rows(teacher_bank)
     theirs = keys if teacher_keys is None else teacher_keys
-    if not (_plain(student, keys, teacher, theirs) and _usual(temperature) and _usual(teacher_temperature)):
+    if not _plain(student, keys, teacher, theirs):
+        return None
+    number, teacher_number = _number(temperature), _number(teacher_temperature)
+    if not (_usual(number) and _usual(teacher_number)) or (teacher_number is not teacher_temperature and teacher_temperature.requires_grad):
+        return None
+    if own and number is not temperature:
         return None
     count = len(student)
     if len(teacher) != count or len(theirs) != len(keys) or keys.shape[1] != student.shape[1] or theirs.shape[1] != teacher.shape[1]:
@@ -64,9 +76,10 @@ def distillation_mean(
         return None
     if not (student.is_contiguous() and keys.is_contiguous() and teacher.is_contiguous() and theirs.is_contiguous()):
         return None
-    scales = 1.0 / temperature, 1.0 / teacher_temperature
+    scales = 1.0 / number, 1.0 / teacher_number
     call = distillation.Call(kl, True, None, None, cpu.product_number(None, student), *scales)
-    return DistillationMean.apply(call, student, keys, teacher, None if teacher_keys is keys else teacher_keys, own)
+    other = None if teacher_keys is keys else teacher_keys
+    return DistillationMean.apply(call, student, keys, teacher, other, own, None if number is temperature else temperature)
 
 
 def matching_mean(x: Tensor, y: Tensor, scale: float | Tensor, shift: float | Tensor | None = None) -> Tensor | None:
@@ -84,6 +97,11 @@ def _rows(bank) -> Tensor | None:
         return bank
     given = bank_protocol.unpack(bank)
     return given.rows if given.valid is given.bias is given.panels is None else None
+
+
+def _number(x):
+    """A scalar's number; anything else as it is."""
+    return x.item() if _scalar(x) else x
 
 
 def _usual(number) -> bool:

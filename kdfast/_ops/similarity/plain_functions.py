@@ -9,7 +9,6 @@ from torch.autograd import Function
 
 from . import cpu, distillation, info_nce
 from .autograd import _versions
-from .first_order import start_weight
 from .positives import dot
 
 _NO_RULES = (None,) * 5  # query_labels, key_labels, key_index, limit, valid
@@ -34,7 +33,7 @@ class InfoNceMean(Function):
         statistics, pulls, dkeys, query, positive, temperature, *bank = ctx.saved_tensors
         keys, versions = (*bank, None) if want_keys else ctx.held
         if torch.is_grad_enabled():
-            scale = None if temperature is None else temperature.reciprocal().expand(len(query)).contiguous()
+            scale = None if temperature is None else _rows_of(temperature, query)
             bank = keys, None, None, None, *_NO_RULES
             grads = info_nce.Gradients.apply(call, want, versions, g, statistics, pulls, dkeys, query, scale, positive, *bank)
             return None, grads[0], grads[1], grads[4], _through_inverse(grads[2], temperature) if want_scale else None
@@ -58,40 +57,45 @@ class InfoNceMean(Function):
 class DistillationMean(Function):
     """The mean of the losses of student [N, Ds] and keys [M, Ds] under teacher [N, Dt] and teacher_keys [M, Dt], None: keys.
 
-    own: the teacher's rows are one more candidate of each row, on both sides.
+    own: the teacher's rows are one more candidate of each row, on both sides; otherwise `temperature`, a tensor or None, has the student's
+    factor of the call.
     """
 
     @staticmethod
-    def forward(ctx, call, student, keys, teacher, teacher_keys, own):
-        _, want_student, want_keys, *_ = ctx.needs_input_grad
+    def forward(ctx, call, student, keys, teacher, teacher_keys, own, temperature):
+        _, want_student, want_keys, _, _, _, want_scale = ctx.needs_input_grad
         start, theirs = _own_logits(call, student, teacher) if own else (None, None)
         loss, difference, log_sums = torch.ops.kdfast.similarity_distillation(
             student, keys, teacher, keys if teacher_keys is None else teacher_keys, None, None, None, start, theirs, None, None,
             call.products, call.kl, True, call.factor, call.teacher_factor,
         )  # fmt: skip
-        slope = start_weight(start, *log_sums[:2]) - start_weight(theirs, *log_sums[2:]) if own else None
-        ctx.call, ctx.want = call, (want_student, want_keys, False, own and want_student)
+        ctx.call, ctx.want = call, (want_student, want_keys, want_scale, own and want_student)
         bank = keys, teacher, teacher_keys
         ctx.held = None if want_keys else (*bank, _versions(bank))
-        ctx.save_for_backward(student, difference, log_sums, slope, teacher if own else None, *(bank if want_keys else ()))
+        ctx.save_for_backward(student, difference, log_sums, teacher if own else None, temperature, *(bank if want_keys else ()))
         return loss
 
     @staticmethod
     def backward(ctx, g):
         call, want = ctx.call, ctx.want
-        want_student, want_keys, _, want_start = want
-        student, difference, log_sums, slope, own, *bank = ctx.saved_tensors
+        want_student, want_keys, want_scale, want_start = want
+        student, difference, log_sums, own, temperature, *bank = ctx.saved_tensors
+        slope = None if own is None else log_sums[4]
         keys, teacher, teacher_keys, versions = (*bank, None) if want_keys else ctx.held
         if torch.is_grad_enabled():
             start, theirs = (None, None) if own is None else _own_logits(call, student, own)
+            scale = None if temperature is None else _rows_of(temperature, student)
             fixed = keys, teacher, teacher_keys, None, theirs, None, None, None
-            found = distillation.Gradients.apply(call, want, versions, g, student, None, start, slope, difference, log_sums, *fixed)
-            dstudent, dkeys, _, dstart = found
-            return None, dstudent if dstart is None else dstudent + _through_dot(dstart, call, own), dkeys, None, None, None
-        dstudent = dkeys = None
+            found = distillation.Gradients.apply(call, want, versions, g, student, scale, start, slope, difference, log_sums, *fixed)
+            dstudent, dkeys, dscale, dstart = found
+            dstudent = dstudent if dstart is None else dstudent + _through_dot(dstart, call, own)
+            return None, dstudent, dkeys, None, None, None, _through_inverse(dscale, temperature) if want_scale else None
+        dstudent = dkeys = dscale = None
+        found = torch.ops.kdfast.info_nce_grad_rows(g, None, difference, student, None, want_student, want_scale, False, call.factor)
         if want_student:
-            (dstudent,) = torch.ops.kdfast.info_nce_grad_rows(g, None, difference, student, None, True, False, False, call.factor)
-            dstudent = _like(dstudent, student)
+            dstudent = _like(found[0], student)
+        if want_scale:
+            dscale = _through_inverse(found[-1], temperature)
         if want_start:
             dstudent += _through_dot(g / len(student) * slope, call, own)
         if want_keys:
@@ -99,7 +103,7 @@ class DistillationMean(Function):
             factors = call.factor, call.teacher_factor
             dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(g, log_sums, *both, *(None,) * 5, call.products, *factors)
             dkeys = _like(dkeys, keys)
-        return None, dstudent, dkeys, None, None, None
+        return None, dstudent, dkeys, None, None, None, dscale
 
 
 def _own_logits(call: distillation.Call, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,6 +114,11 @@ def _own_logits(call: distillation.Call, student: Tensor, teacher: Tensor) -> tu
 def _through_dot(dlogit: Tensor, call: distillation.Call, teacher: Tensor) -> Tensor:
     """The gradient of the student's rows in their own logits."""
     return ((dlogit * call.factor)[:, None] * teacher.to(dlogit.dtype)).to(teacher.dtype)
+
+
+def _rows_of(temperature: Tensor, x: Tensor) -> Tensor:
+    """The scale [N] that a temperature gives every row of x."""
+    return temperature.reciprocal().expand(len(x)).contiguous()
 
 
 def _through_inverse(dscale: Tensor, temperature: Tensor) -> Tensor:
