@@ -55,15 +55,20 @@ def check_second_derivative(bank: bool, **how) -> None:
 
 
 def check_compiles(**how) -> None:
-    x, labels = torch.randint(-2, 3, (30, 4)).float().requires_grad_(), torch.arange(30) % 7
+    """In batch, and against a bank that has a gradient, too."""
+    for references in (None, 50):
+        a = case(30, references, 4, 7)
+        rest = {name: value for name, value in a.items() if name not in ("x", "ref")}
+        leaves = [a[name].requires_grad_() for name in ("x", "ref") if name in a]
 
-    def loss(x):
-        return triplet_loss(x, labels, normalize=False, impl="cpu", margin=1.3, **how)
+        def loss(x, *ref, rest=rest):
+            more = {"ref": ref[0]} if ref else {}
+            return triplet_loss(x, **rest, **more, normalize=False, impl="cpu", margin=1.3, **how)
 
-    torch._dynamo.reset()
-    (want,) = torch.autograd.grad(loss(x), x)
-    (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
-    torch.testing.assert_close(got, want)
+        torch._dynamo.reset()
+        want = torch.autograd.grad(loss(*leaves), leaves)
+        got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
+        torch.testing.assert_close(got, want)
 
 
 def check_repeats(a: dict, **how) -> None:

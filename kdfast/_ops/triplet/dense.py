@@ -90,7 +90,7 @@ def pair_hinges(impl: str, b: Batch, settings: pairs.Hinges, levels: Tensor) -> 
 
 def triplet_rows(s: Settings, p: Problem, _seed: Tensor) -> Rows:
     """Losses of a set mining, mined on the embeddings themselves."""
-    in_batch = p.refs is p.layers
+    in_batch = p.refs[0] is p.layers[0]
     x = distances.prepare(p.layers[0], s.metric, s.normalize)
     y = x if in_batch else distances.prepare(p.refs[0], s.metric, s.normalize)
     rule = (chosen.METRICS[s.metric], p.positives, mining.SETS.index(s.mining), float(s.sign), s.margin, s.epsilon)

@@ -37,7 +37,7 @@ class Given(NamedTuple):
 
 def triplet_rows(s: Settings, p: Problem, _seed: Tensor) -> Rows:
     """As portable.triplet_rows, for rows as given."""
-    in_batch = p.refs is p.layers
+    in_batch = p.refs[0] is p.layers[0]
 
     def ready(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         x = distances.prepare(x, s.metric, s.normalize)
