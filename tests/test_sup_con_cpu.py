@@ -49,6 +49,28 @@ def gradients(loss, inputs, g, dtype=None) -> tuple[Tensor, ...]:
     return losses, *torch.autograd.grad(losses, (x, scale), g.to(losses.dtype))
 
 
+@pytest.mark.parametrize("how", ["cpu", "torch", "vmap", "compiled"])
+@pytest.mark.parametrize(("spread", "scale"), [(0.02, 50.0), (0.2, 50.0), (0.02, 230.0), (1.0, 2.0)])
+def test_tight_classes(how, spread, scale):
+    """The loss of nearly equal rows is the log of their number: a sum of their logits must not round as logits of 50 and more do."""
+    torch.manual_seed(0)
+    unit = lambda rows: F.normalize(torch.randn(rows, 64), dim=-1)
+    labels = torch.arange(400) // 4
+    x, scale = F.normalize(unit(100)[labels] + spread * unit(400), dim=-1), torch.tensor(scale)
+
+    def loss(x, impl="torch"):
+        return sup_con(x, labels, temperature=1 / scale, normalize=False, reduction="none", impl=impl)
+
+    if how == "vmap":
+        losses = torch.vmap(loss)(x[None])[0]
+    elif how == "compiled":
+        losses = torch.compile(loss, fullgraph=True, backend="aot_eager")(x)
+    else:
+        losses = loss(x, how)
+    tau = (1 / scale).double()
+    assert_as_good_as(losses, formula(x, 1 / (1 / scale), labels), formula(x.double(), 1 / tau, labels))
+
+
 def compare(ours, naive, truth, g: Tensor, dtype: torch.dtype) -> None:
     """Losses as log p, whose digits are those of 1 + log p; the gradient in the scale as a sum of terms of either sign, one a row."""
     assert_as_good_as(*(1 + losses for losses, *_ in (ours, naive, truth)))

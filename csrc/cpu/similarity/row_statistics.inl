@@ -6,6 +6,7 @@
 // Included after an instruction set's header (isa/).
 #pragma once
 
+#include "similarity/softmax.inl"
 #include "similarity/symmetric.inl"
 
 namespace {
@@ -45,8 +46,7 @@ struct RowStatistics {
       BatchStatistic& s = out[at - task.row_begin];
       const float multiplier = multiplier_of(p.scale[task.batch * p.rows + at]), left_out = score_left_out(multiplier);
       if (row_classes != nullptr) {
-        own.leave_out(scores, block.padded, label, 0);
-        add_class(block, row_classes[task.batch * p.rows + at], multiplier, scores, s);
+        add_class(block, at, multiplier, scores, s);
       }
       own.leave_out(scores, block.padded, label, left_out);
       for (int64_t j = block.columns; j < block.padded; ++j) scores[j] = left_out;
@@ -54,17 +54,19 @@ struct RowStatistics {
     }
   }
 
-  // The row itself adds 0 to the sum of its class, and 1 to its count. Logits are rounded as in `exponent`: without fused operations their low
-  // parts are 0.
-  void add_class(const Block& block, int64_t label, float multiplier, const float* scores, BatchStatistic& s) const {
-    Vec high = {}, low = {}, count = {};
-    classes.for_equal(block.padded, label, [&](int64_t j, IntVec equal) {
-      const Vec score = equal ? load(scores + j) : Vec{}, z = score * splat(multiplier);
-      high += z;
-      low += multiply_add(score, splat(multiplier), -z);
-      count += equal ? load(exists + j) : Vec{};
+  // Scores of a class are summed relative to the largest of the block, whose logit is then added in double: else the sum of nearly equal ones would
+  // round as itself, not as their differences. The row's own score, made that one, adds 0 to the sum, and 1 to the count.
+  void add_class(const Block& block, int64_t at, float multiplier, float* scores, BatchStatistic& s) const {
+    const float largest = largest_score(scores, block.padded), base = largest - largest == 0 ? largest : 0;
+    own.leave_out(scores, block.padded, p.x_labels[task.batch * p.rows + at], base);
+    Vec sum = {}, count = {};
+    classes.for_equal(block.padded, row_classes[task.batch * p.rows + at], [&](int64_t j, IntVec equal) {
+      const Vec there = equal ? load(exists + j) : Vec{};
+      sum += there > Vec{} ? (load(scores + j) - splat(base)) * splat(multiplier) : Vec{};
+      count += there;
     });
-    s.same_sum += double(total(high)) + double(total(low));
+    const double others = double(total(count)) - (at >= block.first && at < block.first + block.columns);
+    s.same_sum += double(total(sum)) + others * double(multiplier) * double(base);
     s.same_count += total(count);
   }
 

@@ -24,7 +24,7 @@ from . import cpu, distillation_values, triton
 from .apply import streaming_softmax
 from .arguments import how_to_compute, key_bias, prefix_length, problem, row_parameter
 from .autograd import _keep, _kept, _versions
-from .definition import SecondOrder
+from .definition import SecondOrder, with_values
 from .exclusions import Rules
 from .first_order import start_weight
 from .positives import dot
@@ -125,9 +125,7 @@ def _exactly(losses: Tensor, call: Call, compute: torch.dtype, teacher_compute: 
     vectors = (None if x is None else x.to(acc) for x in (scales, teacher_scales, start_logit, f.start_logit, f.bias))
     run = torch.ops.kdfast_torch.similarity_distillation_losses if torch.compiler.is_compiling() else distillation_values.losses
     matrices = student, keys, f.teacher, keys if f.keys is None else f.keys
-    exact = run(*matrices, *vectors, f.key_index, f.valid, call.kl, compute, teacher_compute)
-    rounded_off = exact - losses.detach()
-    return losses + torch.where(torch.isfinite(rounded_off), rounded_off, 0.0)
+    return with_values(losses, run(*matrices, *vectors, f.key_index, f.valid, call.kl, compute, teacher_compute))
 
 
 def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ p_ij - [j in C_i] / |C_i|, two numbers that are close where a row is learnt, and
 is one op, and its gradient another (csrc/cpu/similarity/symmetric.inl).
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,10 +12,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..._core import impls
-from . import cpu, triton_pairs
+from . import cpu, sup_con_values, triton_pairs
 from .apply import streaming_softmax, transformed
-from .arguments import how_to_compute, problem, rounded
-from .definition import SecondOrder
+from .arguments import how_to_compute, problem, rounded, row_parameter
+from .definition import SecondOrder, with_values
 from .exclusions import Rules
 from .passes import KERNELS
 from .positives import dot
@@ -52,6 +51,9 @@ def sup_con_rows(
     call = Call(labels, mean, precision, impl, kernels, cpu.product_number(compute.products, x, kernels))
     if chosen not in KERNELS or transformed() or (isinstance(scale, Tensor) and scale.dim()):
         losses, counted = _definition(call, x, scale)
+        exactly = torch.ops.kdfast_torch.sup_con_losses if torch.compiler.is_compiling() else sup_con_values.losses
+        losses = with_values(losses, exactly(x.detach(), row_parameter("scale", scale, x).detach(), labels, compute.dtype))
+        losses = _mean(losses, counted) if mean else losses
     else:
         scale = scale.to(x.device, torch.float32) if isinstance(scale, Tensor) else x.new_full((), scale, dtype=torch.float32)
         losses, statistics = SupCon.apply(call, x.contiguous(), scale)
@@ -61,7 +63,7 @@ def sup_con_rows(
 
 def _definition(call: Call, x: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
     """In PyTorch's operations around the streaming softmax, for any device and transform, and for derivatives of the second order."""
-    labels, mean, precision, impl, *_ = call
+    labels, _, precision, impl, *_ = call
     (x,) = rounded(precision, x)
     rules = Rules(key_index=torch.arange(len(x), device=x.device)[:, None])
     spec, tensors = problem(x, x, scale, None, None, None, rules, None, precision, impl)
@@ -71,8 +73,11 @@ def _definition(call: Call, x: Tensor, scale: float | Tensor) -> tuple[Tensor, T
     others = lse.new_zeros(len(place)).index_add(0, place, torch.ones_like(lse.detach())).index_select(0, place) - 1
     sums = torch.zeros_like(wide).index_add(0, place, wide).index_select(0, place) - wide
     counted = others > 0
-    losses = torch.where(counted, lse - scale * dot(x, sums) / others.clamp(min=1), 0.0)
-    return losses.sum() / counted.sum().clamp(min=1) if mean else losses, counted
+    return torch.where(counted, lse - scale * dot(x, sums) / others.clamp(min=1), 0.0), counted
+
+
+def _mean(losses: Tensor, counted: Tensor) -> Tensor:
+    return losses.sum() / counted.sum().clamp(min=1)
 
 
 class SupCon(Function):
@@ -107,8 +112,11 @@ class SupConGradients(Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        definition = partial(_definition, ctx.call)
-        dg, dx, dscale = SecondOrder.apply(lambda *inputs: definition(*inputs)[0], ctx.want, *cotangents, *ctx.saved_tensors)
+        def definition(x, scale):
+            losses, counted = _definition(ctx.call, x, scale)
+            return _mean(losses, counted) if ctx.call.mean else losses
+
+        dg, dx, dscale = SecondOrder.apply(definition, ctx.want, *cotangents, *ctx.saved_tensors)
         return None, None, dg, None, dx, dscale
 
 
