@@ -136,3 +136,13 @@ def test_opcheck_and_compile():
     torch.library.opcheck(ops.knn_distances.default, (query, bank, chosen, 0, None, None, None, None, False))
     compiled = torch.compile(lambda q: knn(q, bank, 3, impl="triton"), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(query), knn(query, bank, 3, impl="triton"))
+
+
+def test_labels_of_any_strides():
+    """A kernel reads them one beside the other."""
+    query, bank = torch.randn(9, 6), torch.randn(40, 6)
+    mixed = torch.randint(4, (80,))
+    mine, theirs = moved(mixed)[:18:2], moved(mixed)[::2]
+    strided = knn(moved(query), moved(bank), 5, query_labels=mine, bank_labels=theirs, impl="triton")
+    packed = knn(moved(query), moved(bank), 5, query_labels=mine.clone(), bank_labels=theirs.clone(), impl="triton")
+    assert all(torch.equal(x, y) for x, y in zip(strided, packed, strict=True)) and not theirs.is_contiguous()

@@ -142,3 +142,18 @@ def test_what_it_cannot_serve_says_why():
         triplet_loss(*moved(x, labels), mining="batch_all", soft=True, impl="triton")
     with pytest.raises(ValueError, match="float64"):
         triplet_loss(*moved(x.double(), labels), impl="triton")
+
+
+@pytest.mark.parametrize("mining", ["batch_hard", "semi_hard_facenet", "distance_weighted"])
+def test_labels_of_any_strides(mining):
+    """A kernel reads them one beside the other."""
+    x, y, mixed = torch.randn(9, 6, device=DEVICE), torch.randn(40, 6, device=DEVICE), torch.randint(4, (80,), device=DEVICE)
+    found = []
+    for packed in (False, True):
+        mine, theirs = (t.clone() if packed else t for t in (mixed[:18:2], mixed[::2]))
+        assert theirs.is_contiguous() == packed
+        options = {"generator": torch.tensor(3, device=DEVICE)} if mining == "distance_weighted" else {}
+        loss = triplet_loss(x, mine, ref=y, ref_labels=theirs, mining=mining, max_positives=4, impl="triton", **options)
+        found.append((loss, *(t for extreme in row_extrema(x, y, mine, theirs, impl="triton") for t in extreme)))
+    for u, v in zip(*found, strict=True):
+        assert torch.equal(u, v)

@@ -60,8 +60,8 @@ def knn(p: portable.Problem, k: int, candidates: int, step: Callable[[], None], 
     depth = runtime.score_tiles(bank.shape[1], parts).depth
     keys, factor, offset = _prepared(bank, centre)
     keys = runtime.split(keys, parts, depth)
-    dropped = p.dropped(slice(0, m))
-    rules = (None if p.bank_labels is None else p.bank_labels.long(), dropped, p.same_class == "only")
+    key_labels, dropped = (None if x is None else x.contiguous() for x in (p.bank_labels, p.dropped(slice(0, m))))
+    rules = (None if key_labels is None else key_labels.long(), dropped, p.same_class == "only")
     groups = -(-m // _group())
     kept = min(candidates, groups)
     out = torch.full((n, k), torch.inf, device=device), torch.full((n, k), -1, device=device)

@@ -66,10 +66,10 @@ def scan(
     x: Tensor, y: Tensor, anchors: Anchors, refs: References, metric: str, kinds: tuple[str, ...], beyond: Tensor | None = None
 ) -> tuple[Extreme, ...]:
     """As extrema.scan, of prepared float32 rows; values are the kernel's, squared where the metric is Euclidean."""
-    tensors = (t.contiguous() for t in (x.detach(), y.detach(), anchors.label, anchors.own))
-    value, index = torch.ops.kdfast_triton.triplet_extrema(
-        *tensors, beyond, refs.label, refs.exists, metric != "cosine", [kind in kinds for kind in KINDS]
+    tensors = (
+        None if t is None else t.contiguous() for t in (x.detach(), y.detach(), anchors.label, anchors.own, beyond, refs.label, refs.exists)
     )
+    value, index = torch.ops.kdfast_triton.triplet_extrema(*tensors, metric != "cosine", [kind in kinds for kind in KINDS])
     found = []
     for kind in kinds:
         at = list(KINDS).index(kind)

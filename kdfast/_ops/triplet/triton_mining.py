@@ -56,8 +56,9 @@ def _pairs(s: Settings, p: Problem, seed: Tensor) -> tuple[Tensor, Tensor, Tenso
         # u is keyed by the anchor and the positive, as in the portable form
         uniform = random.uniform(seed, p.anchors.row[:, None], positive, distances.wide(x))
         least, (low, high) = sampling.RANGES[s.mining]
+        relations = (t.contiguous() for t in (p.anchors.label, p.anchors.own, p.classes.label, p.classes.exists))
         negative, unordered = torch.ops.kdfast_triton.triplet_weighted(
-            x, y, p.anchors.label, p.anchors.own, p.classes.label, p.classes.exists, uniform,
+            x, y, *relations, uniform,
             chosen.METRICS[s.metric], low, high, low if least is None else least, s.fallback == "uniform",
         )  # fmt: skip
     valid = exists & (negative >= 0)
