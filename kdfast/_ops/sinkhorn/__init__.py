@@ -48,7 +48,7 @@ def sinkhorn(
     Args:
         cost: [*B, n, m], or [n, m] shared by all problems. +inf forbids a pair; a fixed marginal with weight needs one that is allowed.
         x, y: points [*B, n, D] and [*B, m, D] in place of `cost`, of one dtype (any under autocast); memory then grows with (n + m) D,
-            but on the CPU grad="implicit" and "unrolled" form costs of n m <= 2^24.
+            but on the CPU grad="implicit" and "unrolled" form costs of n m <= 2^26.
         metric: "sqeuclidean" (|x - y|^2, no 1/2), "euclidean" (gradient 0 at distance 0), "cosine" (1 - cos), or a
             callable (x, y) -> cost, which is evaluated once.
         a, b: weights [*B, n], [*B, m] >= 0, by default uniform. Zeros are allowed; potentials are finite there. Fixed

@@ -16,9 +16,9 @@ from .portable import Schedule, Solution, effective_epsilon
 NORMALIZED_ENTRIES = 4096
 #: Nats up to which rows and columns of a plan are rescaled; beyond, relaxed rows hold so little mass that they take maxima of their own.
 RESCALED = 30.0
-#: Entries n m up to which gradients through iterations form the cost of points: in float32 64 MiB, four times that with gradient and
-#: scratch. Formed anew tile by tile they take 15 forwards in place of one.
-FORMED = 2**24
+#: Entries n m up to which gradients through iterations form the cost of points: in float32 256 MiB, and as much for the gradient in it.
+#: Formed anew tile by tile they take 15 forwards in place of one, and glibc's heap fragments under the tiles: 4 n m more an iteration.
+FORMED = 2**26
 
 
 def missing() -> str | None:
