@@ -87,7 +87,9 @@ PYBIND11_MODULE(_C, m) {
         "Whether so few scores are kept from a loss to its gradient.");
   m.def("build_info", &build_info, "{'compiler', 'flags', 'cxx'}");
   m.def("release_scratch", &kdfast::release_scratch,
-        "Gives the scratch that large transport problems keep from call to call (at most 64 MiB) back to the system; returns its bytes.");
+        "Gives the scratch that calls keep for the next one (at most 64 MiB) back to the system; returns its bytes.");
+  m.def("poison_scratch", &kdfast::poison_scratch, py::arg("poison"),
+        "Whether that scratch is handed out full of NaN from now on, which shows what is read before it is written: for tests.");
   m.def("fma_rate", &fma_rate, py::arg("dtype") = "fp32", py::arg("seconds") = 0.2, py::arg("threads") = 1,
         "Measured multiply-add rate in GFLOP/s of processor time, of the instruction set in force, summed over threads.\n"
         "dtype 'fp32' or 'bf16' (dot products of pairs; the fp32 rate where the instruction set has none).");

@@ -11,6 +11,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else some versions of PyTorch warn of every product on a GPU
 
 
+_C, _ = extension.load("_C")
+if _C is not None:
+    _C.poison_scratch(True)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_allocations():
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -22,9 +27,6 @@ def poisoned_allocations():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-_C, _ = extension.load("_C")
 
 
 @pytest.fixture(params=_C.isas_available() if _C is not None else [])

@@ -200,6 +200,18 @@ def test_parts_without_a_column_or_a_weight(threads):
         assert (loss == -math.inf).all() and (difference == 0).all() and (log_sums[:4:2] == -math.inf).all()
 
 
+@pytest.mark.parametrize("columns", [1, 300, 4000])
+def test_a_start_that_the_student_has_not(isa, threads, columns):
+    """inf where the teacher gives it a weight; where its weight has vanished, as any pair without one."""
+    vanishes = torch.arange(70) % 2 == 0
+    without = case(70, columns, 16, 16)
+    start = {"start_logit": torch.full((70,), -math.inf), "teacher_start_logit": torch.where(vanishes, -500.0, 30.0)}
+    for kl in (False, True):
+        loss, expected = (forward(a, kl=kl)[0] for a in (without | start, without))
+        assert (loss[~vanishes] == math.inf).all()
+        torch.testing.assert_close(loss[vanishes], expected[vanishes], rtol=1e-6, atol=1e-7)
+
+
 def test_valid_hides_anything(isa):
     """Rows beyond it may be uninitialised memory: they must not be read, and have no gradient."""
     a, g = case(5, 300, 16, 24, valid=torch.tensor([70])), torch.randn(5)

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <new>
 
 namespace kdfast {
@@ -14,6 +15,7 @@ namespace {
 constexpr size_t kLargePage = 2 << 20;
 
 std::atomic<KeptScratch::Block*> kept{nullptr};
+std::atomic<bool> poisoned{false};
 
 // A mapping of its own: the heap would hand out pages that are there already, and small.
 #if defined(__linux__)
@@ -47,12 +49,16 @@ void release(KeptScratch::Block* block) {
 }  // namespace
 
 KeptScratch::KeptScratch(int64_t bytes) : block_(kept.exchange(nullptr)) {
-  if (block_ != nullptr && block_->bytes >= bytes) return;
-  release(block_);
-  block_ = allocate(bytes);
+  if (block_ == nullptr || block_->bytes < bytes) {
+    release(block_);
+    block_ = allocate(bytes);
+  }
+  if (poisoned) std::memset(block_->data, 0xff, size_t(bytes));
 }
 
 KeptScratch::~KeptScratch() { release(block_->bytes <= kKeptScratchBytes ? kept.exchange(block_) : block_); }
+
+void poison_scratch(bool poison) { poisoned = poison; }
 
 int64_t release_scratch() {
   KeptScratch::Block* const block = kept.exchange(nullptr);

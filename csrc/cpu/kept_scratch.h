@@ -30,6 +30,9 @@ class KeptScratch {
   Block* block_;
 };
 
+// Whether memory is handed out full of NaN from now on, as PyTorch's fill_uninitialized_memory has it: for tests.
+void poison_scratch(bool poison);
+
 // Gives the buffer that is kept back to the system; returns its bytes, 0 where there is none.
 int64_t release_scratch();
 

@@ -232,7 +232,7 @@ struct DistillationPass {
     Vec step = larger(splat(-0x1p100f), splat(w.student.softmax.step[i]));
     if constexpr (kKl) step -= larger(splat(-0x1p100f), splat(w.teacher.softmax.step[i]));
     float* const e = w.excess + i * kLanes;
-    store(e, multiply_add(correction, multiply_add(step, before, load(e)), excess.sum));
+    store(e, correction == Vec{} ? excess.sum : multiply_add(correction, multiply_add(step, before, load(e)), excess.sum));  // E may be -inf
     return sum;
   }
 
@@ -297,9 +297,10 @@ void distillation_merge(const DistillationParams& p, const DistillationMerge& t)
       }
       const auto moved = [&](const float* part, const double* from) {
         const double step = from[0] - to[0] - (p.kl ? from[1] - to[1] : 0);
-        return part[5] == 0 ? 0 : part[6] + float(step) * part[5];
+        const float correction = rescale(from[1], to[1]);
+        return correction == 0 || part[5] == 0 ? 0 : correction * (part[6] + float(step) * part[5]);
       };
-      s[6] = rescale(own[1], to[1]) * moved(s, own) + rescale(others[1], to[1]) * moved(other, others);
+      s[6] = moved(s, own) + moved(other, others);
       for (int64_t side = 0; side < 2; ++side) {
         float* const maximum = s + 3 * side;
         const float* const other_maximum = other + 3 * side;
