@@ -49,7 +49,7 @@ struct Side {
 
 // Rows whose scores on the student's side are kept until the teacher's come: enough that one side's panels stay in L2 meanwhile.
 template <class Product>
-constexpr int64_t kKeptRows = Product::kRowChunk < 192 ? 192 : Product::kRowChunk;
+constexpr int64_t kKeptRows = Product::kRowChunk < 96 ? 96 : Product::kRowChunk;
 
 struct DistillationWorkspace {
   int64_t rows, block;
@@ -77,7 +77,8 @@ struct DistillationWorkspace {
     }
     const int64_t kept = smaller(kKeptRows<Product>, rows);
     tile.plan(product, rows, block, arena);
-    student_scores = {arena.take(kept * tile.stride), tile.stride, 0};
+    student_scores = {nullptr, block + kLanes, 0};
+    student_scores.base = arena.take(kept * student_scores.stride);
     levels = reinterpret_cast<RowLevel*>(arena.take(kept * int64_t(sizeof(RowLevel) / 4)));
     terms.plan(block, arena);
     excess = arena.take(rows * kLanes);
