@@ -114,27 +114,22 @@ struct Packing<Float32Product> {
     return true;
   }
 
-  // Rows `first` to `first + columns` of the matrix, and zeros up to `padded`.
+  // Rows `first` to `first + columns` of the matrix, and zeros up to `padded`: kLanes rows at a time, which are transposed out of L1.
   static bool pack_block(const Panels& p, const Matrix& matrix, int64_t first, int64_t columns, int64_t padded) {
     with_elements(matrix, [&](const auto* elements) {
-      for (int64_t j = 0; j < padded; ++j) {
+      for (int64_t j = 0; j < padded; j += kLanes) {
         for (int64_t d0 = 0; d0 < p.padded_width; d0 += kPanel) {
           const int64_t panel = smaller(kPanel, p.padded_width - d0);
-          float* const to = p.rows + d0 * p.block + j * panel;
+          float* const rows = p.rows + d0 * p.block + j * panel;
+          for (int64_t i = 0; i < kLanes; ++i)
+            for (int64_t d = 0; d < panel; d += kLanes)
+              store(rows + i * panel + d, j + i < columns ? load_row(elements + (first + j + i) * p.width, d0 + d, p.width) : Vec{});
+          if (p.columns == nullptr) continue;
           for (int64_t d = 0; d < panel; d += kLanes)
-            store(to + d, j < columns ? load_row(elements + (first + j) * p.width, d0 + d, p.width) : Vec{});
+            transpose(rows + d, panel, p.columns + (j / kPanel * p.row_words + d0 + d) * kPanel + j % kPanel, kPanel);
         }
       }
     });
-    if (p.columns == nullptr) return true;
-    for (int64_t j = 0; j < padded; j += kLanes) {
-      for (int64_t d = 0; d < p.padded_width; d += kLanes) {
-        const int64_t d0 = d / kPanel * kPanel, panel = smaller(kPanel, p.padded_width - d0);
-        const float* from = p.rows + d0 * p.block + j * panel + (d - d0);
-        float* to = p.columns + (j / kPanel * p.row_words + d) * kPanel + j % kPanel;
-        transpose(from, panel, to, kPanel);
-      }
-    }
     return true;
   }
 
