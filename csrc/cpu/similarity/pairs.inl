@@ -148,6 +148,20 @@ struct PairPass {
 
 // ---- sums weighted by a function of the scores --------------------------------------------------------------------------
 
+// C += A B, and a share of some other memory brought into L2 before each tile.
+struct AddTileAhead {
+  AddTile sums;
+  const Prefetch* memory;
+  int64_t* tiles;  // so far
+  inline AddTileAhead from_row(int64_t row) const { return {sums.from_row(row), memory, tiles}; }
+  inline AddTileAhead from_column(int64_t d) const { return {sums.from_column(d), memory, tiles}; }
+  inline void fetch(int r, int v) const {
+    if (r == 0 && v == 0) memory->fetch((*tiles)++);
+    sums.fetch(r, v);
+  }
+  inline void operator()(int r, int v, Vec x) const { sums(r, v, x); }
+};
+
 // The tile has the scores of `tile_rows` rows, a chunk of them or several.
 struct PairGradientWorkspace {
   int64_t rows, block, group;  // group: rows whose weights are collected transposed
@@ -218,6 +232,11 @@ struct PairGradientPass {
   Weights& weights;
 
   static constexpr bool kKept = kKeepsScores<Weights>;
+
+  struct Memory {
+    const float* from = nullptr;
+    int64_t words = 0;
+  };
 
   int64_t padded_rows() const { return round_up(count, Product::kRowMultiple); }
 
@@ -298,11 +317,15 @@ struct PairGradientPass {
     }
     for (int64_t i = row; i < row + rows; ++i) next.fetch(i);
     if (out.y_sums != nullptr && !w.group_idle) collect(block, row, rows, tile);
-    if (out.x_sums != nullptr && !idle) sum_for_rows(block, row, rows, tile);
+    const int64_t following = row + rows < padded_rows() ? row + rows : 0;  // chunk
+    const Memory rows_after{w.x.at(following), rows * w.x.stride};
+    if (out.x_sums != nullptr && !idle)
+      sum_for_rows(block, row, rows, tile, out.y_sums != nullptr ? Memory{group_panels(row).rows, w.group_words} : rows_after);
     if (out.y_sums == nullptr) return;
     const int64_t in_group = row % w.group + rows;
     const bool last = row + rows == padded_rows();
-    if ((in_group == w.group || last) && !w.group_idle) sum_for_columns(block, row + rows - in_group, smaller(in_group, count - (row + rows - in_group)));
+    if ((in_group == w.group || last) && !w.group_idle)
+      sum_for_columns(block, row + rows - in_group, smaller(in_group, count - (row + rows - in_group)), rows_after);
     if (last) add_to(out.y_sums + (task.batch * p.columns + block.first) * p.width, w.y_sums, block.columns);
   }
 
@@ -323,32 +346,41 @@ struct PairGradientPass {
   }
 
   // dX += W Y
-  void sum_for_rows(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
+  void sum_for_rows(const Block& block, int64_t row, int64_t rows, const Tile& tile, const Memory& next) const {
     if constexpr (!__is_same(Product, Float32Product)) {
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < block.padded; j += 2 * kLanes)
           Packing<Product>::store_weights(tile.weights(i), j, load(tile.scores(i) + j), load(tile.scores(i) + j + kLanes));
     }
-    give_tile(w.x_sums, row, true, [&](auto to) { sum_rows(Product{}, tile.weights(0), tile.stride, rows, block.columns, w.y.panels, to); });
+    add_product(w.x_sums, row, true, tile.weights(0), tile.stride, rows, block.columns, w.y.panels, next);
   }
 
   // dY += W^T X for a group of rows
-  void sum_for_columns(const Block& block, int64_t row, int64_t rows) const {
+  void sum_for_columns(const Block& block, int64_t row, int64_t rows, const Memory& next) const {
     const Panels panels = group_panels(row);
     const int64_t columns = round_up(block.columns, Product::kRowMultiple);
     for (int64_t j = 0; j < columns; j += kPairChunk<Product>) {
-      give_tile(w.y_sums, j, row == 0, [&](auto to) {
-        sum_rows(Product{}, w.transposed + j * w.transposed_stride, w.transposed_stride, smaller(kPairChunk<Product>, columns - j), rows, panels, to);
-      });
+      const int64_t some = smaller(kPairChunk<Product>, columns - j);
+      add_product(w.y_sums, j, row == 0, w.transposed + j * w.transposed_stride, w.transposed_stride, some, rows, panels, j == 0 ? next : Memory{});
     }
   }
 
-  // f(epilogue) for sums from row `at` on. They grow; those of kept scores, which nothing has set to zero, begin with the `first`.
-  template <class F>
-  static void give_tile(const Sums& sums, int64_t at, [[maybe_unused]] bool first, const F& f) {
-    if constexpr (kKept)
-      if (first) return f(StoreTile{sums.at(at), sums.stride});
-    f(AddTile{sums.at(at), sums.stride});
+  // Sums from row `at` on grow by weights times C; those of kept scores, which nothing has set to zero, begin with the `first`. `next`, which the
+  // pass needs soon and which L2 has no room to keep, comes back meanwhile; kept scores and chunks of tile registers are few rows, close together.
+  static void add_product(const Sums& sums, int64_t at, [[maybe_unused]] bool first, const float* weights, int64_t weight_stride, int64_t rows,
+                          int64_t columns, const Panels& c, [[maybe_unused]] const Memory& next) {
+    const auto sum = [&](auto to) { sum_rows(Product{}, weights, weight_stride, rows, columns, c, to); };
+    const AddTile to{sums.at(at), sums.stride};
+    if constexpr (kKept) {
+      first ? sum(StoreTile{to.c, to.stride}) : sum(to);
+    } else if constexpr (kOnTiles<Product>) {
+      sum(to);
+    } else {
+      const int64_t tiles = rows / kTileRows * round_up(c.padded_width, kPanel) / kPanel, bytes = 4 * next.words;
+      const Prefetch memory{reinterpret_cast<const char*>(next.from), bytes, round_up(bytes / tiles + 1, 64)};
+      int64_t taken = 0;
+      sum(AddTileAhead{to, &memory, &taken});
+    }
   }
 };
 
