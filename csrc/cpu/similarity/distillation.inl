@@ -128,17 +128,24 @@ inline Vec weigh_teacher_scores(const float* scores, float* weights, int64_t pad
   const Vec least = splat(-88.1f), lowest = splat(-0x1p100f);
   const RowLevel student = excess.level;
   Vec sum0 = {}, sum1 = {}, excess0 = {}, excess1 = {};
-  for (int64_t j = 0; j < padded; j += 2 * kLanes) {
-    const Vec t0 = level.exponent_of(load(scores + j)), t1 = level.exponent_of(load(scores + j + kLanes));
-    const Vec p0 = exp_nonpositive(t0), p1 = exp_nonpositive(t1);
-    Vec z0 = larger(lowest, student.exponent_of(load(excess.scores + j)));
-    Vec z1 = larger(lowest, student.exponent_of(load(excess.scores + j + kLanes)));
-    if constexpr (kKl) z0 -= larger(least, t0), z1 -= larger(least, t1);
-    sum0 += p0;
-    sum1 += p1;
-    excess0 = multiply_add(p0, z0, excess0);
-    excess1 = multiply_add(p1, z1, excess1);
-    Packing<Product>::store_weights(weights, j, p0, p1);
+  for (int64_t j = 0; j < padded; j += kPanel) {
+    Vec t[kVecs], p[kVecs], z[kVecs];
+    level.exponents_of(scores + j, t);
+    exp_nonpositive(t, p);
+    student.exponents_of(excess.scores + j, z);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      z[v] = larger(lowest, z[v]);
+      if constexpr (kKl) z[v] -= larger(least, t[v]);
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; v += 2) {
+      sum0 += p[v];
+      sum1 += p[v + 1];
+      excess0 = multiply_add(p[v], z[v], excess0);
+      excess1 = multiply_add(p[v + 1], z[v + 1], excess1);
+      Packing<Product>::store_weights(weights, j + v * kLanes, p[v], p[v + 1]);
+    }
   }
   excess.sum = excess0 + excess1;
   return sum0 + sum1;

@@ -113,13 +113,13 @@ struct DistillationKeyPass {
   template <bool kLogits>
   void weigh_row(const float* scores, const float* teacher_scores, float* weights, int64_t padded) const {
     const KnownSoftmax student = w.softmax, teacher = w.teacher_softmax;
-    const auto weight = [&](int64_t j) {
-      const Vec p_student = student.template probability<kLogits>(scores, j), p_teacher = teacher.template probability<kLogits>(teacher_scores, j);
-      return load(student.factor + j) * (p_student - p_teacher);
-    };
-    for (int64_t j = 0; j < padded; j += 2 * kLanes) {
-      const Vec first_weight = weight(j), second_weight = weight(j + kLanes);
-      Packing<Product>::store_weights(weights, j, first_weight, second_weight);
+    for (int64_t j = 0; j < padded; j += kPanel) {
+      Vec p[kVecs], p_teacher[kVecs];
+      student.template probabilities<kLogits>(scores, j, p);
+      teacher.template probabilities<kLogits>(teacher_scores, j, p_teacher);
+      const auto weight = [&](int v) { return load(student.factor + j + v * kLanes) * (p[v] - p_teacher[v]); };
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; v += 2) Packing<Product>::store_weights(weights, j + v * kLanes, weight(v), weight(v + 1));
     }
   }
 };

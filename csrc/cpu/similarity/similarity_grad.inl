@@ -129,19 +129,25 @@ struct KeyGradientPass {
     const float *const scores = w.tile.scores(i - row), *const h_scores = kWithH ? w.h_tile.scores(i - row) : nullptr;
     float *const weights = w.tile.weights(i - row), *const p_weights = kWithH && sums_values() ? w.h_tile.weights(i - row) : nullptr;
     Vec sum = {};
-    for (int64_t j = 0; j < padded; j += 2 * kLanes) {
-      const Vec p0 = softmax.probability<kLogits>(scores, j), p1 = softmax.probability<kLogits>(scores, j + kLanes);
-      if constexpr (kWithH) {
-        const Vec z0 = p0 * (load(softmax.upstream + j) + load(h_scores + j));
-        const Vec z1 = p1 * (load(softmax.upstream + j + kLanes) + load(h_scores + j + kLanes));
-        sum += z0 + z1;
-        if (p_weights != nullptr) Packing<Product>::store_weights(p_weights, j, p0, p1);
-        if (task.dkeys != nullptr)
-          Packing<Product>::store_weights(weights, j, z0 * load(softmax.scale + j), z1 * load(softmax.scale + j + kLanes));
-      } else {
-        if (task.dbias != nullptr) sum += multiply_add(p0, load(softmax.upstream + j), p1 * load(softmax.upstream + j + kLanes));
-        if (task.dkeys != nullptr)
-          Packing<Product>::store_weights(weights, j, p0 * load(softmax.factor + j), p1 * load(softmax.factor + j + kLanes));
+    for (int64_t j0 = 0; j0 < padded; j0 += kPanel) {
+      Vec p[kVecs];
+      softmax.probabilities<kLogits>(scores, j0, p);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; v += 2) {
+        const int64_t j = j0 + v * kLanes;
+        const Vec p0 = p[v], p1 = p[v + 1];
+        if constexpr (kWithH) {
+          const Vec z0 = p0 * (load(softmax.upstream + j) + load(h_scores + j));
+          const Vec z1 = p1 * (load(softmax.upstream + j + kLanes) + load(h_scores + j + kLanes));
+          sum += z0 + z1;
+          if (p_weights != nullptr) Packing<Product>::store_weights(p_weights, j, p0, p1);
+          if (task.dkeys != nullptr)
+            Packing<Product>::store_weights(weights, j, z0 * load(softmax.scale + j), z1 * load(softmax.scale + j + kLanes));
+        } else {
+          if (task.dbias != nullptr) sum += multiply_add(p0, load(softmax.upstream + j), p1 * load(softmax.upstream + j + kLanes));
+          if (task.dkeys != nullptr)
+            Packing<Product>::store_weights(weights, j, p0 * load(softmax.factor + j), p1 * load(softmax.factor + j + kLanes));
+        }
       }
     }
     if (task.dbias != nullptr) store(w.sum + i * kLanes, load(w.sum + i * kLanes) + sum);

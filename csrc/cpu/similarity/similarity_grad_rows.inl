@@ -108,14 +108,19 @@ struct RowGradientPass {
     const RowLevel level{factor, w.high[i], w.low[i]};
     const Vec constant = splat(slope);
     Vec mass = {}, sum = {};
-    for (int64_t j = 0; j < padded; j += 2 * kLanes) {
-      const Vec p0 = exp_nonpositive(level.exponent_of(load(scores + j)));
-      const Vec p1 = exp_nonpositive(level.exponent_of(load(scores + j + kLanes)));
-      const Vec z0 = p0 * (kWithH ? constant + load(h_scores + j) : constant);
-      const Vec z1 = p1 * (kWithH ? constant + load(h_scores + j + kLanes) : constant);
-      mass += p0 + p1;
-      sum += z0 + z1;
-      Packing<Product>::store_weights(weights, j, z0, z1);
+    for (int64_t j0 = 0; j0 < padded; j0 += kPanel) {
+      Vec p[kVecs];
+      level.exponents_of(scores + j0, p);
+      exp_nonpositive(p, p);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; v += 2) {
+        const int64_t j = j0 + v * kLanes;
+        const Vec z0 = p[v] * (kWithH ? constant + load(h_scores + j) : constant);
+        const Vec z1 = p[v + 1] * (kWithH ? constant + load(h_scores + j + kLanes) : constant);
+        mass += p[v] + p[v + 1];
+        sum += z0 + z1;
+        Packing<Product>::store_weights(weights, j, z0, z1);
+      }
     }
     store(w.mass + i * kLanes, load(w.mass + i * kLanes) + mass);
     store(w.total + i * kLanes, load(w.total + i * kLanes) + sum);

@@ -115,19 +115,26 @@ inline float largest_score(const float* scores, int64_t padded) {
 struct RowLevel {
   float factor, high, low;
 
-  Vec exponent_of(Vec score) const { return exponent(score, splat(factor), splat(high), splat(low)); }
+  // Of the kPanel scores from `scores` on.
+  void exponents_of(const float* scores, Vec (&x)[kVecs]) const {
+    in_step(x, [&](int v) { return exponent(load(scores + v * kLanes), splat(factor), splat(high), splat(low)); });
+  }
 };
 
 // Weights e^(logit - level); returns their sums by lane. `weights` null: only these.
 template <class Product>
 inline Vec weigh_row(const float* scores, float* weights, int64_t padded, RowLevel level) {
   Vec sum0 = {}, sum1 = {};
-  for (int64_t j = 0; j < padded; j += 2 * kLanes) {
-    const Vec p0 = exp_nonpositive(level.exponent_of(load(scores + j)));
-    const Vec p1 = exp_nonpositive(level.exponent_of(load(scores + j + kLanes)));
-    sum0 += p0;
-    sum1 += p1;
-    if (weights != nullptr) Packing<Product>::store_weights(weights, j, p0, p1);
+  for (int64_t j = 0; j < padded; j += kPanel) {
+    Vec p[kVecs];
+    level.exponents_of(scores + j, p);
+    exp_nonpositive(p, p);
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; v += 2) {
+      sum0 += p[v];
+      sum1 += p[v + 1];
+      if (weights != nullptr) Packing<Product>::store_weights(weights, j + v * kLanes, p[v], p[v + 1]);
+    }
   }
   return sum0 + sum1;
 }
@@ -226,10 +233,14 @@ struct KnownSoftmax {
     }
   }
 
-  // p at columns j to j + kLanes of a row of scores, or with `kLogits` of logits.
+  // p at columns j to j + kPanel of a row of scores, or with `kLogits` of logits.
   template <bool kLogits>
-  inline Vec probability(const float* scores, int64_t j) const {
-    return exp_nonpositive(exponent(load(scores + j), kLogits ? splat(1) : load(scale + j), load(high + j), load(low + j)));
+  inline void probabilities(const float* scores, int64_t j, Vec (&p)[kVecs]) const {
+    in_step(p, [&](int v) {
+      const int64_t at = j + v * kLanes;
+      return exponent(load(scores + at), kLogits ? splat(1) : load(scale + at), load(high + at), load(low + at));
+    });
+    exp_nonpositive(p, p);
   }
 };
 

@@ -154,15 +154,26 @@ struct SymmetricStatistic {
       const float* const scores = tile.scores(i);
       const Vec m = splat(multiplier(row + i)), shift = kNear ? splat(most) : finite_shift(splat(row_top[i])), rest = kNear ? Vec{} : splat(row_rest[i]);
       Vec sum0 = {}, sum1 = {};
-      const auto term = [&](int64_t j) {
-        const Vec score = load(scores + j), e = exp_nonpositive(kNear ? multiply_add(score, m, -shift) : exponent(score, m, shift, rest));
-        const Vec of_column = kNear ? e : exp_nonpositive(exponent(score, m, load(column_shift + j), load(column_rest + j)));
-        store(column_part + j, load(column_part + j) + of_column);
-        return e;
-      };
-      for (int64_t j = 0; j < block.padded; j += 2 * kLanes) {
-        sum0 += term(j);
-        sum1 += term(j + kLanes);
+      for (int64_t j0 = 0; j0 < block.padded; j0 += kPanel) {
+        Vec e[kVecs], of_column[kVecs];
+        in_step(e, [&](int v) {
+          const Vec score = load(scores + j0 + v * kLanes);
+          return kNear ? multiply_add(score, m, -shift) : exponent(score, m, shift, rest);
+        });
+        exp_nonpositive(e, e);
+        if (!kNear) {
+          in_step(of_column, [&](int v) {
+            const int64_t j = j0 + v * kLanes;
+            return exponent(load(scores + j), m, load(column_shift + j), load(column_rest + j));
+          });
+          exp_nonpositive(of_column, of_column);
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) {
+          float* const part = column_part + j0 + v * kLanes;
+          store(part, load(part) + (kNear ? e[v] : of_column[v]));
+          (v % 2 == 0 ? sum0 : sum1) += e[v];
+        }
       }
       store(lanes + i * kLanes, sum0 + sum1);
     }
@@ -279,8 +290,13 @@ struct SymmetricWeights {
     const Vec m = splat(multiplier[i]);
     if (block_near && near[i]) {
       const Vec shift = splat(-float(centre)), u = splat(row.near_g[i]);
-      for (int64_t j = 0; j < block.padded; j += kLanes)
-        store(scores + j, exp_nonpositive(multiply_add(load(scores + j), m, shift)) * (u + load(column.near_g + j)));
+      for (int64_t j = 0; j < block.padded; j += kPanel) {
+        Vec e[kVecs];
+        in_step(e, [&](int v) { return multiply_add(load(scores + j + v * kLanes), m, shift); });
+        exp_nonpositive(e, e);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) store(scores + j + v * kLanes, e[v] * (u + load(column.near_g + j + v * kLanes)));
+      }
     } else {
       const Vec high = splat(row.high[i]), low = splat(row.low[i]), g = splat(row.g[i]);
       for (int64_t j = 0; j < block.padded; j += kLanes) {
