@@ -219,3 +219,12 @@ def test_bad_tensors_are_refused(change, message):
     arguments = {"x": torch.ones(6, 9), "scale": torch.ones(()), "labels": torch.zeros(6, dtype=torch.long)} | change
     with pytest.raises(RuntimeError, match=message):
         torch.ops.kdfast.sup_con(*arguments.values(), True, 0)
+
+
+@pytest.mark.parametrize("width", [3, 33, 300])
+def test_two_rows_of_one_class_alone_lose_nothing(isa, width):
+    """Their one logit is the sum of its class and its own log-sum, to the bit, however far below the rows' own squares."""
+    x = F.normalize(torch.randn(2, width), dim=-1)
+    for temperature in (1.0, 0.07, 0.01):
+        loss = sup_con(x, torch.zeros(2, dtype=torch.int64), temperature=temperature, normalize=False, impl="cpu")
+        assert loss.abs() <= (2.0**-23 / temperature if isa == "base" else 0)  # without fused operations logits have no low parts

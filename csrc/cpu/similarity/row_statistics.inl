@@ -54,11 +54,14 @@ struct RowStatistics {
     }
   }
 
-  // Scores of a class are summed relative to the largest of the block, whose logit is then added in double: else the sum of nearly equal ones would
+  // Scores of a class are summed relative to the largest of the block but the row's own, whose logit is then added in double: else the sum of nearly equal ones would
   // round as itself, not as their differences. The row's own score, made that one, adds 0 to the sum, and 1 to the count.
   void add_class(const Block& block, int64_t at, float multiplier, float* scores, BatchStatistic& s) const {
+    const int64_t label = p.x_labels[task.batch * p.rows + at];
+    own.leave_out(scores, block.padded, label, -kInfinity);
+    for (int64_t j = block.columns; j < block.padded; ++j) scores[j] = -kInfinity;
     const float largest = largest_score(scores, block.padded), base = largest - largest == 0 ? largest : 0;
-    own.leave_out(scores, block.padded, p.x_labels[task.batch * p.rows + at], base);
+    own.leave_out(scores, block.padded, label, base);
     Vec sum = {}, count = {};
     classes.for_equal(block.padded, row_classes[task.batch * p.rows + at], [&](int64_t j, IntVec equal) {
       const Vec there = equal ? load(exists + j) : Vec{};
