@@ -56,7 +56,14 @@ KeptScratch::KeptScratch(int64_t bytes) : block_(kept.exchange(nullptr)) {
   if (poisoned) std::memset(block_->data, 0xff, size_t(bytes));
 }
 
-KeptScratch::~KeptScratch() { release(block_->bytes <= kKeptScratchBytes ? kept.exchange(block_) : block_); }
+KeptScratch::~KeptScratch() {
+  if (block_->bytes <= kKeptScratchBytes) {
+    const int64_t bytes = block_->bytes;
+    block_ = kept.exchange(block_);                                                   // another thread's, left meanwhile:
+    if (block_ != nullptr && block_->bytes > bytes) block_ = kept.exchange(block_);  // the larger one stays
+  }
+  release(block_);
+}
 
 void poison_scratch(bool poison) { poisoned = poison; }
 

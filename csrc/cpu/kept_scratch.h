@@ -1,4 +1,4 @@
-// Scratch of many megabytes that is kept from call to call, on large pages. Fresh memory costs a page fault for every page that is
+// Scratch that is kept from call to call, on large pages. Fresh memory costs a page fault for every page that is
 // written first - 16 MB in pages of 4 KB take as long as ten sweeps over them - and small pages hold up every read from memory by a tenth.
 #pragma once
 
