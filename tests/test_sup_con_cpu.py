@@ -227,4 +227,4 @@ def test_two_rows_of_one_class_alone_lose_nothing(isa, width):
     x = F.normalize(torch.randn(2, width), dim=-1)
     for temperature in (1.0, 0.07, 0.01):
         loss = sup_con(x, torch.zeros(2, dtype=torch.int64), temperature=temperature, normalize=False, impl="cpu")
-        assert loss.abs() <= (2.0**-23 / temperature if isa == "base" else 0)  # without fused operations logits have no low parts
+        assert loss == 0

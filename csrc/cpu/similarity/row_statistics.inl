@@ -54,8 +54,9 @@ struct RowStatistics {
     }
   }
 
-  // Scores of a class are summed relative to the largest of the block but the row's own, whose logit is then added in double: else the sum of nearly equal ones would
-  // round as itself, not as their differences. The row's own score, made that one, adds 0 to the sum, and 1 to the count.
+  // Scores of a class are summed relative to the largest of the block but the row's own, whose logit, as the exponentials have it, is then added
+  // in double: else the sum of nearly equal ones would round as itself, not as their differences. The row's own score, made that one, adds 0 to
+  // the sum, and 1 to the count.
   void add_class(const Block& block, int64_t at, float multiplier, float* scores, BatchStatistic& s) const {
     const int64_t label = p.x_labels[task.batch * p.rows + at];
     own.leave_out(scores, block.padded, label, -kInfinity);
@@ -69,7 +70,8 @@ struct RowStatistics {
       count += there;
     });
     const double others = double(total(count)) - (at >= block.first && at < block.first + block.columns);
-    s.same_sum += double(total(sum)) + others * double(multiplier) * double(base);
+    const Logits level = logits(splat(base), splat(multiplier));
+    s.same_sum += double(total(sum)) + others * (double(level.high[0]) + double(level.low[0]));
     s.same_count += total(count);
   }
 
