@@ -70,7 +70,7 @@ class IndexedBank(Bank):
             IndexError: an index outside [0, size), on the CPU.
         """
         labels = self._checked(keys, labels)
-        index = checks.integral("index", index, shape=(len(keys),), device=keys.device)
+        index = checks.integral("index", index, shape=(len(keys),), device=keys.device).contiguous()
         checks.index_range("index", index, len(self))
         index, keys, labels = self._of_all_ranks(index, keys, labels)
         ascending, order = torch.sort(index, stable=True)

@@ -155,7 +155,7 @@ class ClassSampler(_Sampler):
 
     def __init__(self, labels: Tensor, k: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__(k, generator)
-        labels = checks.integral("labels", labels)
+        labels = checks.integral("labels", labels).contiguous()
         if labels.dim() != 1:
             raise ValueError(f"labels must have shape [M], got {tuple(labels.shape)}")
         ascending, by_class = torch.sort(labels, stable=True)

@@ -53,7 +53,7 @@ class Features:
         Features kept on another device than `index` are waited for. IndexError for an index that is not there (CPU).
         """
         wanted = checks.integral("index", index)
-        place = wanted.to(self.index.device)
+        place = wanted.to(self.index.device).contiguous()
         row = torch.searchsorted(self.index, place).clamp(max=max(len(self) - 1, 0))
         if row.device.type == "cpu":
             found = self.index[row] == place if len(self) else torch.zeros_like(place, dtype=torch.bool)

@@ -43,6 +43,7 @@ def relate(labels: Tensor, ref_labels: Tensor, own: Tensor | None, exists: Tenso
         ref_labels, before = torch.where(exists, ref_labels, NO_LABEL), (~exists).long().sort(stable=True).indices
         ordered, order = ref_labels[before].sort(stable=True)
         order = before[order]
+    labels = labels.contiguous()  # or the search copies them, and warns
     first = torch.searchsorted(ordered, labels)
     last = torch.minimum(torch.searchsorted(ordered, labels, right=True), exists.sum()).clamp_min(first)
     position = torch.empty_like(order).scatter_(0, order, column)[own.clamp(0, max(size - 1, 0))]

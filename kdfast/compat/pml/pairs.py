@@ -54,7 +54,7 @@ def as_triplets(indices: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Every positive pair with every negative pair of its anchor."""
     if len(indices) == 3:
         return indices
-    a1, p, a2, n = indices
+    a1, p, a2, n = (x.contiguous() for x in indices)
     ordered, order = a2.sort(stable=True)
     first = torch.searchsorted(ordered, a1)
     count = torch.searchsorted(ordered, a1, right=True) - first
