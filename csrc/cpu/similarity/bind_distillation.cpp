@@ -118,7 +118,8 @@ std::tuple<Tensor, Tensor, Tensor> similarity_distillation(
   return {value, difference, log_sums};
 }
 
-// g: of every loss, or of their mean. Keys are cut among threads, each of whose sums belong to one thread: no merge, and the same bits for any number of threads.
+// g: of every loss, or of their mean. Keys are cut among threads, each of whose sums belong to one thread: no merge, and the same bits for any
+// number of threads.
 Tensor similarity_distillation_grad_keys(const Tensor& g, const Tensor& log_sums, const Tensor& student, const Tensor& keys,
                                          const Tensor& teacher, const Tensor& teacher_keys, const OptionalTensor& scale,
                                          const OptionalTensor& teacher_scale, const OptionalTensor& bias, const OptionalTensor& key_index,

@@ -9,6 +9,7 @@ from torch.autograd import Function
 
 from . import cpu, distillation, info_nce
 from .autograd import _versions
+from .info_nce import _like
 from .positives import dot
 
 _NO_RULES = (None,) * 5  # query_labels, key_labels, key_index, limit, valid
@@ -125,12 +126,6 @@ def _through_inverse(dscale: Tensor, temperature: Tensor) -> Tensor:
     """The gradient of a temperature whose inverse scales every row."""
     inverse = temperature.reciprocal()
     return -dscale.sum() * (inverse * inverse)
-
-
-def _like(grad: Tensor, x: Tensor) -> Tensor:
-    """A gradient of as many numbers as `x` has, in its shape and dtype."""
-    grad = grad.view(x.shape) if grad.dim() > 2 else grad
-    return grad if grad.dtype == x.dtype else grad.to(x.dtype)
 
 
 def _info_nce_mean_fake(query, keys, positive, factor, pull, keep_keys, products):
