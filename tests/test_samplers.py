@@ -25,6 +25,8 @@ WEIGHTS = {
     "one-heavy": torch.tensor([1.0, 2, 60, 1, 0, 3] + [1.0] * 30),
     "two": torch.tensor([0.99, 0.01]),
     "zeros": torch.tensor([0.0, 3, 0, 0, 1, 2, 0]),
+    "counts": torch.arange(5.0),  # a row of the mean weight, which has nothing to spare
+    "used up": torch.tensor([1.0, 1, 1, 2, 2, 2, 3, 3, 3]),  # spares that end where lacks do
     "power-law": 1 / torch.arange(1, 200).double() ** 2,
 }
 

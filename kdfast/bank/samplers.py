@@ -204,11 +204,14 @@ def _alias_table(weights: Tensor) -> tuple[Tensor, Tensor]:
     lack, spare = (1 - w[lights]).cumsum(0), (w[heavies] - 1).cumsum(0)
     keep, alias = torch.ones_like(w), torch.arange(len(w), device=w.device)
     if len(lights):
-        server = torch.searchsorted(spare, F.pad(lack[:-1], (1, 0)), right=True).clamp(max=len(heavies) - 1)
+        before = F.pad(lack[:-1], (1, 0))
+        server = torch.searchsorted(spare, before, right=True).clamp(max=len(heavies) - 1)
         keep[lights], alias[lights] = w[lights], heavies[server]
         dry = torch.searchsorted(lack, spare, right=True)  # the first lack that ends past the heavy row's spare
         runs = (dry < len(lights)) & (torch.arange(len(heavies), device=w.device) < len(heavies) - 1)
-        overdraft = torch.where(runs, lack[dry.clamp(max=len(lights) - 1)] - spare, 0.0)
+        dry = dry.clamp(max=len(lights) - 1)
+        runs &= before[dry] < spare  # a spare used up where that lack begins is no part of it
+        overdraft = torch.where(runs, lack[dry] - spare, 0.0)
         keep[heavies] = (1 - overdraft).clamp(0, 1)
         alias[heavies] = torch.where(runs, heavies.roll(-1), heavies)
     return keep.float(), alias
