@@ -10,6 +10,7 @@ import torch
 
 from kdfast import bench
 from kdfast.bench import devices, measure, memory, peers, registry, report, runner
+from kdfast.bench.cases.gather import samplers
 from kdfast.bench.registry import Case, Peer
 
 MIB = 2**20
@@ -162,7 +163,7 @@ def test_unknown_names(tmp_path, families, level, names, named):
 @pytest.mark.parametrize(
     ("families", "names", "measured"),
     [
-        (["gather"], [], ["gather crd", "gather growth"]),
+        (["knn"], [], ["knn search", "knn growth"]),
         (["similarity", "gather"], ["growth"], ["similarity growth", "gather growth"]),
         ([], ["clip"], ["similarity clip"]),
         (["similarity"], ["clip", "lse"], ["similarity lse", "similarity clip"]),
@@ -176,7 +177,7 @@ def test_cases_are_chosen_by_name(monkeypatch, tmp_path, families, names, measur
     assert asked == measured
 
 
-SMALL = {"N": 13, "M": 100, "D": 24, "K": 30, "Ds": 24, "Dt": 40, "B": 3, "T": 20, "n": 5, "k": 4, "C": 4}  # ragged
+SMALL = {"N": 13, "M": 100, "D": 24, "K": 30, "Ds": 24, "Dt": 40, "B": 3, "T": 20, "n": 5, "k": 4, "C": 4, "Dv": 20}  # ragged
 CASES = [(family, name) for family in registry.families() for name in registry.cases_of(family)]
 every_case = pytest.mark.parametrize(("family", "name"), CASES, ids=[" ".join(case) for case in CASES])
 
@@ -215,6 +216,23 @@ def test_shapes_fit_their_axes(family, name):
     assert set(case.shapes) - {"cuda"} == set(registry.LEVELS)
     for shapes in case.shapes.values():
         assert shapes and len(set(shapes)) == len(shapes) and all(len(shape) == len(case.axes.split()) for shape in shapes)
+
+
+@pytest.mark.parametrize(
+    ("draw", "wrong"),
+    [
+        (lambda x: x.rows[:, None].expand(-1, x.k), True),  # the sample's own row
+        (lambda x: samplers.by_weight(x).sign().multinomial(x.k, replacement=True), True),
+        (lambda x: samplers.by_weight(x).multinomial(x.k + 1, replacement=True), True),
+        (lambda x: samplers.by_weight(x).multinomial(x.k, replacement=True), False),
+    ],
+    ids=["forbidden", "all alike", "too many", "right"],
+)
+def test_draws_are_judged_by_their_shares(draw, wrong):
+    case = registry.cases_of("gather")["alias"]
+    x = case.inputs((13, 100, 30), torch.float32)
+    call = samplers.drawing(samplers.by_weight, lambda x: lambda: draw(x), x)
+    assert (measure.error(call(), case.reference(x)) > samplers.ALLOWANCE) == wrong
 
 
 def test_octaves():

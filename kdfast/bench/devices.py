@@ -39,7 +39,7 @@ def _gpu_turns() -> tuple[tuple[int, tuple[Clock, ...]], ...]:
     return ((1, (Clock("cuda", measure.by_events, probed=False), Clock("wall", host, probed=False))),)
 
 
-CPU = Device("cpu", _cpu_turns, {"quick": (1.0, 3), "default": (5.0, 5), "full": (20.0, 11)})
+CPU = Device("cpu", _cpu_turns, {"quick": (0.5, 3), "default": (5.0, 5), "full": (20.0, 11)})
 CUDA = Device("cuda", _gpu_turns, {"quick": (0.0, 3), "default": (0.3, 7), "full": (2.0, 15)})
 BY_NAME = {device.name: device for device in (CPU, CUDA)}
 

@@ -59,20 +59,20 @@ Products = Callable[..., tuple[Tensor, ...]]  # (mm, *tensors) -> results, mm(a,
 
 def attention_products(mm: Callable, query: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
     """q k^T and (q k^T) k: a softmax's scores and what it pools."""
-    return (mm(mm(query, keys.T), keys),)
+    return (mm(mm(query, keys.mT), keys),)
 
 
 def gradient_products(mm: Callable, query: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
     """The scores, and from them the gradients of both sides."""
-    scores = mm(query, keys.T)
-    return mm(scores, keys), mm(scores.T, query)
+    scores = mm(query, keys.mT)
+    return mm(scores, keys), mm(scores.mT, query)
 
 
 def bare_mm(products: Products, operands: Callable[..., tuple[Tensor, ...]]) -> tuple[Peer, Peer]:
     """Matrix products of `operands(inputs)` with nothing between, into buffers that stay, in both of PyTorch's fp32 modes."""
 
     def exact(inputs) -> tuple[Tensor, ...]:
-        return products(torch.mm, *(x.double() for x in operands(inputs)))
+        return products(torch.matmul, *(x.double() for x in operands(inputs)))
 
     return (
         Peer("bare mm", partial(_bare_mm, "highest", products, operands), floor=exact),
@@ -84,20 +84,22 @@ def _bare_mm(precision: str, products: Products, operands: Callable[..., tuple[T
     tensors, buffers = operands(inputs), []
 
     def mm_into(out: Iterator[Tensor], a: Tensor, b: Tensor) -> Tensor:
-        return torch.mm(a, b, out=next(out))
+        return torch.matmul(a, b, out=next(out))
 
     def allocating(a: Tensor, b: Tensor) -> Tensor:
-        buffers.append(torch.mm(a, b))
+        buffers.append(torch.matmul(a, b))
         return buffers[-1]
 
     products(allocating, *tensors)
 
-    def call() -> tuple[Tensor, ...]:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(precision)
-        try:
-            return products(partial(mm_into, iter(buffers)), *tensors)
-        finally:
-            torch.set_float32_matmul_precision(before)
+    return lambda: in_precision(precision, products, partial(mm_into, iter(buffers)), *tensors)
 
-    return call
+
+def in_precision(precision: str, call: Callable[..., tuple[Tensor, ...]], *args) -> tuple[Tensor, ...]:
+    """`call(*args)` with PyTorch's float32 products in mode `precision`."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        return call(*args)
+    finally:
+        torch.set_float32_matmul_precision(before)

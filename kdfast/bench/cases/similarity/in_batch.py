@@ -1,4 +1,4 @@
-"""Losses in which the batch is its own bank, scaled to unit length inside: NT-Xent of two views, SupCon of labelled samples."""
+"""Losses in which the batch is its own bank, scaled to unit length inside: InfoNCE and NT-Xent of two views, SupCon of labelled samples."""
 
 from functools import partial
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast.functional import nt_xent, sup_con
+from kdfast.functional import info_nce, nt_xent, sup_con
 
 from ... import peers
 from ...registry import Case
@@ -46,6 +46,11 @@ def scores(features: Tensor) -> Tensor:
     return (unit @ unit.T / TAU).masked_fill(torch.eye(len(unit), dtype=torch.bool, device=unit.device), -torch.inf)
 
 
+def info_nce_formula(view1: Tensor, view2: Tensor) -> Tensor:
+    logits = F.normalize(view1, dim=-1) @ F.normalize(view2, dim=-1).T / TAU
+    return F.cross_entropy(logits, torch.arange(len(view1), device=view1.device))
+
+
 def nt_xent_formula(view1: Tensor, view2: Tensor) -> Tensor:
     n = len(view1)
     return F.cross_entropy(scores(torch.cat([view1, view2])), torch.arange(2 * n, device=view1.device).roll(n))
@@ -55,6 +60,12 @@ def sup_con_formula(features: Tensor, labels: Tensor) -> Tensor:
     log_p = scores(features).log_softmax(-1)
     positive = (labels[:, None] == labels) & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     return -(log_p.masked_fill(~positive, 0).sum(-1) / positive.sum(-1)).mean()
+
+
+def info_nce_pytorch():
+    from info_nce import info_nce as loss
+
+    return partial(loss, temperature=TAU)
 
 
 def lightly():
@@ -87,6 +98,23 @@ NT_XENT = Case(
         peers.compiled(nt_xent_formula, leaves=2),
         peers.library("lightly", "lightly", lightly, leaves=2),
         *peers.bare_mm(peers.gradient_products, lambda x: (torch.cat(x), torch.cat(x))),
+    ),
+)
+IN_BATCH = NT_XENT._replace(
+    shapes={
+        "quick": ((64, 128),),
+        "default": ((64, 128), (256, 128), (4096, 128)),
+        "full": ((64, 128), (256, 128), (4096, 128), (8192, 256)),
+        "cuda": ((8192, 128),),
+    },
+    reference=lambda x: peers.step(info_nce_formula, *(t.double() for t in x), leaves=2),
+    flop=lambda shape: 6 * shape[0] ** 2 * shape[1],
+    peers=(
+        peers.steps("kdfast", partial(info_nce, temperature=TAU, normalize=True), leaves=2),
+        peers.steps("eager", info_nce_formula, leaves=2),
+        peers.compiled(info_nce_formula, leaves=2),
+        peers.library("info-nce-pytorch", "info_nce", info_nce_pytorch, leaves=2),
+        *peers.bare_mm(peers.gradient_products, lambda x: x),
     ),
 )
 SUP_CON = NT_XENT._replace(

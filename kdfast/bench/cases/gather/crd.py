@@ -9,8 +9,8 @@ from torch import Tensor
 from kdfast._ops.gather import reference as gather
 from kdfast.functional import sampled_nce
 
-from .. import peers
-from ..registry import Case, octaves
+from ... import peers
+from ...registry import Case, octaves
 
 TAU = 0.07
 
@@ -37,9 +37,13 @@ def nce(z: Tensor, bank: Tensor) -> Tensor:
     return -(torch.log(positive / (positive + noise + 1e-7)).sum() + torch.log(noise / (negatives + noise + 1e-7)).sum()) / len(z)
 
 
-def formula(query: Tensor, bank: Tensor, index: Tensor) -> Tensor:
+def scores(query: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     rows = bank.index_select(0, index.flatten()).view(*index.shape, -1)  # [N, 1 + K, D]
-    return nce(torch.bmm(rows, query[:, :, None])[..., 0] / TAU, bank)
+    return torch.bmm(rows, query[:, :, None])[..., 0] / TAU
+
+
+def formula(query: Tensor, bank: Tensor, index: Tensor) -> Tensor:
+    return nce(scores(query, bank, index), bank)
 
 
 def reference(x: Inputs) -> tuple[Tensor, ...]:
@@ -76,4 +80,3 @@ GROWTH = CRD._replace(
     },
     peers=CRD.peers[:2],
 )
-CASES = {"crd": CRD, "growth": GROWTH}
