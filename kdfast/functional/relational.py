@@ -6,7 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .._core import bank_protocol, checks
+from .._core import bank_protocol, checks, dtypes
 from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
 from .._ops.similarity import plain
@@ -165,6 +165,10 @@ def wasserstein_dependency(
     own = own_columns(own_index, query, len(rows))
     valid = None if given.valid is None else checks.prefix("bank_valid", given.valid, len(rows), query.device)
     scale = inverse("temperature", temperature, query)
+    if labels is own is valid is given.bias is None:  # every row has the whole bank's mean
+        mean = rows.mean(0, dtype=dtypes.accumulator(rows.dtype))
+        losses = per_row(scale) * (dot(query, mean) - dot(query, positive))
+        return reduce_rows(losses, weight=weight, reduction=reduction)
     sums = score_sums(
         query,
         rows,
