@@ -123,7 +123,6 @@ def case(weigh: Weigh, **samplers: Callable[[Inputs], Draw]) -> Case:
             "quick": ((64, 5_000, 256),),
             "default": ((64, 256, 64), (64, 50_000, 16_384)),
             "full": ((64, 256, 64), (64, 50_000, 16_384), (256, 200_000, 4_096)),
-            "cuda": ((64, 50_000, 16_384),),
         },
         axes="N M K",
         dtypes=(torch.float32,),

@@ -48,7 +48,6 @@ def case(shared: bool) -> Case:
             "quick": ((4, 32, 256, 64),),
             "default": ((4, 32, 256, 64), (16, 128, 8192, 128)),
             "full": ((4, 32, 256, 64), (16, 128, 8192, 128), (256, 64, 256, 64)),
-            "cuda": ((16, 1024, 16384, 128),),
         },
         axes="B N M D",
         dtypes=(torch.float32, torch.bfloat16),

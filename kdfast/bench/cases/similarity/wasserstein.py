@@ -23,7 +23,6 @@ WASSERSTEIN = INFO_NCE._replace(
         "quick": ((64, 256, 128),),
         "default": ((64, 256, 128), (256, 65536, 128)),
         "full": ((64, 256, 128), (256, 65536, 128), (256, 1_000_000, 128)),
-        "cuda": ((4096, 65536, 128),),
     },
     reference=lambda x: peers.step(formula, *(t.double() for t in x)),
     flop=None,
