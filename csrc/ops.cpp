@@ -87,6 +87,7 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "float? rho_a, float? rho_b, Tensor g, Tensor history_f, Tensor history_g, Tensor done, Tensor to_f, Tensor to_g, bool to_epsilon, "
       "int iterations, float? tol, str method, float? anneal_start, float? anneal_factor) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("sinkhorn_assign(Tensor scores, Tensor? v, Tensor inverse_epsilon, bool codes) -> Tensor");
+  m.def("sinkhorn_codes(Tensor scores, Tensor inverse_epsilon, int iterations) -> Tensor");
   m.def("sinkhorn_normalize(Tensor logits, Tensor? gradient, int iterations, float eps) -> Tensor");
   m.def("gaussian_sums(Tensor x, Tensor y, float[] sigmas, bool same, bool gradient) -> (Tensor, Tensor)");
   m.def("rkd_distance(Tensor student, Tensor teacher, bool gradient) -> (Tensor, Tensor)");

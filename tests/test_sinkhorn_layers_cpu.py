@@ -50,6 +50,25 @@ def test_assign_is_as_exact_as_the_loop(isa, n, k):
     assert error <= 2 * allowed + 4 * torch.finfo(torch.float32).eps * truth.max()
 
 
+@pytest.mark.parametrize("row, column", [(slice(6, 7), slice(None)), (slice(None), slice(5, 6)), (slice(20, 30), slice(40, 50))], ids=str)
+@pytest.mark.parametrize("offset", [-1.2, -4.3, -6.0, 6.0])
+def test_assign_of_a_row_or_column_far_from_the_others(isa, row, column, offset):
+    """By 35 bits at an epsilon of 0.05, more than stored exponentials are trusted with; 124, where a float holds some; 173, where none."""
+    scores = torch.rand(33, 70, dtype=torch.float64)
+    scores[row, column] += offset
+    expected = F.sinkhorn_assign(scores, epsilon=0.05, impl="torch")
+    torch.testing.assert_close(F.sinkhorn_assign(scores.float(), epsilon=0.05, impl="cpu").double(), expected, rtol=5e-5, atol=1e-7)
+    torch.testing.assert_close(F.sinkhorn_assign(scores, epsilon=0.05, impl="cpu"), expected, rtol=1e-10, atol=1e-14)
+
+
+def test_assign_of_low_scores_and_many_iterations(isa):
+    """Exponentials relative to 0 would all vanish; sums that grew with every iteration would leave their range."""
+    for shape in ((9, 70), (300, 7)):
+        scores = torch.rand(shape, dtype=torch.float64) - 100
+        ours, truth = (F.sinkhorn_assign(s, iters=40, impl=impl) for s, impl in ((scores.float(), "cpu"), (scores, "torch")))
+        torch.testing.assert_close(ours.double(), truth, rtol=5e-4, atol=1e-7)  # scores of 2000 nats
+
+
 def test_assign_threads(isa, threads):
     scores = torch.randn(900, 700)
     ours, again, truth = (F.sinkhorn_assign(s, impl=impl) for s, impl in ((scores, "cpu"), (scores, "cpu"), (scores.double(), "torch")))
@@ -100,6 +119,7 @@ def test_operators():
     scores, v, inverse = torch.rand(2, 3, 5), torch.rand(2, 5), torch.tensor(2.0)
     for arguments in ((scores, None, inverse, False), (scores, v, inverse, False), (scores, v, inverse, True)):
         torch.library.opcheck(torch.ops.kdfast.sinkhorn_assign.default, arguments)
+    torch.library.opcheck(torch.ops.kdfast.sinkhorn_codes.default, (scores, inverse, 2))
     logits = torch.rand(2, 3, 3)
     for gradient in (None, torch.rand(2, 3, 3)):
         torch.library.opcheck(torch.ops.kdfast.sinkhorn_normalize.default, (logits, gradient, 3, 1e-6))
@@ -107,6 +127,8 @@ def test_operators():
         (lambda: torch.ops.kdfast.sinkhorn_assign(scores, None, inverse, True), "codes need v"),
         (lambda: torch.ops.kdfast.sinkhorn_assign(scores, v[:1], inverse, True), "v has size"),
         (lambda: torch.ops.kdfast.sinkhorn_assign(scores[0], v, inverse, True), "3 dimensions"),
+        (lambda: torch.ops.kdfast.sinkhorn_codes(scores[0], inverse, 2), "3 dimensions"),
+        (lambda: torch.ops.kdfast.sinkhorn_codes(scores, inverse, 0), "iterations must be"),
         (lambda: torch.ops.kdfast.sinkhorn_normalize(scores, None, 3, 0.0), "logits has size"),
         (lambda: torch.ops.kdfast.sinkhorn_normalize(logits, None, 0, 0.0), "iterations must be"),
         (lambda: torch.ops.kdfast.sinkhorn_normalize(logits, logits.double(), 1, 0.0), "gradient has dtype"),

@@ -1,11 +1,10 @@
 // Balanced assignments, one pass over the scores at a time, and doubly stochastic normalisation of many small matrices.
 #pragma once
 
-#include "sinkhorn/sinkhorn_rows.inl"
+#include "sinkhorn/sinkhorn_codes.inl"
 
 namespace {
 
-using kdfast::SinkhornAssign;
 using kdfast::SinkhornNormalize;
 
 // ---- assignments: rows are softmax(s / epsilon + v) ----------------------------------------------------------------------
@@ -163,7 +162,9 @@ void assign_rows(const SinkhornAssign<Real>& p, const T* scores, Real* work) {
 template <class Real, class T>
 void assign(const SinkhornAssign<Real>& p, Real* work) {
   const T* const scores = static_cast<const T*>(p.scores);
-  if (p.v == nullptr) {
+  if (p.scores == nullptr || (p.v == nullptr && p.codes != nullptr)) {
+    assign_stored<Real, T>(p, work);
+  } else if (p.v == nullptr) {
     assign_columns(p, scores, work);
   } else {
     assign_rows(p, scores, work);

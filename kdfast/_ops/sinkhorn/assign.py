@@ -26,6 +26,8 @@ def assign(scores: Tensor, epsilon: Tensor, iters: int, group, impl: str | None)
     impl = impls.choose("sinkhorn_assign", impl, device_type=scores.device.type, dtype=scores.dtype, columns=scores.shape[-1])
     one_pass = {"cpu": cpu.assign_pass, "cuda": cuda.assign_pass}.get(impl, _pass)
     inverse = 1 / epsilon
+    if impl == "cpu" and group is None:
+        return cpu.assign(scores, inverse, iters)
     v = _centred(-_total_lse(one_pass(scores, None, inverse, codes=False), group))
     for _ in range(iters - 1):
         v = _centred(v - _total(one_pass(scores, v, inverse, codes=False), group).log())

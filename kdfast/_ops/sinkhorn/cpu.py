@@ -150,6 +150,12 @@ def assign_pass(scores: Tensor, v: Tensor | None, inverse: Tensor, *, codes: boo
     return torch.ops.kdfast.sinkhorn_assign(scores, v, inverse, codes)
 
 
+def assign(scores: Tensor, inverse: Tensor, iters: int) -> Tensor:
+    """assign.py's codes of one process, every pass in one call: from stored exponentials where their range allows."""
+    scores = scores if scores.stride(-1) == 1 else scores.contiguous()
+    return torch.ops.kdfast.sinkhorn_codes(scores, inverse, iters)
+
+
 def normalize(logits: Tensor, gradient: Tensor | None, iters: int, eps: float) -> Tensor:
     """normalize.py's iterations on logits [B, n, n], or their gradient in the logits from `gradient` [B, n, n]."""
     return torch.ops.kdfast.sinkhorn_normalize(logits.contiguous(), None if gradient is None else gradient.contiguous(), iters, eps)
@@ -216,6 +222,10 @@ def assign_shapes(scores: Tensor, v, inverse: Tensor, codes: bool) -> Tensor:
     return inverse.new_empty((batch, n, k) if codes else (batch, k))
 
 
+def _codes_shapes(scores: Tensor, inverse: Tensor, iterations: int) -> Tensor:
+    return inverse.new_empty(scores.shape)
+
+
 def normalize_shapes(logits: Tensor, gradient, iterations: int, eps: float) -> Tensor:
     return torch.empty_like(logits)
 
@@ -237,5 +247,6 @@ if missing() is None:
     torch.library.register_fake("kdfast::sinkhorn_product", _product_shapes)
     torch.library.register_fake("kdfast::sinkhorn_replay", _replay_shapes)
     torch.library.register_fake("kdfast::sinkhorn_assign", assign_shapes)
+    torch.library.register_fake("kdfast::sinkhorn_codes", _codes_shapes)
     torch.library.register_fake("kdfast::sinkhorn_normalize", normalize_shapes)
     torch.library.register_vmap("kdfast::sinkhorn_normalize", functools.partial(fold_normalize, normalize))
