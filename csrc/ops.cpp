@@ -18,20 +18,21 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def(
       "info_nce(Tensor query, Tensor keys, Tensor? scale, Tensor? bias, Tensor? query_labels, Tensor? key_labels, Tensor? key_index, "
       "Tensor? limit, Tensor? valid, Tensor? positive, Tensor? columns, Tensor? weights, bool include_positive, bool mean, bool pull, "
-      "int precision, Tensor? panels=None, bool keep_keys=False, float factor=1.0) -> (Tensor, Tensor, Tensor, Tensor)");
+      "int precision, Tensor? panels=None, bool keep_keys=False, float factor=1.0, float smoothing=0.0) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "info_nce_grad(Tensor g, Tensor statistics, Tensor pull, Tensor query, Tensor keys, Tensor? scale, Tensor? bias, "
       "Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, Tensor? columns, bool want_query, "
-      "bool want_keys, bool want_scale, bool want_bias, bool want_positive, int precision, Tensor? kept_keys=None, float factor=1.0) -> Tensor[]");
+      "bool want_keys, bool want_scale, bool want_bias, bool want_positive, int precision, Tensor? kept_keys=None, float factor=1.0, "
+      "bool smoothed=False) -> Tensor[]");
   m.def(
       "info_nce_grad_rows(Tensor g, Tensor? statistics, Tensor pull, Tensor query, Tensor? scale, bool want_query, bool want_scale, "
-      "bool want_positive, float factor=1.0) -> Tensor[]");
+      "bool want_positive, float factor=1.0, bool smoothed=False) -> Tensor[]");
   m.def(
-      "info_nce_mean(Tensor query, Tensor keys, Tensor positive, float factor, bool pull, bool keep_keys, int precision) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "info_nce_mean(Tensor query, Tensor keys, Tensor? positive, Tensor? columns, float factor, bool pull, bool keep_keys, int precision, "
+      "float smoothing) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "info_nce_mean_grad(Tensor g, Tensor statistics, Tensor pull, Tensor kept_keys, Tensor query, Tensor keys, float factor, bool want_query, "
-      "bool want_keys, bool want_scale, bool want_positive, int precision) -> Tensor[]");
+      "info_nce_mean_grad(Tensor g, Tensor statistics, Tensor pull, Tensor kept_keys, Tensor query, Tensor keys, Tensor? columns, float factor, "
+      "bool want_query, bool want_keys, bool want_scale, bool want_positive, int precision, bool smoothed) -> Tensor[]");
   m.def(
       "similarity_distillation(Tensor student, Tensor keys, Tensor teacher, Tensor teacher_keys, Tensor? scale, Tensor? teacher_scale, "
       "Tensor? bias, Tensor? start_logit, Tensor? teacher_start_logit, Tensor? key_index, Tensor? valid, int precision, bool kl=False, "

@@ -1,6 +1,7 @@
 """Plain calls take a short way (kdfast/_ops/similarity/plain.py), with the bits of the general one; what is not plain is left to that."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -55,6 +56,24 @@ def test_info_nce_has_the_bits_of_the_general_way(taken, size, dtype, bank_grad)
     assert taken == [True]
     same_bits(loss, info_nce(query, positive, bank, temperature=0.2, impl="cpu"), [x for x in (query, positive, bank) if x.requires_grad])
     assert taken == [True]
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("bank_grad", [False, True], ids=["bank", "bank-grad"])
+@pytest.mark.parametrize("named", [False, True], ids=["positive", "targets"])
+def test_info_nce_with_targets_and_label_smoothing(taken, named, bank_grad, dtype):
+    query, positive, bank = matrices((9, 6), (9, 6), (17, 6), dtype=dtype)
+    bank.requires_grad_(bank_grad)
+    given = {"targets": torch.tensor([0, 16, 3, -1, 3, 7, 1, -1, 2])} if named else {"positive": positive}
+    temperature = torch.tensor(0.3, requires_grad=True)
+    inputs = [x for x in (query, given.get("positive"), bank, temperature) if x is not None and x.requires_grad]
+    for smoothing in (0.0, 0.2):
+        call = partial(info_nce, query, bank=bank, temperature=temperature, label_smoothing=smoothing, **given)
+        same_bits(call(), call(impl="cpu"), inputs)
+        both = [torch.autograd.grad(call(impl=impl), inputs, create_graph=True) for impl in (None, "cpu")]
+        second = [torch.autograd.grad(sum(x.square().sum() for x in grads), inputs) for grads in both]
+        torch.testing.assert_close(*second)  # a temperature's is added up in another order
+    assert taken == [True] * 4
 
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
@@ -212,11 +231,12 @@ def test_a_bank_without_gradient_may_change_before_the_backward_and_not_before_a
 
 def test_opcheck():
     query, positive, keys = (x.detach() for x in matrices((4, 3), (4, 3), (5, 3)))
-    for keep_keys in (True, False):
-        given = query, keys, positive, 2.0, True, keep_keys, 0
+    columns = torch.tensor([[0], [4], [-1], [4]])
+    for keep_keys, smoothing, rows in product((True, False), (0.0, 0.1), ((positive, None), (None, columns))):
+        given = query, keys, *rows, 2.0, True, keep_keys, 0, smoothing
         torch.library.opcheck(torch.ops.kdfast.info_nce_mean.default, given)
         saved = torch.ops.kdfast.info_nce_mean(*given)[1:]
-        given = torch.tensor(2.0), *saved, query, keys, 2.0, True, keep_keys, True, True, 0
+        given = torch.tensor(2.0), *saved, query, keys, rows[1], 2.0, True, keep_keys, True, True, 0, smoothing > 0
         torch.library.opcheck(torch.ops.kdfast.info_nce_mean_grad.default, given)
 
 
@@ -261,9 +281,20 @@ def test_modes_and_transforms_go_the_general_way(taken):
         (dict(bank=torch.rand(5, 4)), "bank must have the width of query"),
         (dict(bank=torch.rand(5, 3).half()), "bank must have the dtype of query"),
         (dict(positive=torch.rand(3, 3)), "positive must have shape"),
+        (dict(label_smoothing=1.0), "label_smoothing must be"),
+        (dict(targets=torch.zeros(4, dtype=torch.int64)), "positive and targets must not both be given"),
+        (dict(positive=None, targets=torch.zeros(3, dtype=torch.int64)), "targets must have shape"),
+        (dict(positive=None), "positive or targets must be given"),
     ],
 )
 def test_errors_are_those_of_the_general_way(given, message):
     query, positive, bank = matrices((4, 3), (4, 3), (5, 3))
     with pytest.raises((TypeError, ValueError), match=message):
         info_nce(**dict(query=query, positive=positive, bank=bank) | given)
+
+
+@pytest.mark.parametrize("wrong", [-2, 5])
+def test_targets_out_of_range_are_an_index_error(wrong):
+    query, bank = matrices((4, 3), (5, 3))
+    with pytest.raises(IndexError, match="targets"):
+        info_nce(query, bank=bank, targets=torch.tensor([0, 1, wrong, 2]))

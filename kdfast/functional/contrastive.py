@@ -9,8 +9,9 @@ from .._core.reduction import reduce_rows
 from .._ops.similarity import plain, sigmoid_pair_loss
 from .._ops.similarity.matching import clip_rows, sigmoid_rows, view_rows
 from .._ops.similarity.positives import dot
+from .._ops.similarity.score_sums import score_sums
 from .._ops.similarity.sup_con import sup_con_rows
-from ._candidates import inverse, normalized, score_sums
+from ._candidates import inverse, normalized
 from .info_nce import Prepared, info_nce, prepared_loss
 
 

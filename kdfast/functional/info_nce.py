@@ -13,8 +13,9 @@ from .._ops.similarity.arguments import checked_problem, rounded
 from .._ops.similarity.exclusions import Rules
 from .._ops.similarity.info_nce import Positives, info_nce_rows
 from .._ops.similarity.matching import paired_rows
-from .._ops.similarity.positives import positive_logits
-from ._candidates import ScoreSums, inverse, normalized, own_columns, per_row, score_sums
+from .._ops.similarity.positives import per_row, positive_logits
+from .._ops.similarity.score_sums import score_sums
+from ._candidates import inverse, normalized, own_columns
 
 
 def info_nce(
@@ -84,12 +85,13 @@ def info_nce(
 
     Source: van den Oord et al. 2018, eq. 4; He et al. 2020 (MoCo), eq. 1.
     """
-    whole_bank = targets is query_labels is bank_labels is bank_bias is bank_valid is own_index is false_negative_margin is None
+    whole_bank = query_labels is bank_labels is bank_bias is bank_valid is own_index is false_negative_margin is None
     usual = positive_weights is weight is group is precision is impl is None and include_positive is True and normalize is False
-    unsmoothed = type(label_smoothing) is float and label_smoothing == 0
-    usual = usual and unsmoothed and same_class == "exclude" and reduction == "mean"
-    if whole_bank and usual and positive is not None and (loss := plain.info_nce_mean(query, positive, bank, temperature)) is not None:
-        return loss
+    usual = usual and type(label_smoothing) is float and same_class == "exclude" and reduction == "mean"
+    if whole_bank and usual:
+        loss = plain.info_nce_mean(query, positive, bank, temperature, targets, label_smoothing)
+        if loss is not None:
+            return loss
     p = _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bias, bank_valid, own_index, normalize, group)
     _check_options(p, positive_weights, same_class, false_negative_margin, include_positive, label_smoothing, reduction)
     paired = bank is query_labels is group is positive_weights is false_negative_margin is None and own_index in (None, True)
@@ -272,8 +274,7 @@ def prepared_loss(
     if same_class == "positive":
         losses, counted = _attracted(p, scale, include_positive, precision, impl)
         return reduce_rows(losses, counted=counted, weight=weight, reduction=reduction)
-    plain = p.counted is None and include_positive and not label_smoothing and p.query.numel() > 0
-    mean = reduction == "mean" and weight is None and plain
+    mean = reduction == "mean" and weight is None and include_positive and p.query.numel() > 0
     losses, counted = _contrasted(
         p, scale, positive_weights, false_negative_margin, include_positive, label_smoothing, precision, impl, mean=mean
     )
@@ -289,16 +290,10 @@ def _positive_logits(p: Prepared, scale) -> tuple[Tensor, Tensor]:
     return positive_logits(p.query, p.rows, scale, p.bias, p.positive, p.columns)
 
 
-def _score_sums(p: Prepared, scale) -> ScoreSums:
-    return score_sums(
-        p.query, p.rows, scale, valid=p.valid, bias=p.bias, query_labels=p.query_labels, bank_labels=p.row_labels, skip=p.skip
-    )
-
-
 def _contrasted(p: Prepared, scale, positive_weights, margin, include_positive, label_smoothing, precision, impl, *, mean):
     """loss_i = sum_j w_ij (logaddexp(lse_i, z_ij) - z_ij), lse_i over the negatives, j over the positives; and the rows that count.
 
-    `mean`: the mean of the losses instead of them, where every row counts.
+    `mean`: the mean of the losses of rows that have a positive instead of them, each with its positive in the denominator.
     """
     rules = _exclusions(p)
     if margin is not None:
@@ -309,12 +304,8 @@ def _contrasted(p: Prepared, scale, positive_weights, margin, include_positive, 
     if positive_weights is not None:
         copies = positive_weights.shape[-1]
         weights = positive_weights.to(dtypes.accumulator(p.query.dtype)).expand(*p.query.shape[:-1], copies)
-    losses, lse = info_nce_rows(spec, Positives(p.positive, p.columns, weights, include_positive), mean=mean)
-    if label_smoothing:
-        _, logits = _positive_logits(p, scale)
-        spread = _score_sums(p, scale)
-        smoothed = logits - (logits + spread.other[..., None]) / (1 + spread.other_count[..., None])
-        losses = losses + label_smoothing * (smoothed.mean(-1) if weights is None else (smoothed * weights).sum(-1))
+    positives = Positives(p.positive, p.columns, weights, include_positive)
+    losses, lse = info_nce_rows(spec, positives, mean=mean, smoothing=float(label_smoothing))
     counted = p.counted
     if not include_positive:
         some_negative = lse != -torch.inf
@@ -330,7 +321,9 @@ def _attracted(p: Prepared, scale, include_positive, precision, impl) -> tuple[T
     lse, _ = similarity_lse(
         p.query, p.rows, scale=scale, bias=p.bias, exclude=rules, valid=p.valid, precision=precision, impl=impl, panels=p.panels
     )
-    sums = _score_sums(p, scale)
+    sums = score_sums(
+        p.query, p.rows, scale, valid=p.valid, bias=p.bias, query_labels=p.query_labels, bank_labels=p.row_labels, skip=p.skip
+    )
     total, number = sums.same, sums.same_count
     if p.positive is not None or p.columns is not None:
         _, logits = _positive_logits(p, scale)

@@ -12,8 +12,9 @@ from .._core.reduction import reduce_rows
 from .._ops.similarity import plain
 from .._ops.similarity.arguments import rounded
 from .._ops.similarity.distillation import distillation_rows
-from .._ops.similarity.positives import dot
-from ._candidates import inverse, normalized, own_columns, per_row, score_sums
+from .._ops.similarity.positives import dot, per_row
+from .._ops.similarity.score_sums import score_sums
+from ._candidates import inverse, normalized, own_columns
 
 
 def similarity_distillation(

@@ -4,16 +4,14 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
 #include "similarity/bind_pairs.h"
+#include "similarity/bind_smoothing.h"
 
 namespace {
-
-using kdfast::InfoNceGradients;
-using kdfast::InfoNceParams;
-using kdfast::InfoNceRows;
 
 // ---- tensors --------------------------------------------------------------------------------------------------------
 
@@ -30,12 +28,15 @@ struct Batch {
   }
 };
 
-// What a row's gradients are made of, [2 + positives, batch, rows]: lse, the digits it has no room for, and slopes in the order [batch, rows,
-// positives].
-struct Statistics {
-  float *lse, *lse_low, *slopes;
+// What a row's gradients are made of, [kStatistics + positives, batch, rows], with label smoothing kSmoothed more: lse, the digits it has no
+// room for, and slopes in the order [batch, rows, positives]; dloss / dlse, without smoothing the sum of the slopes, and the spread e.
+constexpr int64_t kStatistics = 2, kSmoothed = 2;
 
-  Statistics(const Tensor& x, int64_t rows) : lse(floats_of(x)), lse_low(lse + rows), slopes(lse_low + rows) {}
+struct Statistics {
+  float *lse, *lse_low, *slopes, *of_lse, *spread;
+
+  Statistics(const Tensor& x, int64_t rows, int64_t positives)
+      : lse(floats_of(x)), lse_low(lse + rows), slopes(lse_low + rows), of_lse(slopes + rows * positives), spread(of_lse + rows) {}
 };
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
@@ -59,26 +60,42 @@ void take_columns(InfoNceParams& p, const Tensor& columns, const Tensor& keys) {
   STD_TORCH_CHECK(inside, "columns must be in [-1, ", p.count, ")");
 }
 
-// f(begin, end) over the rows; how they are cut changes no bit of the result.
-template <class F>
-void for_rows(const InfoNceParams& p, const F& f) {
-  const int64_t rows = p.batch * p.rows;
-  const double work = double(rows) * double(p.positives + 1) * double(p.width) * 2;
-  const int64_t workers = std::clamp<int64_t>(int64_t(work / kMinWork), 1, torch::stable::get_num_threads());
-  for_each_task(workers, workers, [&](int64_t, int64_t t) { f(t * rows / workers, (t + 1) * rows / workers); });
+// The weights of positives whose losses are divided by the number of rows, where the mean is over those that have a positive; none where all do.
+OptionalTensor weights_of_mean(const InfoNceParams& p, const Tensor& like) {
+  const int64_t rows = p.batch * p.rows, j = p.positives;
+  int64_t counted = 0;
+  for (int64_t i = 0; i < rows; ++i) counted += std::any_of(p.columns + i * j, p.columns + (i + 1) * j, [](int64_t c) { return c >= 0; });
+  if (counted == rows) return std::nullopt;
+  const double share = counted == 0 ? 0 : double(rows) / double(counted);
+  const Tensor weights = output(like, {p.batch, p.rows, j});
+  float* const out = floats_of(weights);
+  for (int64_t at = 0; at < rows * j; ++at) out[at] = float(share * (p.weights != nullptr ? double(p.weights[at]) : 1 / double(j)));
+  return weights;
 }
 
 // ---- few pairs ------------------------------------------------------------------------------------------------------
 
+// Whether the keys that rows leave out can be named by one label each: by their classes, or a row's one index.
+bool few_pairs_of(const SimilarityParams& p) {
+  const bool by_label = p.key_labels == nullptr ? p.key_indices <= 1 : p.key_indices == 0;
+  return by_label && p.bias == nullptr && p.limit == nullptr && p.valid == nullptr && kdfast::few_pairs(p.rows, p.columns, p.width);
+}
+
 // The losses of few_pairs with lse, lse_low and slopes, and from the same scores both gradients: pull, and the keys' for an upstream of 1 of
-// every loss.
-void kept_info_nce(const InfoNceParams& p, const Tensor& keys, int64_t precision, const InfoNceRows& r, float* lse, float* lse_low,
+// every loss, but for the positives among them.
+void kept_info_nce(const InfoNceParams& p, const SimilarityParams& bank, int64_t precision, const InfoNceRows& r, float* lse, float* lse_low,
                    float* keys_sums) {
   PairParams pairs{};
-  pairs.precision = precision_for_rows(precision_of(precision), std::min(p.rows, keys.size(1)), kPairRowsOnVectors);
-  pairs.batch = 1, pairs.rows = p.rows, pairs.columns = keys.size(1), pairs.width = p.width;
-  pairs.x = p.query, pairs.y = row_matrix("keys", keys, {1, pairs.columns, p.width});
+  pairs.precision = precision_for_rows(precision_of(precision), std::min(p.rows, bank.columns), kPairRowsOnVectors);
+  pairs.batch = 1, pairs.rows = p.rows, pairs.columns = bank.columns, pairs.width = p.width;
+  pairs.x = p.query, pairs.y = bank.keys;
   pairs.scale = p.scale;
+  pairs.x_labels = bank.query_labels, pairs.y_labels = bank.key_labels;
+  std::vector<int64_t> places(bank.key_indices > 0 ? bank.columns : 0);
+  if (bank.key_indices > 0) {
+    std::iota(places.begin(), places.end(), int64_t(0));
+    pairs.x_labels = bank.key_index, pairs.y_labels = places.data();
+  }
   const Tensor slopes = scratch(p.rows);
   float* const slope = floats_of(slopes);
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
@@ -94,13 +111,13 @@ void kept_info_nce(const InfoNceParams& p, const Tensor& keys, int64_t precision
 // ---- the ops --------------------------------------------------------------------------------------------------------
 
 // Losses or their mean, statistics, pull, and the keys' gradient for an upstream of 1 of every loss: where it is asked for, with pull,
-// and the pairs are few and none left out; else [0], and info_nce_grad forms it.
+// and these are few_pairs_of a bank; else [0], and info_nce_grad forms it.
 std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const Tensor& keys, const OptionalTensor& scale, const OptionalTensor& bias,
                                                     const OptionalTensor& query_labels, const OptionalTensor& key_labels,
                                                     const OptionalTensor& key_index, const OptionalTensor& limit, const OptionalTensor& valid,
                                                     const OptionalTensor& positive, const OptionalTensor& columns,
                                                     const OptionalTensor& weights, bool include_positive, bool mean, bool want_pull,
-                                                    int64_t precision, const OptionalTensor& panels, bool keep_keys, double factor) {
+                                                    int64_t precision, const OptionalTensor& panels, bool keep_keys, double factor, double smoothing) {
   STD_TORCH_CHECK(positive.has_value() != columns.has_value(), "positive or columns must be given, and not both");
   const Batch batch{query.dim() == 3};
   const Tensor q = batch.in(query), k = batch.in(keys), s = batch.scale(scale, factor, q);
@@ -119,28 +136,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const T
                                      : row_matrix("positive", *given, {p.batch, p.rows, p.positives, p.width});
   }
   p.weights = row_data<float>("weights", w, {p.batch, p.rows, p.positives});
+  const OptionalTensor reweighted = mean && chosen.has_value() ? weights_of_mean(p, query) : std::nullopt;
+  if (reweighted.has_value()) p.weights = data<float>(*reweighted);
 
   Tensor losses = batch.given ? output(query, {p.batch, p.rows}) : output(query, {p.rows});
-  const Tensor statistics = output(query, {2 + p.positives, p.batch, p.rows});
+  const Tensor statistics = output(query, {kStatistics + p.positives + (smoothing > 0 ? kSmoothed : 0), p.batch, p.rows});
   const Tensor pull = want_pull ? output(query, {p.batch, p.rows, p.width}) : output(query, {0});
-  const Statistics of(statistics, p.batch * p.rows);
+  const Statistics of(statistics, p.batch * p.rows, p.positives);
   float* const out = floats_of(losses);
-  const bool rules = bias.has_value() || query_labels.has_value() || key_index.has_value() || limit.has_value() || valid.has_value();
-  const bool keep = keep_keys && mean && want_pull && !batch.given && given.has_value() && !rules && kdfast::few_pairs(p.rows, k.size(1), p.width);
+  const OptionalTensor labels = batch.in(query_labels), of_keys = batch.in(key_labels), index = batch.in(key_index);
+  const OptionalTensor limits = batch.in(limit), prefix = batch.in(valid);
+  const SimilarityParams bank = parameters(q, k, s, b, labels, of_keys, index, limits, prefix, want_pull, precision);
+  const bool keep = keep_keys && mean && want_pull && !batch.given && few_pairs_of(bank);
   const Tensor kept = keep ? output(query, {1, k.size(1), p.width}) : output(query, {0});
   const InfoNceRows rows{0, p.batch * p.rows, include_positive, of.lse, of.lse_low, out, of.slopes, want_pull ? floats_of(pull) : nullptr};
   if (keep) {
-    kept_info_nce(p, k, precision, rows, of.lse, of.lse_low, floats_of(kept));
+    kept_info_nce(p, bank, precision, rows, of.lse, of.lse_low, floats_of(kept));
   } else {
-    const OptionalTensor labels = batch.in(query_labels), of_keys = batch.in(key_labels), index = batch.in(key_index);
-    const OptionalTensor limits = batch.in(limit), prefix = batch.in(valid);
-    kdfast::streaming_softmax(parameters(q, k, s, b, labels, of_keys, index, limits, prefix, want_pull, precision), panels, of.lse, of.lse_low,
-                              floats_of(pull));
+    kdfast::streaming_softmax(bank, panels, of.lse, of.lse_low, floats_of(pull));
     for_rows(p, [&](int64_t begin, int64_t end) {
       InfoNceRows part = rows;
       part.begin = begin, part.end = end;
       kdfast::cpu_kernels().info_nce_rows(p, part);
     });
+  }
+  if (smoothing > 0) smooth_rows(p, bank, smoothing, rows, of.of_lse, of.spread);
+  if (keep) {
+    const float one = 1;
+    InfoNceGradients d{};
+    d.g = &one, d.factor = 1, d.slopes = of.slopes, d.dcandidates = floats_of(kept);
+    if (smoothing > 0) smooth_bank(p, bank, d, of.spread, floats_of(kept), nullptr);
+    if (chosen.has_value()) kdfast::cpu_kernels().info_nce_grad_candidates(p, d);
   }
   if (mean) {
     const float value = mean_of(out, p.batch * p.rows);
@@ -159,14 +185,15 @@ struct Backward {
   OptionalTensor dquery, dscale, dpositive;
 
   Backward(const Tensor& upstream, const OptionalTensor& statistics, const Tensor& pulls, const Tensor& queries, const OptionalTensor& scales,
-           bool want_query, bool want_scale, bool want_positive, double factor)
+           bool want_query, bool want_scale, bool want_positive, double factor, bool smoothed)
       : batch{queries.dim() == 3}, query(batch.in(queries)), scale(batch.scale(scales, factor, query)),
         pull(pulls.dim() == 2 ? batch_of_one(pulls) : pulls), g(upstream.dim() == 0 ? upstream : batch.in(upstream)), p(rows_of(query, scale)) {
     if (statistics.has_value()) {
-      STD_TORCH_CHECK(statistics->dim() == 3 && statistics->size(0) >= 2, "statistics must have 3 dimensions, 2 rows or more");
-      p.positives = statistics->size(0) - 2;
-      packed<float>("statistics", *statistics, {2 + p.positives, p.batch, p.rows});
-      d.slopes = Statistics(*statistics, p.batch * p.rows).slopes;
+      const int64_t beside = kStatistics + (smoothed ? kSmoothed : 0);
+      STD_TORCH_CHECK(statistics->dim() == 3 && statistics->size(0) >= beside, "statistics must have 3 dimensions, ", beside, " rows or more");
+      p.positives = statistics->size(0) - beside;
+      packed<float>("statistics", *statistics, {beside + p.positives, p.batch, p.rows});
+      d.slopes = Statistics(*statistics, p.batch * p.rows, p.positives).slopes;
     }
     const bool mean = g.dim() == 0;
     d.g = mean ? packed<float>("g", g, {}) : packed<float>("g", g, {p.batch, p.rows});
@@ -199,8 +226,9 @@ std::vector<Tensor> those_wanted(std::initializer_list<const OptionalTensor*> gr
 
 // The gradients of query, scale and positive that are wanted. Without statistics there are no positives, and `pull` is all that pulls a query.
 std::vector<Tensor> info_nce_grad_rows(const Tensor& g, const OptionalTensor& statistics, const Tensor& pull, const Tensor& query,
-                                       const OptionalTensor& scale, bool want_query, bool want_scale, bool want_positive, double factor) {
-  const Backward back(g, statistics, pull, query, scale, want_query, want_scale, want_positive, factor);
+                                       const OptionalTensor& scale, bool want_query, bool want_scale, bool want_positive, double factor,
+                                       bool smoothed) {
+  const Backward back(g, statistics, pull, query, scale, want_query, want_scale, want_positive, factor, smoothed);
   back.run();
   return those_wanted({&back.dquery, &back.dscale, &back.dpositive});
 }
@@ -211,8 +239,8 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& statistics, con
                                   const OptionalTensor& key_labels, const OptionalTensor& key_index, const OptionalTensor& limit,
                                   const OptionalTensor& valid, const OptionalTensor& columns, bool want_query, bool want_keys,
                                   bool want_scale, bool want_bias, bool want_positive, int64_t precision,
-                                  const OptionalTensor& kept_keys, double factor) {
-  Backward back(g, statistics, pull, query, scale, want_query, want_scale, want_positive, factor);
+                                  const OptionalTensor& kept_keys, double factor, bool smoothed) {
+  Backward back(g, statistics, pull, query, scale, want_query, want_scale, want_positive, factor, smoothed);
   const Batch& batch = back.batch;
   InfoNceParams& p = back.p;
   InfoNceGradients& d = back.d;
@@ -225,25 +253,32 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& statistics, con
   back.run();
 
   if (kept && want_keys) {
-    STD_TORCH_CHECK(g.dim() == 0 && !want_bias && !columns.has_value(), "the gradient of keys is kept for the mean of losses without exclusions");
+    STD_TORCH_CHECK(g.dim() == 0 && !want_bias, "the gradient of keys is kept for the mean of losses without a bias");
     const float upstream = d.factor * *d.g;
     const float* const sums = packed<float>("kept_keys", *kept_keys, {1, keys.size(-2), p.width});
     float* const out = back.wanted(dkeys, true, {1, keys.size(-2), p.width});
     std::transform(sums, sums + kept_keys->numel(), out, [&](float x) { return upstream * x; });
   } else if (dlse.has_value()) {
+    const Statistics of(statistics, p.batch * p.rows, p.positives);
+    for (int64_t i = 0; i < p.batch * p.rows && smoothed; ++i) d.dlse[i] = d.factor * d.g[i * d.g_stride] * of.of_lse[i];
     const Tensor k = batch.in(keys), lse = torch::stable::select(statistics, 0, 0);
     const OptionalTensor none, lse_low = torch::stable::select(statistics, 0, 1);
+    const OptionalTensor b = batch.in(bias), labels = batch.in(query_labels), of_keys = batch.in(key_labels), index = batch.in(key_index);
+    const OptionalTensor limits = batch.in(limit), prefix = batch.in(valid);
     const auto [all_keys, all_bias, no_values] =
-        kdfast::similarity_grad_keys(*dlse, none, lse, lse_low, back.query, k, back.scale, batch.in(bias), none, batch.in(query_labels),
-                                     batch.in(key_labels), batch.in(key_index), batch.in(limit), batch.in(valid), want_keys, want_bias, false,
-                                     precision);
+        kdfast::similarity_grad_keys(*dlse, none, lse, lse_low, back.query, k, back.scale, b, none, labels, of_keys, index, limits, prefix,
+                                     want_keys, want_bias, false, precision);
     if (want_keys) dkeys = all_keys;
     if (want_bias) dbias = all_bias;
+    float *const to_keys = want_keys ? floats_of(all_keys) : nullptr, *const to_bias = want_bias ? floats_of(all_bias) : nullptr;
+    if (smoothed) {
+      const SimilarityParams bank = parameters(back.query, k, back.scale, b, labels, of_keys, index, limits, prefix, false, precision);
+      smooth_bank(p, bank, d, of.spread, to_keys, to_bias);
+    }
     if (columns.has_value()) {
       const Tensor chosen = batch.in(*columns);
       take_columns(p, chosen, k);
-      d.dcandidates = want_keys ? floats_of(all_keys) : nullptr;
-      d.dbias = want_bias ? floats_of(all_bias) : nullptr;
+      d.dcandidates = to_keys, d.dbias = to_bias;
       kdfast::cpu_kernels().info_nce_grad_candidates(p, d);
     }
   }
@@ -252,20 +287,23 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& statistics, con
   return those_wanted({&back.dquery, &dkeys, &back.dscale, &dbias, &back.dpositive});
 }
 
-// Of a plain call: matrices, one scale, nothing left out, the mean. What an op is given takes as long as some of its arithmetic.
-std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_mean(const Tensor& query, const Tensor& keys, const Tensor& positive, double factor, bool pull,
-                                                         bool keep_keys, int64_t precision) {
+// Of a plain call: matrices, one scale, the mean; at most the positives are named by `columns`, which nothing else leaves out. What an op is given
+// takes as long as some of its arithmetic.
+std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_mean(const Tensor& query, const Tensor& keys, const OptionalTensor& positive,
+                                                         const OptionalTensor& columns, double factor, bool pull, bool keep_keys, int64_t precision,
+                                                         double smoothing) {
   const OptionalTensor none;
-  return info_nce(query, keys, none, none, none, none, none, none, none, positive, none, none, true, true, pull, precision, none, keep_keys, factor);
+  return info_nce(query, keys, none, none, none, none, columns, none, none, positive, columns, none, true, true, pull, precision, none, keep_keys,
+                  factor, smoothing);
 }
 
 std::vector<Tensor> info_nce_mean_grad(const Tensor& g, const Tensor& statistics, const Tensor& pull, const Tensor& kept_keys,
-                                       const Tensor& query, const Tensor& keys, double factor, bool want_query, bool want_keys, bool want_scale,
-                                       bool want_positive, int64_t precision) {
+                                       const Tensor& query, const Tensor& keys, const OptionalTensor& columns, double factor, bool want_query,
+                                       bool want_keys, bool want_scale, bool want_positive, int64_t precision, bool smoothed) {
   const OptionalTensor none;
-  if (!want_keys) return info_nce_grad_rows(g, statistics, pull, query, none, want_query, want_scale, want_positive, factor);
-  return info_nce_grad(g, statistics, pull, query, keys, none, none, none, none, none, none, none, none, want_query, want_keys, want_scale, false,
-                       want_positive, precision, kept_keys, factor);
+  if (!want_keys) return info_nce_grad_rows(g, statistics, pull, query, none, want_query, want_scale, want_positive, factor, smoothed);
+  return info_nce_grad(g, statistics, pull, query, keys, none, none, none, none, columns, none, none, columns, want_query, want_keys, want_scale,
+                       false, want_positive, precision, kept_keys, factor, smoothed);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 
 With z+_ij the logit of positive j, x_ij = lse_i - z+_ij and weights w_ij: loss_i = sum_j w_ij log(1 + e^x_ij). Its slopes
 w_ij e^x_ij / (1 + e^x_ij), and what they pull the query by, come from the forward pass, so the backward is a product with the
-upstream gradient. csrc/cpu/similarity/info_nce.inl states the formulas.
+upstream gradient. csrc/cpu/similarity/info_nce.inl states the formulas, and bind_smoothing.h what label smoothing adds to them.
 """
 
 from functools import partial
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..._core import extension, impls
+from ..._core.reduction import reduce_rows
 from . import cpu, cuda, triton
 from .apply import streaming_softmax, transformed
 from .arguments import Problem, Spec, Tensors, row_parameter
@@ -21,6 +22,7 @@ from .autograd import _keep, _kept, _versions
 from .definition import SecondOrder
 from .passes import for_kernel
 from .positives import positive_logits
+from .score_sums import score_sums
 
 impls.register(
     "info_nce",
@@ -39,24 +41,26 @@ class Positives(NamedTuple):
     include: bool  # whether a positive is in its own denominator
 
 
-def info_nce_rows(p: Problem, positives: Positives, *, mean: bool = False) -> tuple[Tensor, Tensor | None]:
-    """(losses [*B, N] or, with `mean`, their mean; lse of the negatives [*B, N], without gradient, unless they include the positive).
+def info_nce_rows(p: Problem, positives: Positives, *, mean: bool = False, smoothing: float = 0.0) -> tuple[Tensor, Tensor | None]:
+    """(losses [*B, N] or, with `mean`, their mean over the rows that have a positive; lse of the negatives [*B, N], without gradient,
+    unless they include the positive).
 
-    The problem has neither a start nor values.
+    `smoothing`: this much of the target is spread evenly over the positive and the keys that are not left out. The problem has neither a
+    start nor values and, with smoothing, no limit.
     """
     spec, tensors = p
     rows, columns, weights, include = positives
     if spec.impl == "cpu" and not transformed() and (weights is None or not weights.requires_grad):
         query, keys, scale, bias, _, _, _, *rules = tensors
         pull = torch.is_grad_enabled() and (query.requires_grad or scale.requires_grad)
-        call = Call(spec, include, mean, pull, cpu.product_number(spec.compute.products, query))
+        call = Call(spec, include, mean, pull, cpu.product_number(spec.compute.products, query), smoothing=smoothing)
         out = InfoNceRows.apply(call, (columns, weights, *rules), query, keys, scale, bias, rows)
         return (out, None) if include else out
-    losses, lse = _composed(p, positives)
-    return losses.mean() if mean else losses, lse.detach()
+    losses, lse = _composed(p, positives, mean, smoothing)
+    return losses, lse.detach()
 
 
-def _composed(p: Problem, positives: Positives) -> tuple[Tensor, Tensor]:
+def _composed(p: Problem, positives: Positives, mean: bool, smoothing: float) -> tuple[Tensor, Tensor]:
     """The definition in PyTorch's operations, for any device and transform, and for derivatives of the second order."""
     spec, tensors = p
     rows, columns, weights, include = positives
@@ -68,11 +72,18 @@ def _composed(p: Problem, positives: Positives) -> tuple[Tensor, Tensor]:
         losses = F.softplus(gap, threshold=40)  # beyond 40, log(1 + e^gap) is gap in float64 too
     else:  # 0 for a row that will be dropped: the gradient of its weights would be 0 x inf
         losses = torch.where(lse[..., None] == -torch.inf, 0.0, gap)
+    if smoothing:
+        rules = {"query_labels": tensors.query_labels, "bank_labels": tensors.key_labels, "skip": tensors.key_index}
+        spread = score_sums(tensors.query, tensors.keys, tensors.scale, valid=tensors.valid, bias=tensors.bias, **rules)
+        losses = losses + smoothing * (logits - (logits + spread.other[..., None]) / (1 + spread.other_count[..., None]))
+    counted = None
     if columns is not None:
-        losses = torch.where(columns >= 0, losses, 0.0)
+        losses, counted = torch.where(columns >= 0, losses, 0.0), (columns >= 0).any(-1)
     if weights is not None:
-        return (losses * weights).sum(-1), lse
-    return losses.squeeze(-1) if losses.shape[-1] == 1 else losses.mean(-1), lse
+        losses = (losses * weights).sum(-1)
+    else:
+        losses = losses.squeeze(-1) if losses.shape[-1] == 1 else losses.mean(-1)
+    return reduce_rows(losses, counted=counted) if mean else losses, lse
 
 
 class Call(NamedTuple):
@@ -84,6 +95,7 @@ class Call(NamedTuple):
     pull: bool  # whether the gradient of query or scale will be asked for
     products: int
     factor: float = 1.0  # the scale of every row, where there is no tensor of them
+    smoothing: float = 0.0
 
 
 class InfoNceRows(Function):
@@ -94,12 +106,12 @@ class InfoNceRows(Function):
 
     @staticmethod
     def forward(ctx, call, rest, query, keys, scale, bias, positive):
-        spec, include, mean, pull, products, factor = call
+        spec, include, mean, pull, products, factor, smoothing = call
         columns, weights, *rules = rest
         tensors = _folded(spec, query, keys, scale, bias, *rules, positive, columns, weights)
         ctx.want = ctx.needs_input_grad[2:]
         _, want_keys, _, want_bias, _ = ctx.want
-        options = include, mean, pull, products, spec.compute.panels, want_keys and pull, factor
+        options = include, mean, pull, products, spec.compute.panels, want_keys and pull, factor, smoothing
         losses, statistics, pulls, dkeys = torch.ops.kdfast.info_nce(*tensors, *options)
         hold = not (want_keys or want_bias)
         bank = (keys, bias, *rest)
@@ -153,8 +165,8 @@ def _definition(call: Call, rest: tuple, query, keys, scale, bias, positive) -> 
     columns, weights, *rules = rest
     scale = row_parameter("scale", call.factor, query) if scale is None else scale
     tensors = Tensors(query, keys, scale, bias, None, None, None, *rules)
-    losses, _ = _composed(Problem(call.spec, tensors), Positives(positive, columns, weights, call.include))
-    return losses.mean() if call.mean else losses
+    losses, _ = _composed(Problem(call.spec, tensors), Positives(positive, columns, weights, call.include), call.mean, call.smoothing)
+    return losses
 
 
 def _gradients(
@@ -162,14 +174,14 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of <g, losses> in (query, keys, scale, bias, positive), None where not wanted."""
     want_query, want_keys, want_scale, want_bias, want_positive = want
-    batched = len(call.spec.rows) > 1
+    batched, smoothed = len(call.spec.rows) > 1, call.smoothing > 0
     g = call.spec.per_row(g).contiguous() if batched and not call.mean else g
     if want_keys or want_bias or batched:
         tensors = _folded(call.spec, query, keys, scale, bias, *rules, columns)
-        found = torch.ops.kdfast.info_nce_grad(g, statistics, pulls, *tensors, *want, call.products, dkeys, call.factor)
+        found = torch.ops.kdfast.info_nce_grad(g, statistics, pulls, *tensors, *want, call.products, dkeys, call.factor, smoothed)
     else:  # nothing of the bank
         of_rows = want_query, want_scale, want_positive
-        found = torch.ops.kdfast.info_nce_grad_rows(g, statistics, pulls, query, scale, *of_rows, call.factor)
+        found = torch.ops.kdfast.info_nce_grad_rows(g, statistics, pulls, query, scale, *of_rows, call.factor, smoothed)
     found = iter(found)
     inputs = (query, keys, scale, bias, positive)
     return tuple([_like(next(found), x) if wanted else None for x, wanted in zip(inputs, want, strict=True)])
@@ -191,34 +203,40 @@ def _like(grad: Tensor, x: Tensor) -> Tensor:
     return grad if grad.dtype == x.dtype else grad.to(x.dtype)
 
 
+def _beside(smoothed: bool) -> int:
+    """Statistics of a row beside those of its positives."""
+    return 4 if smoothed else 2
+
+
 def fake(
     query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, positive, columns, weights, include, mean, pull, products,
-    panels=None, keep_keys=False, factor=1.0,
+    panels=None, keep_keys=False, factor=1.0, smoothing=0.0,
 ):  # fmt: skip
     made = partial(query.new_empty, dtype=torch.float32)
     batch = query.shape[:-1] if query.dim() == 3 else (1, *query.shape[:-1])
     copies = columns.shape[-1] if positive is None else 1 if positive.dim() == query.dim() else positive.shape[-2]
-    statistics, pulls = made((2 + copies, *batch)), made((*batch, query.shape[-1]) if pull else (0,))
-    alone = query.dim() == 2 and positive is not None and all(x is None for x in (bias, query_labels, key_index, limit, valid))
-    kept = keep_keys and mean and pull and alone and extension.load("_C")[0].few_pairs(len(query), *keys.shape)
+    statistics, pulls = made((_beside(smoothing > 0) + copies, *batch)), made((*batch, query.shape[-1]) if pull else (0,))
+    indices = 0 if key_index is None else key_index.shape[-1]
+    named = bias is limit is valid is None and (indices <= 1 if query_labels is None else indices == 0)
+    kept = keep_keys and mean and pull and query.dim() == 2 and named and extension.load("_C")[0].few_pairs(len(query), *keys.shape)
     return made(() if mean else query.shape[:-1]), statistics, pulls, made((1, *keys.shape) if kept else (0,))
 
 
 def _info_nce_grad_fake(
     g, statistics, pull, query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, columns,
-    want_query, want_keys, want_scale, want_bias, want_positive, products, kept_keys=None, factor=1.0,
+    want_query, want_keys, want_scale, want_bias, want_positive, products, kept_keys=None, factor=1.0, smoothed=False,
 ):  # fmt: skip
     copies, *lead = statistics.shape
     width = query.shape[-1]
     bank = (lead[0], keys.shape[-2])
-    shapes = ((*lead, width), (*bank, width), lead, bank, (*lead, copies - 2, width))
+    shapes = ((*lead, width), (*bank, width), lead, bank, (*lead, copies - _beside(smoothed), width))
     want = (want_query, want_keys, want_scale, want_bias, want_positive)
     return [statistics.new_empty(shape[query.dim() == 2 :]) for shape, wanted in zip(shapes, want, strict=True) if wanted]
 
 
-def _grad_rows_fake(g, statistics, pull, query, scale, want_query, want_scale, want_positive, factor=1.0):
+def _grad_rows_fake(g, statistics, pull, query, scale, want_query, want_scale, want_positive, factor=1.0, smoothed=False):
     *rows, width = query.shape
-    copies = 0 if statistics is None else len(statistics) - 2
+    copies = 0 if statistics is None else len(statistics) - _beside(smoothed)
     shapes = ((*rows, width), rows, (*rows, copies, width))
     wanted = (want_query, want_scale, want_positive)
     return [query.new_empty(shape, dtype=torch.float32) for shape, want in zip(shapes, wanted, strict=True) if want]

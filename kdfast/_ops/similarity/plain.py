@@ -20,28 +20,45 @@ _TYPES = (Tensor, torch.nn.Parameter)
 _PRODUCTS = {torch.float32: "ieee", torch.float16: "ieee", torch.bfloat16: "bf16"}
 
 
-def info_nce_mean(query: Tensor, positive: Tensor, bank, temperature: float | Tensor) -> Tensor | None:
-    """The mean InfoNCE loss of query and positive [N, D] against the rows [M, D] of a bank; None: against each other's positives."""
+def info_nce_mean(
+    query: Tensor, positive: Tensor | None, bank, temperature: float | Tensor, targets: Tensor | None, smoothing: float
+) -> Tensor | None:
+    """The mean InfoNCE loss of query and positive [N, D] against the rows [M, D] of a bank; None: against each other's positives.
+
+    targets: int64 [N], the positives' rows of the bank, in place of positive.
+    """
     keys = positive if bank is None else _rows(bank)
-    if not (_plain(query, positive, keys) and positive.shape == query.shape and keys.shape[1] == query.shape[1]):
+    if targets is None:
+        whole = _plain(query, positive, keys) and positive.shape == query.shape
+    else:
+        whole = positive is None and _plain(query, keys) and _whole_index(targets, len(query))
+    if not (whole and keys.shape[1] == query.shape[1] and 0 <= smoothing < 1):
         return None
     number = _number(temperature)
     if not _usual(number):
         return None
     if bank is None:
+        if smoothing:
+            return None
         scale = 1.0 / number if number is temperature else temperature.reciprocal()
         call = matching.Call(None, True, torch.is_grad_enabled(), None, None, cpu.KERNELS, cpu.product_number(None, query), True)
         return matching.fused_losses(call, query, positive, scale, None)
     learnt = None if number is temperature else temperature
     pull = torch.is_grad_enabled() and (query.requires_grad or (learnt is not None and learnt.requires_grad))
-    return InfoNceMean.apply(_info_nce_call(len(query), query.dtype, pull, 1.0 / number), query, keys, positive, learnt)
+    call = _info_nce_call(len(query), query.dtype, pull, 1.0 / number, smoothing)
+    if targets is None:
+        return InfoNceMean.apply(call, query, keys, positive, learnt, None)
+    try:
+        return InfoNceMean.apply(call, query, keys, None, learnt, targets.unsqueeze(1))
+    except RuntimeError:  # the op has looked at the targets, where they may point
+        return None
 
 
 @functools.lru_cache
-def _info_nce_call(count: int, dtype: torch.dtype, pull: bool, scale: float) -> info_nce.Call:
+def _info_nce_call(count: int, dtype: torch.dtype, pull: bool, scale: float, smoothing: float) -> info_nce.Call:
     products = _PRODUCTS[dtype]
     spec = Spec("cpu", Compute(dtype, products), torch.Size((count,)), (1, count))
-    return info_nce.Call(spec, True, True, pull, cpu.KERNELS.products[products], scale)
+    return info_nce.Call(spec, True, True, pull, cpu.KERNELS.products[products], scale, smoothing)
 
 
 def distillation_mean(
@@ -121,6 +138,10 @@ def _plain(*matrices: Tensor) -> bool:
     if transformed() or impls.forward_mode() or torch.is_autocast_enabled("cpu"):
         return False
     return all([type(x) in _TYPES and x.dtype == dtype and _dense_matrix(x) for x in matrices])
+
+
+def _whole_index(x, count: int) -> bool:
+    return type(x) is Tensor and x.is_cpu and x.layout == torch.strided and x.dtype == torch.int64 and x.shape == (count,)
 
 
 def _dense_matrix(x: Tensor) -> bool:

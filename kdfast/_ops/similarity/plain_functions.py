@@ -12,19 +12,23 @@ from .autograd import _versions
 from .info_nce import _like
 from .positives import dot
 
-_NO_RULES = (None,) * 5  # query_labels, key_labels, key_index, limit, valid
-
 
 class InfoNceMean(Function):
-    """The mean InfoNCE loss of query and positive [N, D] against keys [M, D]; `temperature`, a tensor or None, has the call's factor."""
+    """The mean InfoNCE loss of query and positive [N, D] against keys [M, D]; `temperature`, a tensor or None, has the call's factor.
+
+    columns: int64 [N, 1], the positives among the keys, where they are given no other way.
+    """
 
     @staticmethod
-    def forward(ctx, call, query, keys, positive, temperature):
-        _, want_query, want_keys, want_positive, want_scale = ctx.needs_input_grad
-        loss, *kept = torch.ops.kdfast.info_nce_mean(query, keys, positive, call.factor, call.pull, want_keys and call.pull, call.products)
+    def forward(ctx, call, query, keys, positive, temperature, columns):
+        _, want_query, want_keys, want_positive, want_scale, _ = ctx.needs_input_grad
+        loss, *kept = torch.ops.kdfast.info_nce_mean(
+            query, keys, positive, columns, call.factor, call.pull, want_keys and call.pull, call.products, call.smoothing
+        )
         ctx.call, ctx.want = call, (want_query, want_keys, want_scale, False, want_positive)
-        ctx.held = None if want_keys else (keys, _versions((keys,)))
-        ctx.save_for_backward(*kept, query, positive, temperature, *((keys,) if want_keys else ()))
+        bank = keys, columns
+        ctx.held = None if want_keys else (*bank, _versions((*bank, columns)))  # which are an index to leave out too
+        ctx.save_for_backward(*kept, query, positive, temperature, *(bank if want_keys else ()))
         return loss
 
     @staticmethod
@@ -32,15 +36,28 @@ class InfoNceMean(Function):
         call, want = ctx.call, ctx.want
         want_query, want_keys, want_scale, _, want_positive = want
         statistics, pulls, dkeys, query, positive, temperature, *bank = ctx.saved_tensors
-        keys, versions = (*bank, None) if want_keys else ctx.held
+        keys, columns, versions = (*bank, None) if want_keys else ctx.held
         if torch.is_grad_enabled():
             scale = None if temperature is None else _rows_of(temperature, query)
-            bank = keys, None, None, None, *_NO_RULES
+            bank = keys, None, columns, None, None, None, columns, None, None  # bias, columns, weights, and the rules
             grads = info_nce.Gradients.apply(call, want, versions, g, statistics, pulls, dkeys, query, scale, positive, *bank)
-            return None, grads[0], grads[1], grads[4], _through_inverse(grads[2], temperature) if want_scale else None
+            return None, grads[0], grads[1], grads[4], _through_inverse(grads[2], temperature) if want_scale else None, None
         found = iter(
             torch.ops.kdfast.info_nce_mean_grad(
-                g, statistics, pulls, dkeys, query, keys, call.factor, want_query, want_keys, want_scale, want_positive, call.products
+                g,
+                statistics,
+                pulls,
+                dkeys,
+                query,
+                keys,
+                columns,
+                call.factor,
+                want_query,
+                want_keys,
+                want_scale,
+                want_positive,
+                call.products,
+                call.smoothing > 0,
             )
         )
         dquery, dkeys, dscale, dpositive = (
@@ -52,6 +69,7 @@ class InfoNceMean(Function):
             _like(dkeys, keys) if want_keys else None,
             _like(dpositive, positive) if want_positive else None,
             _through_inverse(dscale, temperature) if want_scale else None,
+            None,
         )
 
 
@@ -128,12 +146,14 @@ def _through_inverse(dscale: Tensor, temperature: Tensor) -> Tensor:
     return -dscale.sum() * (inverse * inverse)
 
 
-def _info_nce_mean_fake(query, keys, positive, factor, pull, keep_keys, products):
-    return info_nce.fake(query, keys, None, None, *_NO_RULES, positive, None, None, True, True, pull, products, None, keep_keys, factor)
+def _info_nce_mean_fake(query, keys, positive, columns, factor, pull, keep_keys, products, smoothing):
+    rules = None, None, columns, None, None  # query_labels, key_labels, key_index, limit, valid
+    options = True, True, pull, products, None, keep_keys, factor, smoothing
+    return info_nce.fake(query, keys, None, None, *rules, positive, columns, None, *options)
 
 
 def _info_nce_mean_grad_fake(
-    g, statistics, pull, kept_keys, query, keys, factor, want_query, want_keys, want_scale, want_positive, products
+    g, statistics, pull, kept_keys, query, keys, columns, factor, want_query, want_keys, want_scale, want_positive, products, smoothed
 ):
     count, width = query.shape
     shapes = ((want_query, query.shape), (want_keys, keys.shape), (want_scale, (count,)), (want_positive, (count, 1, width)))

@@ -11,6 +11,13 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     return (x.to(wide) * y.to(wide)).sum(-1)
 
 
+def per_row(scale: float | Tensor, trailing: int = 0) -> float | Tensor:
+    """`scale` (float, 0-d or [*B, N]) made to broadcast against [*B, N] followed by `trailing` dimensions."""
+    if not isinstance(scale, Tensor) or scale.dim() == 0:
+        return scale
+    return scale[(..., *(None,) * trailing)]
+
+
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:
     """rows[index] for shared rows [M, D] or batched rows [*B, M, D]; index [*B, N] -> [*B, N, D]."""
     if rows.dim() == 2:
@@ -45,7 +52,7 @@ def positive_logits(
     if positive.dim() == query.dim():
         positive = positive.unsqueeze(-2)
     inner = dot(query.unsqueeze(-2), positive)
-    logits = inner * (scale[..., None] if isinstance(scale, Tensor) and scale.dim() else scale)
+    logits = inner * per_row(scale, trailing=1)
     if columns is not None and bias is not None:
         logits = logits + take(bias, columns.clamp(min=0).flatten(-2)).unflatten(-1, columns.shape[-2:])
     return inner, logits
