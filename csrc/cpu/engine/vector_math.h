@@ -1,7 +1,8 @@
 // Beside simd.h, for floats and doubles alike: exp2 of any argument, log2, sums of lanes; vectors of doubles.
 //
-// exp2 is p(t - floor(t)) scaled by 2^floor(t), p(0) = 1 exactly: AVX-512 has an instruction for each of the two steps. They, and
-// products, are slow where results are denormal: kernels run with those flushed to zero (FlushDenormals).
+// exp2 is p(t - floor(t)) scaled by 2^floor(t), p(0) = 1 exactly. AVX-512 has an instruction for each of the two steps, and one that looks up 2^(i/32),
+// which leaves p a remainder below 1/32 and a low degree. They, and products, are slow where results are denormal: kernels run with those
+// flushed to zero (FlushDenormals).
 #pragma once
 
 #include "engine/simd.h"
@@ -80,14 +81,44 @@ inline void store_count(Real* p, VecOf<Real> x, int64_t count) {
 
 #if KDFAST_LANES == 16
 
-inline Vec fraction(Vec t) { return (Vec)_mm512_reduce_ps((__m512)t, 0x09); }  // t - floor(t); 0 for infinities
-inline DoubleVec fraction(DoubleVec t) { return (DoubleVec)_mm512_reduce_pd((__m512d)t, 0x09); }
+// 2^(i/32), and 2^(i/16). Eight of the floats are those above the nearest: with them and the polynomial the largest error is least.
+alignas(64) constexpr float kPowers[32] = {
+    0x1p+0f,        0x1.059b0ep+0f, 0x1.0b5588p+0f, 0x1.11301ep+0f, 0x1.172b84p+0f, 0x1.1d4874p+0f, 0x1.2387a8p+0f, 0x1.29e9ep+0f,
+    0x1.306fe2p+0f, 0x1.371a74p+0f, 0x1.3dea66p+0f, 0x1.44e086p+0f, 0x1.4bfdaep+0f, 0x1.5342b6p+0f, 0x1.5ab07ep+0f, 0x1.6247ecp+0f,
+    0x1.6a09e8p+0f, 0x1.71f76p+0f,  0x1.7a1148p+0f, 0x1.82589ap+0f, 0x1.8ace54p+0f, 0x1.93737cp+0f, 0x1.9c491ap+0f, 0x1.a5503cp+0f,
+    0x1.ae89fap+0f, 0x1.b7f77p+0f,  0x1.c199bep+0f, 0x1.cb720ep+0f, 0x1.d5818ep+0f, 0x1.dfc974p+0f, 0x1.ea4afcp+0f, 0x1.f50766p+0f};
+alignas(64) constexpr double kDoublePowers[16] = {0x1p+0,               0x1.0b5586cf9890fp+0, 0x1.172b83c7d517bp+0, 0x1.2387a6e756238p+0,
+                                                  0x1.306fe0a31b715p+0, 0x1.3dea64c123422p+0, 0x1.4bfdad5362a27p+0, 0x1.5ab07dd485429p+0,
+                                                  0x1.6a09e667f3bcdp+0, 0x1.7a11473eb0187p+0, 0x1.8ace5422aa0dbp+0, 0x1.9c49182a3f09p+0,
+                                                  0x1.ae89f995ad3adp+0, 0x1.c199bdd85529cp+0, 0x1.d5818dcfba487p+0, 0x1.ea4afa2a490dap+0};
+
+// What the table has for t: a sum whose unit is 1/32 (1/16), rounded down, ends in the index.
+inline Vec table_power(Vec t) {
+  const __m512 sum = _mm512_add_round_ps((__m512)t, (__m512)splat(0x1.8p18f), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  return (Vec)_mm512_permutex2var_ps(_mm512_load_ps(kPowers), (__m512i)sum, _mm512_load_ps(kPowers + 16));
+}
+inline DoubleVec table_power(DoubleVec t) {
+  const __m512d sum = _mm512_add_round_pd((__m512d)t, (__m512d)splat(0x1.8p48), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  return (DoubleVec)_mm512_permutex2var_pd(_mm512_load_pd(kDoublePowers), (__m512i)sum, _mm512_load_pd(kDoublePowers + 8));
+}
+
+// What is left: t less a multiple of 1/32 (1/16), not negative; 0 for infinities.
+inline Vec remainder(Vec t) { return (Vec)_mm512_reduce_ps((__m512)t, 0x59); }
+inline DoubleVec remainder(DoubleVec t) { return (DoubleVec)_mm512_reduce_pd((__m512d)t, 0x49); }
+
+// (2^f - 1) / f of a remainder
+inline Vec rise(Vec f) { return multiply_add(f, splat(0x1.f130c4p-3f), splat(0x1.62e088p-1f)); }
+inline DoubleVec rise(DoubleVec f) {
+  DoubleVec q = multiply_add(f, splat(0x1.4a038641bdb8cp-13), splat(0x1.5d7518cb71143p-10));
+  q = multiply_add(q, f, splat(0x1.3b2ad01947922p-7));
+  q = multiply_add(q, f, splat(0x1.c6b08d4e940f0p-5));
+  q = multiply_add(q, f, splat(0x1.ebfbdff84120ep-3));
+  return multiply_add(q, f, splat(0x1.62e42fefa39abp-1));
+}
+
 inline Vec times_power(Vec p, Vec t) { return (Vec)_mm512_scalef_ps((__m512)p, (__m512)t); }
 inline DoubleVec times_power(DoubleVec p, DoubleVec t) { return (DoubleVec)_mm512_scalef_pd((__m512d)p, (__m512d)t); }
-template <class V>
-inline V bounded(V t) {
-  return t;
-}
+
 // To an aligned address, without reading the line into the caches; store_fence() before others look there.
 inline void store_far(float* p, Vec x) { _mm512_stream_ps(p, (__m512)x); }
 inline void store_far(double* p, DoubleVec x) { _mm512_stream_pd(p, (__m512d)x); }
@@ -129,6 +160,24 @@ inline V times_power(V p, V t) {
   using W = Wide<RealOf<V>>;
   return p * (V)((typename W::Integers)shifted(t) << W::kMantissa);
 }
+inline Vec power_of_fraction(Vec f) {
+  Vec p = multiply_add(f, splat(0x1.e974f8p-10f), splat(0x1.277856p-7f));
+  p = multiply_add(p, f, splat(0x1.c91ce6p-5f));
+  p = multiply_add(p, f, splat(0x1.ebdb56p-3f));
+  p = multiply_add(p, f, splat(0x1.62e4bap-1f));
+  return multiply_add(p, f, splat(1.0f));
+}
+
+inline DoubleVec power_of_fraction(DoubleVec f) {
+  constexpr double kCoefficients[] = {0x1.509edf2ecfdf8p-31, 0x1.c7ea67ee59ebfp-28, 0x1.b7a2459dca29cp-24, 0x1.629e703ac7f08p-20,
+                                      0x1.ffce434c232f0p-17, 0x1.4309065c8357ap-13, 0x1.5d87fecf83f7bp-10, 0x1.3b2ab6fa48563p-7,
+                                      0x1.c6b08d704fa4fp-5,  0x1.ebfbdff82c4ffp-3,  0x1.62e42fefa39efp-1,  1.0};
+  DoubleVec p = splat(kCoefficients[0]);
+#pragma GCC unroll 12
+  for (int i = 1; i < 12; ++i) p = multiply_add(p, f, splat(kCoefficients[i]));
+  return p;
+}
+
 template <class Real, class V>
 inline void store_far(Real* p, V x) {
   store(p, x);
@@ -181,29 +230,16 @@ inline void sum_lanes_of(const VecOf<Real>* x, int64_t count, Real* sums) {
   for (int64_t i = 0; i < count; ++i) sums[i] = sum_lanes(x[i]);
 }
 
-inline Vec power_of_fraction(Vec f) {
-  Vec p = multiply_add(f, splat(0x1.e974f8p-10f), splat(0x1.277856p-7f));
-  p = multiply_add(p, f, splat(0x1.c91ce6p-5f));
-  p = multiply_add(p, f, splat(0x1.ebdb56p-3f));
-  p = multiply_add(p, f, splat(0x1.62e4bap-1f));
-  return multiply_add(p, f, splat(1.0f));
-}
-
-inline DoubleVec power_of_fraction(DoubleVec f) {
-  constexpr double kCoefficients[] = {0x1.509edf2ecfdf8p-31, 0x1.c7ea67ee59ebfp-28, 0x1.b7a2459dca29cp-24, 0x1.629e703ac7f08p-20,
-                                      0x1.ffce434c232f0p-17, 0x1.4309065c8357ap-13, 0x1.5d87fecf83f7bp-10, 0x1.3b2ab6fa48563p-7,
-                                      0x1.c6b08d704fa4fp-5,  0x1.ebfbdff82c4ffp-3,  0x1.62e42fefa39efp-1,  1.0};
-  DoubleVec p = splat(kCoefficients[0]);
-#pragma GCC unroll 12
-  for (int i = 1; i < 12; ++i) p = multiply_add(p, f, splat(kCoefficients[i]));
-  return p;
-}
-
 // 2^t for any t, relative error below 1.5e-7 (float) or 3e-16; 0 for t < -126 (-1022), infinity where it overflows, NaN for NaN.
 template <class V>
 inline V exp2(V t) {
+#if KDFAST_LANES == 16
+  const V f = remainder(t), power = table_power(t);
+  return times_power(multiply_add(rise(f), f * power, power), t);
+#else
   t = bounded(t);
   return times_power(power_of_fraction(fraction(t)), t);
+#endif
 }
 
 // log2 x for normal x > 0, within an ulp or two of max(1, |log2 x|); x = 2^e m, m in [3/4, 3/2), and with z = (m - 1)/(m + 1)

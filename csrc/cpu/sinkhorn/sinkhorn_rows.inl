@@ -108,14 +108,17 @@ inline void weigh_costs(const CostRows<Real, T>& rows, const Real* u, const Real
     sum[r][0] = sum[r][1] = VecOf<Real>{};
     shift[r] = splat(u[r]), weight[r] = splat(kAdd ? old.weight[r] : Real(0));
   }
-  each_vector<Real, 2>(rows.m, [&](int64_t j, int lane, int64_t count) {
+  each_vector<Real, 2>(rows.m, [&](int64_t j, int lane, int64_t count) __attribute__((always_inline)) {
     const VecOf<Real> share = load(b + j);
-    VecOf<Real> column = kAdd ? load(old.columns + j) : VecOf<Real>{};
+    VecOf<Real> column = kAdd ? load(old.columns + j) : VecOf<Real>{}, t[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) t[r] = rows.at(r, j, count, shift[r]);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows && kAdd; ++r) column = multiply_add(load(old.e + kRows * j + r * kWidth<Real>), weight[r], column);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      if constexpr (kAdd) column = multiply_add(load(old.e + kRows * j + r * kWidth<Real>), weight[r], column);
       if constexpr (kFetch) __builtin_prefetch(next.c + r * next.stride + j);
-      const VecOf<Real> x = exp2(rows.at(r, j, count, shift[r]));
+      const VecOf<Real> x = exp2(t[r]);
       store(e + kRows * j + r * kWidth<Real>, x);
       sum[r][lane] = multiply_add(x, share, sum[r][lane]);
     }
