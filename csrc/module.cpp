@@ -85,6 +85,8 @@ PYBIND11_MODULE(_C, m) {
       "Use this instruction set from now on; None: the best. RuntimeError if it is unknown or not on this machine.");
   m.def("few_pairs", &kdfast::few_pairs, py::arg("rows"), py::arg("columns"), py::arg("width"),
         "Whether so few scores are kept from a loss to its gradient.");
+  m.def("few_distilled_pairs", &kdfast::few_distilled_pairs, py::arg("rows"), py::arg("columns"), py::arg("width"), py::arg("teacher_width"),
+        "The same of the scores of a student and a teacher.");
   m.def("build_info", &build_info, "{'compiler', 'flags', 'cxx'}");
   m.def("release_scratch", &kdfast::release_scratch,
         "Gives the scratch that calls keep for the next one (at most 64 MiB) back to the system; returns its bytes.");

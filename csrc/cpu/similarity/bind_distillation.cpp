@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "similarity/bind_similarity.h"
+#include "similarity/bind_pairs.h"
 
 namespace {
 
@@ -96,11 +96,25 @@ void run(const DistillationParams& p) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> similarity_distillation(
+// few_distilled_pairs, whose valid columns are `columns`.
+void run_kept(DistillationParams p, int64_t columns, int64_t precision) {
+  for (SimilarityParams* side : {&p.student, &p.teacher}) {
+    side->columns = columns;
+    side->precision = precision_for_rows(precision_of(precision), std::min(side->rows, columns), kPairRowsOnVectors);
+  }
+  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
+  const Workspace<float> workspace = product_workspace(kernels.kept_distillation_workspace(p));
+  kernels.kept_distillation(p, workspace.data());
+  leave_vectors();
+}
+
+// Losses or their mean, difference, log_sums, and the keys' gradient for an upstream of 1 of every loss: where it is asked for, with the mean,
+// and the pairs are few; else [0], and similarity_distillation_grad_keys forms it.
+std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distillation(
     const Tensor& student, const Tensor& keys, const Tensor& teacher, const Tensor& teacher_keys, const OptionalTensor& scale,
     const OptionalTensor& teacher_scale, const OptionalTensor& bias, const OptionalTensor& start_logit, const OptionalTensor& teacher_start_logit,
-    const OptionalTensor& key_index, const OptionalTensor& valid, int64_t precision, bool kl, bool mean, double factor,
-    double teacher_factor) {
+    const OptionalTensor& key_index, const OptionalTensor& valid, int64_t precision, bool kl, bool mean, bool keep_keys,
+    double factor, double teacher_factor) {
   const Tensor s = scale_of(scale, factor, student), t = scale_of(teacher_scale, teacher_factor, teacher);
   DistillationParams p = parameters(student, keys, teacher, teacher_keys, s, t, bias, key_index, valid, precision);
   STD_TORCH_CHECK(start_logit.has_value() == teacher_start_logit.has_value(), "start_logit and teacher_start_logit come together");
@@ -111,11 +125,22 @@ std::tuple<Tensor, Tensor, Tensor> similarity_distillation(
   const auto made = [&](const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); };
   const Tensor loss = output(student, {rows}), difference = output(student, {rows, p.student.width}), log_sums = output(student, {5, rows});
   p.kl = kl, p.loss = made(loss), p.difference = made(difference), p.log_sums = made(log_sums);
-  if (rows > 0) run(p);
-  if (!mean) return {loss, difference, log_sums};
+  const int64_t count = p.student.columns, columns = valid_columns(p.student, 0), width = p.student.width;
+  const bool few = mean && kdfast::few_distilled_pairs(rows, count, width, p.teacher.width);
+  const Tensor dkeys = few && keep_keys ? output(keys, {count, width}) : output(keys, {0});
+  if (few && keep_keys) {
+    p.dkeys = made(dkeys);
+    std::fill(p.dkeys + columns * width, p.dkeys + count * width, 0.0f);
+  }
+  if (few && columns > 0) {
+    run_kept(p, columns, precision);
+  } else if (rows > 0) {
+    run(p);
+  }
+  if (!mean) return {loss, difference, log_sums, dkeys};
   const Tensor value = output(student, {});
   *floats_of(value) = mean_of(p.loss, rows);
-  return {value, difference, log_sums};
+  return {value, difference, log_sums, dkeys};
 }
 
 // g: of every loss, or of their mean. Keys are cut among threads, each of whose sums belong to one thread: no merge, and the same bits for any

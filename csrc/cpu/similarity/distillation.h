@@ -1,6 +1,7 @@
 // What the distillation kernels are given: plain pointers, 64-bit sizes, no torch.
 #pragma once
 
+#include "similarity/pairs.h"
 #include "similarity/similarity.h"
 
 namespace kdfast {
@@ -14,7 +15,14 @@ struct DistillationParams {
   float* loss;        // [rows]
   float* difference;  // [rows, width]: sum_j (p^S_ij - p^T_ij) k^S_j
   float* log_sums;    // [5, rows]: lse of the student, the digits it has no room for, the same of the teacher; p^S - p^T of the start
+  float* dkeys;       // [columns, width]: for kept_distillation alone; null: not wanted
 };
+
+// Pairs whose scores are kept from the mean of the losses to the gradients: few_pairs on both sides. Fewer rows or keys yet are multiplied
+// where they lie.
+inline bool few_distilled_pairs(int64_t rows, int64_t columns, int64_t width, int64_t teacher_width) {
+  return rows > 8 && columns > 16 && few_pairs(rows, columns, width) && few_pairs(rows, columns, teacher_width);
+}
 
 // A rectangle, computed by one thread. finish: it spans every column, and the call's outputs are written. Otherwise `statistics` and
 // `pooled` are, for distillation_merge.
@@ -53,6 +61,8 @@ struct DistillationKernels {
   void (*distillation_merge)(const DistillationParams&, const DistillationMerge&);
   int64_t (*distillation_grad_workspace)(const DistillationParams&, int64_t keys);  // floats, for tasks up to this size
   void (*distillation_grad)(const DistillationParams&, const DistillationGradTask&, float* workspace);
+  int64_t (*kept_distillation_workspace)(const DistillationParams&);
+  void (*kept_distillation)(const DistillationParams&, float* workspace);  // of few_distilled_pairs: all of the call
 };
 
 }  // namespace kdfast

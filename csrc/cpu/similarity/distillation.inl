@@ -21,99 +21,15 @@ using kdfast::DistillationParams;
 using kdfast::DistillationTask;
 using kdfast::kDistillationStatistics;
 
-// What is kept of the student's rows, or of the teacher's.
-struct Side {
-  Rows rows;
-  Sums pooled;
-  RunningSoftmax softmax;
+// ---- rows of both sides -----------------------------------------------------------------------------------------------
 
-  template <class Product>
-  void plan(Product product, int64_t row_count, int64_t width, int64_t pooled_width, Arena& arena) {
-    rows.plan(product, row_count, width, arena);
-    pooled.plan(row_count, pooled_width, arena);
-    softmax.plan(row_count, arena);
-  }
-
-  // Row i is row `at` of the call, or only fills the last tile.
-  template <class Product>
-  bool begin_row(Product, const SimilarityParams& p, int64_t i, int64_t at, bool exists, bool start) const {
-    const float scale = exists ? p.scale[at] : 0;
-    softmax.begin(i, scale);
-    __builtin_memset(pooled.at(i), 0, size_t(4 * pooled.stride));
-    if (exists && start) softmax.start(i, p.start_logit[at]);
-    if (exists) return Packing<Product>::pack_row(p.query, at, p.width, scale < 0, rows.at(i));
-    __builtin_memset(rows.at(i), 0, size_t(4 * rows.stride));
-    return true;
-  }
-};
-
-// Rows whose scores on the student's side are kept until the teacher's come: enough that one side's panels stay in L2 meanwhile.
-template <class Product>
-constexpr int64_t kKeptRows = Product::kRowChunk < 96 ? 96 : Product::kRowChunk;
-
-struct DistillationWorkspace {
-  int64_t rows, block;
-  bool one_bank;
-  Side student, teacher;
-  Streamed keys, teacher_keys = {};
-  Tile student_scores, tile;  // weights of both sides are made in `tile`
-  RowLevel* levels;           // of student_scores
-  ColumnTerms terms;
-  float* excess;  // [rows][kLanes]: sum of the teacher's weights times the exponents of the student's, less their own for KL
-
-  template <class Product>
-  DistillationWorkspace(Product product, const DistillationParams& p, int64_t row_count, int64_t columns, Arena& arena) {
-    const int64_t width = p.student.width, teacher_width = p.teacher.width;
-    rows = rows_at_once<Product>((3 * width + teacher_width) / 2, row_count);  // beside q and its sum: u and another sum
-    block = block_columns<Product>(columns, p.student.width);
-    one_bank = p.teacher.keys.data == p.student.keys.data && p.teacher.keys.type == p.student.keys.type && width == teacher_width;
-    student.plan(product, rows, width, width, arena);
-    teacher.plan(product, rows, teacher_width, width, arena);
-    keys.panels.plan(product, width, block, true, true, arena);
-    keys.matrix = p.student.keys;
-    if (!one_bank) {
-      teacher_keys.panels.plan(product, teacher_width, block, true, false, arena);
-      teacher_keys.matrix = p.teacher.keys;
-    }
-    const int64_t kept = smaller(kKeptRows<Product>, rows);
-    tile.plan(product, rows, block, arena);
-    student_scores = {nullptr, block + kLanes, 0};
-    student_scores.base = arena.take(kept * student_scores.stride);
-    levels = reinterpret_cast<RowLevel*>(arena.take(kept * int64_t(sizeof(RowLevel) / 4)));
-    terms.plan(block, arena);
-    excess = arena.take(rows * kLanes);
-  }
-};
-
-// ---- what a row ends with ---------------------------------------------------------------------------------------------
-
-// Weights, their sums and pooled rows, all relative to the maxima.
+// Weights and their sums, all relative to the maxima.
 struct DistilledRow {
   double maximum, teacher_maximum, sum, teacher_sum, excess;
-  const float *pooled, *teacher_pooled;
+
+  double share() const { return sum == 0 ? 0 : 1 / sum; }
+  double teacher_share() const { return teacher_sum == 0 ? 0 : 1 / teacher_sum; }
 };
-
-inline void finish_row(const DistillationParams& p, int64_t i, const DistilledRow& r) {
-  const SimilarityParams& s = p.student;
-  const double weight = r.sum == 0 ? 0 : 1 / r.sum, teacher_weight = r.teacher_sum == 0 ? 0 : 1 / r.teacher_sum;
-  const Vec scale = splat(float(weight)), teacher_scale = splat(float(teacher_weight));
-  for (int64_t d = 0; d < s.width; d += kLanes) {
-    const Vec difference = scaled(load(r.pooled + d), scale) - scaled(load(r.teacher_pooled + d), teacher_scale);  // 0 for equal sides
-    __builtin_memcpy(p.difference + i * s.width + d, &difference, size_t(4 * smaller(kLanes, s.width - d)));
-  }
-  const double level = __builtin_log(r.sum), teacher_level = __builtin_log(r.teacher_sum);
-  p.loss[i] = float(level - (p.kl && r.teacher_sum != 0 ? teacher_level : 0) - teacher_weight * r.excess);
-  float* const out = p.log_sums + i;
-  const double lse = r.maximum + level, teacher_lse = r.teacher_maximum + teacher_level;
-  store_log_sum(lse, out, out + s.rows);
-  store_log_sum(teacher_lse, out + 2 * s.rows, out + 3 * s.rows);
-  const auto start_weight = [i](const SimilarityParams& side, double lse) {
-    return side.start_logit == nullptr || lse == -double(kInfinity) ? 0 : __builtin_exp(double(side.start_logit[i]) - lse);
-  };
-  out[4 * s.rows] = float(start_weight(s, lse) - start_weight(p.teacher, teacher_lse));
-}
-
-// ---- one rectangle ----------------------------------------------------------------------------------------------------
 
 // A row of the student's scores, and what the teacher's weights of it add to the excess.
 struct Excess {
@@ -151,6 +67,140 @@ inline Vec weigh_teacher_scores(const float* scores, float* weights, int64_t pad
   return sum0 + sum1;
 }
 
+// The running softmaxes of both sides, and E.
+struct BothSoftmaxes {
+  RunningSoftmax student, teacher;
+  float* excess;  // [rows][kLanes]: sum of the teacher's weights times the exponents of the student's, less their own for KL
+
+  void plan(int64_t rows, Arena& arena) {
+    student.plan(rows, arena), teacher.plan(rows, arena);
+    excess = arena.take(rows * kLanes);
+  }
+
+  // Row i is row `at` of the call, or only fills the last tile.
+  void begin_row(const DistillationParams& p, int64_t i, int64_t at, bool exists, bool start) const {
+    student.begin(i, exists ? p.student.scale[at] : 0);
+    teacher.begin(i, exists ? p.teacher.scale[at] : 0);
+    __builtin_memset(excess + i * kLanes, 0, 4 * kLanes);
+    if (!exists || !start) return;
+    const float weight = student.start(i, p.student.start_logit[at]), teacher_weight = teacher.start(i, p.teacher.start_logit[at]);
+    if (weight == 0 && teacher_weight != 0) excess[i * kLanes] = -kInfinity;
+  }
+
+  // Row i's teacher weights, whose sums by lane are returned: E' = c (E + h l) + what the block adds, c = e^(m - m') of the teacher's maxima
+  // and h what its differences change by.
+  template <class Product, bool kKl>
+  Vec weigh_teacher_row(int64_t i, const float* scores, float* weights, int64_t padded, RowLevel level, Excess added) const {
+    const Vec sum = weigh_teacher_scores<Product, kKl>(scores, weights, padded, level, added);
+    const Vec correction = splat(teacher.correction[i]), before = load(teacher.sum + i * kLanes);
+    Vec step = larger(splat(-0x1p100f), splat(student.step[i]));
+    if constexpr (kKl) step -= larger(splat(-0x1p100f), splat(teacher.step[i]));
+    float* const e = excess + i * kLanes;
+    store(e, correction == Vec{} ? added.sum : multiply_add(correction, multiply_add(step, before, load(e)), added.sum));  // E may be -inf
+    return sum;
+  }
+
+  DistilledRow row(int64_t i) const {
+    const auto whole = [i](const float* lanes) {
+      double sum = 0;
+      for (int k = 0; k < kLanes; ++k) sum += double(lanes[i * kLanes + k]);
+      return sum;
+    };
+    return {student.top(i), teacher.top(i), whole(student.sum), whole(teacher.sum), whole(excess)};
+  }
+};
+
+// Row i's loss and log_sums.
+inline void finish_loss(const DistillationParams& p, int64_t i, const DistilledRow& r) {
+  const SimilarityParams& s = p.student;
+  const double level = __builtin_log(r.sum), teacher_level = __builtin_log(r.teacher_sum);
+  p.loss[i] = float(level - (p.kl && r.teacher_sum != 0 ? teacher_level : 0) - r.teacher_share() * r.excess);
+  float* const out = p.log_sums + i;
+  const double lse = r.maximum + level, teacher_lse = r.teacher_maximum + teacher_level;
+  store_log_sum(lse, out, out + s.rows);
+  store_log_sum(teacher_lse, out + 2 * s.rows, out + 3 * s.rows);
+  const auto start_weight = [i](const SimilarityParams& side, double lse) {
+    return side.start_logit == nullptr || lse == -double(kInfinity) ? 0 : __builtin_exp(double(side.start_logit[i]) - lse);
+  };
+  out[4 * s.rows] = float(start_weight(s, lse) - start_weight(p.teacher, teacher_lse));
+}
+
+// And its difference, of pooled rows that are relative to the maxima as the sums are.
+inline void finish_row(const DistillationParams& p, int64_t i, const DistilledRow& r, const float* pooled, const float* teacher_pooled) {
+  const SimilarityParams& s = p.student;
+  const Vec share = splat(float(r.share())), teacher_share = splat(float(r.teacher_share()));
+  for (int64_t d = 0; d < s.width; d += kLanes) {
+    const Vec difference = scaled(load(pooled + d), share) - scaled(load(teacher_pooled + d), teacher_share);  // 0 for equal sides
+    __builtin_memcpy(p.difference + i * s.width + d, &difference, size_t(4 * smaller(kLanes, s.width - d)));
+  }
+  finish_loss(p, i, r);
+}
+
+// ---- one rectangle ----------------------------------------------------------------------------------------------------
+
+// What is kept of the student's rows, or of the teacher's.
+struct Side {
+  Rows rows;
+  Sums pooled;
+
+  template <class Product>
+  void plan(Product product, int64_t row_count, int64_t width, int64_t pooled_width, Arena& arena) {
+    rows.plan(product, row_count, width, arena);
+    pooled.plan(row_count, pooled_width, arena);
+  }
+
+  // Row i is row `at` of the call, or only fills the last tile.
+  template <class Product>
+  bool begin_row(Product, const SimilarityParams& p, int64_t i, int64_t at, bool exists) const {
+    __builtin_memset(pooled.at(i), 0, size_t(4 * pooled.stride));
+    if (exists) return Packing<Product>::pack_row(p.query, at, p.width, p.scale[at] < 0, rows.at(i));
+    __builtin_memset(rows.at(i), 0, size_t(4 * rows.stride));
+    return true;
+  }
+};
+
+// Rows whose scores on the student's side are kept until the teacher's come: enough that one side's panels stay in L2 meanwhile.
+template <class Product>
+constexpr int64_t kKeptRows = Product::kRowChunk < 96 ? 96 : Product::kRowChunk;
+
+// Whether the student's keys are the teacher's too.
+inline bool one_bank(const DistillationParams& p) {
+  const Matrix &keys = p.student.keys, &theirs = p.teacher.keys;
+  return theirs.data == keys.data && theirs.type == keys.type && p.teacher.width == p.student.width;
+}
+
+struct DistillationWorkspace {
+  int64_t rows, block;
+  Side student, teacher;
+  BothSoftmaxes softmaxes;
+  Streamed keys, teacher_keys = {};
+  Tile student_scores, tile;  // weights of both sides are made in `tile`
+  RowLevel* levels;           // of student_scores
+  ColumnTerms terms;
+
+  template <class Product>
+  DistillationWorkspace(Product product, const DistillationParams& p, int64_t row_count, int64_t columns, Arena& arena) {
+    const int64_t width = p.student.width, teacher_width = p.teacher.width;
+    rows = rows_at_once<Product>((3 * width + teacher_width) / 2, row_count);  // beside q and its sum: u and another sum
+    block = block_columns<Product>(columns, p.student.width);
+    student.plan(product, rows, width, width, arena);
+    teacher.plan(product, rows, teacher_width, width, arena);
+    softmaxes.plan(rows, arena);
+    keys.panels.plan(product, width, block, true, true, arena);
+    keys.matrix = p.student.keys;
+    if (!one_bank(p)) {
+      teacher_keys.panels.plan(product, teacher_width, block, true, false, arena);
+      teacher_keys.matrix = p.teacher.keys;
+    }
+    const int64_t kept = smaller(kKeptRows<Product>, rows);
+    tile.plan(product, rows, block, arena);
+    student_scores = {nullptr, block + kLanes, 0};
+    student_scores.base = arena.take(kept * student_scores.stride);
+    levels = reinterpret_cast<RowLevel*>(arena.take(kept * int64_t(sizeof(RowLevel) / 4)));
+    terms.plan(block, arena);
+  }
+};
+
 template <class Product>
 struct DistillationPass;
 template <class Product>
@@ -169,11 +219,9 @@ struct DistillationPass {
     const bool start = task.start && p.student.start_logit != nullptr;
     bool sound = true;
     for (int64_t i = 0; i < padded_rows; ++i) {
-      sound &= w.student.begin_row(Product{}, p.student, i, first + i, i < count, start);
-      sound &= w.teacher.begin_row(Product{}, p.teacher, i, first + i, i < count, start);
-      __builtin_memset(w.excess + i * kLanes, 0, 4 * kLanes);
-      const bool only_teacher = start && i < count && p.student.start_logit[first + i] == -kInfinity;
-      if (only_teacher && p.teacher.start_logit[first + i] != -kInfinity) w.excess[i * kLanes] = -kInfinity;
+      sound &= w.student.begin_row(Product{}, p.student, i, first + i, i < count);
+      sound &= w.teacher.begin_row(Product{}, p.teacher, i, first + i, i < count);
+      w.softmaxes.begin_row(p, i, first + i, i < count, start);
     }
     sound &= stream_blocks(Product{}, w.block, padded_rows, task.column_begin, task.column_end, *this, w.keys, w.teacher_keys);
     for (int64_t i = 0; i < count; ++i) end_row(i);
@@ -202,23 +250,24 @@ struct DistillationPass {
 
   void weigh_student(const Block& block, int64_t row, int64_t rows, const Kept& kept, const Prefetch& next) const {
     score(w.student, w.keys.panels, kept.scores, block, row, rows);
-    weigh_rows(w.student.softmax, w.terms, kept.scores, p.student, first, count, block, row, rows, next,
+    weigh_rows(w.softmaxes.student, w.terms, kept.scores, p.student, first, count, block, row, rows, next,
                [&](int64_t i, const float* scores, RowLevel level) {
                  kept.levels[i - row] = level;
                  return weigh_row<Product>(scores, w.tile.weights(i - row), block.padded, level);
                });
-    sum(w.student, block, row, rows);
+    sum(w.student, w.softmaxes.student, block, row, rows);
   }
 
   void weigh_teacher(const Block& block, int64_t row, int64_t rows, const Kept& kept, const Prefetch& next) const {
-    score(w.teacher, w.one_bank ? w.keys.panels : w.teacher_keys.panels, w.tile, block, row, rows);
-    weigh_rows(w.teacher.softmax, w.terms, w.tile, p.teacher, first, count, block, row, rows, next,
+    score(w.teacher, one_bank(p) ? w.keys.panels : w.teacher_keys.panels, w.tile, block, row, rows);
+    weigh_rows(w.softmaxes.teacher, w.terms, w.tile, p.teacher, first, count, block, row, rows, next,
                [&](int64_t i, const float* scores, RowLevel level) {
-                 const int64_t at = i - row;
-                 return p.kl ? weigh_teacher_row<true>(i, at, scores, block, level, kept)
-                             : weigh_teacher_row<false>(i, at, scores, block, level, kept);
+                 const Excess excess{kept.scores.scores(i - row), kept.levels[i - row], {}};
+                 float* const weights = w.tile.weights(i - row);
+                 return p.kl ? w.softmaxes.weigh_teacher_row<Product, true>(i, scores, weights, block.padded, level, excess)
+                             : w.softmaxes.weigh_teacher_row<Product, false>(i, scores, weights, block.padded, level, excess);
                });
-    sum(w.teacher, block, row, rows);
+    sum(w.teacher, w.softmaxes.teacher, block, row, rows);
   }
 
   void score(const Side& side, const Panels& keys, const Tile& tile, const Block& block, int64_t row, int64_t rows) const {
@@ -226,41 +275,23 @@ struct DistillationPass {
   }
 
   // O = diag(correction) O + P K
-  void sum(const Side& side, const Block& block, int64_t row, int64_t rows) const {
+  void sum(const Side& side, const RunningSoftmax& softmax, const Block& block, int64_t row, int64_t rows) const {
     sum_rows(Product{}, w.tile.weights(0), w.tile.stride, rows, block.columns, w.keys.panels,
-             ScaleAddTile{side.pooled.at(row), side.pooled.stride, side.softmax.correction + row});
-  }
-
-  // E' = c (E + h l) + what the block adds, c = e^(m - m') of the teacher's maxima and h what its differences change by.
-  template <bool kKl>
-  Vec weigh_teacher_row(int64_t i, int64_t at, const float* scores, const Block& block, RowLevel level, const Kept& kept) const {
-    Excess excess{kept.scores.scores(at), kept.levels[at], {}};
-    const Vec sum = weigh_teacher_scores<Product, kKl>(scores, w.tile.weights(at), block.padded, level, excess);
-    const Vec correction = splat(w.teacher.softmax.correction[i]), before = load(w.teacher.softmax.sum + i * kLanes);
-    Vec step = larger(splat(-0x1p100f), splat(w.student.softmax.step[i]));
-    if constexpr (kKl) step -= larger(splat(-0x1p100f), splat(w.teacher.softmax.step[i]));
-    float* const e = w.excess + i * kLanes;
-    store(e, correction == Vec{} ? excess.sum : multiply_add(correction, multiply_add(step, before, load(e)), excess.sum));  // E may be -inf
-    return sum;
+             ScaleAddTile{side.pooled.at(row), side.pooled.stride, softmax.correction + row});
   }
 
   void end_row(int64_t i) const {
-    const auto whole = [i](const float* lanes) {
-      double sum = 0;
-      for (int k = 0; k < kLanes; ++k) sum += double(lanes[i * kLanes + k]);
-      return sum;
-    };
-    const RunningSoftmax &student = w.student.softmax, &teacher = w.teacher.softmax;
-    const DistilledRow row{student.top(i),  teacher.top(i),         whole(student.sum),     whole(teacher.sum),
-                           whole(w.excess), w.student.pooled.at(i), w.teacher.pooled.at(i)};
-    if (task.finish) return finish_row(p, first + i, row);
+    const DistilledRow row = w.softmaxes.row(i);
+    const float *const student_sums = w.student.pooled.at(i), *const teacher_sums = w.teacher.pooled.at(i);
+    if (task.finish) return finish_row(p, first + i, row, student_sums, teacher_sums);
+    const RunningSoftmax &student = w.softmaxes.student, &teacher = w.softmaxes.teacher;
     const int64_t out = first + i - task.row_begin;
     const float statistics[kDistillationStatistics] = {student.maximum[i], student.low[i],         float(row.sum),   teacher.maximum[i],
                                                        teacher.low[i],     float(row.teacher_sum), float(row.excess)};
     __builtin_memcpy(task.statistics + out * kDistillationStatistics, statistics, sizeof(statistics));
     float* const pooled = task.pooled + 2 * out * task.pooled_stride;
-    __builtin_memcpy(pooled, row.pooled, size_t(4 * w.student.pooled.stride));
-    __builtin_memcpy(pooled + task.pooled_stride, row.teacher_pooled, size_t(4 * w.teacher.pooled.stride));
+    __builtin_memcpy(pooled, student_sums, size_t(4 * w.student.pooled.stride));
+    __builtin_memcpy(pooled + task.pooled_stride, teacher_sums, size_t(4 * w.teacher.pooled.stride));
   }
 };
 
@@ -320,7 +351,7 @@ void distillation_merge(const DistillationParams& p, const DistillationMerge& t)
         for (int64_t d = 0; d < p.student.width; ++d) o[d] = mine * o[d] + theirs * other_o[d];
       }
     }
-    finish_row(p, i, {top(s), top(s + 3), s[2], s[5], s[6], pooled, pooled + t.pooled_stride});
+    finish_row(p, i, {top(s), top(s + 3), s[2], s[5], s[6]}, pooled, pooled + t.pooled_stride);
   }
 }
 

@@ -1,6 +1,7 @@
 // A unit compiled once for each instruction set, and its part of the dispatch table.
 #include "similarity/distillation.inl"
 #include "similarity/distillation_grad.inl"
+#include "similarity/distillation_kept.inl"
 
 namespace kdfast {
 extern const DistillationKernels KDFAST_UNIT(distillation);
@@ -10,5 +11,7 @@ const DistillationKernels KDFAST_UNIT(distillation) = {
     .distillation_merge = distillation_merge,
     .distillation_grad_workspace = distillation_grad_workspace,
     .distillation_grad = distillation_grad,
+    .kept_distillation_workspace = kept_distillation_workspace,
+    .kept_distillation = kept_distillation,
 };
 }  // namespace kdfast

@@ -6,9 +6,9 @@ With p^S, p^T the softmaxes of z^S_ij = s_i q_i.k^S_j + b_j and z^T_ij = t_i u_i
     dq_i = g_i s_i (O^S_i - O^T_i)                ds_i = g_i q_i.(O^S_i - O^T_i)        O_i = sum_(j > 0) p_ij k^S_j
     dk_j = sum_i g_i s_i (p^S_ij - p^T_ij) q_i    dz^S_i0 = g_i (p^S_i0 - p^T_i0)
 
-impl="cpu" takes the losses and O^S - O^T from one pass over both banks, so that a student's bank without gradient is read once. Anything
-else, and what has a gradient besides, is composed of the streaming softmaxes of the two sides for its derivatives, while the values, which
-that would leave with the rounding errors of the logits, are distillation_values.py's.
+impl="cpu" takes the losses and O^S - O^T from one pass over both banks, so that a student's bank without gradient is read once, and with
+the mean over few pairs dk_j. Anything else, and what has a gradient besides, is composed of the streaming softmaxes of the two sides for
+its derivatives, while the values, which that would leave with the rounding errors of the logits, are distillation_values.py's.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..._core import impls
+from ..._core import extension, impls
 from ..._core.recording import recorded
 from . import cpu, distillation_values, triton
 from .apply import streaming_softmax
@@ -178,12 +178,12 @@ class Distillation(Function):
         inputs = _for_kernel(student, keys, scale, *fixed)
         f = Fixed(*fixed)
         starts = tuple(None if x is None else x.contiguous() for x in (start_logit, f.start_logit))
-        losses, difference, log_sums = torch.ops.kdfast.similarity_distillation(
-            *inputs[:7], *starts, *inputs[7:], call.products, call.kl, call.mean, call.factor, call.teacher_factor
+        ctx.call, ctx.want = call, ctx.needs_input_grad[1:5]
+        losses, difference, log_sums, kept_keys = torch.ops.kdfast.similarity_distillation(
+            *inputs[:7], *starts, *inputs[7:], call.products, call.kl, call.mean, ctx.want[1], call.factor, call.teacher_factor
         )
         slope = None if start_logit is None else log_sums[4]
-        ctx.call, ctx.want = call, ctx.needs_input_grad[1:5]
-        rows, bank, hold = (student, scale, start_logit, slope, difference, log_sums), (keys, *fixed), not ctx.want[1]
+        rows, bank, hold = (student, scale, start_logit, slope, difference, log_sums, kept_keys), (keys, *fixed), not ctx.want[1]
         ctx.versions = None
         if hold and torch.compiler.is_compiling():
             bank = (None,) * len(bank)  # compiled code has no double backward, and the first one does not read them
@@ -200,19 +200,21 @@ class Distillation(Function):
     def backward(ctx, g, *_):
         if g is None:
             return (None,) * 12
-        rows, bank = _kept(ctx, 6)
+        rows, bank = _kept(ctx, 7)
         record = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         run = Gradients.apply if record else _gradients
         return (None, *run(ctx.call, ctx.want, ctx.versions, g.contiguous(), *rows, *bank), *(None,) * 7)
 
 
-def _gradients(call, want, versions, g, student, scale, start_logit, slope, difference, log_sums, keys, *fixed):
+def _gradients(call, want, versions, g, student, scale, start_logit, slope, difference, log_sums, kept_keys, keys, *fixed):
     """The gradients of <g, losses> in (student, keys, scale, start_logit), None where not wanted."""
     want_student, want_keys, want_scale, want_start = want
     dkeys = dstart = None
     if want_start:
         dstart = (g / student.shape[0] if call.mean else g) * slope
-    if want_keys:
+    if want_keys and kept_keys.numel() > 0:
+        dkeys = of_kept_keys(g, kept_keys, student, keys)
+    elif want_keys:
         inputs = _for_kernel(student, keys, scale, *fixed)
         dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(g, log_sums, *inputs, call.products, *call[-2:]).to(keys.dtype)
     rows = g, None, difference, student, scale
@@ -220,15 +222,20 @@ def _gradients(call, want, versions, g, student, scale, start_logit, slope, diff
     return next(found).to(student.dtype) if want_student else None, dkeys, next(found) if want_scale else None, dstart
 
 
+def of_kept_keys(g: Tensor, kept_keys: Tensor, student: Tensor, keys: Tensor) -> Tensor:
+    """The keys' gradient from that for an upstream of 1 of every loss, where g is the mean's."""
+    return (kept_keys * (g / student.shape[0])).to(keys.dtype)
+
+
 class Gradients(Function):
     """`_gradients`, and their derivative: that of the definition, taken twice."""
 
     @staticmethod
-    def forward(ctx, call, want, versions, g, student, scale, start_logit, slope, difference, log_sums, keys, *fixed):
+    def forward(ctx, call, want, versions, g, student, scale, start_logit, slope, difference, log_sums, kept_keys, keys, *fixed):
         ctx.call, ctx.want, ctx.versions = call, want, versions
         _keep(ctx, (g, student, scale, start_logit), (keys, *fixed), versions is not None)
         ctx.set_materialize_grads(False)
-        return _gradients(call, want, versions, g, student, scale, start_logit, slope, difference, log_sums, keys, *fixed)
+        return _gradients(call, want, versions, g, student, scale, start_logit, slope, difference, log_sums, kept_keys, keys, *fixed)
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -245,7 +252,7 @@ class Gradients(Function):
             return losses.mean() if ctx.call.mean else losses
 
         dg, dstudent, dkeys, dscale, dstart = SecondOrder.apply(definition, ctx.want, *cotangents, g, student, keys, scale, start_logit)
-        return None, None, None, dg, dstudent, dscale, dstart, None, None, None, dkeys, *(None,) * 7
+        return None, None, None, dg, dstudent, dscale, dstart, *(None,) * 4, dkeys, *(None,) * 7
 
 
 def _for_kernel(student, keys, scale, *fixed):
@@ -258,10 +265,12 @@ def _for_kernel(student, keys, scale, *fixed):
 
 def _fake(
     student, keys, teacher, teacher_keys, scale, teacher_scale, bias, start_logit, teacher_start_logit, key_index, valid, products,
-    kl=False, mean=False, factor=1.0, teacher_factor=1.0,
+    kl=False, mean=False, keep_keys=False, factor=1.0, teacher_factor=1.0,
 ):  # fmt: skip
     count, width = student.shape
-    return tuple(student.new_empty(shape, dtype=torch.float32) for shape in (() if mean else (count,), (count, width), (5, count)))
+    kept = mean and keep_keys and extension.load("_C")[0].few_distilled_pairs(count, *keys.shape, teacher.shape[1])
+    shapes = () if mean else (count,), (count, width), (5, count), keys.shape if kept else (0,)
+    return tuple(student.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def _grad_keys_fake(g, log_sums, student, keys, *_):

@@ -84,29 +84,30 @@ class DistillationMean(Function):
     def forward(ctx, call, student, keys, teacher, teacher_keys, own, temperature):
         _, want_student, want_keys, _, _, _, want_scale = ctx.needs_input_grad
         start, theirs = _own_logits(call, student, teacher) if own else (None, None)
-        loss, difference, log_sums = torch.ops.kdfast.similarity_distillation(
+        loss, difference, log_sums, kept_keys = torch.ops.kdfast.similarity_distillation(
             student, keys, teacher, keys if teacher_keys is None else teacher_keys, None, None, None, start, theirs, None, None,
-            call.products, call.kl, True, call.factor, call.teacher_factor,
+            call.products, call.kl, True, want_keys, call.factor, call.teacher_factor,
         )  # fmt: skip
         ctx.call, ctx.want = call, (want_student, want_keys, want_scale, own and want_student)
         bank = keys, teacher, teacher_keys
         ctx.held = None if want_keys else (*bank, _versions(bank))
-        ctx.save_for_backward(student, difference, log_sums, teacher if own else None, temperature, *(bank if want_keys else ()))
+        rows = student, difference, log_sums, kept_keys, teacher if own else None, temperature
+        ctx.save_for_backward(*rows, *(bank if want_keys else ()))
         return loss
 
     @staticmethod
     def backward(ctx, g):
         call, want = ctx.call, ctx.want
         want_student, want_keys, want_scale, want_start = want
-        student, difference, log_sums, own, temperature, *bank = ctx.saved_tensors
+        student, difference, log_sums, kept_keys, own, temperature, *bank = ctx.saved_tensors
         slope = None if own is None else log_sums[4]
         keys, teacher, teacher_keys, versions = (*bank, None) if want_keys else ctx.held
         if torch.is_grad_enabled():
             start, theirs = (None, None) if own is None else _own_logits(call, student, own)
             scale = None if temperature is None else _rows_of(temperature, student)
             fixed = keys, teacher, teacher_keys, None, theirs, None, None, None
-            found = distillation.Gradients.apply(call, want, versions, g, student, scale, start, slope, difference, log_sums, *fixed)
-            dstudent, dkeys, dscale, dstart = found
+            rows = student, scale, start, slope, difference, log_sums, kept_keys
+            dstudent, dkeys, dscale, dstart = distillation.Gradients.apply(call, want, versions, g, *rows, *fixed)
             dstudent = dstudent if dstart is None else dstudent + _through_dot(dstart, call, own)
             return None, dstudent, dkeys, None, None, None, _through_inverse(dscale, temperature) if want_scale else None
         dstudent = dkeys = dscale = None
@@ -117,7 +118,9 @@ class DistillationMean(Function):
             dscale = _through_inverse(found[-1], temperature)
         if want_start:
             dstudent += _through_dot(g / len(student) * slope, call, own)
-        if want_keys:
+        if want_keys and kept_keys.numel() > 0:
+            dkeys = distillation.of_kept_keys(g, kept_keys, student, keys)
+        elif want_keys:
             both = student, keys, teacher, keys if teacher_keys is None else teacher_keys
             factors = call.factor, call.teacher_factor
             dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(g, log_sums, *both, *(None,) * 5, call.products, *factors)
