@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from similarity_cases import assert_as_good_as
 
 from kdfast._core import impls
+from kdfast._ops.similarity import cpu
 from kdfast.functional import info_nce
 
 pytestmark = pytest.mark.skipif(impls.table()["info_nce"]["cpu"] is not None, reason="no compiled kernels")
@@ -147,6 +148,40 @@ def test_second_derivatives_and_a_graph_kept(form, reduction):
     for ours, theirs in zip(second("cpu"), second("torch"), strict=True):
         for x, y in zip(ours, theirs, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", [explicit, targets], ids=lambda form: form.__name__)
+def test_the_second_derivative_makes_no_forward_pass(monkeypatch, form):
+    problem = form(5, 33, 8, torch.float32)
+    query = problem["query"]
+    (first,) = torch.autograd.grad(info_nce(**problem, temperature=0.3), query, create_graph=True)
+    monkeypatch.setattr(cpu, "forward", None)
+    assert torch.autograd.grad(first.square().sum(), query)[0].isfinite().all()
+
+
+def test_second_derivatives_from_what_slopes_leave():
+    """Positives that are all but certain, whose slopes are 0 or nearly so, and a row without one."""
+    query, bank, index = unit(40, 16), unit(33, 16, grad=False), torch.arange(40) % 33
+    temperature = torch.logspace(-3, 0, 40)
+    with torch.no_grad():
+        query.copy_(F.normalize(bank[index] + 0.3 * query, dim=-1))
+    index[7] = -1
+
+    def second(loss, query, bank, temperature):
+        losses = loss(query, bank, temperature)
+        (first,) = torch.autograd.grad(losses, query, torch.ones_like(losses), create_graph=True)
+        return torch.autograd.grad(first, query, torch.linspace(-1, 1, first.numel(), dtype=first.dtype).view_as(first))[0]
+
+    def plain(query, bank, temperature):
+        return F.cross_entropy(query @ bank.T / temperature[:, None], index.clamp(min=0), reduction="none") * (index >= 0)
+
+    def fused(query, bank, temperature):
+        return info_nce(query, bank=bank, targets=index, temperature=temperature, reduction="none", impl="cpu")
+
+    truth = second(plain, query.detach().double().requires_grad_(), bank.double(), temperature.double())
+    ours = second(fused, query, bank, temperature)
+    assert_as_good_as(ours, second(plain, query, bank, temperature), truth)
+    assert (ours[7] == 0).all() and (ours[:5].abs() < 1e-12).all()  # as close to 0 as they are
 
 
 def test_only_what_is_wanted():

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..._core.recording import recorded
 from .arguments import Spec, Tensors
-from .autograd import Similarity
+from .autograd import Recalled, Similarity
 from .passes import run_forward
 
 
@@ -19,12 +19,16 @@ def through_function(tensors: tuple) -> bool:
     return recorded(*tensors) or torch._C._are_functorch_transforms_active()
 
 
-def streaming_softmax(spec: Spec, folded: Tensors, *, pool: bool, need_pooled: bool) -> tuple[Tensor, Tensor, Tensor]:
+def streaming_softmax(
+    spec: Spec, folded: Tensors, *, pool: bool, need_pooled: bool, left: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """lse [B, N], pooled [B, N, Dv] (empty unless asked for, or needed for a gradient) and lse_low [B, N], what lse rounded off.
 
-    `pool`: pooled is differentiable too.
+    `pool`: pooled is differentiable too. `left`: these outputs where an earlier pass has left them, outside transforms.
     """
     grad = recorded(*folded)
+    if left is not None:
+        return Recalled.apply(spec.impl, spec.compute, pool and grad, need_pooled or grad, *folded, left)
     if through_function(folded):
         return Similarity.apply(spec.impl, spec.compute, pool and grad, need_pooled or grad, *folded)
     return run_forward(spec.impl, spec.compute, need_pooled, *folded)

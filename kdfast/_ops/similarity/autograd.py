@@ -81,6 +81,20 @@ class Similarity(Function):
         return fold_batch(Similarity.apply, info.batch_size, in_dims, args)
 
 
+class Recalled(Function):
+    """`Similarity` of outputs that a forward pass has left, which come last: all there is to do is differentiate. Outside transforms."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = tuple([x.detach() for x in inputs[-1]])
+        Similarity.setup_context(ctx, inputs[:-1], output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        return *Similarity.backward(ctx, *cotangents), None
+
+
 class Gradients(Function):
     """The first-order gradients (dquery, dkeys, dscale, dbias, dstart_logit, dvalues, dstart_value), None where not wanted.
 

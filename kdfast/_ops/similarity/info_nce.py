@@ -21,7 +21,7 @@ from .arguments import Problem, Spec, Tensors, row_parameter
 from .autograd import _keep, _kept, _versions
 from .definition import SecondOrder
 from .passes import for_kernel
-from .positives import positive_logits
+from .positives import positive_logits, positive_rows
 from .score_sums import score_sums
 
 impls.register(
@@ -60,11 +60,14 @@ def info_nce_rows(p: Problem, positives: Positives, *, mean: bool = False, smoot
     return losses, lse.detach()
 
 
-def _composed(p: Problem, positives: Positives, mean: bool, smoothing: float) -> tuple[Tensor, Tensor]:
-    """The definition in PyTorch's operations, for any device and transform, and for derivatives of the second order."""
+def _composed(p: Problem, positives: Positives, mean: bool, smoothing: float, left: tuple | None = None) -> tuple[Tensor, Tensor]:
+    """The definition in PyTorch's operations, for any device and transform, and for derivatives of the second order.
+
+    `left`: the streaming softmax's outputs, where a forward pass has left them.
+    """
     spec, tensors = p
     rows, columns, weights, include = positives
-    lse, *_ = streaming_softmax(spec, tensors.folded(spec), pool=False, need_pooled=False)
+    lse, *_ = streaming_softmax(spec, tensors.folded(spec), pool=False, need_pooled=False, left=left)
     lse = lse.reshape(spec.rows)
     _, logits = positive_logits(tensors.query, tensors.keys, tensors.scale, tensors.bias, rows, columns)
     gap = lse[..., None] - logits
@@ -142,30 +145,47 @@ class Gradients(Function):
     @staticmethod
     def forward(ctx, call, want, versions, g, statistics, pulls, dkeys, query, scale, positive, *bank):
         ctx.call, ctx.want, ctx.versions = call, want, versions
-        _keep(ctx, (g, query, scale, positive), bank, versions is not None)
+        _keep(ctx, (g, query, scale, positive, statistics, pulls), bank, versions is not None)
         ctx.set_materialize_grads(False)
         return _gradients(call, want, versions, g, statistics, pulls, dkeys, query, scale, positive, *bank)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        (g, query, scale, positive), bank = _kept(ctx, 4)
+        (g, query, scale, positive, statistics, pulls), bank = _kept(ctx, 6)
         if ctx.versions is not None and _versions(bank) != ctx.versions:
             raise RuntimeError(
                 "double backward through info_nce needs the bank as the forward saw it, but it was updated in place since; "
                 "push to the bank after the last backward, or give the loss a clone of it"
             )
-        definition = partial(_definition, ctx.call, bank[2:])
+        left = _left(ctx.call, statistics, pulls, bank[0], positive, *bank[2:4])
+        definition = partial(_definition, ctx.call, bank[2:], left)
         dg, dquery, dkeys, dscale, dbias, dpositive = SecondOrder.apply(
             definition, ctx.want, *cotangents, g, query, bank[0], scale, bank[1], positive
         )
         return None, None, None, dg, *(None,) * 3, dquery, dscale, dpositive, dkeys, dbias, *(None,) * 7
 
 
-def _definition(call: Call, rest: tuple, query, keys, scale, bias, positive) -> Tensor:
+def _left(call: Call, statistics, pulls, keys, positive, columns, weights) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(lse, pooled, lse_low) of the forward pass from what it left, where that tells: pulls_i = t_i O_i - sum_j slope_ij k+_ij.
+
+    The slopes of positives with weights may cancel each other in t_i.
+    """
+    if len(call.spec.rows) > 1 or pulls.numel() == 0 or weights is not None or call.smoothing:
+        return None
+    rows = positive_rows(keys, columns) if positive is None else positive.reshape(len(positive), -1, positive.shape[-1])
+    slopes = statistics[2:].reshape(1, len(rows), -1, 1)
+    total = slopes.sum(-2)  # [1, N, 1]
+    pooled = (pulls + torch.where(slopes == 0, 0.0, slopes * rows).sum(-2)) / total  # a row without a positive has some row's place
+    # where no slope is left, neither is a derivative
+    return statistics[0], torch.where(total > torch.finfo(total.dtype).tiny, pooled, 0.0), statistics[1]
+
+
+def _definition(call: Call, rest: tuple, left: tuple | None, query, keys, scale, bias, positive) -> Tensor:
     columns, weights, *rules = rest
     scale = row_parameter("scale", call.factor, query) if scale is None else scale
     tensors = Tensors(query, keys, scale, bias, None, None, None, *rules)
-    losses, _ = _composed(Problem(call.spec, tensors), Positives(positive, columns, weights, call.include), call.mean, call.smoothing)
+    candidates = Positives(positive, columns, weights, call.include)
+    losses, _ = _composed(Problem(call.spec, tensors), candidates, call.mean, call.smoothing, left)
     return losses
 
 
