@@ -101,5 +101,7 @@ def test_exact_products_of_float32(precision, tmp_path):
 
 
 def test_merging_statistics(tmp_path):
-    code = Code(kernels.merge_statistics, 90, torch.float32, {"FACTORS": True, "PARTS": 32, "COUNT": 128}, 4, tmp_path)
-    assert code.local == 0 and code.stack == 0
+    for factors in (True, False):
+        made = {"FACTORS": factors, "CLASSES": not factors, "PARTS": 32, "COUNT": 128}
+        code = Code(kernels.merge_statistics, 90, torch.float32, made, 4, tmp_path)
+        assert code.local == 0 and code.stack == 0

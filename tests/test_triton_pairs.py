@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from similarity_cases import assert_as_good_as
 from similarity_kernel_cases import assert_accurate
 
 from kdfast import functional
@@ -343,6 +344,22 @@ def test_opcheck():
         statistics, *kept = OPS.matching_loss(x[0], other, scale, None, None, True, True, True, 0)[1:]
         inputs = (scale, statistics, *kept, x[0], other, scale, None, None)
         torch.library.opcheck(OPS.matching_loss_grad.default, (*inputs, True, other is not None, True, False, 0))
+
+
+@pytest.mark.parametrize(("spread", "scale"), [(0.02, 50.0), (0.2, 50.0), (0.02, 230.0), (1.0, 2.0)])
+def test_sup_con_of_tight_classes(spread, scale, small_slabs):
+    """The loss of nearly equal rows is the log of their number: a sum of their logits must not round as logits of 50 and more do."""
+    labels = torch.arange(100) // 4
+    x = rows(1, 25, 64, torch.float32)[0][labels] + spread * rows(1, 100, 64, torch.float32)[0]
+    x = torch.nn.functional.normalize(x, dim=-1)
+    losses, _ = run(OPS.sup_con, x, torch.tensor(scale), labels, False, 3)
+
+    def formula(x):
+        own = torch.eye(100, dtype=torch.bool)
+        log_p = (scale * (x @ x.T)).masked_fill(own, -math.inf).log_softmax(-1)
+        return -log_p.masked_fill((labels[:, None] != labels) | own, 0).sum(-1) / 3
+
+    assert_as_good_as(losses, formula(x), formula(x.double()))
 
 
 def test_empty_batches():

@@ -1,5 +1,6 @@
 """impl="triton" of losses over all pairs of two sides: launches slab by slab, registration in torch.ops.kdfast_triton."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from . import triton_slabs as slabs
 from .triton_formats import missing, refuses
 
 __all__ = ["missing", "refuses"]
+
+LN2 = math.log(2)
 
 
 class Sides(NamedTuple):
@@ -71,7 +74,7 @@ def _half(x, scale, labels, classes, precision) -> Iterator[tuple[tuple[slice, s
 
 
 def _statistics(slab, part, scale, labels, classes, *, half: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Of rows and of columns: largest logits and sums of exponentials; with `classes` also sums of scores in a row's class, and numbers."""
+    """Of rows and of columns: largest logits and sums of exponentials; with `classes` also sums of a row's class, and numbers."""
     from .triton_pairs_kernels import symmetric_statistics
 
     given = (*slab.of_rows(labels[0]), *slab.of_columns(labels[1]), classes)
@@ -165,12 +168,11 @@ def sup_con(x: Tensor, scale: Tensor, labels: Tensor, mean: bool, precision: int
     """Losses [N] or their mean, and [3, N]: lse, its low digits, 1 / others of the class (0: none), of x [N, D], scale [], labels [N]."""
     x, of_rows = x[None], scale.expand(1, len(x)).contiguous()
     rows, same, others = slabs.nothing_yet(x), torch.zeros_like(of_rows), torch.zeros_like(of_rows)
-    for at, (*tops, score, number) in _half(x, of_rows, (None, None), classes_of(labels), precision):
-        rows.add(at, *tops)
-        same[at].add_(score.sum(0))
-        others[at].add_(number.sum(0))
+    for at, (*tops, differences, number) in _half(x, of_rows, (None, None), classes_of(labels), precision):
+        rows.add(at, *tops, classes=(differences, number, same, others))
     inverse = torch.where(others > 0, 1 / others, 0.0)
-    losses = torch.where(others > 0, (rows.lse - scale * same * inverse) + rows.low, 0.0)[0]
+    # both relative to the largest logit: lse less a mean logit would round as the logits do
+    losses = torch.where(others > 0, rows.total.log() - LN2 * same * inverse, 0.0)[0]
     if mean:
         losses = losses.sum() / (others > 0).sum().clamp(min=1)
     return losses, torch.cat((rows.lse, rows.low, inverse))

@@ -60,13 +60,17 @@ def same_class(classes, row, column, row_exists, column_exists, admitted):
 
 
 @triton.jit
-def store_statistics(z, score, same, top, total, same_sum, same_count, at, exists, AXIS: tl.constexpr, CLASSES: tl.constexpr):
-    """Of a tile of base-2 logits, of each row (AXIS 1) or column (AXIS 0): the largest, the sum of exponentials, and of its class."""
+def store_statistics(z, same, top, total, same_sum, same_count, at, exists, AXIS: tl.constexpr, CLASSES: tl.constexpr):
+    """Of a tile of base-2 logits, of each row (AXIS 1) or column (AXIS 0): the largest, the sum of exponentials, and of its class.
+
+    A class has the sum of its logits less the largest, whose rounding is that of the differences.
+    """
     highest = tl.max(z, AXIS)
+    z -= tl.expand_dims(finite_or_zero(highest), AXIS)
     tl.store(top + at, highest, mask=exists)
-    tl.store(total + at, tl.sum(tl.exp2(z - tl.expand_dims(finite_or_zero(highest), AXIS)), AXIS), mask=exists)
+    tl.store(total + at, tl.sum(tl.exp2(z), AXIS), mask=exists)
     if CLASSES:
-        tl.store(same_sum + at, tl.sum(tl.where(same, score, 0.0), AXIS), mask=exists)
+        tl.store(same_sum + at, tl.sum(tl.where(same, z, 0.0), AXIS), mask=exists)
         tl.store(same_count + at, tl.sum(tl.where(same, 1.0, 0.0), AXIS), mask=exists)
 
 
@@ -90,7 +94,7 @@ def symmetric_statistics(
     """Largest logit and sum of exponentials of each row of a tile, [tiles of columns, entries, rows], and of each column likewise.
 
     HALF (one matrix on both sides, whose slab begins at first_row and first_column): of the pairs above the diagonal alone. CLASSES, with
-    HALF: also the sum of a row's scores with others of its class, and the number of these.
+    HALF: also the sum of a row's logits with others of its class less its largest one, and the number of these.
     """
     b, row_tile, column_tile = pair_place(rows, columns, ROWS, COLUMNS)
     row, column = row_tile * ROWS + tl.arange(0, ROWS), column_tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -112,32 +116,45 @@ def symmetric_statistics(
     if CLASSES:
         same = same_class(classes, row, column, row_exists, column_exists, admitted)
     z = tl.where(admitted, score * (tl.load(scale + i, mask=row_exists, other=0.0) * LOG2E)[:, None], float("-inf"))
-    store_statistics(z, score, same, row_top, row_total, row_same, row_count, of_row, row_exists, 1, CLASSES)
-    store_statistics(z, score, same, column_top, column_total, column_same, column_count, of_column, column_exists, 0, CLASSES)
+    store_statistics(z, same, row_top, row_total, row_same, row_count, of_row, row_exists, 1, CLASSES)
+    store_statistics(z, same, column_top, column_total, column_same, column_count, of_column, column_exists, 0, CLASSES)
 
 
 @triton.jit
 def merge_statistics(
-    part_top, part_total, top, total, lse, lse_low, carry, count, parts, FACTORS: tl.constexpr, PARTS: tl.constexpr, COUNT: tl.constexpr
+    part_top, part_total, part_same, part_count, top, total, lse, lse_low, same_sum, same_count, carry, count, parts,
+    FACTORS: tl.constexpr, CLASSES: tl.constexpr, PARTS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Parts [parts, count] of sums of exponentials into running ones, in their order, and what the log-sum-exps are then.
 
-    FACTORS: part_top becomes what each part, and carry what went before, is to be multiplied by.
+    FACTORS: part_top becomes what each part, and carry what went before, is to be multiplied by. CLASSES: also sums of differences from
+    the largest, and the numbers of their terms.
     """
     at = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     exists = at < count
     begun = tl.load(top + at, mask=exists, other=float("-inf"))
     highest = begun
     sums = tl.load(total + at, mask=exists, other=0.0)
+    differences = sums
+    terms = sums
+    if CLASSES:
+        differences = tl.load(same_sum + at, mask=exists, other=0.0)
+        terms = tl.load(same_count + at, mask=exists, other=0.0)
     for first in range(0, parts, PARTS):
         part = first + tl.arange(0, PARTS)
         inside = (part < parts)[:, None] & exists[None, :]
         index = part[:, None] * count + at[None, :]
-        more = tl.load(part_top + index, mask=inside, other=float("-inf"))
-        before, highest = highest, tl.maximum(highest, tl.max(more, 0))
+        of_part = tl.load(part_top + index, mask=inside, other=float("-inf"))
+        before, highest = highest, tl.maximum(highest, tl.max(of_part, 0))
         shift = finite_or_zero(highest)
-        more = tl.load(part_total + index, mask=inside, other=0.0) * tl.exp2(more - shift[None, :])
+        more = tl.load(part_total + index, mask=inside, other=0.0) * tl.exp2(of_part - shift[None, :])
         sums = sums * tl.exp2(before - shift) + tl.sum(more, 0)
+        if CLASSES:  # what has no terms has nothing to move, from wherever
+            more_terms = tl.load(part_count + index, mask=inside, other=0.0)
+            more = tl.load(part_same + index, mask=inside, other=0.0) + (finite_or_zero(of_part) - shift[None, :]) * more_terms
+            differences += tl.where(terms == 0, 0.0, (finite_or_zero(before) - shift) * terms)
+            differences += tl.sum(tl.where(more_terms == 0, 0.0, more), 0)
+            terms += tl.sum(more_terms, 0)
     if FACTORS:
         shift = finite_or_zero(highest)
         tl.store(carry + at, tl.exp2(begun - shift), mask=exists)
@@ -151,6 +168,9 @@ def merge_statistics(
     tl.store(total + at, sums, mask=exists)
     tl.store(lse + at, level, mask=exists)
     tl.store(lse_low + at, low, mask=exists)
+    if CLASSES:
+        tl.store(same_sum + at, differences, mask=exists)
+        tl.store(same_count + at, terms, mask=exists)
 
 
 @triton.jit

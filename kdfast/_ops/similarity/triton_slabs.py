@@ -180,14 +180,18 @@ class Running(NamedTuple):
     lse: Tensor
     low: Tensor
 
-    def add(self, at: tuple[slice, slice], top: Tensor, total: Tensor, carry: Tensor | None = None) -> None:
-        """Parts [P, b, n] for the entries and rows `at`. With `carry` [b, n], `top` becomes their factors, and `carry` that of before."""
+    def add(self, at: tuple[slice, slice], top: Tensor, total: Tensor, carry: Tensor | None = None, *, classes: tuple = ()) -> None:
+        """Parts [P, b, n] for the entries and rows `at`. With `carry` [b, n], `top` becomes their factors, and `carry` that of before.
+
+        `classes`: sums of differences from the largest logits and the numbers of their terms, of the parts, and those of all, which grow.
+        """
         from .triton_pairs_kernels import merge_statistics
 
         kept, count, each = [x[at] for x in self], top[0].numel(), 128
+        of_parts, of_all = (classes[:2], [x[at] for x in classes[2:]]) if classes else ((top, total), (top, total))  # these not read
         merge_statistics[(-(-count // each),)](
-            top, total, *kept, top if carry is None else carry, count, len(top),
-            FACTORS=carry is not None, PARTS=32, COUNT=each, num_warps=4,
+            top, total, *of_parts, *kept, *of_all, top if carry is None else carry, count, len(top),
+            FACTORS=carry is not None, CLASSES=bool(classes), PARTS=32, COUNT=each, num_warps=4,
         )  # fmt: skip
 
 
