@@ -20,6 +20,7 @@ if not triton_runtime.INTERPRETED or triton_runtime.missing() is not None:
 KERNELS = {
     "knn.triton_kernels": ("group_minima", "group_distances", "row_norms"),
     "similarity.triton_kernels": ("forward", "merge", "grad_rows", "grad_keys"),
+    "similarity.triton_distillation_kernels": ("distillation", "merge_losses"),
     "similarity.triton_wide_kernels": ("wide_probabilities", "wide_weights"),
     "similarity.triton_pairs_kernels": ("merge_statistics", "weighted_sums", "symmetric_statistics", "symmetric_weights", "sigmoid_pairs"),
     "gather.triton_kernels": ("scores", "row_sums"),
@@ -95,4 +96,5 @@ def test_many_rows_of_everything(grids):
     functional.sampled_info_nce(x, x, x, labels[:, None].expand(-1, 2), temperature=1.0, impl="triton")
     ops.row_extrema(x, x, labels, labels, impl="triton")
     functional.mmd_rbf(x, x, sigmas=(1.0,), impl="triton")
-    legal(grids, "scores", "extrema", "relation_sums")
+    functional.similarity_distillation(x, x, x, student_temperature=1.0, teacher_temperature=1.0, impl="triton")
+    legal(grids, "scores", "extrema", "relation_sums", "distillation")

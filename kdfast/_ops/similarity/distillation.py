@@ -8,7 +8,8 @@ With p^S, p^T the softmaxes of z^S_ij = s_i q_i.k^S_j + b_j and z^T_ij = t_i u_i
 
 impl="cpu" takes the losses and O^S - O^T from one pass over both banks, so that a student's bank without gradient is read once, and with
 the mean over few pairs dk_j. Anything else, and what has a gradient besides, is composed of the streaming softmaxes of the two sides for
-its derivatives, while the values, which that would leave with the rounding errors of the logits, are distillation_values.py's.
+its derivatives, while the values, which that would leave with the rounding errors of the logits, are distillation_values.py's or
+Triton's.
 """
 
 from collections.abc import Callable
@@ -20,9 +21,9 @@ from torch.autograd import Function
 
 from ..._core import extension, impls
 from ..._core.recording import recorded
-from . import cpu, distillation_values, triton
+from . import cpu, distillation_values, triton_distillation
 from .apply import streaming_softmax
-from .arguments import how_to_compute, key_bias, prefix_length, problem, row_parameter
+from .arguments import Compute, how_to_compute, key_bias, prefix_length, problem, row_parameter
 from .autograd import _keep, _kept, _versions
 from .definition import SecondOrder, with_values
 from .exclusions import Rules
@@ -37,9 +38,9 @@ def _of_both_sides(refuses: Callable[..., str | None]) -> Callable[..., str | No
     return both
 
 
-impls.register(  # Triton serves the streaming softmaxes of the composition
+impls.register(  # Triton serves the values of the composition, and its streaming softmaxes
     "similarity_distillation",
-    *(impls.Implementation(name, m.missing, _of_both_sides(m.refuses)) for name, m in (("cpu", cpu), ("triton", triton))),
+    *(impls.Implementation(name, m.missing, _of_both_sides(m.refuses)) for name, m in (("cpu", cpu), ("triton", triton_distillation))),
 )
 
 
@@ -112,20 +113,25 @@ def distillation_rows(
         found = Distillation.apply(call, *inputs)
         return (found, None) if mean else (found[0], found[1][0])
     losses, lse = _composed(call, *inputs)
-    losses = _exactly(losses, call, ours.dtype, theirs.dtype, *inputs)
+    kernel = chosen == "triton" and not transforms
+    losses = with_values(losses, _values(call, kernel, ours, theirs, *inputs))
     return (losses.mean(), None) if mean else (losses, lse.detach())
 
 
-def _exactly(losses: Tensor, call: Call, compute: torch.dtype, teacher_compute: torch.dtype, *inputs) -> Tensor:
-    """The composition's losses with the values of distillation_values.py."""
+def _values(call: Call, kernel: bool, ours: Compute, theirs: Compute, *inputs) -> Tensor:
+    """The losses by themselves, with the digits that the composition's have not: of Triton's kernel, or distillation_values.py's."""
     student, keys, scale, start_logit, *fixed = (x.detach() if isinstance(x, Tensor) else x for x in inputs)
-    f, acc = Fixed(*fixed), losses.dtype
+    f, acc = Fixed(*fixed), torch.float64 if torch.float64 in (ours.dtype, theirs.dtype) else torch.float32
     scales = student.new_full((len(student),), call.factor, dtype=acc) if scale is None else scale
     teacher_scales = scales.new_full(scales.shape, call.teacher_factor) if f.scale is None else f.scale
-    vectors = (None if x is None else x.to(acc) for x in (scales, teacher_scales, start_logit, f.start_logit, f.bias))
+    vectors = [None if x is None else x.to(acc) for x in (scales, teacher_scales, start_logit, f.start_logit, f.bias)]
+    if kernel:
+        products = (cpu.product_number(side.products, x, triton_distillation.KERNELS) for side, x in ((ours, student), (theirs, f.teacher)))
+        run = torch.ops.kdfast_triton.similarity_distillation_losses
+        return run(student, keys, f.teacher, f.keys, *vectors, f.key_index, f.valid, call.kl, *products)
     run = torch.ops.kdfast_torch.similarity_distillation_losses if torch.compiler.is_compiling() else distillation_values.losses
     matrices = student, keys, f.teacher, keys if f.keys is None else f.keys
-    return with_values(losses, run(*matrices, *vectors, f.key_index, f.valid, call.kl, compute, teacher_compute))
+    return run(*matrices, *vectors, f.key_index, f.valid, call.kl, ours.dtype, theirs.dtype)
 
 
 def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Tensor, Tensor]:

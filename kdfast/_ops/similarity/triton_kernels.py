@@ -86,6 +86,14 @@ def level_of(lse, lse_low):
 
 
 @triton.jit
+def begun(start):
+    """(top, rest, total) of a start candidate, kept exactly: its logit in base 2 rounded, the rest, and 2^rest, its weight under top."""
+    top = start * LOG2E
+    rest = tl.where(tl.abs(top) < float("inf"), tl.fma(start, LOG2E, -top) + start * LOG2E_LOW, top)
+    return top, rest, tl.where(start == float("-inf"), 0.0, tl.exp2(rest))
+
+
+@triton.jit
 def row_side(
     query, scale, limit, query_labels, key_index, b, first, rows, width,
     LIMITED: tl.constexpr, LABELLED: tl.constexpr, INDICES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
@@ -178,11 +186,7 @@ def forward(
     acc = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
     if STARTED:  # noqa: SIM102, one is known when the kernel is compiled, the other is not
         if split == 0:
-            start = tl.load(start_logit + at, mask=exists, other=0.0)
-            # kept exactly: the start's weight is 2^(start2 - top), where top is start2 rounded
-            top = start * LOG2E
-            rest = tl.fma(start, LOG2E, -top) + start * LOG2E_LOW
-            total = tl.where(start == float("-inf"), 0.0, tl.exp2(tl.where(tl.abs(top) < float("inf"), rest, top)))
+            top, _, total = begun(tl.load(start_logit + at, mask=exists, other=0.0))
             if START_VALUE:
                 acc = total[:, None] * tile(
                     start_value + b * rows * value_width, first_row, rows, value_width, ROWS, VALUE_WIDTH, EVEN_VALUES, True, tl.float32
