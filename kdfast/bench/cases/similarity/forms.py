@@ -3,7 +3,6 @@
 Each query has a row in the bank that is nearly the same, as false negatives are.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -103,13 +102,17 @@ def learnable(x: Inputs) -> Tensor:
 
 def weighted(x: Inputs) -> Tensor:
     """Of the bank's first three quarters, whose scores have a bias; rows of different weights."""
-    z, valid = logits(x), present(x)
+    z, valid = logits(x), three_quarters(len(x.bank))
     z = torch.cat([z[:, :1], z[:, 1 : 1 + valid] + x.bias[:valid]], dim=1)
     return (first(z, reduction="none") * x.weight).sum() / x.weight.sum()
 
 
-def present(x: Inputs) -> int:
-    return max(1, 3 * len(x.bank) // 4)
+def three_quarters(rows: int) -> int:
+    return max(1, 3 * rows // 4)
+
+
+def whole(rows: int) -> int:
+    return rows
 
 
 def fused(options: Callable[[Inputs], dict], x: Inputs) -> Tensor:
@@ -117,8 +120,10 @@ def fused(options: Callable[[Inputs], dict], x: Inputs) -> Tensor:
     return info_nce(x.query, given.pop("positive"), given.pop("bank"), **given)
 
 
-def form(formula: Callable[[Inputs], Tensor], options: Callable[[Inputs], dict], leaves: int = 1) -> Case:
-    """`options`: what info_nce is told for it, beside or instead of one positive, the bank and TAU."""
+def form(
+    formula: Callable[[Inputs], Tensor], options: Callable[[Inputs], dict], leaves: int = 1, valid: Callable[[int], int] = whole
+) -> Case:
+    """`options`: what info_nce is told for it, beside or instead of one positive, the bank and TAU. `valid`: of how many bank rows."""
 
     def of_tensors(loss: Callable[[Inputs], Tensor]) -> Callable[..., Tensor]:
         return lambda *tensors: loss(Inputs(*tensors))
@@ -137,12 +142,12 @@ def form(formula: Callable[[Inputs], Tensor], options: Callable[[Inputs], dict],
         dtypes=INFO_NCE.dtypes,
         inputs=inputs,
         reference=reference,
-        flop=lambda shape: 4 * math.prod(shape),
+        flop=lambda shape: 4 * shape[0] * valid(shape[1]) * shape[2],
         peers=(
             peers.steps("kdfast", of_tensors(partial(fused, options)), leaves=leaves),
             peers.steps("eager", of_tensors(formula), leaves=leaves),
             peers.compiled(of_tensors(formula), leaves=leaves),
-            *peers.bare_mm(peers.attention_products, lambda x: (x.query, x.bank)),
+            *peers.bare_mm(peers.attention_products, lambda x: (x.query, x.bank[: valid(len(x.bank))])),
         ),
     )
 
@@ -159,5 +164,9 @@ FORMS = {
     "smoothing": form(smoothing, lambda x: {"label_smoothing": SMOOTHING}),
     "decoupled": form(decoupled, lambda x: {"include_positive": False}),
     "learnable": form(learnable, lambda x: {"temperature": x.temperature}, leaves=2),
-    "weighted": form(weighted, lambda x: {"bank_bias": x.bias, "bank_valid": present(x), "weight": x.weight}),
+    "weighted": form(
+        weighted,
+        lambda x: {"bank_bias": x.bias, "bank_valid": three_quarters(len(x.bank)), "weight": x.weight},
+        valid=three_quarters,
+    ),
 }
