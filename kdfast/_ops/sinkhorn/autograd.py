@@ -6,6 +6,7 @@ Each Function takes a Problem as its eight tensors and `static`, the rest. (Sign
 
 import functools
 import inspect
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,9 +52,27 @@ def applied(function: type[Function], *arguments):
     return function.apply(*arguments) if follows else function.forward(*arguments)
 
 
+class _Given(NamedTuple):
+    """Bound arguments that are all there."""
+
+    args: tuple
+    kwargs: dict
+
+    def apply_defaults(self) -> None:
+        pass
+
+
+class _Positional(inspect.Signature):
+    """A signature to which arguments are bound in their order, every one given."""
+
+    def bind(self, *args, **named):
+        return super().bind(*args, **named) if named or len(args) != len(self.parameters) else _Given(args, {})
+
+
 def _signed(function: type[Function]) -> type[Function]:
-    """`function` with the signature of its forward at hand, which apply otherwise works out at every call."""
-    function.forward.__signature__ = inspect.signature(function.forward)
+    """`function` with the signature of its forward at hand, which apply otherwise works out, and binds by name, at every call."""
+    known = inspect.signature(function.forward)
+    function.forward.__signature__ = _Positional(tuple(known.parameters.values()), return_annotation=known.return_annotation)
     return function
 
 
