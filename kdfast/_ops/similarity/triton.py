@@ -39,13 +39,14 @@ def tiles(width: int, dtype: torch.dtype, streams: int, arch: int) -> Tiles:
     """For operands of `width` (a power of two) in `dtype`, `streams` matrices of them passing by, on a GPU of capability `arch`.
 
     The sums of a tile's rows stay in registers, rows x width floats: 64 to 128 of the 255 of a thread; scores and weights take as many
-    more (all of them before Hopper, whose matrix instructions read operands from shared memory). There lie what stays, and two stages of
-    what passes by: 96 to 192 KB; on small GPUs, whose rows are narrow here (MAX_BYTES_SMALL), at most 85.
+    more (all of them before Hopper, whose matrix instructions read operands from shared memory: float32 has fewer rows there). There lie
+    what stays, and two stages of what passes by: 96 to 192 KB; on small GPUs, whose rows are narrow here (MAX_BYTES_SMALL), at most 85.
     """
     if runtime.INTERPRETED:
         return Tiles(32, 32, 4, 1)
     wide = dtype == torch.float32
-    rows = 128 if width * (1 + wide) <= 256 else 64
+    most = 128 if wide and arch < 90 and streams < 3 else 256  # with three, fewer rows spill more
+    rows = 128 if width * (1 + wide) <= most else 64
     columns = 128 if width <= 128 else 64 if width <= 256 else 32
     if wide or streams > 1 or arch < 90 or runtime.is_small(arch):
         columns //= 2
