@@ -123,6 +123,14 @@ def test_in_batch(data, copies, labelled):
     same(actual, expected, [d["q"], positives])
 
 
+def test_in_batch_leaves_out_one_more_sample(data):
+    d = data
+    own = torch.tensor([3, -1, 2, 0, 5, -1, 1])
+    mask = (own[:, None] != torch.arange(N)) & ~torch.eye(N, dtype=torch.bool)
+    rows = plain.info_nce_rows(inner(d, 0.3), plain.scores(d["q"], d["k"], 0.3), mask)
+    same(info_nce(d["q"], d["k"], temperature=0.3, own_index=own), plain.reduced(rows), [d["q"], d["k"]])
+
+
 def test_in_batch_equals_cross_entropy_over_the_score_matrix(data):
     d = data
     same(info_nce(d["q"], d["k"], temperature=0.3), F.cross_entropy(d["q"] @ d["k"].T / 0.3, torch.arange(N)), [d["q"], d["k"]])
