@@ -30,6 +30,13 @@ def test_assign_of_apart_rows_and_extreme_scores(isa):
         torch.testing.assert_close(ours.sum(-1), torch.ones(len(ours)))
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 3), (0, 3), (2, 0, 3), (2, 4, 0)], ids=str)
+def test_assign_of_nothing(shape):
+    """Whose strides are as they are: nothing is contiguous already."""
+    for scores in (torch.rand(shape), torch.rand(*shape[:-1], 1).expand(shape)):
+        assert F.sinkhorn_assign(scores, impl="cpu").shape == shape
+
+
 def test_assign_of_few_columns_whose_largest_comes_late(isa):
     """Their sums over later chunks of rows are far from 1 at the largest scores of the rows before."""
     scores = torch.rand(600, 70, dtype=torch.float64)

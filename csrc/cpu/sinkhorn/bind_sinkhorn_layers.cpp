@@ -74,7 +74,7 @@ class AssignPasses {
 template <class Real>
 SinkhornAssign<Real> assign_call(const Tensor& scores, const Tensor& inverse_epsilon) {
   STD_TORCH_CHECK(scores.dim() == 3 && scores.is_cpu(), "scores must have 3 dimensions, on the CPU");
-  STD_TORCH_CHECK(scores.size(2) <= 1 || scores.stride(2) == 1, "rows of the scores must be contiguous");
+  STD_TORCH_CHECK(scores.numel() == 0 || scores.size(2) == 1 || scores.stride(2) == 1, "rows of the scores must be contiguous");
   check("inverse_epsilon", inverse_epsilon, scalar_type<Real>(), {});
   SinkhornAssign<Real> p{};
   if constexpr (sizeof(Real) == 4) p.type = element_type("sinkhorn_assign", scores.scalar_type());
