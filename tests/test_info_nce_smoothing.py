@@ -95,6 +95,16 @@ def test_with_leading_dimensions(form, own_banks):
             torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5 * float(y.abs().max()))
 
 
+def test_weights_of_positives_may_cancel():
+    inputs, loss = problem("two positives", 7, 30, 16)
+    options = {"label_smoothing": 0.3, "reduction": "none", "positive_weights": torch.tensor([1.0, -1.0])}
+    value, gradients = found(loss, inputs, None, **options, impl="cpu")
+    expected, wanted = found(loss, inputs, torch.float64, **options, impl="torch")
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
+    for x, y in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5 * float(y.abs().max()))
+
+
 @pytest.mark.parametrize("form", ["positive", "some targets"])
 def test_double_backward_is_the_definitions(form):
     inputs, loss = problem(form, 6, 11, 5, excluded=True)

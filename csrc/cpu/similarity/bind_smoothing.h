@@ -200,7 +200,8 @@ void smooth_rows(const InfoNceParams& call, const SimilarityParams& bank, double
       for (int64_t j = 0; j < positives; ++j) weight += weights[i * positives + j], slope += found.slopes[row * positives + j];
       const double score = biases[bag] - double(scores[i]) + double(left_out[i]);
       const double share = smoothing / (1 + count);
-      if (weight != 0) found.losses[row] += float(-share * (count * double(logits[i]) + weight * score));
+      const double spread_score = weight != 0 ? weight * score : 0;  // whatever the score of a row without a positive
+      found.losses[row] += float(-share * (count * double(logits[i]) + spread_score));
       of_lse[row] = float(slope), spread[row] = of_sums[i] = float(share * weight);
       for (int64_t j = 0; j < positives; ++j) {
         float& extra = weights[i * positives + j];
