@@ -70,11 +70,12 @@ inline Vec weigh_teacher_scores(const float* scores, float* weights, int64_t pad
 // The running softmaxes of both sides, and E.
 struct BothSoftmaxes {
   RunningSoftmax student, teacher;
-  float* excess;  // [rows][kLanes]: sum of the teacher's weights times the exponents of the student's, less their own for KL
+  // [rows][kLanes], as grow has them: sum of the teacher's weights times the exponents of the student's, less their own for KL
+  float *excess, *rest;
 
   void plan(int64_t rows, Arena& arena) {
     student.plan(rows, arena), teacher.plan(rows, arena);
-    excess = arena.take(rows * kLanes);
+    excess = arena.take(rows * kLanes), rest = arena.take(rows * kLanes);
   }
 
   // Row i is row `at` of the call, or only fills the last tile.
@@ -82,6 +83,7 @@ struct BothSoftmaxes {
     student.begin(i, exists ? p.student.scale[at] : 0);
     teacher.begin(i, exists ? p.teacher.scale[at] : 0);
     __builtin_memset(excess + i * kLanes, 0, 4 * kLanes);
+    __builtin_memset(rest + i * kLanes, 0, 4 * kLanes);
     if (!exists || !start) return;
     const float weight = student.start(i, p.student.start_logit[at]), teacher_weight = teacher.start(i, p.teacher.start_logit[at]);
     if (weight == 0 && teacher_weight != 0) excess[i * kLanes] = -kInfinity;
@@ -96,17 +98,18 @@ struct BothSoftmaxes {
     Vec step = larger(splat(-0x1p100f), splat(student.step[i]));
     if constexpr (kKl) step -= larger(splat(-0x1p100f), splat(teacher.step[i]));
     float* const e = excess + i * kLanes;
-    store(e, correction == Vec{} ? added.sum : multiply_add(correction, multiply_add(step, before, load(e)), added.sum));  // E may be -inf
+    store(e, correction == Vec{} ? Vec{} : multiply_add(step, before, load(e)));  // E may be -inf
+    grow(e, rest + i * kLanes, correction, added.sum);
     return sum;
   }
 
   DistilledRow row(int64_t i) const {
-    const auto whole = [i](const float* lanes) {
+    const auto whole = [i](const float* lanes, const float* rest) {
       double sum = 0;
-      for (int k = 0; k < kLanes; ++k) sum += double(lanes[i * kLanes + k]);
+      for (int k = 0; k < kLanes; ++k) sum += double(lanes[i * kLanes + k]) + double(rest[i * kLanes + k]);
       return sum;
     };
-    return {student.top(i), teacher.top(i), whole(student.sum), whole(teacher.sum), whole(excess)};
+    return {student.top(i), teacher.top(i), whole(student.sum, student.rest), whole(teacher.sum, teacher.rest), whole(excess, rest)};
   }
 };
 

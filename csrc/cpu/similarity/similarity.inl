@@ -93,7 +93,7 @@ struct SimilarityPass {
 
   void end_row(int64_t i) const {
     const int64_t out = first + i - (task.batch * p.rows + task.row_begin);
-    const float sum = total(load(w.softmax.sum + i * kLanes));
+    const float sum = total(load(w.softmax.sum + i * kLanes)) + total(load(w.softmax.rest + i * kLanes));
     if (task.finish) {
       store_log_sum(log_sum(w.softmax.top(i), sum), task.lse + out, task.lse_low + out);
     } else {

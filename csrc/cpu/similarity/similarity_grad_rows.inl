@@ -20,7 +20,7 @@ struct GradRowsWorkspace {
   Tile tile, h_tile;  // of q.k, and of h.v
   ColumnTerms terms;
   float *multiplier, *high, *low;  // per row
-  float *mass, *total;             // per row, by lanes
+  float *mass, *total, *rests;     // per row, by lanes; rests: of both, as grow has them
 
   template <class Product>
   GradRowsWorkspace(Product product, const SimilarityParams& p, const SimilarityGradRowsTask& t, int64_t row_count, int64_t columns,
@@ -34,7 +34,7 @@ struct GradRowsWorkspace {
     tile.plan(product, rows, block, arena);
     terms.plan(block, arena);
     multiplier = arena.take(rows), high = arena.take(rows), low = arena.take(rows);
-    mass = arena.take(rows * kLanes), total = arena.take(rows * kLanes);
+    mass = arena.take(rows * kLanes), total = arena.take(rows * kLanes), rests = arena.take(2 * rows * kLanes);
     if (!has_h) return;
     upstream.plan(product, rows, p.pooled_width, arena);
     if (other_values) values.panels.plan(product, p.pooled_width, block, true, false, arena);
@@ -66,6 +66,7 @@ struct RowGradientPass {
     __builtin_memset(w.sums.at(i), 0, size_t(4 * w.sums.stride));
     __builtin_memset(w.mass + i * kLanes, 0, 4 * kLanes);
     __builtin_memset(w.total + i * kLanes, 0, 4 * kLanes);
+    __builtin_memset(rests(i), 0, 2 * 4 * kLanes);
     if (i >= count) {
       w.multiplier[i] = 0, w.high[i] = kInfinity, w.low[i] = 0;
       __builtin_memset(w.queries.at(i), 0, size_t(4 * w.queries.stride));
@@ -122,14 +123,16 @@ struct RowGradientPass {
         Packing<Product>::store_weights(weights, j, z0, z1);
       }
     }
-    store(w.mass + i * kLanes, load(w.mass + i * kLanes) + mass);
-    store(w.total + i * kLanes, load(w.total + i * kLanes) + sum);
+    grow(w.mass + i * kLanes, rests(i), splat(1), mass);
+    grow(w.total + i * kLanes, rests(i) + kLanes, splat(1), sum);
   }
+
+  float* rests(int64_t i) const { return w.rests + 2 * i * kLanes; }
 
   void end_row(int64_t i) const {
     const int64_t out = first + i - (task.batch * p.rows + task.row_begin);
-    task.mass[out] = total(load(w.mass + i * kLanes));
-    task.total[out] = total(load(w.total + i * kLanes));
+    task.mass[out] = total(load(w.mass + i * kLanes)) + total(load(rests(i)));
+    task.total[out] = total(load(w.total + i * kLanes)) + total(load(rests(i) + kLanes));
     __builtin_memcpy(task.rows + out * p.width, w.sums.at(i), size_t(4 * p.width));
   }
 };

@@ -74,21 +74,30 @@ struct ColumnTerms {
   }
 };
 
-// The state of every row: maximum m of its logits, in two floats, sum l of e^(logit - m), by lanes, and of the last block the correction
-// e^(m - m') and its exponent.
+// sum' = factor sum + more for a sum of very many blocks in two floats, by lanes: `rest` is what its additions have rounded off (Kahan). One
+// float would lose of every later block what is less than half a unit of a candidate that dominates: of 10^7 keys 1e-4 of a log-sum-exp.
+inline void grow(float* sum, float* rest, Vec factor, Vec more) {
+  const Vec before = factor * load(sum), added = multiply_add(factor, load(rest), more), after = before + added;
+  store(sum, after);
+  store(rest, after - after == Vec{} ? added - (after - before) : Vec{});
+}
+
+// The state of every row: maximum m of its logits, in two floats, sum l of e^(logit - m), in two floats by lanes, and of the last block the
+// correction e^(m - m') and its exponent.
 struct RunningSoftmax {
   float *maximum, *low, *multiplier, *step, *correction;
-  float* sum;  // [rows][kLanes]
+  float *sum, *rest;  // [rows][kLanes]
 
   void plan(int64_t rows, Arena& arena) {
     maximum = arena.take(rows), low = arena.take(rows), multiplier = arena.take(rows), step = arena.take(rows), correction = arena.take(rows);
-    sum = arena.take(rows * kLanes);
+    sum = arena.take(rows * kLanes), rest = arena.take(rows * kLanes);
   }
 
   void begin(int64_t i, float scale) const {
     maximum[i] = -kInfinity, low[i] = 0;
     multiplier[i] = __builtin_fabsf(scale);
     __builtin_memset(sum + i * kLanes, 0, 4 * kLanes);
+    __builtin_memset(rest + i * kLanes, 0, 4 * kLanes);
   }
 
   // A first candidate with this logit; returns its weight.
@@ -179,8 +188,7 @@ inline void weigh_rows(const RunningSoftmax& s, const ColumnTerms& terms, const 
     look(at + kLanes + kLag);
     const int64_t i = row + at;
     const Vec sum = weigh(i, tile.scores(at), RowLevel{factor[at % kRing], high[at % kRing], low[at % kRing]});
-    float* const l = s.sum + i * kLanes;
-    store(l, multiply_add(load(l), splat(s.correction[i]), sum));
+    grow(s.sum + i * kLanes, s.rest + i * kLanes, splat(s.correction[i]), sum);
   }
 }
 

@@ -13,21 +13,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .portable import _finite
+from .portable import _finite, grown
 from .tiles import Scores, no_autocast
 
 
 class _Side(NamedTuple):
-    """One side's running softmax of a block of rows, [r] each."""
+    """One side's running softmax of a block of rows, [r] each: `rest` belongs to the total, as `grown` has it."""
 
     top: Tensor
     total: Tensor
+    rest: Tensor
 
     @staticmethod
     def begin(start: Tensor | None, like: Tensor) -> "_Side":
+        nothing = torch.zeros_like(like)
         if start is None:
-            return _Side(torch.full_like(like, -torch.inf), torch.zeros_like(like))
-        return _Side(start, torch.where(start == -torch.inf, 0.0, torch.ones_like(start)))
+            return _Side(torch.full_like(like, -torch.inf), nothing, nothing)
+        return _Side(start, torch.where(start == -torch.inf, 0.0, torch.ones_like(start)), nothing)
 
     def raised(self, z: Tensor) -> tuple["_Side", Tensor, Tensor]:
         """The side with a tile z [r, c] too, the tile relative to its new maximum, and what that adds to exponents before it."""
@@ -35,7 +37,8 @@ class _Side(NamedTuple):
         shift = _finite(top)
         step = torch.where(self.total == 0, 0.0, self.top - shift)
         z = z - shift[:, None]
-        return _Side(top, self.total * torch.exp(step) + torch.exp(z).sum(-1)), z, step
+        rescale = torch.exp(step)
+        return _Side(top, *grown(self.total * rescale, self.rest * rescale, torch.exp(z).sum(-1))), z, step
 
 
 @no_autocast
@@ -66,7 +69,7 @@ def losses(
         queries = [side.query_tile(one, r)[0] for side in (ours, theirs)]
         starts = (None if x is None else x[r] for x in (start_logit, teacher_start_logit))
         s, t = (_Side.begin(start, scale[r]) for start in starts)
-        excess = torch.zeros_like(scale[r])
+        excess = rest = torch.zeros_like(scale[r])
         if start_logit is not None:
             excess = torch.where((s.total == 0) & (t.total != 0), -torch.inf, excess)
         for c in column_blocks:
@@ -86,7 +89,8 @@ def losses(
             weight = torch.exp(u)
             more = weight * torch.where(weight == 0, 0.0, z - u if kl else z)
             moved = excess + (step - teacher_step if kl else step) * before
-            excess = moved * torch.exp(teacher_step) + more.sum(-1)
+            rescale = torch.exp(teacher_step)
+            excess, rest = grown(moved * rescale, rest * rescale, more.sum(-1))
         nothing = t.total == 0
         mean = excess / torch.where(nothing, 1.0, t.total)
         level = torch.where(nothing, 0.0, torch.log(t.total)) if kl else 0.0

@@ -81,7 +81,7 @@ def forward(
             q = scores.query_tile(b, r)  # [b, r, D]
             top = torch.full_like(scale[b, r], -torch.inf) if start_logit is None else start_logit[b, r]
             total = torch.zeros_like(top) if start_logit is None else torch.exp(top - _finite(top))
-            acc = None
+            acc, rest = None, torch.zeros_like(total)
             if pooled:
                 acc = top.new_zeros(*top.shape, width) if start_value is None else start_value[b, r].to(top.dtype) * total[..., None]
             for c in column_blocks:
@@ -91,7 +91,7 @@ def forward(
                 shift = _finite(higher)
                 weight = z.sub_(shift[..., None]).exp_()
                 rescale = torch.exp(top - shift)  # 0 while nothing has been admitted
-                total = total * rescale + weight.sum(-1)
+                total, rest = grown(total * rescale, rest * rescale, weight.sum(-1))
                 if pooled:
                     v = k if values is None else scores.column_tile(values, b, c)
                     acc = torch.baddbmm(acc * rescale[..., None], weight, v)
@@ -100,6 +100,13 @@ def forward(
             if pooled:
                 out[b, r] = acc / torch.where(total == 0, 1.0, total)[..., None]
     return lse, out, lse_low
+
+
+def grown(total: Tensor, rest: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+    """total + rest + more, and what that is rounded off by (Kahan): a total that one tile dominates loses the small sums of others."""
+    more = more + rest
+    after = total + more
+    return after, _finite(more - (after - total))
 
 
 def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

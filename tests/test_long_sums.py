@@ -1,0 +1,89 @@
+"""Sums over very many keys, and over rows whose terms nearly cancel, keep the digits that the plain formula's keep."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kdfast._core import impls
+from kdfast.functional import clip_loss, nt_xent, similarity_distillation
+from kdfast.ops import similarity_softmax
+
+KEYS = 1 << 18
+needs_kernels = pytest.mark.skipif(impls.table()["info_nce"]["cpu"] is not None, reason="no compiled kernels")
+
+
+def beside_one(logits: list[float], others: float) -> torch.Tensor:
+    """Keys [KEYS, 1] that have these logits under a query of 1; of the others a block together may be half a unit of the first's weight."""
+    keys = torch.full((KEYS, 1), others)
+    keys[: len(logits), 0] = torch.tensor(logits)
+    return keys
+
+
+def log_sum_exp_keeps_small_terms(impl, others):
+    keys = beside_one([0.0], others)
+    for bank in (keys, keys.roll(KEYS // 2, 0)):
+        lse, _ = similarity_softmax(torch.ones(3, 1), bank, impl=impl)
+        assert (lse.double() - keys.double().logsumexp(0)).abs().max() < 1e-6
+
+
+def distillation_keeps_small_terms(impl, divergence):
+    student, teacher = beside_one([-5.0, 0.0], -22.0), beside_one([0.0, -9.0], -22.0)
+    rows = torch.ones(3, 1)
+    losses = similarity_distillation(
+        rows, rows, student, teacher, student_temperature=1.0, teacher_temperature=1.0, divergence=divergence, reduction="none", impl=impl
+    )
+    ours, theirs = (torch.log_softmax(keys.double()[:, 0], 0) for keys in (student, teacher))
+    truth = (theirs.exp() * ((theirs if divergence == "kl" else 0.0) - ours)).sum()
+    assert (losses.double() - truth).abs().max() < 4e-6
+
+
+@needs_kernels
+def test_log_sum_exp_of_many_keys(isa):
+    log_sum_exp_keeps_small_terms("cpu", -20.5)  # one float for the sum of all blocks loses 2e-5 of 3e-4
+
+
+@needs_kernels
+@pytest.mark.parametrize("divergence", ["ce", "kl"])
+def test_distillation_over_many_keys(isa, divergence):
+    distillation_keeps_small_terms("cpu", divergence)
+
+
+def test_portable_sums_over_many_keys():
+    log_sum_exp_keeps_small_terms("torch", -18.0)  # 3e-6 of 4e-3
+    distillation_keeps_small_terms("torch", "ce")
+    distillation_keeps_small_terms("torch", "kl")
+
+
+def clip(x, y, scale):
+    z, own = scale * x @ y.T, torch.arange(len(x))
+    return (F.cross_entropy(z, own) + F.cross_entropy(z.T, own)) / 2
+
+
+def among_views(x, y, scale):
+    rows = torch.cat([x, y])
+    z = (scale * rows @ rows.T).masked_fill(torch.eye(len(rows), dtype=torch.bool), -torch.inf)
+    return F.cross_entropy(z, torch.arange(len(rows)).roll(len(x)))
+
+
+@pytest.mark.parametrize(
+    ("loss", "formula"),
+    [(clip_loss, clip), (lambda x, y, scale, **how: nt_xent(x, y, temperature=1 / scale, **how), among_views)],
+    ids=["clip_loss", "nt_xent"],
+)
+def test_portable_gradient_of_a_scale_where_all_logits_are_large_and_alike(loss, formula):
+    """A row's logits less its match's are small; the sums over all rows of both are not."""
+
+    def gradient(f, dtype, x, y):
+        scale = torch.tensor(2.0, dtype=dtype, requires_grad=True)
+        return torch.autograd.grad(f(x.to(dtype), y.to(dtype), scale), scale)[0].double()
+
+    ours, naive = [], []
+    for _ in range(10):
+        centres = F.normalize(torch.randn(4, 16), dim=-1)[torch.randint(4, (64,))]
+        x = F.normalize(centres + 0.01 * torch.randn(64, 16), dim=-1) * 20
+        y = F.normalize(x / 20 + 0.1 * torch.randn(64, 16), dim=-1) * 20
+        truth = gradient(formula, torch.float64, x, y)
+        ours.append((gradient(lambda *a: loss(*a, normalize=False, impl="torch"), torch.float32, x, y) - truth).square())
+        naive.append((gradient(formula, torch.float32, x, y) - truth).square())
+    ours, naive = (torch.stack(squares).mean().sqrt() for squares in (ours, naive))
+    assert ours <= 2 * naive, (ours, naive)
