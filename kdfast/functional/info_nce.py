@@ -315,6 +315,7 @@ def _contrasted(p: Prepared, scale, positive_weights, margin, include_positive, 
 
 def _attracted(p: Prepared, scale, include_positive, precision, impl) -> tuple[Tensor, Tensor]:
     """loss_i = lse_i - mean of z over the rows of i's class (and the explicit positives): all in one denominator."""
+    scale = scale.expand(p.query.shape[:-1]) if isinstance(scale, Tensor) else scale  # its gradient: a row's two terms before all rows
     query, rows, positive = rounded(precision, p.query, p.rows, p.positive)
     p = p._replace(query=query, rows=rows, positive=positive, panels=p.panels if rows is p.rows else None)
     rules = _exclusions(p) if not include_positive else Rules(key_index=p.skip)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from ..._core import extension, impls
+from ..._core import dtypes, extension, impls
 from . import cpu, triton_matching
 from .apply import streaming_softmax, transformed
 from .arguments import how_to_compute, problem
@@ -22,7 +22,7 @@ from .exclusions import SameLabel
 from .passes import KERNELS
 from .positives import dot
 from .sigmoid import sigmoid_pair_loss
-from .symmetric import symmetric_lse
+from .symmetric import lse_by_rows
 
 impls.register(
     "matching_loss",
@@ -103,6 +103,12 @@ def _of_rows(x: float | Tensor | None) -> bool:
     return isinstance(x, Tensor) and x.dim() > 0
 
 
+def _by_rows(scale: float | Tensor, x: Tensor) -> Tensor:
+    """[N]: its gradient takes off each row's the match's before rows are added up."""
+    acc = dtypes.accumulator(x.dtype)
+    return scale.to(x.device, acc).expand(len(x)) if isinstance(scale, Tensor) else x.new_full((len(x),), scale, dtype=acc)
+
+
 def _scalar(x: float | Tensor, device: torch.device) -> Tensor:
     return x.to(device, torch.float32) if isinstance(x, Tensor) else torch.scalar_tensor(x, dtype=torch.float32, device=device)
 
@@ -113,7 +119,9 @@ def _definition(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor, 
     own = torch.arange(len(x), device=x.device)
     if shift is not None:
         losses = sigmoid_pair_loss(x, y, scale, shift, own, precision=precision, impl=impl)
-    elif y is None or rows_alone:
+        return losses.mean() if mean else losses
+    scale = _by_rows(scale, x)
+    if y is None or rows_alone:
         half = len(x) // 2
         columns, match = (x, x.roll(half, 0)) if y is None else (y, y)
         labels = (own if rows_alone else own % half) if labels is None else labels
@@ -121,7 +129,7 @@ def _definition(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor, 
         lse, *_ = streaming_softmax(spec, tensors.folded(spec), pool=False, need_pooled=False)
         losses = F.softplus(lse[0] - scale * dot(x, match), threshold=40)  # beyond 40, log(1 + e^x) is x in float64 too
     else:
-        sides = symmetric_lse(x, y, scale, labels=(own, own), precision=precision, impl=impl)
+        sides = lse_by_rows(x, y, scale, labels=(own, own), precision=precision, impl=impl)
         losses = F.softplus(torch.stack(sides) - scale * dot(x, y), threshold=40).mean(0)
     return losses.mean() if mean else losses
 

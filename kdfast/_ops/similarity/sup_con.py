@@ -65,6 +65,7 @@ def _definition(call: Call, x: Tensor, scale: float | Tensor) -> tuple[Tensor, T
     """In PyTorch's operations around the streaming softmax, for any device and transform, and for derivatives of the second order."""
     labels, _, precision, impl, *_ = call
     (x,) = rounded(precision, x)
+    scale = row_parameter("scale", scale, x)  # for its gradient: a row's mean logit is taken off before rows are added up
     rules = Rules(key_index=torch.arange(len(x), device=x.device)[:, None])
     spec, tensors = problem(x, x, scale, None, None, None, rules, None, precision, impl)
     lse, *_ = streaming_softmax(spec, tensors.folded(spec), pool=False, need_pooled=False)

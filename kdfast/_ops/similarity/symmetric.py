@@ -61,19 +61,28 @@ def symmetric_lse(
     checks.number("scale", scale)
     if isinstance(scale, Tensor) and scale.dim():
         raise ValueError(f"scale must be a float or a 0-d tensor, got shape {tuple(scale.shape)}")
-    compute = how_to_compute(x, precision)
-    impl = impls.choose("symmetric_lse", impl, device_type=x.device.type, dtype=compute.dtype)
-    size = batch.numel()
     acc = dtypes.accumulator(x.dtype)
     if not isinstance(scale, Tensor):
         checks.in_range("scale", scale, acc)
     scale = scale.to(x.device, acc) if isinstance(scale, Tensor) else x.new_full((), scale, dtype=acc)  # no copy from the host
-    scale = scale.expand(size)
-    sides = (x, y)
     if labels is not None and not (isinstance(labels, tuple) and len(labels) == 2):
         raise TypeError(f"labels must be a tuple (of x, of y), got {type(labels).__name__}")
+    return lse_by_rows(x, y, scale.expand(x.shape[:-1]), labels=labels, precision=precision, impl=impl)
+
+
+def lse_by_rows(
+    x: Tensor, y: Tensor, scale: Tensor, *, labels: tuple[Tensor, Tensor] | None, precision: str | None, impl: str | None
+) -> tuple[Tensor, Tensor]:
+    """`symmetric_lse` of a scale [*B, N] in the accumulator's dtype, equal for all rows of an entry, whose gradient comes by rows.
+
+    A loss takes off each row's the match's, before they are added up: the sums of both would round as all the logits together.
+    """
+    compute, batch = how_to_compute(x, precision), x.shape[:-2]
+    impl = impls.choose("symmetric_lse", impl, device_type=x.device.type, dtype=compute.dtype)
+    size, sides = batch.numel(), (x, y)
     x_labels, y_labels = (None, None) if labels is None else (_labels(*pair, size) for pair in zip(labels, ("x", "y"), sides, strict=True))
     x, y = (side.reshape(size, *side.shape[-2:]) for side in sides)
+    scale = scale.reshape(size, x.shape[1])
     run = SymmetricLse.apply if through_function((x, y, scale)) else _run_forward
     rows, columns, _, _ = run(impl, compute, x, y, scale, x_labels, y_labels)
     return rows.reshape(*batch, -1), columns.reshape(*batch, -1)
@@ -175,7 +184,6 @@ def gradients(
 
 
 def _run_forward(impl, compute, x, y, scale, x_labels, y_labels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scale = scale[:, None].expand(x.shape[:2])
     if impl in KERNELS:
         kernels = KERNELS[impl]
         return kernels.ops.symmetric_lse(*_dense(x, y, scale, x_labels, y_labels), cpu.product_number(compute.products, x, kernels))
@@ -184,14 +192,12 @@ def _run_forward(impl, compute, x, y, scale, x_labels, y_labels) -> tuple[Tensor
 
 
 def _run_gradients(impl, compute, want, *tensors) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(dx, dy, dscale [B]) in the accumulator's dtype; what is not wanted is empty or None."""
+    """(dx, dy, dscale [B, N]) in the accumulator's dtype; what is not wanted is empty or None."""
     want_x, want_y, want_scale = want
-    *statistics, x, y, scale, x_labels, y_labels = tensors
-    tensors = (*statistics, x, y, scale[:, None].expand(x.shape[:2]), x_labels, y_labels)
+    x, _, scale, *_ = tensors[6:]
     if impl == "triton":
         number = cpu.product_number(compute.products, x, KERNELS[impl])
-        dx, dy, dscale = KERNELS[impl].ops.symmetric_gradients(*_dense(*tensors), want_x, want_y, number)
-        return dx, dy, dscale.sum(1)
+        return KERNELS[impl].ops.symmetric_gradients(*_dense(*tensors), want_x, want_y, number)
     want_rows = want_x or want_scale
     if impl == "cpu":
         sums = torch.ops.kdfast.symmetric_gradients(*_dense(*tensors), want_rows, want_y, cpu.product_number(compute.products, x))
@@ -199,8 +205,8 @@ def _run_gradients(impl, compute, want, *tensors) -> tuple[Tensor, Tensor, Tenso
         run = torch.ops.kdfast_torch.symmetric_gradients if torch.compiler.is_compiling() else gradients
         sums = run(*tensors, want_rows, want_y, compute.dtype)
     x_sums, y_sums = sums
-    dscale = (x.to(compute.dtype).to(scale.dtype) * x_sums).sum((1, 2)) if want_scale else None
-    return x_sums.mul_(scale[:, None, None]) if want_x else x_sums, y_sums, dscale
+    dscale = (x.to(compute.dtype).to(scale.dtype) * x_sums).sum(-1) if want_scale else None
+    return x_sums.mul_(scale[..., None]) if want_x else x_sums, y_sums, dscale
 
 
 def _dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -211,7 +217,10 @@ def _dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 class SymmetricLse(Function):
-    """(row_lse [B, N], column_lse [B, M], low digits of both) of x [B, N, D], y [B, M, D], scale [B] and labels [B, N], [B, M] or None."""
+    """(row_lse [B, N], column_lse [B, M], low digits of both) of x [B, N, D], y [B, M, D], scale [B, N] and labels [B, N], [B, M] or None.
+
+    The scale, and a cotangent of its gradient, is equal for all rows of an entry.
+    """
 
     @staticmethod
     def forward(impl, compute, *tensors):
@@ -258,17 +267,18 @@ class SymmetricGradients(Function):
         want_x, want_y = ctx.needs_input_grad[9:11]
 
         def one_side(want_keys, u, kappa, g, query, keys, lse, lse_low, query_labels, key_labels):
-            sigma_rows, scale_rows = (per_entry[:, None].expand(query.shape[:2]).contiguous() for per_entry in (sigma, scale))
+            sigma_rows, scale_rows = (rows[:, :1].expand(query.shape[:2]).contiguous() for rows in (sigma, scale))
             grads = SecondOrder.apply(
                 ctx.impl, ctx.compute, (want_keys, False, False), u, kappa, sigma_rows, *(None,) * 4,
                 g, None, query, keys, scale_rows, *(None,) * 4, lse, lse_low, None, query_labels, key_labels, *(None,) * 3,
             )  # fmt: skip
-            return grads[0], grads[2], grads[3], grads[4].sum(-1)
+            return grads[0], grads[2], grads[3], grads[4]
 
         drow_g, dx, dy, dscale = one_side(want_y, u, kappa, row_g, x, y, row_lse, row_low, x_labels, y_labels)
         dcolumn_g, more_dy, more_dx, more_dscale = one_side(want_x, kappa, u, column_g, y, x, column_lse, column_low, y_labels, x_labels)
         dx, dy = dx + more_dx if want_x else None, dy + more_dy if want_y else None
-        return None, None, None, drow_g, dcolumn_g, *(None,) * 4, dx, dy, dscale + more_dscale, None, None
+        dscale = dscale + more_dscale.sum(-1, keepdim=True) / scale.shape[1]  # of all rows together
+        return None, None, None, drow_g, dcolumn_g, *(None,) * 4, dx, dy, dscale, None, None
 
     @staticmethod
     def vmap(info, in_dims, *args):
