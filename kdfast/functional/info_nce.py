@@ -61,7 +61,8 @@ def info_nce(
         query_labels, bank_labels: integers [*B, N] and [M] or [*B, M].
         same_class: "exclude" drops bank rows of the query's class (false negatives); "positive" makes them the
             positives, averaged outside the logarithm in one denominator (SupCon, Khosla et al. 2020, L_out).
-        bank_bias: [M] or [*B, M], added to the scores (logQ correction); -inf drops a row.
+        bank_bias: [M] or [*B, M], added to the scores (logQ correction); -inf drops a row (a row of `targets`: their loss
+            is inf).
         bank_valid: int or integer tensor, 0-d or [*B]: only the first bank_valid rows of the bank exist.
         own_index: True (row i is bank row i) or integers [*B, N] (-1: none): the sample's own row, left out.
         false_negative_margin: drop bank rows with q.k > max over positives of q.k+ plus this margin (similarity

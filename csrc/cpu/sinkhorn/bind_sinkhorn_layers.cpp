@@ -18,7 +18,6 @@ int64_t assign_workspace(const SinkhornAssign<double>& p) { return kdfast::cpu_k
 void assign_part(const SinkhornAssign<float>& p, float* work) { kdfast::cpu_kernels().sinkhorn_assign(p, work); }
 void assign_part(const SinkhornAssign<double>& p, double* work) { kdfast::cpu_kernels().sinkhorn_assign_double(p, work); }
 
-constexpr double kBalanced = 0x1p30;        // as sinkhorn_codes.inl has it
 constexpr int64_t kStoredBytes = 32 << 20;  // codes that an L3 holds; beyond,
 constexpr int64_t kStoredWorkers = 4;       // more than these wait for memory, of which stored exponentials move more
 
@@ -124,7 +123,7 @@ bool stored_codes(AssignPasses<Real>& passes, const void* scores, int64_t iterat
     bool balanced = true;
     for (int64_t j = 0; j < columns; ++j) {
       const Real sum = passes.sum(j);
-      balanced &= sum >= Real(1 / kBalanced) && sum <= Real(kBalanced);
+      balanced &= sum >= Real(1 / kdfast::kBalancedCodes) && sum <= Real(kdfast::kBalancedCodes);
       factor[j] = share / sum;
     }
     if (!balanced) return false;

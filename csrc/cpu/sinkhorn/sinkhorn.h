@@ -79,6 +79,9 @@ struct SinkhornProduct {
   Real* columns;  // [m], written
 };
 
+// Sums with which codes are made from stored exponentials (sinkhorn_codes.inl) lie between the inverse of this and this.
+constexpr double kBalancedCodes = 0x1p30;
+
 // One pass over rows begin ... end of scores [rows, columns]; factor = log2(e)/epsilon. Without v: the largest factor s of each column
 // and its sum of 2^(factor s - largest). With v [columns]: the column sums of softmax(s/epsilon + v) (padded by a vector), or that itself.
 // Or by stored exponentials K: with codes, but no v, K is written there, and its column sums; without scores K is in the codes, v holds

@@ -9,9 +9,8 @@
 
 namespace {
 
+using kdfast::kBalancedCodes;
 using kdfast::SinkhornAssign;
-
-constexpr double kBalanced = 0x1p30;
 
 // K_rj of rows r < kRows of scores, stored and added to the columns.
 template <int kRows, class Real, class T>
@@ -50,7 +49,7 @@ inline bool row_factors(const Real* e, int64_t m, const Real* w, Real* factor) {
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     const Real total = sum_lanes(sum[r][0] + sum[r][1]);
-    balanced &= total >= Real(1 / kBalanced) && total <= Real(kBalanced);
+    balanced &= total >= Real(1 / kBalancedCodes) && total <= Real(kBalancedCodes);
     factor[r] = 1 / total;
   }
   return balanced;
