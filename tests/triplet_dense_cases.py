@@ -1,9 +1,12 @@
 """Problems for the kernels of losses over all negatives, and their comparison with the portable formula in float64."""
 
 import torch
-from similarity_kernel_cases import assert_accurate
+from similarity_kernel_cases import ULP, assert_accurate
 
+from kdfast._core import extension
 from kdfast.functional import triplet_loss
+
+_C, _ = extension.load("_C")
 
 
 def case(n, m, width, classes, *, metric="euclidean", valid=0) -> dict:
@@ -36,8 +39,9 @@ def _leaves(rows, dtype):
 
 def check(a: dict, **how) -> None:
     got, naive, want = loss_of(a, "cpu", **how), loss_of(a, "torch", **how), loss_of(a, "torch", torch.float64, **how)
+    extra = 8 * ULP if _C.isa_in_force() == "base" else 0.0  # a term of a sum is rounded twice there, once in PyTorch's products
     for g, n, w in zip(got, naive, want, strict=True):
-        assert_accurate(g, w, n)
+        assert_accurate(g, w, n, extra)
 
 
 def check_second_derivative(bank: bool, **how) -> None:
