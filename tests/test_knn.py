@@ -62,6 +62,13 @@ def test_ties_go_to_the_lower_index(blocks, metric):
     same_neighbours(knn(rows, bank, 8, metric=metric), rows, bank, 8, metric)
 
 
+def test_rows_of_nan_are_last_whatever_their_bits():
+    query, bank = torch.randn(4, 5, dtype=torch.float64), torch.randn(60, 5, dtype=torch.float64)
+    bank[:40] = torch.full((40, 5), -1).view(torch.float64)  # a NaN with every bit set
+    distance, index = knn(query, bank, 3, metric="sqeuclidean")
+    assert distance.isfinite().all() and (index >= 40).all()
+
+
 def test_integer_lattice_ties(blocks):
     # every distance is exact in float32 and most are shared: the order is decided by the index alone
     query, bank = torch.randint(-2, 3, (20, 3)).float(), torch.randint(-2, 3, (400, 3)).float()

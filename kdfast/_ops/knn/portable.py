@@ -87,10 +87,11 @@ def _scores(query: Tensor, keys: Tensor, norms: Tensor | None) -> Tensor:
             score = torch.addmm(query.new_zeros(()), query, keys.T, beta=0, alpha=-1)
         else:
             score = torch.addmm(norms, query, keys.T, alpha=-2)
-    if score.dtype == torch.float64:  # a product's last bits depend on the column's place: equal rows must stay tied, however many
-        score = ((score.view(torch.int64) + (1 << 13)) & -(1 << 14)).view(torch.float64)  # to 39 bits
     largest = torch.finfo(score.dtype).max
-    return score.nan_to_num_(nan=largest, posinf=largest, neginf=-largest)
+    score.nan_to_num_(nan=largest, posinf=largest, neginf=-largest)
+    if score.dtype == torch.float64:  # a product's last bits depend on the column's place: to 38 bits, equal rows stay tied, however many
+        score.view(torch.int64).bitwise_and_(-(1 << 14))
+    return score
 
 
 def _mask(score: Tensor, p: Problem, rows: slice, columns: slice, dropped: Tensor | None) -> None:
