@@ -8,57 +8,12 @@
 #include <tuple>
 #include <vector>
 
+#include "similarity/bind_info_nce.h"
 #include "similarity/bind_pairs.h"
-#include "similarity/bind_smoothing.h"
 
 namespace {
 
-// ---- tensors --------------------------------------------------------------------------------------------------------
-
-// Arguments all have a leading batch dimension or none has; from here on all have one. With one they are to be contiguous, but for a
-// stride 0 of what belongs to the bank.
-struct Batch {
-  bool given;
-
-  Tensor in(const Tensor& x) const { return given ? x : batch_of_one(x.is_contiguous() ? x : torch::stable::contiguous(x)); }
-  OptionalTensor in(const OptionalTensor& x) const { return x.has_value() ? OptionalTensor(in(*x)) : x; }
-  // The scale of every row: `factor` where there is no tensor of them.
-  Tensor scale(const OptionalTensor& x, double factor, const Tensor& query) const {
-    return x.has_value() ? in(*x) : filled(query, {query.size(0), query.size(1)}, factor);
-  }
-};
-
-// What a row's gradients are made of, [kStatistics + positives, batch, rows], with label smoothing kSmoothed more: lse, the digits it has no
-// room for, and slopes in the order [batch, rows, positives]; dloss / dlse, without smoothing the sum of the slopes, and the spread e.
-constexpr int64_t kStatistics = 2, kSmoothed = 2;
-
-struct Statistics {
-  float *lse, *lse_low, *slopes, *of_lse, *spread;
-
-  Statistics(const Tensor& x, int64_t rows, int64_t positives)
-      : lse(floats_of(x)), lse_low(lse + rows), slopes(lse_low + rows), of_lse(slopes + rows * positives), spread(of_lse + rows) {}
-};
-
 // ---- rows -----------------------------------------------------------------------------------------------------------
-
-// The sizes, the queries and their scale.
-InfoNceParams rows_of(const Tensor& query, const Tensor& scale) {
-  STD_TORCH_CHECK(query.dim() == 3, "query must have 2 or 3 dimensions, got ", query.dim());
-  InfoNceParams p{};
-  p.batch = query.size(0), p.rows = query.size(1), p.width = query.size(2);
-  p.query = row_matrix("query", query, {p.batch, p.rows, p.width});
-  p.scale = row_data<float>("scale", scale, {p.batch, p.rows});
-  return p;
-}
-
-// Which rows of the bank the positives are.
-void take_columns(InfoNceParams& p, const Tensor& columns, const Tensor& keys) {
-  STD_TORCH_CHECK(columns.dim() == 3, "columns must have ", 3, " dimensions, got ", columns.dim());
-  p.positives = columns.size(2), p.count = keys.size(1);
-  p.columns = packed<int64_t>("columns", columns, {p.batch, p.rows, p.positives});
-  const bool inside = std::all_of(p.columns, p.columns + columns.numel(), [&](int64_t c) { return c >= -1 && c < p.count; });
-  STD_TORCH_CHECK(inside, "columns must be in [-1, ", p.count, ")");
-}
 
 // The weights of positives whose losses are divided by the number of rows, where the mean is over those that have a positive; none where all do.
 OptionalTensor weights_of_mean(const InfoNceParams& p, const Tensor& like) {
@@ -118,23 +73,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const T
                                                     const OptionalTensor& positive, const OptionalTensor& columns,
                                                     const OptionalTensor& weights, bool include_positive, bool mean, bool want_pull,
                                                     int64_t precision, const OptionalTensor& panels, bool keep_keys, double factor, double smoothing) {
-  STD_TORCH_CHECK(positive.has_value() != columns.has_value(), "positive or columns must be given, and not both");
   const Batch batch{query.dim() == 3};
   const Tensor q = batch.in(query), k = batch.in(keys), s = batch.scale(scale, factor, q);
   const OptionalTensor b = batch.in(bias), given = batch.in(positive), chosen = batch.in(columns), w = batch.in(weights);
   InfoNceParams p = rows_of(q, s);
-  if (chosen.has_value()) {
-    take_columns(p, *chosen, k);
-    p.candidates = column_matrix("keys", k, {p.batch, p.count, p.width}, &p.candidates_batch_stride);
-    p.bias = column_data<float>("bias", b, {p.batch, p.count}, &p.bias_batch_stride);
-  } else {
-    STD_TORCH_CHECK(given->dim() == 3 || given->dim() == 4, "positive must have ", query.dim(), " or ", query.dim() + 1, " dimensions");
-    p.positives = given->dim() == 3 ? 1 : given->size(2);
-    p.count = p.rows * p.positives;
-    p.candidates_batch_stride = p.count * p.width;
-    p.candidates = given->dim() == 3 ? row_matrix("positive", *given, {p.batch, p.rows, p.width})
-                                     : row_matrix("positive", *given, {p.batch, p.rows, p.positives, p.width});
-  }
+  take_positives(p, batch, given, chosen, k, b);
   p.weights = row_data<float>("weights", w, {p.batch, p.rows, p.positives});
   const OptionalTensor reweighted = mean && chosen.has_value() ? weights_of_mean(p, query) : std::nullopt;
   if (reweighted.has_value()) p.weights = data<float>(*reweighted);

@@ -30,6 +30,9 @@ std::tuple<Tensor, Tensor, Tensor> similarity_grad_keys(const Tensor& slope, con
 // [batch, rows] lse and its low digits and, where p asks for it, [batch, rows, width] pooled.
 void streaming_softmax(SimilarityParams p, const OptionalTensor& panels, float* lse, float* lse_low, float* pooled);
 
+// Of a gradient in the rows, sum_j dz_ij k_j [batch, rows, width], sum_j p_ij and sum_j dz_ij [batch, rows].
+void similarity_row_sums(SimilarityParams p, const SimilarityUpstream& upstream, float* rows, float* mass, float* total);
+
 }  // namespace kdfast
 
 namespace {

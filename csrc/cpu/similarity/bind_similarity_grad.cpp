@@ -34,22 +34,17 @@ void add_parts(const float* parts, int64_t count, int64_t part_count, float* sum
     for (int64_t i = begin; i < end; ++i) sum[i] += parts[c * count + i];
 }
 
-std::tuple<Tensor, Tensor, Tensor> similarity_grad_rows(const Tensor& slope, const OptionalTensor& h, const Tensor& lse,
-                                                        const OptionalTensor& lse_low, const Tensor& query, const Tensor& keys,
-                                                        const Tensor& scale, const OptionalTensor& bias, const OptionalTensor& values,
-                                                        const OptionalTensor& query_labels, const OptionalTensor& key_labels,
-                                                        const OptionalTensor& key_index, const OptionalTensor& limit,
-                                                        const OptionalTensor& valid, int64_t precision) {
-  SimilarityParams p = parameters(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, true, precision);
-  add_values(p, values);
+}  // namespace
+
+// Rows are cut among threads and, where these are few, the bank, whose parts are added up in order.
+void kdfast::similarity_row_sums(SimilarityParams p, const SimilarityUpstream& upstream, float* rows, float* mass, float* total) {
   SimilarityGradRowsTask call{};
-  call.upstream = upstream(p, slope, h, lse, lse_low);
-  Tensor rows = output(query, {p.batch, p.rows, p.width}), mass = output(query, {p.batch, p.rows}), total = output(query, {p.batch, p.rows});
+  call.upstream = upstream;
   const int64_t total_rows = p.batch * p.rows;
-  if (total_rows == 0) return {rows, mass, total};
+  if (total_rows == 0) return;
   fold_batch(p);
 
-  const Division cut = divide(work_of(p, 2, h.has_value() ? 1 : 0), p.batch, p.rows, p.columns, p.width + 2);
+  const Division cut = divide(work_of(p, 2, upstream.h.data != nullptr ? 1 : 0), p.batch, p.rows, p.columns, p.width + 2);
   const int64_t row_step = (p.rows + cut.row_parts - 1) / cut.row_parts, column_step = (p.columns + cut.column_parts - 1) / cut.column_parts;
   const bool merge = cut.column_parts > 1;
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
@@ -57,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_grad_rows(const Tensor& slope, con
   const Workspace<float> workspace = product_workspace(words * cut.workers);
   const Tensor partial = scratch(merge ? cut.column_parts * total_rows * (p.width + 2) : 0);
   float *const work = workspace.data(), *const parts = floats_of(partial);
-  float* const outputs[] = {floats_of(rows), floats_of(mass), floats_of(total)};
+  float* const outputs[] = {rows, mass, total};
   const int64_t sizes[] = {total_rows * p.width, total_rows, total_rows};
   float* const starts[] = {parts, parts + cut.column_parts * sizes[0], parts + cut.column_parts * (sizes[0] + sizes[1])};
 
@@ -79,6 +74,21 @@ std::tuple<Tensor, Tensor, Tensor> similarity_grad_rows(const Tensor& slope, con
       for (int i = 0; i < 3; ++i)
         add_parts(starts[i], sizes[i], cut.column_parts, outputs[i], t * sizes[i] / cut.workers, (t + 1) * sizes[i] / cut.workers);
     });
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> similarity_grad_rows(const Tensor& slope, const OptionalTensor& h, const Tensor& lse,
+                                                        const OptionalTensor& lse_low, const Tensor& query, const Tensor& keys,
+                                                        const Tensor& scale, const OptionalTensor& bias, const OptionalTensor& values,
+                                                        const OptionalTensor& query_labels, const OptionalTensor& key_labels,
+                                                        const OptionalTensor& key_index, const OptionalTensor& limit,
+                                                        const OptionalTensor& valid, int64_t precision) {
+  SimilarityParams p = parameters(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, true, precision);
+  add_values(p, values);
+  const SimilarityUpstream u = upstream(p, slope, h, lse, lse_low);
+  Tensor rows = output(query, {p.batch, p.rows, p.width}), mass = output(query, {p.batch, p.rows}), total = output(query, {p.batch, p.rows});
+  kdfast::similarity_row_sums(p, u, floats_of(rows), floats_of(mass), floats_of(total));
   return {rows, mass, total};
 }
 

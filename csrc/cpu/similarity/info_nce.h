@@ -45,12 +45,42 @@ struct InfoNceGradients {
   float* dbias;         // [batch, count]: added to
 };
 
+// The second derivative along a direction, one of the cotangents of the first one's gradients (info_nce_second.inl).
+struct InfoNceTangent {
+  const float* g;  // upstream, as above
+  int64_t g_stride;
+  float factor;
+  bool include_positive;
+  const float *lse, *lse_low;  // [batch, rows]
+  const float *slopes, *pull;  // as the forward pass left them
+
+  Matrix query;            // u [batch, rows, width]; not given: 0
+  const float* scale;      // sigma [batch, rows]; null: 0
+  Matrix candidates;       // kappa+, where the candidates are; not given: 0
+  const float* keys_mean;  // [batch, rows, width] sum_j p_ij kappa_j; null: 0
+
+  float* direction;  // [batch, rows, width] e
+  float* pooled;     // [batch, rows, width] O
+  float* slope;      // [batch, rows] minus the mean rate of the logits
+  float* curvature;  // [batch, rows, positives] c
+
+  const float *rows, *mass, *total;  // what the pass over the bank has found, with the above as its upstream
+
+  float* dg;           // [batch, rows], for an upstream of 1; null: not wanted
+  float* dquery;       // [batch, rows, width]
+  float* dscale;       // [batch, rows]; null: not wanted
+  float* dcandidates;  // [batch, count, width]: added to; null: not wanted
+};
+
 // One instruction set's.
 struct InfoNceKernels {
   void (*info_nce_rows)(const InfoNceParams&, const InfoNceRows&);
   void (*info_nce_pull)(const InfoNceParams&, const InfoNceRows&);  // sum_j p_ij k_j times dloss / dlse in, instead
   void (*info_nce_grad_rows)(const InfoNceParams&, const InfoNceGradients&, int64_t begin, int64_t end);
   void (*info_nce_grad_candidates)(const InfoNceParams&, const InfoNceGradients&);
+  void (*info_nce_direction)(const InfoNceParams&, const InfoNceTangent&, int64_t begin, int64_t end);  // makes direction ... curvature, dg
+  void (*info_nce_second_rows)(const InfoNceParams&, const InfoNceTangent&, int64_t begin, int64_t end);
+  void (*info_nce_second_candidates)(const InfoNceParams&, const InfoNceTangent&);
 };
 
 }  // namespace kdfast

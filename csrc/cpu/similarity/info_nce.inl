@@ -72,9 +72,9 @@ void pull_positives(const InfoNceParams& p, const InfoNceRows& r, int64_t i, con
       scaled<true>(r.pull + i * p.width, -r.slopes[i * p.positives + j], candidates + candidate(p, i, column), p.width);
 }
 
-// x_ij of the positive, whose column there is.
-template <class Q, class C>
-float gap_of(const InfoNceParams& p, const InfoNceRows& r, int64_t i, int64_t column, const Q* queries, const C* candidates) {
+// x_ij of the positive, whose column there is; `r` has lse and lse_low.
+template <class R, class Q, class C>
+float gap_of(const InfoNceParams& p, const R& r, int64_t i, int64_t column, const Q* queries, const C* candidates) {
   const float bias = p.bias != nullptr ? p.bias[i / p.rows * p.bias_batch_stride + column] : 0;
   const float inner = inner_product(queries + i * p.width, candidates + candidate(p, i, column), p.width);
   return gap(r.lse[i], r.lse_low[i], double(p.scale[i]) * double(inner) + double(bias));

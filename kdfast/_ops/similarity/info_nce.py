@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from ..._core import extension, impls
 from ..._core.reduction import reduce_rows
-from . import cpu, cuda, triton
+from . import cpu, cuda, info_nce_second, triton
 from .apply import streaming_softmax, transformed
 from .arguments import Problem, Spec, Tensors, row_parameter
 from .autograd import _keep, _kept, _versions
@@ -140,7 +140,7 @@ class InfoNceRows(Function):
 
 
 class Gradients(Function):
-    """`_gradients`, and their derivative: that of the definition, taken twice."""
+    """`_gradients`, and their derivative: by an op, or that of the definition, taken twice."""
 
     @staticmethod
     def forward(ctx, call, want, versions, g, statistics, pulls, dkeys, query, scale, positive, *bank):
@@ -157,11 +157,14 @@ class Gradients(Function):
                 "double backward through info_nce needs the bank as the forward saw it, but it was updated in place since; "
                 "push to the bank after the last backward, or give the loss a clone of it"
             )
-        left = _left(ctx.call, statistics, pulls, bank[0], positive, *bank[2:4])
-        definition = partial(_definition, ctx.call, bank[2:], left)
-        dg, dquery, dkeys, dscale, dbias, dpositive = SecondOrder.apply(
-            definition, ctx.want, *cotangents, g, query, bank[0], scale, bank[1], positive
-        )
+        needs = [ctx.needs_input_grad[i] for i in (3, 7, 10, 8, 11, 9)]  # of g, query, keys, scale, bias, positive
+        if info_nce_second.served(ctx.call, cotangents, needs, pulls, bank[3]):
+            found = info_nce_second.gradients(ctx.call, needs, *cotangents, g, statistics, pulls, query, scale, positive, *bank)
+        else:
+            left = _left(ctx.call, statistics, pulls, bank[0], positive, *bank[2:4])
+            definition = partial(_definition, ctx.call, bank[2:], left)
+            found = SecondOrder.apply(definition, ctx.want, *cotangents, g, query, bank[0], scale, bank[1], positive)
+        dg, dquery, dkeys, dscale, dbias, dpositive = found
         return None, None, None, dg, *(None,) * 3, dquery, dscale, dpositive, dkeys, dbias, *(None,) * 7
 
 
