@@ -28,10 +28,10 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "info_nce_grad_rows(Tensor g, Tensor? statistics, Tensor pull, Tensor query, Tensor? scale, bool want_query, bool want_scale, "
       "bool want_positive, float factor=1.0, bool smoothed=False) -> Tensor[]");
   m.def(
-      "info_nce_second(Tensor g, Tensor? query_direction, Tensor? scale_direction, Tensor? positive_direction, Tensor statistics, Tensor pull, "
-      "Tensor query, Tensor keys, Tensor? scale, Tensor? bias, Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, "
-      "Tensor? valid, Tensor? positive, Tensor? columns, bool include_positive, bool want_g, bool want_scale, bool want_positive, "
-      "int precision, float factor) -> (Tensor, Tensor, Tensor, Tensor)");
+      "info_nce_second(Tensor g, Tensor? query_direction, Tensor? keys_direction, Tensor? scale_direction, Tensor? positive_direction, "
+      "Tensor statistics, Tensor pull, Tensor query, Tensor keys, Tensor? scale, Tensor? bias, Tensor? query_labels, Tensor? key_labels, "
+      "Tensor? key_index, Tensor? limit, Tensor? valid, Tensor? positive, Tensor? columns, bool include_positive, bool want_g, bool want_keys, "
+      "bool want_scale, bool want_positive, int precision, float factor) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "info_nce_mean(Tensor query, Tensor keys, Tensor? positive, Tensor? columns, float factor, bool pull, bool keep_keys, int precision, "
       "float smoothing) -> (Tensor, Tensor, Tensor, Tensor)");

@@ -11,7 +11,8 @@ from kdfast.functional import info_nce
 
 pytestmark = pytest.mark.skipif(impls.table()["info_nce"]["cpu"] is not None, reason="no compiled kernels")
 
-SIZES = [(1, 1, 1), (3, 65, 7), (65, 63, 33), (7, 257, 64)]
+# around vector (16, 8, 4) and panel widths; a row alone; a bank of one block and of several; rows of one chunk and of several
+SIZES = [(1, 1, 1), (3, 65, 7), (65, 63, 33), (7, 257, 64), (130, 150, 20)]
 
 
 def unit(*shape):
@@ -84,13 +85,14 @@ def learnt(problem, *names):
     return [name for name in (*names, "temperature") if name in problem]
 
 
+@pytest.mark.parametrize("bank", [["bank"], []], ids=["bank's gradient", "bank held"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-def test_as_accurate_as_the_formula(isa, no_definition, form, size, dtype):
+def test_as_accurate_as_the_formula(isa, no_definition, form, size, dtype, bank):
     problem = form(*size) | dict(temperature=torch.linspace(0.2, 0.5, size[0]))
     rounded = {name: x.to(dtype).float() if name in ("query", "positive", "bank") else x for name, x in problem.items()}
-    leaves = learnt(problem, "query", "positive")
+    leaves = learnt(problem, "query", "positive", *bank)
     found = [second(loss, rounded, leaves, t, dtype) for loss, t in ((fused, dtype), (formula, dtype), (formula, torch.float64))]
     for ours, naive, truth in zip(*found, strict=True):
         assert_as_good_as(ours, naive, truth)
@@ -99,30 +101,65 @@ def test_as_accurate_as_the_formula(isa, no_definition, form, size, dtype):
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_without_the_positive_in_the_denominator(no_definition, form):
     problem = form(7, 65, 8) | dict(temperature=torch.linspace(0.2, 1, 7))
-    leaves = learnt(problem, "query", "positive")
+    leaves = learnt(problem, "query", "positive", "bank")
     ours = second(lambda **p: fused(include_positive=False, **p), problem, leaves, torch.float32)
     truth = second(lambda **p: formula(include_positive=False, **p), problem, leaves, torch.float64)
     for x, y in zip(ours, truth, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("alone", ["query", "temperature"])
-def test_one_direction_alone(no_definition, alone):
+@pytest.mark.parametrize("leaves", [["query"], ["temperature"], ["query", "bank"]], ids=" and ".join)
+def test_some_directions(no_definition, leaves):
     problem = explicit(5, 33, 8) | dict(temperature=torch.full((5,), 0.3))
-    ours, truth = second(fused, problem, [alone], torch.float32), second(formula, problem, [alone], torch.float64)
+    ours, truth = second(fused, problem, leaves, torch.float32), second(formula, problem, leaves, torch.float64)
     for x, y in zip(ours, truth, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-5)
 
 
-def test_exclusions_as_the_portable_passes(no_definition):
+@pytest.mark.parametrize(("moving", "wanted"), [("query", "bank"), ("bank", "query"), ("bank", "bank"), ("query", "query")])
+def test_a_direction_of_one_side_and_a_gradient_of_one(no_definition, moving, wanted):
+    problem = explicit(9, 70, 8)
+
+    def found(loss, dtype):
+        leaves = {name: x.to(dtype).requires_grad_() for name, x in problem.items()}
+        (first,) = torch.autograd.grad(loss(**leaves).square().sum(), leaves[moving], create_graph=True)
+        return torch.autograd.grad(first.square().sum(), leaves[wanted])[0].double()
+
+    truth = found(lambda **p: formula(temperature=torch.full((9,), 0.2), **p), torch.float64)
+    torch.testing.assert_close(found(lambda **p: fused(0.2, **p), torch.float32), truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bank", [["bank"], []], ids=["bank's gradient", "bank held"])
+def test_exclusions_as_the_portable_passes(no_definition, bank):
     problem = near(9, 70, 8)
-    rules = dict(query_labels=torch.arange(9) % 4, bank_labels=torch.arange(70) % 5, bank_valid=61, own_index=torch.arange(9) - 1)
+    rules = dict(query_labels=torch.arange(18)[::2] % 4, bank_labels=torch.arange(70) % 5, bank_valid=61, own_index=torch.arange(9) - 1)
 
     def found(impl):
-        return second(lambda **p: info_nce(**p, **rules, impl=impl, reduction="none"), problem, ["query", "positive"], torch.float32)
+        return second(lambda **p: info_nce(**p, **rules, impl=impl, reduction="none"), problem, ["query", "positive", *bank], torch.float32)
 
     for x, y in zip(found("cpu"), found("torch"), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(600, 70, 1030), (200, 450, 96)], ids=["wide", "threads"])
+def test_rows_taken_in_parts(no_definition, size):
+    problem, threads = explicit(*size), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        ours, again = (second(lambda **p: fused(0.1, **p), problem, list(problem), torch.float32) for _ in range(2))
+    finally:
+        torch.set_num_threads(threads)
+    truth = second(lambda **p: formula(temperature=torch.full(size[:1], 0.1), **p), problem, list(problem), torch.float64)
+    for x, y, z in zip(ours, again, truth, strict=True):
+        assert torch.equal(x, y)
+        torch.testing.assert_close(x.double(), z, rtol=1e-4, atol=1e-5 * float(z.abs().max()))
+
+
+def test_an_infinity_is_lost_as_in_the_formula(no_definition):
+    problem = explicit(70, 40, 8)
+    problem["bank"][3, 2] = torch.inf
+    for x in second(lambda **p: fused(0.5, **p), problem, list(problem), torch.float32):
+        assert not x.isfinite().any()
 
 
 def test_the_mean_of_a_plain_call_with_an_expanded_direction_and_a_bank_apart(no_definition):
@@ -157,6 +194,6 @@ def test_opcheck(mean):
     for rows, chosen in ((positive, None), (None, columns)):
         bank = query, keys, None, torch.rand(6), *rules
         _, statistics, pull, _ = torch.ops.kdfast.info_nce(*bank, rows, chosen, None, True, mean, True, 0, None, False, 2.0)
-        along = torch.randn(4, 5), torch.randn(4), None if rows is None else torch.randn(4, 2, 5)
-        given = g, *along, statistics, pull, *bank, rows, chosen, True, True, True, rows is not None, 0, 2.0
+        along = torch.randn(4, 5), torch.randn(6, 5), torch.randn(4), None if rows is None else torch.randn(4, 2, 5)
+        given = g, *along, statistics, pull, *bank, rows, chosen, True, True, True, True, rows is not None, 0, 2.0
         torch.library.opcheck(torch.ops.kdfast.info_nce_second.default, given)

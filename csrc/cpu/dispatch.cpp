@@ -18,6 +18,7 @@ namespace kdfast {
   X(SimilarityKernels, similarity, isa)           \
   X(DistillationKernels, distillation, isa)       \
   X(PairsKernels, pairs, isa)                     \
+  X(TangentKernels, tangent, isa)                 \
   X(InfoNceKernels, info_nce, isa)                \
   X(MatchingKernels, matching, isa)               \
   X(PackedBankKernels, packed_bank, isa)          \

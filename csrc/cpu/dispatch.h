@@ -15,6 +15,7 @@
 #include "similarity/packed_bank.h"
 #include "similarity/pairs.h"
 #include "similarity/similarity.h"
+#include "similarity/tangent.h"
 #include "similarity/unit_length.h"
 #include "sinkhorn/sinkhorn.h"
 #include "triplet/chosen.h"
@@ -27,6 +28,7 @@ namespace kdfast {
 struct CpuKernels : SimilarityKernels,
                     DistillationKernels,
                     PairsKernels,
+                    TangentKernels,
                     InfoNceKernels,
                     MatchingKernels,
                     PackedBankKernels,

@@ -13,10 +13,8 @@ def served(call, cotangents: tuple, needs: list[bool], pulls: Tensor, weights: T
 
     The slopes of positives with weights may cancel each other, and with them what tells the mean of the keys.
     """
-    _, of_keys, _, of_bias, _ = cotangents
-    _, _, keys, _, bias, _ = needs
-    of_bank = keys or bias or of_keys is not None or of_bias is not None
-    return not (of_bank or call.smoothing or weights is not None or len(call.spec.rows) > 1 or pulls.numel() == 0)
+    of_bias = needs[4] or cotangents[3] is not None
+    return not (of_bias or call.smoothing or weights is not None or len(call.spec.rows) > 1 or pulls.numel() == 0)
 
 
 def gradients(*args) -> tuple[Tensor | None, ...]:
@@ -37,16 +35,16 @@ class Second(Function):
 
 
 def _gradients(call, needs, *tensors):
-    of_query, _, of_scale, _, of_positive, g, statistics, pulls, query, scale, positive, keys, bias, columns, _, *rules = tensors
-    need_g, need_query, _, need_scale, _, need_positive = needs
-    dg, dquery, dscale, dpositive = torch.ops.kdfast.info_nce_second(
-        g, of_query, of_scale, of_positive, statistics, pulls, query, keys, scale, bias, *rules, positive, columns, call.include,
-        need_g, need_scale, need_positive, call.products, call.factor,
+    of_query, of_keys, of_scale, _, of_positive, g, statistics, pulls, query, scale, positive, keys, bias, columns, _, *rules = tensors
+    need_g, need_query, need_keys, need_scale, _, need_positive = needs
+    dg, dquery, dkeys, dscale, dpositive = torch.ops.kdfast.info_nce_second(
+        g, of_query, of_keys, of_scale, of_positive, statistics, pulls, query, keys, scale, bias, *rules, positive, columns, call.include,
+        need_g, need_keys, need_scale, need_positive, call.products, call.factor,
     )  # fmt: skip
     return (
         dg if need_g else None,
         dquery.to(query.dtype) if need_query else None,
-        None,
+        dkeys.to(keys.dtype) if need_keys else None,
         dscale if need_scale else None,
         None,
         dpositive.view(positive.shape).to(positive.dtype) if need_positive else None,
@@ -54,13 +52,13 @@ def _gradients(call, needs, *tensors):
 
 
 def _fake(
-    g, query_direction, scale_direction, positive_direction, statistics, pull, query, keys, scale, bias, query_labels, key_labels,
-    key_index, limit, valid, positive, columns, include, want_g, want_scale, want_positive, products, factor,
+    g, query_direction, keys_direction, scale_direction, positive_direction, statistics, pull, query, keys, scale, bias, query_labels,
+    key_labels, key_index, limit, valid, positive, columns, include, want_g, want_keys, want_scale, want_positive, products, factor,
 ):  # fmt: skip
     rows, width = query.shape
     count = keys.shape[0] if positive is None else positive.numel() // width
-    shapes = g.shape if want_g else (0,), query.shape, (rows if want_scale else 0,), (count, width) if want_positive else (0,)
-    return tuple([statistics.new_empty(shape) for shape in shapes])
+    wanted = ((g.shape, want_g), (query.shape, True), (keys.shape, want_keys), ((rows,), want_scale), ((count, width), want_positive))
+    return tuple([statistics.new_empty(shape if want else (0,)) for shape, want in wanted])
 
 
 if cpu.missing() is None:

@@ -1,0 +1,32 @@
+// What the pass of a second derivative is given: plain pointers, 64-bit sizes, no torch.
+#pragma once
+
+#include "similarity/pairs.h"
+#include "similarity/similarity.h"
+
+namespace kdfast {
+
+// Along a direction e of the queries and kappa of the keys the logits move at rate_ij = e_i.k_j + s_i q_i.kappa_j, with p as in a gradient.
+// Whole arrays, those of keys with the keys' batch stride.
+struct TangentUpstream {
+  Matrix direction;            // e [batch, rows, width]
+  Matrix keys_direction;       // kappa [batch, columns, width]; not given: 0
+  const float* slope;          // [batch, rows], minus the mean rate
+  const float *lse, *lse_low;  // [batch, rows]
+  const float *of_rate, *of_weight;  // [batch, rows], f and g below; for the keys' sums alone
+};
+
+// Sums, which a rectangle's are added to. Whole arrays.
+struct TangentSums {
+  float* rows;           // [batch, rows, width]: sum_j p_ij (rate_ij + slope_i) k_j
+  float *mass, *total;   // [batch, rows]: sum_j p_ij, sum_j p_ij (rate_ij + slope_i)
+  float* keys;           // [batch, columns, width]: sum_i p_ij ((f_i (rate_ij + slope_i) + g_i) s_i q_i + f_i e_i); null: not wanted
+};
+
+// One instruction set's.
+struct TangentKernels {
+  int64_t (*tangent_workspace)(const SimilarityParams&, const TangentUpstream&, const TangentSums&, int64_t rows, int64_t columns);  // floats
+  void (*tangent)(const SimilarityParams&, const PairTask&, const TangentUpstream&, const TangentSums&, float* workspace);
+};
+
+}  // namespace kdfast
