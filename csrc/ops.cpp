@@ -18,26 +18,28 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def(
       "info_nce(Tensor query, Tensor keys, Tensor? scale, Tensor? bias, Tensor? query_labels, Tensor? key_labels, Tensor? key_index, "
       "Tensor? limit, Tensor? valid, Tensor? positive, Tensor? columns, Tensor? weights, bool include_positive, bool mean, bool pull, "
-      "int precision, Tensor? panels=None, bool keep_keys=False, float factor=1.0, float smoothing=0.0) -> (Tensor, Tensor, Tensor, Tensor)");
+      "int precision, Tensor? panels=None, bool keep_keys=False, float factor=1.0, float smoothing=0.0, "
+      "bool attract=False) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "info_nce_grad(Tensor g, Tensor statistics, Tensor pull, Tensor query, Tensor keys, Tensor? scale, Tensor? bias, "
       "Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, Tensor? columns, bool want_query, "
       "bool want_keys, bool want_scale, bool want_bias, bool want_positive, int precision, Tensor? kept_keys=None, float factor=1.0, "
-      "bool smoothed=False) -> Tensor[]");
+      "bool spread=False, bool attract=False, bool include_positive=True) -> Tensor[]");
   m.def(
       "info_nce_grad_rows(Tensor g, Tensor? statistics, Tensor pull, Tensor query, Tensor? scale, bool want_query, bool want_scale, "
-      "bool want_positive, float factor=1.0, bool smoothed=False) -> Tensor[]");
+      "bool want_positive, float factor=1.0, bool spread=False) -> Tensor[]");
   m.def(
       "info_nce_second(Tensor g, Tensor? query_direction, Tensor? keys_direction, Tensor? scale_direction, Tensor? positive_direction, "
       "Tensor statistics, Tensor pull, Tensor query, Tensor keys, Tensor? scale, Tensor? bias, Tensor? query_labels, Tensor? key_labels, "
       "Tensor? key_index, Tensor? limit, Tensor? valid, Tensor? positive, Tensor? columns, bool include_positive, bool want_g, bool want_keys, "
       "bool want_scale, bool want_positive, int precision, float factor) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "info_nce_mean(Tensor query, Tensor keys, Tensor? positive, Tensor? columns, float factor, bool pull, bool keep_keys, int precision, "
-      "float smoothing) -> (Tensor, Tensor, Tensor, Tensor)");
+      "info_nce_mean(Tensor query, Tensor keys, Tensor? positive, Tensor? columns, Tensor? query_labels, Tensor? key_labels, float factor, bool pull, "
+      "bool keep_keys, int precision, float smoothing, bool attract) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "info_nce_mean_grad(Tensor g, Tensor statistics, Tensor pull, Tensor kept_keys, Tensor query, Tensor keys, Tensor? columns, float factor, "
-      "bool want_query, bool want_keys, bool want_scale, bool want_positive, int precision, bool smoothed) -> Tensor[]");
+      "info_nce_mean_grad(Tensor g, Tensor statistics, Tensor pull, Tensor kept_keys, Tensor query, Tensor keys, Tensor? columns, "
+      "Tensor? query_labels, Tensor? key_labels, float factor, bool want_query, bool want_keys, bool want_scale, bool want_positive, "
+      "int precision, bool spread, bool attract) -> Tensor[]");
   m.def(
       "similarity_distillation(Tensor student, Tensor keys, Tensor teacher, Tensor teacher_keys, Tensor? scale, Tensor? teacher_scale, "
       "Tensor? bias, Tensor? start_logit, Tensor? teacher_start_logit, Tensor? key_index, Tensor? valid, int precision, bool kl=False, "

@@ -76,6 +76,28 @@ def test_info_nce_with_targets_and_label_smoothing(taken, named, bank_grad, dtyp
     assert taken == [True] * 4
 
 
+@pytest.mark.parametrize("bank", [None, "fixed", "learnt"])
+@pytest.mark.parametrize("form", ["positive", "targets", "attraction", "attraction beside a positive"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_info_nce_with_classes(taken, form, bank, normalize):
+    query, positive, keys = matrices((9, 6), (9, 6), (17, 6))
+    if bank is None and form != "attraction beside a positive":
+        pytest.skip("within a batch the positives are given, and classes attract")
+    given = {"query_labels": torch.arange(9) % 4, "normalize": normalize, "temperature": torch.tensor(0.3, requires_grad=True)}
+    if bank is not None:
+        given |= {"bank": keys.requires_grad_(bank == "learnt"), "bank_labels": torch.arange(17) % 3 - 1}
+    given |= {"targets": torch.arange(9)} if form == "targets" else {"same_class": "positive"} if "attraction" in form else {}
+    given |= {"positive": positive} if "positive" in form else {}
+    inputs = [x for x in (query, *given.values()) if isinstance(x, torch.Tensor) and x.requires_grad]
+    call = partial(info_nce, query, **given)
+    losses = call(), call(impl="cpu")
+    same_bits(*losses, inputs)
+    both = [torch.autograd.grad(call(impl=impl), inputs, create_graph=True) for impl in (None, "cpu")]
+    second = [torch.autograd.grad(sum(x.square().sum() for x in grads), inputs) for grads in both]
+    torch.testing.assert_close(*second)  # a temperature's is added up in another order
+    assert taken == [True] * 2
+
+
 @pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
 @pytest.mark.parametrize("bank", [None, "fixed", "learnt"])
 def test_info_nce_with_a_temperature_that_is_a_tensor(taken, bank, dtype):
@@ -232,11 +254,13 @@ def test_a_bank_without_gradient_may_change_before_the_backward_and_not_before_a
 def test_opcheck():
     query, positive, keys = (x.detach() for x in matrices((4, 3), (4, 3), (5, 3)))
     columns = torch.tensor([[0], [4], [-1], [4]])
-    for keep_keys, smoothing, rows in product((True, False), (0.0, 0.1), ((positive, None), (None, columns))):
-        given = query, keys, *rows, 2.0, True, keep_keys, 0, smoothing
+    labels = torch.arange(4), torch.arange(5) % 3
+    forms = ((positive, None), (None, None)), ((None, columns), (None, None)), ((None, columns), labels)
+    for keep_keys, smoothing, (rows, classes) in product((True, False), (0.0, 0.1), forms):
+        given = query, keys, *rows, *classes, 2.0, True, keep_keys, 0, smoothing, False
         torch.library.opcheck(torch.ops.kdfast.info_nce_mean.default, given)
         saved = torch.ops.kdfast.info_nce_mean(*given)[1:]
-        given = torch.tensor(2.0), *saved, query, keys, rows[1], 2.0, True, keep_keys, True, True, 0, smoothing > 0
+        given = torch.tensor(2.0), *saved, query, keys, rows[1], *classes, 2.0, True, keep_keys, True, True, 0, smoothing > 0, False
         torch.library.opcheck(torch.ops.kdfast.info_nce_mean_grad.default, given)
 
 
@@ -249,6 +273,8 @@ NOT_PLAIN = {
     "a temperature of zero": lambda q, p, b: info_nce(q, p, b, temperature=torch.tensor(0.0)),
     "an extreme temperature": lambda q, p, b: info_nce(q, p, b, temperature=1e4),
     "no rows": lambda q, p, b: info_nce(q[:0], p[:0], b),
+    "classes in int32": lambda q, p, b: info_nce(q, p, b, query_labels=torch.arange(4).int(), bank_labels=torch.arange(len(b)).int()),
+    "classes within a batch": lambda q, p, b: info_nce(q, p, query_labels=torch.arange(4) % 2),
     "a subclass": lambda q, p, b: info_nce(q.as_subclass(type("Sub", (torch.Tensor,), {})), p, b),
 }
 

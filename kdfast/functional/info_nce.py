@@ -8,13 +8,12 @@ from torch import Tensor
 from .._core import bank_protocol, checks, collectives, dtypes
 from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
-from .._ops.similarity import plain, similarity_lse
+from .._ops.similarity import plain
 from .._ops.similarity.arguments import checked_problem, rounded
 from .._ops.similarity.exclusions import Rules
 from .._ops.similarity.info_nce import Positives, info_nce_rows
 from .._ops.similarity.matching import paired_rows
 from .._ops.similarity.positives import per_row, positive_logits
-from .._ops.similarity.score_sums import score_sums
 from ._candidates import inverse, normalized, own_columns
 
 
@@ -86,11 +85,12 @@ def info_nce(
 
     Source: van den Oord et al. 2018, eq. 4; He et al. 2020 (MoCo), eq. 1.
     """
-    whole_bank = query_labels is bank_labels is bank_bias is bank_valid is own_index is false_negative_margin is None
-    usual = positive_weights is weight is group is precision is impl is None and include_positive is True and normalize is False
-    usual = usual and type(label_smoothing) is float and same_class == "exclude" and reduction == "mean"
-    if whole_bank and usual:
-        loss = plain.info_nce_mean(query, positive, bank, temperature, targets, label_smoothing)
+    whole_bank = bank_bias is bank_valid is own_index is false_negative_margin is None
+    usual = positive_weights is weight is group is precision is impl is None and include_positive is True
+    usual = usual and type(normalize) is bool and type(label_smoothing) is float and reduction == "mean"
+    if whole_bank and usual and same_class in ("exclude", "positive"):
+        labels, attract = (query_labels, bank_labels), same_class == "positive"
+        loss = plain.info_nce_mean(query, positive, bank, temperature, targets, label_smoothing, labels, attract, normalize)
         if loss is not None:
             return loss
     p = _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bias, bank_valid, own_index, normalize, group)
@@ -272,13 +272,14 @@ def prepared_loss(
     if p.rows.shape[-2] == 0:  # an empty batch is its own bank
         return reduce_rows(p.query.sum(-1), weight=weight, reduction=reduction)
     scale = inverse("temperature", temperature, p.query)
+    mean = reduction == "mean" and weight is None and p.query.numel() > 0
     if same_class == "positive":
-        losses, counted = _attracted(p, scale, include_positive, precision, impl)
-        return reduce_rows(losses, counted=counted, weight=weight, reduction=reduction)
-    mean = reduction == "mean" and weight is None and include_positive and p.query.numel() > 0
-    losses, counted = _contrasted(
-        p, scale, positive_weights, false_negative_margin, include_positive, label_smoothing, precision, impl, mean=mean
-    )
+        losses, counted = _attracted(p, scale, include_positive, precision, impl, mean=mean)
+    else:
+        mean = mean and include_positive
+        losses, counted = _contrasted(
+            p, scale, positive_weights, false_negative_margin, include_positive, label_smoothing, precision, impl, mean=mean
+        )
     return losses if mean else reduce_rows(losses, counted=counted, weight=weight, reduction=reduction)
 
 
@@ -306,30 +307,18 @@ def _contrasted(p: Prepared, scale, positive_weights, margin, include_positive, 
         copies = positive_weights.shape[-1]
         weights = positive_weights.to(dtypes.accumulator(p.query.dtype)).expand(*p.query.shape[:-1], copies)
     positives = Positives(p.positive, p.columns, weights, include_positive)
-    losses, lse = info_nce_rows(spec, positives, mean=mean, smoothing=float(label_smoothing))
-    counted = p.counted
-    if not include_positive:
-        some_negative = lse != -torch.inf
-        counted = some_negative if counted is None else counted & some_negative
-    return losses, counted
+    losses, counted = info_nce_rows(spec, positives, mean=mean, smoothing=float(label_smoothing))
+    return losses, p.counted if counted is None else counted if p.counted is None else counted & p.counted
 
 
-def _attracted(p: Prepared, scale, include_positive, precision, impl) -> tuple[Tensor, Tensor]:
-    """loss_i = lse_i - mean of z over the rows of i's class (and the explicit positives): all in one denominator."""
-    scale = scale.expand(p.query.shape[:-1]) if isinstance(scale, Tensor) else scale  # its gradient: a row's two terms before all rows
+def _attracted(p: Prepared, scale, include_positive, precision, impl, *, mean):
+    """loss_i = lse_i - mean of z over the rows of i's class (and the explicit positives): all in one denominator. And as `_contrasted`."""
     query, rows, positive = rounded(precision, p.query, p.rows, p.positive)
-    p = p._replace(query=query, rows=rows, positive=positive, panels=p.panels if rows is p.rows else None)
-    rules = _exclusions(p) if not include_positive else Rules(key_index=p.skip)
-    lse, _ = similarity_lse(
-        p.query, p.rows, scale=scale, bias=p.bias, exclude=rules, valid=p.valid, precision=precision, impl=impl, panels=p.panels
-    )
-    sums = score_sums(
-        p.query, p.rows, scale, valid=p.valid, bias=p.bias, query_labels=p.query_labels, bank_labels=p.row_labels, skip=p.skip
-    )
-    total, number = sums.same, sums.same_count
-    if p.positive is not None or p.columns is not None:
-        _, logits = _positive_logits(p, scale)
-        if include_positive:
-            lse = torch.logsumexp(torch.cat([lse[..., None], logits], dim=-1), dim=-1)
-        total, number = total + logits.sum(-1), number + logits.shape[-1]
-    return lse - total / number.clamp(min=1), (number > 0) & (lse != -torch.inf)
+    skip = p.skip
+    if p.columns is not None:  # a sample's own positives are of its class as others' are, and nothing removes them
+        further = p.skip[..., p.columns.shape[-1] :]
+        skip = torch.where((further[..., None] == p.columns[..., None, :]).any(-1), -1, further) if further.shape[-1] else None
+    rules = Rules(query_labels=p.query_labels, key_labels=p.row_labels, key_index=skip)
+    panels = p.panels if rows is p.rows else None
+    spec = checked_problem(query, rows, scale, None, p.bias, None, rules, p.valid, precision, impl, panels)
+    return info_nce_rows(spec, Positives(positive, None, None, include_positive), mean=mean, attract=True)

@@ -5,11 +5,14 @@
 #include <algorithm>
 #include <initializer_list>
 #include <numeric>
+#include <optional>
 #include <tuple>
 #include <vector>
 
+#include "similarity/bind_attraction.h"
 #include "similarity/bind_info_nce.h"
 #include "similarity/bind_pairs.h"
+#include "similarity/bind_smoothing.h"
 
 namespace {
 
@@ -28,6 +31,12 @@ OptionalTensor weights_of_mean(const InfoNceParams& p, const Tensor& like) {
   return weights;
 }
 
+// A row's class is part of its denominator where it attracts.
+SimilarityParams without_labels(SimilarityParams p) {
+  p.query_labels = p.key_labels = nullptr;
+  return p;
+}
+
 // ---- few pairs ------------------------------------------------------------------------------------------------------
 
 // Whether the keys that rows leave out can be named by one label each: by their classes, or a row's one index.
@@ -36,10 +45,11 @@ bool few_pairs_of(const SimilarityParams& p) {
   return by_label && p.bias == nullptr && p.limit == nullptr && p.valid == nullptr && kdfast::few_pairs(p.rows, p.columns, p.width);
 }
 
-// The losses of few_pairs with lse, lse_low and slopes, and from the same scores both gradients: pull, and the keys' for an upstream of 1 of
-// every loss, but for the positives among them.
+// lse and lse_low of few_pairs and, from the same scores, both gradients: pull, and the keys' for an upstream of 1 of every loss, but for the
+// positives among them. `find()` makes losses and slopes, and what `upstream` is given.
+template <class Find>
 void kept_info_nce(const InfoNceParams& p, const SimilarityParams& bank, int64_t precision, const InfoNceRows& r, float* lse, float* lse_low,
-                   float* keys_sums) {
+                   float* keys_sums, const SymmetricUpstream& upstream, const Find& find) {
   PairParams pairs{};
   pairs.precision = precision_for_rows(precision_of(precision), std::min(p.rows, bank.columns), kPairRowsOnVectors);
   pairs.batch = 1, pairs.rows = p.rows, pairs.columns = bank.columns, pairs.width = p.width;
@@ -51,16 +61,8 @@ void kept_info_nce(const InfoNceParams& p, const SimilarityParams& bank, int64_t
     std::iota(places.begin(), places.end(), int64_t(0));
     pairs.x_labels = bank.key_index, pairs.y_labels = places.data();
   }
-  const Tensor slopes = scratch(p.rows);
-  float* const slope = floats_of(slopes);
-  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
-  kept_symmetric_sums(pairs, lse, lse_low, nullptr, nullptr, [&] {
-    InfoNceRows rows = r;
-    rows.pull = nullptr;
-    kernels.info_nce_rows(p, rows);
-    for (int64_t i = 0; i < p.rows; ++i) slope[i] = std::accumulate(r.slopes + i * p.positives, r.slopes + (i + 1) * p.positives, 0.0f);
-  }, {slope, lse, lse_low}, {r.pull, keys_sums, nullptr});
-  kernels.info_nce_pull(p, r);
+  kept_symmetric_sums(pairs, lse, lse_low, nullptr, nullptr, find, upstream, {r.pull, keys_sums, nullptr});
+  kdfast::cpu_kernels().info_nce_pull(p, r);
 }
 
 // ---- the ops --------------------------------------------------------------------------------------------------------
@@ -72,43 +74,63 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const T
                                                     const OptionalTensor& key_index, const OptionalTensor& limit, const OptionalTensor& valid,
                                                     const OptionalTensor& positive, const OptionalTensor& columns,
                                                     const OptionalTensor& weights, bool include_positive, bool mean, bool want_pull,
-                                                    int64_t precision, const OptionalTensor& panels, bool keep_keys, double factor, double smoothing) {
+                                                    int64_t precision, const OptionalTensor& panels, bool keep_keys, double factor, double smoothing,
+                                                    bool attract) {
+  STD_TORCH_CHECK(!attract || (query_labels.has_value() && !columns.has_value() && !weights.has_value() && !limit.has_value() && smoothing == 0),
+                  "attraction needs query_labels, and no columns, weights, limit or smoothing");
   const Batch batch{query.dim() == 3};
   const Tensor q = batch.in(query), k = batch.in(keys), s = batch.scale(scale, factor, q);
   const OptionalTensor b = batch.in(bias), given = batch.in(positive), chosen = batch.in(columns), w = batch.in(weights);
   InfoNceParams p = rows_of(q, s);
-  take_positives(p, batch, given, chosen, k, b);
+  if (!attract || given.has_value()) take_positives(p, batch, given, chosen, k, b);
   p.weights = row_data<float>("weights", w, {p.batch, p.rows, p.positives});
   const OptionalTensor reweighted = mean && chosen.has_value() ? weights_of_mean(p, query) : std::nullopt;
   if (reweighted.has_value()) p.weights = data<float>(*reweighted);
 
   Tensor losses = batch.given ? output(query, {p.batch, p.rows}) : output(query, {p.rows});
-  const Tensor statistics = output(query, {kStatistics + p.positives + (smoothing > 0 ? kSmoothed : 0), p.batch, p.rows});
+  const Tensor statistics = output(query, {kStatistics + p.positives + (smoothing > 0 || attract ? kSpread : 0), p.batch, p.rows});
   const Tensor pull = want_pull ? output(query, {p.batch, p.rows, p.width}) : output(query, {0});
   const Statistics of(statistics, p.batch * p.rows, p.positives);
   float* const out = floats_of(losses);
   const OptionalTensor labels = batch.in(query_labels), of_keys = batch.in(key_labels), index = batch.in(key_index);
   const OptionalTensor limits = batch.in(limit), prefix = batch.in(valid);
   const SimilarityParams bank = parameters(q, k, s, b, labels, of_keys, index, limits, prefix, want_pull, precision);
-  const bool keep = keep_keys && mean && want_pull && !batch.given && few_pairs_of(bank);
+  const SimilarityParams softmax = attract && include_positive ? without_labels(bank) : bank;
+  const bool keep = keep_keys && mean && want_pull && !batch.given && (include_positive || !attract) && few_pairs_of(softmax);
   const Tensor kept = keep ? output(query, {1, k.size(1), p.width}) : output(query, {0});
   const InfoNceRows rows{0, p.batch * p.rows, include_positive, of.lse, of.lse_low, out, of.slopes, want_pull ? floats_of(pull) : nullptr};
+  const std::optional<Attraction> attraction = attract ? std::optional<Attraction>(std::in_place, p, bank) : std::nullopt;
   if (keep) {
-    kept_info_nce(p, bank, precision, rows, of.lse, of.lse_low, floats_of(kept));
-  } else {
-    kdfast::streaming_softmax(bank, panels, of.lse, of.lse_low, floats_of(pull));
-    for_rows(p, [&](int64_t begin, int64_t end) {
-      InfoNceRows part = rows;
-      part.begin = begin, part.end = end;
-      kdfast::cpu_kernels().info_nce_rows(p, part);
+    const Tensor more = zeros(query, true, {attract ? bank.columns : p.rows});
+    float* const others = floats_of(more);
+    SymmetricUpstream upstream{attract ? of.of_lse : others, of.lse, of.lse_low};
+    if (attract) upstream.row_class = bank.query_labels, upstream.column_class = bank.key_labels, upstream.row_pull = of.e, upstream.column_pull = others;
+    kept_info_nce(p, softmax, precision, rows, of.lse, of.lse_low, floats_of(kept), upstream, [&] {
+      if (attract) return attraction->find(rows, mean, of.of_lse, of.e);
+      InfoNceRows losses_alone = rows;
+      losses_alone.pull = nullptr;
+      kdfast::cpu_kernels().info_nce_rows(p, losses_alone);
+      for (int64_t i = 0; i < p.rows; ++i) others[i] = std::accumulate(of.slopes + i * p.positives, of.slopes + (i + 1) * p.positives, 0.0f);
     });
+  } else {
+    kdfast::streaming_softmax(softmax, panels, of.lse, of.lse_low, floats_of(pull));
+    if (attract) {
+      attraction->find(rows, mean, of.of_lse, of.e);
+      if (want_pull) attraction->pull_rows(rows, of.of_lse, of.e);
+    } else {
+      for_rows(p, [&](int64_t begin, int64_t end) {
+        InfoNceRows part = rows;
+        part.begin = begin, part.end = end;
+        kdfast::cpu_kernels().info_nce_rows(p, part);
+      });
+    }
   }
-  if (smoothing > 0) smooth_rows(p, bank, smoothing, rows, of.of_lse, of.spread);
+  if (smoothing > 0) smooth_rows(p, bank, smoothing, rows, of.of_lse, of.e);
   if (keep) {
     const float one = 1;
     InfoNceGradients d{};
     d.g = &one, d.factor = 1, d.slopes = of.slopes, d.dcandidates = floats_of(kept);
-    if (smoothing > 0) smooth_bank(p, bank, d, of.spread, floats_of(kept), nullptr);
+    if (smoothing > 0) spread_to_bank(p, bank, Keys::kOfOthers, d, of.e, floats_of(kept), nullptr);
     if (chosen.has_value()) kdfast::cpu_kernels().info_nce_grad_candidates(p, d);
   }
   if (mean) {
@@ -128,11 +150,11 @@ struct Backward {
   OptionalTensor dquery, dscale, dpositive;
 
   Backward(const Tensor& upstream, const OptionalTensor& statistics, const Tensor& pulls, const Tensor& queries, const OptionalTensor& scales,
-           bool want_query, bool want_scale, bool want_positive, double factor, bool smoothed)
+           bool want_query, bool want_scale, bool want_positive, double factor, bool spread)
       : batch{queries.dim() == 3}, query(batch.in(queries)), scale(batch.scale(scales, factor, query)),
         pull(pulls.dim() == 2 ? batch_of_one(pulls) : pulls), g(upstream.dim() == 0 ? upstream : batch.in(upstream)), p(rows_of(query, scale)) {
     if (statistics.has_value()) {
-      const int64_t beside = kStatistics + (smoothed ? kSmoothed : 0);
+      const int64_t beside = kStatistics + (spread ? kSpread : 0);
       STD_TORCH_CHECK(statistics->dim() == 3 && statistics->size(0) >= beside, "statistics must have 3 dimensions, ", beside, " rows or more");
       p.positives = statistics->size(0) - beside;
       packed<float>("statistics", *statistics, {beside + p.positives, p.batch, p.rows});
@@ -170,8 +192,8 @@ std::vector<Tensor> those_wanted(std::initializer_list<const OptionalTensor*> gr
 // The gradients of query, scale and positive that are wanted. Without statistics there are no positives, and `pull` is all that pulls a query.
 std::vector<Tensor> info_nce_grad_rows(const Tensor& g, const OptionalTensor& statistics, const Tensor& pull, const Tensor& query,
                                        const OptionalTensor& scale, bool want_query, bool want_scale, bool want_positive, double factor,
-                                       bool smoothed) {
-  const Backward back(g, statistics, pull, query, scale, want_query, want_scale, want_positive, factor, smoothed);
+                                       bool spread) {
+  const Backward back(g, statistics, pull, query, scale, want_query, want_scale, want_positive, factor, spread);
   back.run();
   return those_wanted({&back.dquery, &back.dscale, &back.dpositive});
 }
@@ -182,8 +204,8 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& statistics, con
                                   const OptionalTensor& key_labels, const OptionalTensor& key_index, const OptionalTensor& limit,
                                   const OptionalTensor& valid, const OptionalTensor& columns, bool want_query, bool want_keys,
                                   bool want_scale, bool want_bias, bool want_positive, int64_t precision,
-                                  const OptionalTensor& kept_keys, double factor, bool smoothed) {
-  Backward back(g, statistics, pull, query, scale, want_query, want_scale, want_positive, factor, smoothed);
+                                  const OptionalTensor& kept_keys, double factor, bool spread, bool attract, bool include_positive) {
+  Backward back(g, statistics, pull, query, scale, want_query, want_scale, want_positive, factor, spread);
   const Batch& batch = back.batch;
   InfoNceParams& p = back.p;
   InfoNceGradients& d = back.d;
@@ -203,20 +225,21 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& statistics, con
     std::transform(sums, sums + kept_keys->numel(), out, [&](float x) { return upstream * x; });
   } else if (dlse.has_value()) {
     const Statistics of(statistics, p.batch * p.rows, p.positives);
-    for (int64_t i = 0; i < p.batch * p.rows && smoothed; ++i) d.dlse[i] = d.factor * d.g[i * d.g_stride] * of.of_lse[i];
+    for (int64_t i = 0; i < p.batch * p.rows && spread; ++i) d.dlse[i] = d.factor * d.g[i * d.g_stride] * of.of_lse[i];
     const Tensor k = batch.in(keys), lse = torch::stable::select(statistics, 0, 0);
     const OptionalTensor none, lse_low = torch::stable::select(statistics, 0, 1);
     const OptionalTensor b = batch.in(bias), labels = batch.in(query_labels), of_keys = batch.in(key_labels), index = batch.in(key_index);
     const OptionalTensor limits = batch.in(limit), prefix = batch.in(valid);
+    const bool exclude = !(attract && include_positive);
     const auto [all_keys, all_bias, no_values] =
-        kdfast::similarity_grad_keys(*dlse, none, lse, lse_low, back.query, k, back.scale, b, none, labels, of_keys, index, limits, prefix,
-                                     want_keys, want_bias, false, precision);
+        kdfast::similarity_grad_keys(*dlse, none, lse, lse_low, back.query, k, back.scale, b, none, exclude ? labels : none, exclude ? of_keys : none,
+                                     index, limits, prefix, want_keys, want_bias, false, precision);
     if (want_keys) dkeys = all_keys;
     if (want_bias) dbias = all_bias;
     float *const to_keys = want_keys ? floats_of(all_keys) : nullptr, *const to_bias = want_bias ? floats_of(all_bias) : nullptr;
-    if (smoothed) {
+    if (spread) {
       const SimilarityParams bank = parameters(back.query, k, back.scale, b, labels, of_keys, index, limits, prefix, false, precision);
-      smooth_bank(p, bank, d, of.spread, to_keys, to_bias);
+      spread_to_bank(p, bank, attract ? Keys::kOfItsClass : Keys::kOfOthers, d, of.e, to_keys, to_bias);
     }
     if (columns.has_value()) {
       const Tensor chosen = batch.in(*columns);
@@ -230,23 +253,25 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& statistics, con
   return those_wanted({&back.dquery, &dkeys, &back.dscale, &dbias, &back.dpositive});
 }
 
-// Of a plain call: matrices, one scale, the mean; at most the positives are named by `columns`, which nothing else leaves out. What an op is given
-// takes as long as some of its arithmetic.
+// Of a plain call: matrices, one scale, the mean; nothing is left out but the positives where `columns` name them, and classes. What an op is
+// given takes as long as some of its arithmetic.
 std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_mean(const Tensor& query, const Tensor& keys, const OptionalTensor& positive,
-                                                         const OptionalTensor& columns, double factor, bool pull, bool keep_keys, int64_t precision,
-                                                         double smoothing) {
+                                                         const OptionalTensor& columns, const OptionalTensor& query_labels,
+                                                         const OptionalTensor& key_labels, double factor, bool pull, bool keep_keys, int64_t precision,
+                                                         double smoothing, bool attract) {
   const OptionalTensor none;
-  return info_nce(query, keys, none, none, none, none, columns, none, none, positive, columns, none, true, true, pull, precision, none, keep_keys,
-                  factor, smoothing);
+  return info_nce(query, keys, none, none, query_labels, key_labels, columns, none, none, positive, columns, none, true, true, pull, precision, none,
+                  keep_keys, factor, smoothing, attract);
 }
 
 std::vector<Tensor> info_nce_mean_grad(const Tensor& g, const Tensor& statistics, const Tensor& pull, const Tensor& kept_keys,
-                                       const Tensor& query, const Tensor& keys, const OptionalTensor& columns, double factor, bool want_query,
-                                       bool want_keys, bool want_scale, bool want_positive, int64_t precision, bool smoothed) {
+                                       const Tensor& query, const Tensor& keys, const OptionalTensor& columns,
+                                       const OptionalTensor& query_labels, const OptionalTensor& key_labels, double factor, bool want_query,
+                                       bool want_keys, bool want_scale, bool want_positive, int64_t precision, bool spread, bool attract) {
   const OptionalTensor none;
-  if (!want_keys) return info_nce_grad_rows(g, statistics, pull, query, none, want_query, want_scale, want_positive, factor, smoothed);
-  return info_nce_grad(g, statistics, pull, query, keys, none, none, none, none, columns, none, none, columns, want_query, want_keys, want_scale,
-                       false, want_positive, precision, kept_keys, factor, smoothed);
+  if (!want_keys) return info_nce_grad_rows(g, statistics, pull, query, none, want_query, want_scale, want_positive, factor, spread);
+  return info_nce_grad(g, statistics, pull, query, keys, none, none, query_labels, key_labels, columns, none, none, columns, want_query, want_keys,
+                       want_scale, false, want_positive, precision, kept_keys, factor, spread, attract, true);
 }
 
 }  // namespace

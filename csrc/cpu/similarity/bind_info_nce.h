@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "similarity/bind_smoothing.h"
+#include "similarity/bind_class_sums.h"
 
 namespace {
 
@@ -22,15 +22,16 @@ struct Batch {
   }
 };
 
-// What a row's gradients are made of, [kStatistics + positives, batch, rows], with label smoothing kSmoothed more: lse, the digits it has no
-// room for, and slopes in the order [batch, rows, positives]; dloss / dlse, without smoothing the sum of the slopes, and the spread e.
-constexpr int64_t kStatistics = 2, kSmoothed = 2;
+// What a row's gradients are made of, [kStatistics + positives, batch, rows], and kSpread more where an e_i is taken off the slopes of its keys
+// (KeySums), with label smoothing or attraction: lse, the digits it has no room for, and slopes in the order [batch, rows, positives];
+// dloss / dlse, which is else the sum of the slopes, and e.
+constexpr int64_t kStatistics = 2, kSpread = 2;
 
 struct Statistics {
-  float *lse, *lse_low, *slopes, *of_lse, *spread;
+  float *lse, *lse_low, *slopes, *of_lse, *e;
 
   Statistics(const Tensor& x, int64_t rows, int64_t positives)
-      : lse(floats_of(x)), lse_low(lse + rows), slopes(lse_low + rows), of_lse(slopes + rows * positives), spread(of_lse + rows) {}
+      : lse(floats_of(x)), lse_low(lse + rows), slopes(lse_low + rows), of_lse(slopes + rows * positives), e(of_lse + rows) {}
 };
 
 // ---- rows -----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 With z+_ij the logit of positive j, x_ij = lse_i - z+_ij and weights w_ij: loss_i = sum_j w_ij log(1 + e^x_ij). Its slopes
 w_ij e^x_ij / (1 + e^x_ij), and what they pull the query by, come from the forward pass, so the backward is a product with the
-upstream gradient. csrc/cpu/similarity/info_nce.inl states the formulas, and bind_smoothing.h what label smoothing adds to them.
+upstream gradient. csrc/cpu/similarity/info_nce.inl states the formulas, bind_smoothing.h what label smoothing adds to them, and
+bind_attraction.h those of rows that the keys of their class attract.
 """
 
 from functools import partial
@@ -18,6 +19,7 @@ from ..._core.reduction import reduce_rows
 from . import cpu, cuda, info_nce_second, triton
 from .apply import streaming_softmax, transformed
 from .arguments import Problem, Spec, Tensors, row_parameter
+from .attraction import attracted_rows
 from .autograd import _keep, _kept, _versions
 from .definition import SecondOrder
 from .passes import for_kernel
@@ -35,38 +37,46 @@ impls.register(
 class Positives(NamedTuple):
     """A query's positives: rows given, or columns of the bank. One of the two."""
 
-    rows: Tensor | None  # [*B, N, D] or [*B, N, J, D]
+    rows: Tensor | None  # [*B, N, D] or [*B, N, J, D]; neither is needed where keys of a row's class attract it
     columns: Tensor | None  # [*B, N, J] int64, -1: row without this positive
     weights: Tensor | None  # [*B, N, J] in the accumulator's dtype; None: 1 / J
     include: bool  # whether a positive is in its own denominator
 
 
-def info_nce_rows(p: Problem, positives: Positives, *, mean: bool = False, smoothing: float = 0.0) -> tuple[Tensor, Tensor | None]:
-    """(losses [*B, N] or, with `mean`, their mean over the rows that have a positive; lse of the negatives [*B, N], without gradient,
-    unless they include the positive).
+def info_nce_rows(
+    p: Problem, positives: Positives, *, mean: bool = False, smoothing: float = 0.0, attract: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(losses [*B, N], which of them count [*B, N] but for rows of which no column is a positive; None: all), or, with `mean`, (their mean
+    over those that count and have a positive, None).
 
-    `smoothing`: this much of the target is spread evenly over the positive and the keys that are not left out. The problem has neither a
-    start nor values and, with smoothing, no limit.
+    `smoothing`: this much of the target is spread evenly over the positive and the keys that are not left out.
+    `attract`: as `attracted_rows`, with the problem's labels; else keys of a row's class are left out.
+    The problem has neither a start nor values and, with smoothing or attraction, no limit.
     """
     spec, tensors = p
     rows, columns, weights, include = positives
     if spec.impl == "cpu" and not transformed() and (weights is None or not weights.requires_grad):
         query, keys, scale, bias, _, _, _, *rules = tensors
         pull = torch.is_grad_enabled() and (query.requires_grad or scale.requires_grad)
-        call = Call(spec, include, mean, pull, cpu.product_number(spec.compute.products, query), smoothing=smoothing)
+        products = cpu.product_number(spec.compute.products, query)
+        call = Call(spec, include, mean, pull, products, smoothing=smoothing, attract=attract)
         out = InfoNceRows.apply(call, (columns, weights, *rules), query, keys, scale, bias, rows)
-        return (out, None) if include else out
-    losses, lse = _composed(p, positives, mean, smoothing)
-    return losses, lse.detach()
+        return (out, None) if call.all_count else out
+    return _composed(p, positives, mean, smoothing, attract)
 
 
-def _composed(p: Problem, positives: Positives, mean: bool, smoothing: float, left: tuple | None = None) -> tuple[Tensor, Tensor]:
+def _composed(
+    p: Problem, positives: Positives, mean: bool, smoothing: float, attract: bool, left: tuple | None = None
+) -> tuple[Tensor, Tensor | None]:
     """The definition in PyTorch's operations, for any device and transform, and for derivatives of the second order.
 
     `left`: the streaming softmax's outputs, where a forward pass has left them.
     """
     spec, tensors = p
     rows, columns, weights, include = positives
+    if attract:
+        losses, counted = attracted_rows(p, rows, include)
+        return (reduce_rows(losses, counted=counted), None) if mean else (losses, counted)
     lse, *_ = streaming_softmax(spec, tensors.folded(spec), pool=False, need_pooled=False, left=left)
     lse = lse.reshape(spec.rows)
     _, logits = positive_logits(tensors.query, tensors.keys, tensors.scale, tensors.bias, rows, columns)
@@ -79,14 +89,19 @@ def _composed(p: Problem, positives: Positives, mean: bool, smoothing: float, le
         rules = {"query_labels": tensors.query_labels, "bank_labels": tensors.key_labels, "skip": tensors.key_index}
         spread = score_sums(tensors.query, tensors.keys, tensors.scale, valid=tensors.valid, bias=tensors.bias, **rules)
         losses = losses + smoothing * (logits - (logits + spread.other[..., None]) / (1 + spread.other_count[..., None]))
-    counted = None
     if columns is not None:
-        losses, counted = torch.where(columns >= 0, losses, 0.0), (columns >= 0).any(-1)
+        losses = torch.where(columns >= 0, losses, 0.0)
     if weights is not None:
         losses = (losses * weights).sum(-1)
     else:
         losses = losses.squeeze(-1) if losses.shape[-1] == 1 else losses.mean(-1)
-    return reduce_rows(losses, counted=counted) if mean else losses, lse
+    counted = None if include else (lse != -torch.inf).detach()
+    if not mean:
+        return losses, counted
+    if columns is not None:
+        some = (columns >= 0).any(-1)
+        counted = some if counted is None else counted & some
+    return reduce_rows(losses, counted=counted), None
 
 
 class Call(NamedTuple):
@@ -99,6 +114,17 @@ class Call(NamedTuple):
     products: int
     factor: float = 1.0  # the scale of every row, where there is no tensor of them
     smoothing: float = 0.0
+    attract: bool = False
+
+    @property
+    def all_count(self) -> bool:
+        """Whether nothing is to be said of which rows count."""
+        return self.mean or (self.include and not self.attract)
+
+    @property
+    def spread(self) -> bool:
+        """Whether statistics hold what is taken off the slopes of a row's keys."""
+        return self.smoothing > 0 or self.attract
 
 
 class InfoNceRows(Function):
@@ -109,12 +135,12 @@ class InfoNceRows(Function):
 
     @staticmethod
     def forward(ctx, call, rest, query, keys, scale, bias, positive):
-        spec, include, mean, pull, products, factor, smoothing = call
+        spec, include, mean, pull, products, factor, smoothing, attract = call
         columns, weights, *rules = rest
         tensors = _folded(spec, query, keys, scale, bias, *rules, positive, columns, weights)
         ctx.want = ctx.needs_input_grad[2:]
         _, want_keys, _, want_bias, _ = ctx.want
-        options = include, mean, pull, products, spec.compute.panels, want_keys and pull, factor, smoothing
+        options = include, mean, pull, products, spec.compute.panels, want_keys and pull, factor, smoothing, attract
         losses, statistics, pulls, dkeys = torch.ops.kdfast.info_nce(*tensors, *options)
         hold = not (want_keys or want_bias)
         bank = (keys, bias, *rest)
@@ -124,11 +150,11 @@ class InfoNceRows(Function):
         ctx.set_materialize_grads(False)
         if not mean and losses.shape != spec.rows:
             losses = losses.view(spec.rows)
-        if include:
+        if call.all_count:
             return losses
-        lse = statistics[0].clone().view(spec.rows)
-        ctx.mark_non_differentiable(lse)
-        return losses, lse
+        counted = (statistics[-1] > 0 if attract else statistics[0] != -torch.inf).view(spec.rows)
+        ctx.mark_non_differentiable(counted)
+        return losses, counted
 
     @staticmethod
     def backward(ctx, g, *_):
@@ -173,7 +199,7 @@ def _left(call: Call, statistics, pulls, keys, positive, columns, weights) -> tu
 
     The slopes of positives with weights may cancel each other in t_i.
     """
-    if len(call.spec.rows) > 1 or pulls.numel() == 0 or weights is not None or call.smoothing:
+    if len(call.spec.rows) > 1 or pulls.numel() == 0 or weights is not None or call.spread:
         return None
     rows = positive_rows(keys, columns) if positive is None else positive.reshape(len(positive), -1, positive.shape[-1])
     slopes = statistics[2:].reshape(1, len(rows), -1, 1)
@@ -188,7 +214,9 @@ def _definition(call: Call, rest: tuple, left: tuple | None, query, keys, scale,
     scale = row_parameter("scale", call.factor, query) if scale is None else scale
     tensors = Tensors(query, keys, scale, bias, None, None, None, *rules)
     candidates = Positives(positive, columns, weights, call.include)
-    losses, _ = _composed(Problem(call.spec, tensors), candidates, call.mean, call.smoothing, left)
+    losses, counted = _composed(Problem(call.spec, tensors), candidates, call.mean, call.smoothing, call.attract, left)
+    if call.attract and not call.mean:  # as the fused losses have it
+        losses = torch.where(counted, losses, 0.0)
     return losses
 
 
@@ -197,14 +225,14 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of <g, losses> in (query, keys, scale, bias, positive), None where not wanted."""
     want_query, want_keys, want_scale, want_bias, want_positive = want
-    batched, smoothed = len(call.spec.rows) > 1, call.smoothing > 0
+    batched, kind = len(call.spec.rows) > 1, (call.spread, call.attract, call.include)
     g = call.spec.per_row(g).contiguous() if batched and not call.mean else g
     if want_keys or want_bias or batched:
         tensors = _folded(call.spec, query, keys, scale, bias, *rules, columns)
-        found = torch.ops.kdfast.info_nce_grad(g, statistics, pulls, *tensors, *want, call.products, dkeys, call.factor, smoothed)
+        found = torch.ops.kdfast.info_nce_grad(g, statistics, pulls, *tensors, *want, call.products, dkeys, call.factor, *kind)
     else:  # nothing of the bank
         of_rows = want_query, want_scale, want_positive
-        found = torch.ops.kdfast.info_nce_grad_rows(g, statistics, pulls, query, scale, *of_rows, call.factor, smoothed)
+        found = torch.ops.kdfast.info_nce_grad_rows(g, statistics, pulls, query, scale, *of_rows, call.factor, call.spread)
     found = iter(found)
     inputs = (query, keys, scale, bias, positive)
     return tuple([_like(next(found), x) if wanted else None for x, wanted in zip(inputs, want, strict=True)])
@@ -226,40 +254,44 @@ def _like(grad: Tensor, x: Tensor) -> Tensor:
     return grad if grad.dtype == x.dtype else grad.to(x.dtype)
 
 
-def _beside(smoothed: bool) -> int:
+def _beside(spread: bool) -> int:
     """Statistics of a row beside those of its positives."""
-    return 4 if smoothed else 2
+    return 4 if spread else 2
 
 
 def fake(
     query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, positive, columns, weights, include, mean, pull, products,
-    panels=None, keep_keys=False, factor=1.0, smoothing=0.0,
+    panels=None, keep_keys=False, factor=1.0, smoothing=0.0, attract=False,
 ):  # fmt: skip
     made = partial(query.new_empty, dtype=torch.float32)
     batch = query.shape[:-1] if query.dim() == 3 else (1, *query.shape[:-1])
-    copies = columns.shape[-1] if positive is None else 1 if positive.dim() == query.dim() else positive.shape[-2]
-    statistics, pulls = made((_beside(smoothing > 0) + copies, *batch)), made((*batch, query.shape[-1]) if pull else (0,))
+    copies = 0 if columns is None else columns.shape[-1]
+    if positive is not None:
+        copies = 1 if positive.dim() == query.dim() else positive.shape[-2]
+    statistics, pulls = made((_beside(smoothing > 0 or attract) + copies, *batch)), made((*batch, query.shape[-1]) if pull else (0,))
     indices = 0 if key_index is None else key_index.shape[-1]
-    named = bias is limit is valid is None and (indices <= 1 if query_labels is None else indices == 0)
+    named = bias is limit is valid is None and (indices <= 1 if query_labels is None or attract else indices == 0)
+    named = named and (include or not attract)
     kept = keep_keys and mean and pull and query.dim() == 2 and named and extension.load("_C")[0].few_pairs(len(query), *keys.shape)
     return made(() if mean else query.shape[:-1]), statistics, pulls, made((1, *keys.shape) if kept else (0,))
 
 
 def _info_nce_grad_fake(
     g, statistics, pull, query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, columns,
-    want_query, want_keys, want_scale, want_bias, want_positive, products, kept_keys=None, factor=1.0, smoothed=False,
+    want_query, want_keys, want_scale, want_bias, want_positive, products, kept_keys=None, factor=1.0, spread=False,
+    attract=False, include=True,
 ):  # fmt: skip
     copies, *lead = statistics.shape
     width = query.shape[-1]
     bank = (lead[0], keys.shape[-2])
-    shapes = ((*lead, width), (*bank, width), lead, bank, (*lead, copies - _beside(smoothed), width))
+    shapes = ((*lead, width), (*bank, width), lead, bank, (*lead, copies - _beside(spread), width))
     want = (want_query, want_keys, want_scale, want_bias, want_positive)
     return [statistics.new_empty(shape[query.dim() == 2 :]) for shape, wanted in zip(shapes, want, strict=True) if wanted]
 
 
-def _grad_rows_fake(g, statistics, pull, query, scale, want_query, want_scale, want_positive, factor=1.0, smoothed=False):
+def _grad_rows_fake(g, statistics, pull, query, scale, want_query, want_scale, want_positive, factor=1.0, spread=False):
     *rows, width = query.shape
-    copies = 0 if statistics is None else len(statistics) - _beside(smoothed)
+    copies = 0 if statistics is None else len(statistics) - _beside(spread)
     shapes = ((*rows, width), rows, (*rows, copies, width))
     wanted = (want_query, want_scale, want_positive)
     return [query.new_empty(shape, dtype=torch.float32) for shape, want in zip(shapes, wanted, strict=True) if want]

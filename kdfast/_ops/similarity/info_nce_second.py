@@ -14,7 +14,7 @@ def served(call, cotangents: tuple, needs: list[bool], pulls: Tensor, weights: T
     The slopes of positives with weights may cancel each other, and with them what tells the mean of the keys.
     """
     of_bias = needs[4] or cotangents[3] is not None
-    return not (of_bias or call.smoothing or weights is not None or len(call.spec.rows) > 1 or pulls.numel() == 0)
+    return not (of_bias or call.spread or weights is not None or len(call.spec.rows) > 1 or pulls.numel() == 0)
 
 
 def gradients(*args) -> tuple[Tensor | None, ...]:

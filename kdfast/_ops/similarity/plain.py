@@ -15,29 +15,55 @@ from . import cpu, distillation, info_nce, matching
 from .apply import transformed
 from .arguments import Compute, Spec
 from .plain_functions import DistillationMean, InfoNceMean
+from .unit_length import unit_length
 
 _TYPES = (Tensor, torch.nn.Parameter)
 _PRODUCTS = {torch.float32: "ieee", torch.float16: "ieee", torch.bfloat16: "bf16"}
 
 
 def info_nce_mean(
-    query: Tensor, positive: Tensor | None, bank, temperature: float | Tensor, targets: Tensor | None, smoothing: float
+    query: Tensor,
+    positive: Tensor | None,
+    bank,
+    temperature: float | Tensor,
+    targets: Tensor | None,
+    smoothing: float,
+    labels: tuple[Tensor | None, Tensor | None],
+    attract: bool,
+    normalize: bool,
 ) -> Tensor | None:
     """The mean InfoNCE loss of query and positive [N, D] against the rows [M, D] of a bank; None: against each other's positives.
 
     targets: int64 [N], the positives' rows of the bank, in place of positive.
+    labels: int64 [N] and [M], None within a batch. Rows of the bank are left out for their class or, with `attract`, attract it, beside
+    the positive or without one.
     """
     keys = positive if bank is None else _rows(bank)
-    if targets is None:
-        whole = _plain(query, positive, keys) and positive.shape == query.shape
+    query_labels, key_labels = labels
+    alone = attract and positive is None and targets is None
+    if positive is None:
+        whole = (alone or targets is not None) and _plain(query, keys)
     else:
-        whole = positive is None and _plain(query, keys) and _whole_index(targets, len(query))
+        whole = targets is None and _plain(query, positive, keys) and positive.shape == query.shape
     if not (whole and keys.shape[1] == query.shape[1] and 0 <= smoothing < 1):
+        return None
+    if targets is not None and (attract or not _whole_index(targets, len(query))):
+        return None
+    if query_labels is None:
+        labelled = key_labels is None and not attract
+    elif bank is None:
+        labelled, key_labels = key_labels is None and attract and _whole_index(query_labels, len(query)), query_labels
+    else:
+        labelled = type(bank) in _TYPES and _whole_index(query_labels, len(query)) and _whole_index(key_labels, len(keys))
+    if not labelled or (attract and smoothing):
         return None
     number = _number(temperature)
     if not _usual(number):
         return None
-    if bank is None:
+    if normalize:
+        query, positive = unit_length(query), None if positive is None else unit_length(positive)
+        keys = positive if bank is None else unit_length(keys)
+    if bank is None and not attract:
         if smoothing:
             return None
         scale = 1.0 / number if number is temperature else temperature.reciprocal()
@@ -45,20 +71,20 @@ def info_nce_mean(
         return matching.fused_losses(call, query, positive, scale, None)
     learnt = None if number is temperature else temperature
     pull = torch.is_grad_enabled() and (query.requires_grad or (learnt is not None and learnt.requires_grad))
-    call = _info_nce_call(len(query), query.dtype, pull, 1.0 / number, smoothing)
-    if targets is None:
-        return InfoNceMean.apply(call, query, keys, positive, learnt, None)
+    call = _info_nce_call(len(query), query.dtype, pull, 1.0 / number, smoothing, attract)
+    if targets is None:  # within a batch a sample's own positive is of its class as others' are
+        return InfoNceMean.apply(call, query, keys, None if bank is None else positive, learnt, None, query_labels, key_labels)
     try:
-        return InfoNceMean.apply(call, query, keys, None, learnt, targets.unsqueeze(1))
+        return InfoNceMean.apply(call, query, keys, None, learnt, targets.unsqueeze(1), query_labels, key_labels)
     except RuntimeError:  # the op has looked at the targets, where they may point
         return None
 
 
 @functools.lru_cache
-def _info_nce_call(count: int, dtype: torch.dtype, pull: bool, scale: float, smoothing: float) -> info_nce.Call:
+def _info_nce_call(count: int, dtype: torch.dtype, pull: bool, scale: float, smoothing: float, attract: bool) -> info_nce.Call:
     products = _PRODUCTS[dtype]
     spec = Spec("cpu", Compute(dtype, products), torch.Size((count,)), (1, count))
-    return info_nce.Call(spec, True, True, pull, cpu.KERNELS.products[products], scale, smoothing)
+    return info_nce.Call(spec, True, True, pull, cpu.KERNELS.products[products], scale, smoothing, attract)
 
 
 def distillation_mean(

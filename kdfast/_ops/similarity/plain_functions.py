@@ -16,18 +16,18 @@ from .positives import dot
 class InfoNceMean(Function):
     """The mean InfoNCE loss of query and positive [N, D] against keys [M, D]; `temperature`, a tensor or None, has the call's factor.
 
-    columns: int64 [N, 1], the positives among the keys, where they are given no other way.
+    columns: int64 [N, 1], the positives among the keys, where they are given no other way. Labels: int64 [N] and [M], or None.
     """
 
     @staticmethod
-    def forward(ctx, call, query, keys, positive, temperature, columns):
-        _, want_query, want_keys, want_positive, want_scale, _ = ctx.needs_input_grad
-        loss, *kept = torch.ops.kdfast.info_nce_mean(
-            query, keys, positive, columns, call.factor, call.pull, want_keys and call.pull, call.products, call.smoothing
-        )
+    def forward(ctx, call, query, keys, positive, temperature, columns, query_labels, key_labels):
+        _, want_query, want_keys, want_positive, want_scale, *_ = ctx.needs_input_grad
+        bank = keys, columns, query_labels, key_labels
+        options = call.factor, call.pull, want_keys and call.pull, call.products, call.smoothing, call.attract
+        loss, *kept = torch.ops.kdfast.info_nce_mean(query, keys, positive, *bank[1:], *options)
         ctx.call, ctx.want = call, (want_query, want_keys, want_scale, False, want_positive)
-        bank = keys, columns
-        ctx.held = None if want_keys else (*bank, _versions((*bank, columns)))  # which are an index to leave out too
+        rules = query_labels, key_labels, columns  # which are an index to leave out too
+        ctx.held = None if want_keys else (*bank, _versions((keys, columns, *rules)))
         ctx.save_for_backward(*kept, query, positive, temperature, *(bank if want_keys else ()))
         return loss
 
@@ -36,12 +36,13 @@ class InfoNceMean(Function):
         call, want = ctx.call, ctx.want
         want_query, want_keys, want_scale, _, want_positive = want
         statistics, pulls, dkeys, query, positive, temperature, *bank = ctx.saved_tensors
-        keys, columns, versions = (*bank, None) if want_keys else ctx.held
+        keys, columns, *labels, versions = (*bank, None) if want_keys else ctx.held
         if torch.is_grad_enabled():
             scale = None if temperature is None else _rows_of(temperature, query)
-            bank = keys, None, columns, None, None, None, columns, None, None  # bias, columns, weights, and the rules
+            bank = keys, None, columns, None, *labels, columns, None, None  # bias, columns, weights, and the rules
             grads = info_nce.Gradients.apply(call, want, versions, g, statistics, pulls, dkeys, query, scale, positive, *bank)
-            return None, grads[0], grads[1], grads[4], _through_inverse(grads[2], temperature) if want_scale else None, None
+            dtemperature = _through_inverse(grads[2], temperature) if want_scale else None
+            return None, grads[0], grads[1], grads[4], dtemperature, None, None, None
         found = iter(
             torch.ops.kdfast.info_nce_mean_grad(
                 g,
@@ -51,13 +52,15 @@ class InfoNceMean(Function):
                 query,
                 keys,
                 columns,
+                *labels,
                 call.factor,
                 want_query,
                 want_keys,
                 want_scale,
                 want_positive,
                 call.products,
-                call.smoothing > 0,
+                call.spread,
+                call.attract,
             )
         )
         dquery, dkeys, dscale, dpositive = (
@@ -69,6 +72,8 @@ class InfoNceMean(Function):
             _like(dkeys, keys) if want_keys else None,
             _like(dpositive, positive) if want_positive else None,
             _through_inverse(dscale, temperature) if want_scale else None,
+            None,
+            None,
             None,
         )
 
@@ -149,15 +154,16 @@ def _through_inverse(dscale: Tensor, temperature: Tensor) -> Tensor:
     return -dscale.sum() * (inverse * inverse)
 
 
-def _info_nce_mean_fake(query, keys, positive, columns, factor, pull, keep_keys, products, smoothing):
-    rules = None, None, columns, None, None  # query_labels, key_labels, key_index, limit, valid
-    options = True, True, pull, products, None, keep_keys, factor, smoothing
+def _info_nce_mean_fake(query, keys, positive, columns, query_labels, key_labels, factor, pull, keep_keys, products, smoothing, attract):
+    rules = query_labels, key_labels, columns, None, None  # key_index, limit, valid
+    options = True, True, pull, products, None, keep_keys, factor, smoothing, attract
     return info_nce.fake(query, keys, None, None, *rules, positive, columns, None, *options)
 
 
 def _info_nce_mean_grad_fake(
-    g, statistics, pull, kept_keys, query, keys, columns, factor, want_query, want_keys, want_scale, want_positive, products, smoothed
-):
+    g, statistics, pull, kept_keys, query, keys, columns, query_labels, key_labels, factor, want_query, want_keys, want_scale,
+    want_positive, products, spread, attract,
+):  # fmt: skip
     count, width = query.shape
     shapes = ((want_query, query.shape), (want_keys, keys.shape), (want_scale, (count,)), (want_positive, (count, 1, width)))
     return [statistics.new_empty(shape) for wanted, shape in shapes if wanted]
