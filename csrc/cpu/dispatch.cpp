@@ -19,6 +19,7 @@ namespace kdfast {
   X(DistillationKernels, distillation, isa)       \
   X(PairsKernels, pairs, isa)                     \
   X(TangentKernels, tangent, isa)                 \
+  X(PooledKernels, pooled, isa)                   \
   X(InfoNceKernels, info_nce, isa)                \
   X(MatchingKernels, matching, isa)               \
   X(PackedBankKernels, packed_bank, isa)          \

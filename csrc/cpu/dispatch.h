@@ -14,6 +14,7 @@
 #include "similarity/matching.h"
 #include "similarity/packed_bank.h"
 #include "similarity/pairs.h"
+#include "similarity/pooled.h"
 #include "similarity/similarity.h"
 #include "similarity/tangent.h"
 #include "similarity/unit_length.h"
@@ -29,6 +30,7 @@ struct CpuKernels : SimilarityKernels,
                     DistillationKernels,
                     PairsKernels,
                     TangentKernels,
+                    PooledKernels,
                     InfoNceKernels,
                     MatchingKernels,
                     PackedBankKernels,

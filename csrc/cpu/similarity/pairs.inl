@@ -208,6 +208,33 @@ struct PairGradientWorkspace {
   void clear_transposed() const { __builtin_memset(transposed, 0, size_t(4 * transposed_words)); }
 };
 
+// Weights of a chunk of rows, times each row's scale (null: 1), as columns of W^T from column `at` on, a multiple of 2 kLanes.
+template <class Product>
+inline void collect_transposed(const Tile& tile, int64_t rows, int64_t padded, const float* scale, float* transposed, int64_t stride, int64_t at) {
+  constexpr int64_t kRun = 2 * kLanes;
+  alignas(64) float square[kLanes * kRun];
+  for (int64_t i = 0; i < rows; i += kRun) {
+    const Vec scale0 = scale != nullptr ? load(scale + i) : splat(1), scale1 = scale != nullptr ? load(scale + i + kLanes) : splat(1);
+    for (int64_t j = 0; j < padded; j += kLanes) {
+      transpose(tile.scores(i) + j, tile.stride, square, kRun);
+      transpose(tile.scores(i + kLanes) + j, tile.stride, square + kLanes, kRun);
+      float* to = transposed + j * stride;
+      for (int64_t k = 0; k < kLanes; ++k, to += stride)
+        Packing<Product>::store_weights(to, at + i, load(square + k * kRun) * scale0, load(square + k * kRun + kLanes) * scale1);
+    }
+  }
+}
+
+// Weights where scores were, as the product reads them.
+template <class Product>
+inline void store_all_weights(const Tile& tile, int64_t rows, int64_t padded) {
+  if constexpr (!__is_base_of(RegisterTiles<1>, Product)) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < padded; j += 2 * kLanes)
+        Packing<Product>::store_weights(tile.weights(i), j, load(tile.scores(i) + j), load(tile.scores(i) + j + kLanes));
+  }
+}
+
 // Up to rows_at_once rows, `first` .. `first + count` of the batch entry, through the task's columns. Weights has
 //   begin_rows(first, count)
 //   begin_block(block)
@@ -329,29 +356,13 @@ struct PairGradientPass {
     if (last) add_to(out.y_sums + (task.batch * p.columns + block.first) * p.width, w.y_sums, block.columns);
   }
 
-  // The chunk's weights, times each row's scale, as columns of W^T.
   void collect(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
-    constexpr int64_t kRun = 2 * kLanes;
-    alignas(64) float square[kLanes * kRun];
-    for (int64_t i = 0; i < rows; i += kRun) {
-      const Vec scale0 = load(w.scale + row + i), scale1 = load(w.scale + row + i + kLanes);
-      for (int64_t j = 0; j < block.padded; j += kLanes) {
-        transpose(tile.scores(i) + j, tile.stride, square, kRun);
-        transpose(tile.scores(i + kLanes) + j, tile.stride, square + kLanes, kRun);
-        float* to = w.transposed + j * w.transposed_stride;
-        for (int64_t k = 0; k < kLanes; ++k, to += w.transposed_stride)
-          Packing<Product>::store_weights(to, row % w.group + i, load(square + k * kRun) * scale0, load(square + k * kRun + kLanes) * scale1);
-      }
-    }
+    collect_transposed<Product>(tile, rows, block.padded, w.scale + row, w.transposed, w.transposed_stride, row % w.group);
   }
 
   // dX += W Y
   void sum_for_rows(const Block& block, int64_t row, int64_t rows, const Tile& tile, const Memory& next) const {
-    if constexpr (!__is_same(Product, Float32Product)) {
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < block.padded; j += 2 * kLanes)
-          Packing<Product>::store_weights(tile.weights(i), j, load(tile.scores(i) + j), load(tile.scores(i) + j + kLanes));
-    }
+    store_all_weights<Product>(tile, rows, block.padded);
     add_product(w.x_sums, row, true, tile.weights(0), tile.stride, rows, block.columns, w.y.panels, next);
   }
 
@@ -412,17 +423,23 @@ inline void take_gradients(Product, const PairParams& p, const PairTask& task, c
   }
 }
 
-// f(product) with a product that holds the task's operands: sums grow as blocks pass by, so that it must be known beforehand.
-template <class F>
-inline void with_holding_product(const PairParams& p, const PairTask& task, const F& f) {
-  const bool whole = p.precision == Precision::kBFloat16 || p.precision == Precision::kFloat32Vectors ||
-                     (all_finite(p.x.from(task.batch * p.rows * p.width), task.row_begin, task.row_end, p.width) &&
-                      all_finite(p.y.from(task.batch * p.columns * p.width), task.column_begin, task.column_end, p.width));
-  if (whole) {
-    with_product(p.precision, f);
+// f(product) with a product that holds the operands, `finite()` saying whether they are: sums grow as blocks pass by, so that it must be known
+// beforehand.
+template <class F, class Finite>
+inline void with_holding_product(Precision precision, const F& f, const Finite& finite) {
+  if (precision == Precision::kBFloat16 || precision == Precision::kFloat32Vectors || finite()) {
+    with_product(precision, f);
   } else {
     f(Float32Product{});
   }
+}
+
+template <class F>
+inline void with_holding_product(const PairParams& p, const PairTask& task, const F& f) {
+  with_holding_product(p.precision, f, [&] {
+    return all_finite(p.x.from(task.batch * p.rows * p.width), task.row_begin, task.row_end, p.width) &&
+           all_finite(p.y.from(task.batch * p.columns * p.width), task.column_begin, task.column_end, p.width);
+  });
 }
 
 }  // namespace

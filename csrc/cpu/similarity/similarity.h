@@ -35,6 +35,11 @@ struct SimilarityParams {
 
   const int32_t* panels;  // a packed copy (packed_bank.h), read in place of these keys where it is theirs and of the product's form
 
+  // [rows, scores_stride], of a call of one batch entry in one task: the forward pass leaves the scores q.k here, with the sign of the scale, and the
+  // gradients take them from here. Rows and columns have room for what only fills a tile.
+  float* scores;
+  int64_t scores_stride;
+
   bool pooled;  // also accumulate sum_j p_ij v_j
 };
 

@@ -80,9 +80,10 @@ struct SimilarityPass {
   }
 
   void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
-    score_rows(Product{}, w.queries.at(row), w.queries.stride, rows, w.keys.panels, block.padded, w.tile.scores(0), w.tile.stride);
-    weigh_rows(w.softmax, w.terms, w.tile, p, first, count, block, row, rows, next, [&](int64_t i, const float* scores, RowLevel level) {
-      return weigh_row<Product>(scores, p.pooled ? w.tile.weights(i - row) : nullptr, block.padded, level);
+    const Tile scores = p.scores != nullptr ? Tile{p.scores + (first + row) * p.scores_stride + block.first, p.scores_stride, 0} : w.tile;
+    score_rows(Product{}, w.queries.at(row), w.queries.stride, rows, w.keys.panels, block.padded, scores.scores(0), scores.stride);
+    weigh_rows(w.softmax, w.terms, scores, p, first, count, block, row, rows, next, [&](int64_t i, const float* of_row, RowLevel level) {
+      return weigh_row<Product>(of_row, p.pooled ? w.tile.weights(i - row) : nullptr, block.padded, level);
     });
     if (!p.pooled) return;
     // O = diag(correction) O + P V

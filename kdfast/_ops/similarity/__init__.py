@@ -9,6 +9,7 @@ from .apply import streaming_softmax
 from .arguments import Spec, problem
 from .exclusions import Harder, KeyIndex, SameLabel
 from .first_order import start_weight
+from .plain_pooled import pooled_softmax
 from .sigmoid import sigmoid_pair_loss
 from .symmetric import symmetric_lse
 
@@ -68,6 +69,10 @@ def similarity_softmax(
 
     Source: the online softmax of Milakov and Gimelshein (2018), pooled in one pass as in FlashAttention (Dao et al., 2022).
     """
+    if bias is start is valid is precision is impl is None and exclude == ():
+        found = pooled_softmax(query, keys, values, scale)
+        if found is not None:
+            return found
     spec, tensors = problem(query, keys, scale, values, bias, start, exclude, valid, precision, impl)
     lse, pooled, _ = streaming_softmax(spec, tensors.folded(spec), pool=True, need_pooled=True)
     return _unfold(spec, lse, pooled)

@@ -1,4 +1,5 @@
-"""impl="cpu": the fused C++ kernels, torch.ops.kdfast.similarity_softmax, .similarity_grad_rows and .similarity_grad_keys.
+"""impl="cpu": the fused C++ kernels, torch.ops.kdfast.similarity_softmax, .similarity_grad_rows, .similarity_grad_keys and
+.similarity_pooled_grad.
 
 docs/cpu-kernels.md describes them. Triton's have the same schemas in a namespace of their own (triton.py), which `kernels` names.
 """
@@ -142,6 +143,43 @@ def grad_keys(
     )  # fmt: skip
 
 
+def pooled_grad(
+    g: Tensor | None,
+    h: Tensor,
+    pooled: Tensor,
+    lse: Tensor,
+    lse_low: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    query_labels: Tensor | None,
+    key_labels: Tensor | None,
+    key_index: Tensor | None,
+    limit: Tensor | None,
+    valid: Tensor | None,
+    want_rows: bool,
+    want_keys: bool,
+    want_bias: bool,
+    want_values: bool,
+    *,
+    values: Tensor | None = None,
+    start_weight: Tensor | None = None,
+    start_slope: Tensor | None = None,
+    products: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(sum_j dz_ij k_j [B, N, D], mean [B, N], sum_i dz_ij s_i q_i [B, M, D], sum_i dz_ij [B, M], sum_i p_ij h_i [B, M, Dv]) in float32.
+
+    dz_ij = p_ij (g_i + w_ij - mean_i) with w_ij = h_i.v_j and mean_i = sum_j p_ij w_ij. What is not wanted is empty, [0]; mean too if only
+    values are. g [B, N] (None: 0), h [B, N, Dv], the start's p and w_i0 [B, N], and pooled, lse and lse_low, as `forward` left them, are
+    float32. A row's p are brought to a sum of 1. The rest as in `grad_keys`.
+    """
+    return torch.ops.kdfast.similarity_pooled_grad(
+        g, h, pooled, lse, lse_low, query, keys, scale, bias, values, start_weight, start_slope, query_labels, key_labels, key_index, limit,
+        valid, want_rows, want_keys, want_bias, want_values, product_number(products, query),
+    )  # fmt: skip
+
+
 def forward_fake(query: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
     values, pooled = args[4], args[11]
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
@@ -162,7 +200,19 @@ def grad_keys_fake(slope, h, lse, lse_low, query, keys, scale, bias, values, *ar
     )
 
 
+def pooled_grad_fake(g, h, pooled, lse, lse_low, query, keys, scale, bias, values, *args) -> tuple[Tensor, ...]:
+    want_rows, want_keys, want_bias, want_values = args[-5:-1]
+    return (
+        lse.new_empty(query.shape if want_rows else (0,)),
+        lse.new_empty(lse.shape if want_rows or want_keys or want_bias else (0,)),
+        lse.new_empty(keys.shape if want_keys else (0,)),
+        lse.new_empty(keys.shape[:2] if want_bias else (0,)),
+        lse.new_empty(values.shape if want_values else (0,)),
+    )
+
+
 if missing() is None:
     torch.library.register_fake("kdfast::similarity_softmax", forward_fake)
     torch.library.register_fake("kdfast::similarity_grad_rows", grad_rows_fake)
     torch.library.register_fake("kdfast::similarity_grad_keys", grad_keys_fake)
+    torch.library.register_fake("kdfast::similarity_pooled_grad", pooled_grad_fake)

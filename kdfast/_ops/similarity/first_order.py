@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .passes import Sums, Want, run_forward, run_gradients
+from .passes import Sums, Want, run_forward, run_gradients, run_pooled_gradients
 from .portable import above_nothing
 
 
@@ -94,25 +94,48 @@ def _wide(query, compute, scale, rows):
 
 
 def _of_both(impl, compute, want, g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules):
-    """Where p is nearly one candidate's, h.v less its mean is 0 to many digits: the mean must be one of the h.v in the sums, to the bit.
-
-    So rows come first, with a mean from `pooled`; by as much as their slopes miss zero that mean is moved before columns are summed. What g
-    adds is apart, lest it be rounded to h.v.
-    """
     want_query, want_scale, want_keys, want_bias, want_values, from_lse = want
     weight = None if start_logit is None else start_weight(start_logit, lse, lse_low)
     of_start = 0.0 if start_value is None else (h * start_value.to(h.dtype)).sum(-1)
+    wanted = Want(want_query or want_scale, want_keys, want_bias, want_values)
+    problem = (query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules)
+    if any(wanted) and impl == "cpu":
+        rows, mean, dkeys, dbias, dvalues = run_pooled_gradients(compute, wanted, g if from_lse else None, h, weight, of_start, *problem)
+        mean = mean if any(wanted[:3]) else (h * pooled).sum(-1)
+    else:
+        rows, mean, dkeys, dbias, dvalues = _pooled_sums(impl, compute, wanted, g, from_lse, h, weight, of_start, *problem)
+    return (
+        (scale[..., None] * rows).to(query.dtype) if want_query else None,
+        dkeys.to(keys.dtype) if want_keys else None,
+        _wide(query, compute, scale, rows) if want_scale else None,
+        dbias if want_bias else None,
+        None if weight is None else weight * (g + (of_start - mean)),
+        dvalues.to(values.dtype) if want_values else None,
+        None if weight is None or start_value is None else (weight[..., None] * h).to(start_value.dtype),
+    )
+
+
+def _pooled_sums(
+    impl, compute, wanted, g, from_lse, h, weight, of_start,
+    query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules,
+):  # fmt: skip
+    """(rows' sums, means of h.v, keys' sums, bias', values'), None where not wanted.
+
+    Where p is nearly one candidate's, h.v less its mean is 0 to many digits: the mean must be one of the h.v in the sums, to the bit. So
+    rows come first, with a mean from `pooled`; by as much as their slopes miss zero that mean is moved before columns are summed. What g
+    adds is apart, lest it be rounded to h.v.
+    """
     mean = (h * pooled).sum(-1)
 
     def summed(wanted, slope, h):
         return run_gradients(impl, compute, wanted, slope, h, query, keys, scale, bias, values, lse, lse_low, *rules)
 
-    rows = columns = None
-    if want_query or want_scale or want_keys or want_bias:
+    rows = dkeys = dbias = dvalues = None
+    if wanted.rows or wanted.keys or wanted.bias:
         of_rows = summed(Want(True, False, False, False), -mean, h)
         over = excess(of_rows, None if weight is None else Start(weight, of_start - mean))
         mean = mean + over.mean
-    if want_query or want_scale:
+    if wanted.rows:
         if values is not None:
             _, key_mean, _ = run_forward(impl, compute, True, query, keys, scale, bias, start_logit, None, None, *rules)
         elif start_value is not None:
@@ -120,17 +143,10 @@ def _of_both(impl, compute, want, g, h, query, keys, scale, bias, start_logit, v
         else:
             key_mean = pooled
         rows = of_rows.rows / over.mass[..., None] + (g - over.mean)[..., None] * key_mean
-    if want_keys or want_bias or want_values:
-        columns = summed(Want(False, want_keys, want_bias, want_values), -mean, h)
-        if from_lse and (want_keys or want_bias):
-            of_lse = summed(Want(False, want_keys, want_bias, False), g, None)
-            columns = columns._replace(keys=columns.keys + of_lse.keys, bias=columns.bias + of_lse.bias)
-    return (
-        (scale[..., None] * rows).to(query.dtype) if want_query else None,
-        columns.keys.to(keys.dtype) if want_keys else None,
-        _wide(query, compute, scale, rows) if want_scale else None,
-        columns.bias if want_bias else None,
-        None if weight is None else weight * (g + (of_start - mean)),
-        columns.values.to(values.dtype) if want_values else None,
-        None if weight is None or start_value is None else (weight[..., None] * h).to(start_value.dtype),
-    )
+    if any(wanted[1:]):
+        columns = summed(wanted._replace(rows=False), -mean, h)
+        dkeys, dbias, dvalues = columns.keys, columns.bias, columns.values
+        if from_lse and (wanted.keys or wanted.bias):
+            of_lse = summed(Want(False, wanted.keys, wanted.bias, False), g, None)
+            dkeys, dbias = dkeys + of_lse.keys, dbias + of_lse.bias
+    return rows, mean, dkeys, dbias, dvalues

@@ -59,6 +59,22 @@ def run_gradients(impl, compute, want: Want, slope, h, query, keys, scale, bias,
     return Sums(*run(slope, h, query, keys, scale, bias, values, lse, lse_low, *rules, list(want), compute.dtype))
 
 
+def run_pooled_gradients(
+    compute, want: Want, g, h, weight, of_start,
+    query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """All that upstreams g [B, N] (None: 0) of lse and h of pooled give, in the CPU's one pass: cpu.pooled_grad.
+
+    weight, of_start: the start's p and its h.v, None and 0.0 where there is no start or no value of it.
+    """
+    g, h, lse, lse_low, pooled = (None if x is None else x.contiguous() for x in (g, h, lse, lse_low, pooled))
+    problem = for_kernel(query, keys, scale, bias, *rules)
+    options = {"values": None if values is None else _dense(values), "products": compute.products}
+    if weight is not None:
+        options |= {"start_weight": weight.contiguous(), "start_slope": None if start_value is None else of_start.contiguous()}
+    return cpu.pooled_grad(g, h, pooled, lse, lse_low, *problem, *want, **options)
+
+
 def for_kernel(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid):
     """As the compiled kernels want it: contiguous tensors (the bank's side may have batch stride 0)."""
     query_labels, key_index, limit = (None if x is None else x.contiguous() for x in (query_labels, key_index, limit))
