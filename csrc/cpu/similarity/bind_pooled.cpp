@@ -1,5 +1,5 @@
-// kdfast::similarity_pooled_grad on the CPU, the gradients of a softmax's log-sum-exp and pooled output; kdfast::pooled_softmax and its gradients,
-// the same of matrices with one scale.
+// kdfast::similarity_pooled_grad on the CPU, the gradients of a softmax's log-sum-exp and pooled output; kdfast::pooled_softmax and its
+// gradients, the same of matrices with one scale.
 
 #include <torch/csrc/stable/library.h>
 
@@ -19,8 +19,8 @@ using kdfast::PooledSums;
 
 constexpr int64_t kMinSide = 64;  // rows, and columns, that a task should have: each is packed once for all of the other
 
-// A batch entry is cut into row_parts x (row_parts copies) rectangles, in row_parts rounds: of one round no two share columns, nor, in one copy of
-// the rows' sums, rows. So sums grow in place, in an order that depends on the sizes and the number of threads alone.
+// A batch entry is cut into row_parts x (row_parts copies) rectangles, in row_parts rounds: of one round no two share columns, nor, in one
+// copy of the rows' sums, rows. So sums grow in place, in an order that depends on the sizes and the number of threads alone.
 struct Rounds {
   int64_t workers, row_parts, copies;
 
@@ -72,16 +72,17 @@ struct PooledGradients {
 };
 
 // What is wanted, with a leading batch dimension or, of a plain call, without; then rows are sum_j dz_ij s_i k_j.
-PooledGradients pooled_gradients(SimilarityParams p, const kdfast::PooledUpstream& upstream, const float* start_weight, const float* start_slope,
-                                 const Wanted& want, bool plain, const Tensor& like) {
+PooledGradients pooled_gradients(SimilarityParams p, const kdfast::PooledUpstream& upstream, const float* start_weight,
+                                 const float* start_slope, const Wanted& want, bool plain, const Tensor& like) {
   const auto made = [&](bool wanted, std::vector<int64_t> shape) {
     if (!wanted) shape = {0};
     if (wanted && plain) shape.erase(shape.begin());
     return output(like, shape);
   };
   const bool slopes = want.rows || want.keys || want.bias;
-  PooledGradients d{made(want.rows, {p.batch, p.rows, p.width}), made(slopes, {p.batch, p.rows}), made(want.keys, {p.batch, p.columns, p.width}),
-                    made(want.bias, {p.batch, p.columns}), made(want.values, {p.batch, p.columns, p.pooled_width})};
+  PooledGradients d{made(want.rows, {p.batch, p.rows, p.width}), made(slopes, {p.batch, p.rows}),
+                    made(want.keys, {p.batch, p.columns, p.width}), made(want.bias, {p.batch, p.columns}),
+                    made(want.values, {p.batch, p.columns, p.pooled_width})};
   const auto floats = [&](bool wanted, const Tensor& x) { return wanted ? floats_of(x) : nullptr; };
   PooledGradTask call{};
   call.upstream = upstream;
@@ -98,7 +99,8 @@ PooledGradients pooled_gradients(SimilarityParams p, const kdfast::PooledUpstrea
 
   const double pairs = double(p.batch) * double(p.rows) * double(p.columns);
   const bool sums_values = p.values.data != nullptr ? want.values : want.keys;
-  const Rounds rounds(p, p.scores != nullptr ? 0 : pairs * (double(p.width) * (1 + want.rows + want.keys) + double(p.pooled_width) * (slopes + sums_values)));
+  const double of_keys = double(p.width) * (1 + want.rows + want.keys), of_values = double(p.pooled_width) * (slopes + sums_values);
+  const Rounds rounds(p, p.scores != nullptr ? 0 : pairs * (of_keys + of_values));
   const int64_t rows = p.batch * p.rows, all = rounds.copies * rows;
   const Tensor statistics = scratch(slopes ? all * (3 + 2 * kMostLargeShares + 1) : 0);
   const Tensor copies = scratch(want.rows && rounds.copies > 1 ? all * p.width : 0);
@@ -121,8 +123,8 @@ PooledGradients pooled_gradients(SimilarityParams p, const kdfast::PooledUpstrea
   return d;
 }
 
-kdfast::PooledUpstream pooled_upstream(const SimilarityParams& p, const OptionalTensor& g, const Tensor& h, const Tensor& pooled, const Tensor& lse,
-                                       const Tensor& lse_low) {
+kdfast::PooledUpstream pooled_upstream(const SimilarityParams& p, const OptionalTensor& g, const Tensor& h, const Tensor& pooled,
+                                       const Tensor& lse, const Tensor& lse_low) {
   kdfast::PooledUpstream u{};
   u.g = row_data<float>("g", g, {p.batch, p.rows});
   check("h", h, ScalarType::Float, {p.batch, p.rows, p.pooled_width});
@@ -135,10 +137,11 @@ kdfast::PooledUpstream pooled_upstream(const SimilarityParams& p, const Optional
 
 // The rows' sums without their scale, the means of h.v, and the gradients of keys, bias and values; what is not wanted is [0].
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_pooled_grad(
-    const OptionalTensor& g, const Tensor& h, const Tensor& pooled, const Tensor& lse, const Tensor& lse_low, const Tensor& query, const Tensor& keys,
-    const Tensor& scale, const OptionalTensor& bias, const OptionalTensor& values, const OptionalTensor& start_weight,
-    const OptionalTensor& start_slope, const OptionalTensor& query_labels, const OptionalTensor& key_labels, const OptionalTensor& key_index,
-    const OptionalTensor& limit, const OptionalTensor& valid, bool want_rows, bool want_keys, bool want_bias, bool want_values, int64_t precision) {
+    const OptionalTensor& g, const Tensor& h, const Tensor& pooled, const Tensor& lse, const Tensor& lse_low, const Tensor& query,
+    const Tensor& keys, const Tensor& scale, const OptionalTensor& bias, const OptionalTensor& values, const OptionalTensor& start_weight,
+    const OptionalTensor& start_slope, const OptionalTensor& query_labels, const OptionalTensor& key_labels,
+    const OptionalTensor& key_index, const OptionalTensor& limit, const OptionalTensor& valid, bool want_rows, bool want_keys,
+    bool want_bias, bool want_values, int64_t precision) {
   STD_TORCH_CHECK(!want_values || values.has_value(), "the gradient of values needs values");
   SimilarityParams p = parameters(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, true, precision);
   add_values(p, values);
@@ -181,8 +184,8 @@ constexpr int64_t kSpare = 16;
 std::vector<int64_t> scores_shape(const SimilarityParams& p) { return {p.rows + 31, (p.columns + 63) / 64 * 64 + kSpare}; }
 
 // lse [N], pooled [N, Dv], lse_low [N] and, where they are to be kept for the gradients and there are few_pairs, the scores; else [0].
-std::tuple<Tensor, Tensor, Tensor, Tensor> pooled_softmax(const Tensor& query, const Tensor& keys, const OptionalTensor& values, double factor,
-                                                          bool keep, int64_t precision) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> pooled_softmax(const Tensor& query, const Tensor& keys, const OptionalTensor& values,
+                                                          double factor, bool keep, int64_t precision) {
   PlainCall call(query, keys, values, factor, precision);
   SimilarityParams& p = call.p;
   const Tensor lse = output(query, {p.rows}), pooled = output(query, {p.rows, p.pooled_width}), lse_low = output(query, {p.rows});

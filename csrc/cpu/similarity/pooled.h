@@ -10,8 +10,8 @@ constexpr float kLargeShare = 1.0f / 32;
 constexpr int64_t kMostLargeShares = 32;
 
 // With p_ij = exp(z_ij - lse_i - lse_low_i), v the values, or the keys where none are given, and w_ij = h_i.v_j, a logit's gradient is
-// dz_ij = p_ij (g_i + w_ij - mean_i), mean_i = sum_j p_ij w_ij. h_i.pooled_i, which stands for that mean meanwhile, is off by the w's rounding
-// errors and its own.
+// dz_ij = p_ij (g_i + w_ij - mean_i), mean_i = sum_j p_ij w_ij. h_i.pooled_i, which stands for that mean meanwhile, is off by the w's
+// rounding errors and its own.
 struct PooledUpstream {
   const float* g;              // [batch, rows]; null: 0
   Matrix h;                    // floats [batch, rows, pooled_width]
@@ -51,8 +51,8 @@ struct PooledGradTask {
   bool begins;
 };
 
-// Once all of a row is in its sums, of which there are `parts` copies, each as long as the array: their total, the mean as it is, and what it was
-// off by taken out of the sums.
+// Once all of a row is in its sums, of which there are `parts` copies, each as long as the array: their total, the mean as it is, and what
+// it was off by taken out of the sums.
 struct PooledFinish {
   PooledSums sums;  // dkeys, dbias: null as there
   int64_t parts;

@@ -1,5 +1,6 @@
-// Gradients of a softmax's log-sum-exp and pooled output, of rows and columns from one tile: with w_ij = h_i.v_j, dz_ij = p_ij (g_i + w_ij - mean_i),
-//   sum_j dz_ij k_j,   dk_j = sum_i dz_ij s_i q_i,   db_j = sum_i dz_ij,   dv_j = sum_i p_ij h_i   (added to dk_j where the keys are the values).
+// Gradients of a softmax's log-sum-exp and pooled output, of rows and columns from one tile. With w_ij = h_i.v_j and
+// dz_ij = p_ij (g_i + w_ij - mean_i),
+//   sum_j dz_ij k_j,   dk_j = sum_i dz_ij s_i q_i,   db_j = sum_i dz_ij,   dv_j = sum_i p_ij h_i  (part of dk_j where values are the keys).
 //
 // Queries (and h) are the rows, keys (and values) the columns of stream.inl; weights are collected transposed as in pairs.inl. The mean is
 // known once a row is through: what it was off by is taken from the sums afterwards, for the candidates that hold a large share of the row.
@@ -55,7 +56,8 @@ struct PooledGradWorkspace {
   ColumnSums dkeys, dvalues;
 
   template <class Product>
-  PooledGradWorkspace(Product product, const SimilarityParams& p, const PooledGradTask& t, int64_t row_count, int64_t columns, Arena& arena) {
+  PooledGradWorkspace(Product product, const SimilarityParams& p, const PooledGradTask& t, int64_t row_count, int64_t columns,
+                      Arena& arena) {
     const PooledSums& out = t.sums;
     const bool other_values = p.values.data != nullptr, slopes = out.by_slopes();
     rows = rows_at_once<Product>(p.width + p.pooled_width, row_count);
@@ -126,15 +128,17 @@ struct PooledGradPass {
     w.scale[i] = p.scale[row];
     w.multiplier[i] = __builtin_fabsf(p.scale[row]);
     w.high[i] = above_nothing(u.lse[row]), w.low[i] = u.lse_low[row];
-    if (p.scores == nullptr) Packing<Product>::pack_row(p.query, row, p.width, p.scale[row] < 0, w.queries.at(i));  // as in the forward pass
+    if (p.scores == nullptr)  // as in the forward pass
+      Packing<Product>::pack_row(p.query, row, p.width, p.scale[row] < 0, w.queries.at(i));
     if (!slopes) return;
     w.g[i] = u.g != nullptr ? u.g[row] : 0;
-    const float *const h = static_cast<const float*>(u.h.data) + row * p.pooled_width, *const pooled = u.pooled + row * p.pooled_width;
+    const int64_t width = p.pooled_width;
+    const float *const h = static_cast<const float*>(u.h.data) + row * width, *const pooled = u.pooled + row * width;
     Vec mean = {};
-    for (int64_t d = 0; d < p.pooled_width; d += kLanes) mean = multiply_add(load_row(h, d, p.pooled_width), load_row(pooled, d, p.pooled_width), mean);
+    for (int64_t d = 0; d < width; d += kLanes) mean = multiply_add(load_row(h, d, width), load_row(pooled, d, width), mean);
     if (task.begins) out().large_count[row] = 0;
     out().mean[row] = w.mean[i] = total(mean);
-    Packing<Product>::pack_row(u.h, row, p.pooled_width, false, w.upstream.at(i));
+    Packing<Product>::pack_row(u.h, row, width, false, w.upstream.at(i));
   }
 
   void pack_groups(const ColumnSums& c, const Matrix& matrix, int64_t width) const {
@@ -264,7 +268,7 @@ struct PooledGradPass {
     if (w.dvalues.groups != nullptr) sum(w.dvalues, over_keys ? w.dkeys.sums : w.dvalues.sums, row == 0 && !over_keys);
     if (w.dkeys.groups != nullptr) give(w.dkeys.sums, out().dkeys, p.width);
     if (w.dvalues.groups != nullptr && !over_keys) give(w.dvalues.sums, out().dvalues, p.pooled_width);
-    for (int64_t j = 0; last && out().dbias != nullptr && j < block.columns; ++j) out().dbias[at + j] = (begins ? 0 : out().dbias[at + j]) + w.dbias[j];
+    if (last && out().dbias != nullptr) add_row(out().dbias + at, w.dbias, block.columns, begins);
   }
 
   static void add_row(float* to, const float* sums, int64_t width, bool begins) {
@@ -295,7 +299,8 @@ int64_t pooled_grad_workspace(const SimilarityParams& p, const PooledGradTask& l
 }
 
 void pooled_grad(const SimilarityParams& p, const PooledGradTask& task, float* workspace) {
-  const Matrix keys = p.keys.from(task.batch * p.keys_batch_stride), values = p.values.data == nullptr ? p.values : p.values.from(task.batch * p.values_batch_stride);
+  const Matrix keys = p.keys.from(task.batch * p.keys_batch_stride);
+  const Matrix values = p.values.data == nullptr ? p.values : p.values.from(task.batch * p.values_batch_stride);
   const int64_t first = task.batch * p.rows;
   const auto run = [&](auto product) {
     using Product = decltype(product);
@@ -319,7 +324,8 @@ void pooled_grad(const SimilarityParams& p, const PooledGradTask& task, float* w
 // to += factor x
 template <class T>
 inline void add_scaled(float* to, float factor, const T* x, int64_t width) {
-  for (int64_t d = 0; d < width; d += kLanes) store_row(to, d, width, multiply_add(splat(factor), load_row(x, d, width), load_row(to, d, width)));
+  for (int64_t d = 0; d < width; d += kLanes)
+    store_row(to, d, width, multiply_add(splat(factor), load_row(x, d, width), load_row(to, d, width)));
 }
 
 // A row's p add up to m = 1 + O(eps), its p (w - mean) to t in place of 0: the row's sum is divided by m, and the mean was off by t / m.
