@@ -341,8 +341,8 @@ def test_opcheck():
     x = rows(2, 6, 5, torch.float32).to(DEVICE)
     for other in (None, x[1]):
         torch.library.opcheck(OPS.matching_loss.default, (x[0], other, scale, None, None, True, True, True, 0))
-        statistics, *kept = OPS.matching_loss(x[0], other, scale, None, None, True, True, True, 0)[1:]
-        inputs = (scale, statistics, *kept, x[0], other, scale, None, None)
+        statistics = OPS.matching_loss(x[0], other, scale, None, None, True, True, True, 0)[1]
+        inputs = (scale, statistics, x[0], other, scale, None, None)
         torch.library.opcheck(OPS.matching_loss_grad.default, (*inputs, True, other is not None, True, False, 0))
 
 

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -19,7 +21,8 @@ struct MatchingCall {
   Matching m;
   PairParams p;
   bool rows_alone;
-  Tensor of_rows, labels;  // memory: scale and, for the sigmoid, shift of every row; its label, or its positive
+  std::vector<float> of_rows;   // memory: scale and, for the sigmoid, shift of every row
+  std::vector<int64_t> labels;  // memory: where they are not given, every row's label, or its positive
 
   bool sigmoid() const { return p.shift != nullptr; }
   int64_t sides() const { return sigmoid() ? 0 : m.views || rows_alone ? 1 : 2; }
@@ -34,44 +37,45 @@ MatchingCall matching_call(const Tensor& x, const OptionalTensor& y, const Tenso
   const int64_t rows = x.size(0), width = x.size(1), samples = y.has_value() ? rows : rows / 2;
   const Tensor& other = y.has_value() ? *y : x;
   STD_TORCH_CHECK(other.scalar_type() == x.scalar_type(), "y must have the dtype of x");
-  MatchingCall call{{}, {}, rows_alone, scratch((shift.has_value() ? 2 : 1) * rows), labels.has_value() ? *labels : scratch(rows, ScalarType::Long)};
+  MatchingCall call{{}, {}, rows_alone, {}, {}};
   Matching& m = call.m;
   m.rows = rows, m.width = width, m.views = !y.has_value();
   m.x = row_matrix("x", x, {rows, width}), m.y = row_matrix("y", other, {rows, width});
   m.scale = *packed<float>("scale", scale, {});
-  float* const scales = floats_of(call.of_rows);
-  std::fill_n(scales, rows, m.scale);
-  if (!labels.has_value())
-    for (int64_t i = 0; i < rows; ++i) static_cast<int64_t*>(call.labels.mutable_data_ptr())[i] = i % samples;
+  call.of_rows.assign(size_t(rows), m.scale);
+  if (shift.has_value()) call.of_rows.resize(size_t(2 * rows), *packed<float>("shift", *shift, {}));
+  if (!labels.has_value()) {
+    call.labels.resize(size_t(rows));
+    for (int64_t i = 0; i < rows; ++i) call.labels[size_t(i)] = i % samples;
+  }
 
   PairParams& p = call.p;
   p.precision = precision_for_rows(rows <= kKeysInPlace ? kdfast::Precision::kFloat32 : precision_of(precision), rows, kPairRowsOnVectors);
   p.batch = 1, p.rows = p.columns = rows, p.width = width;
   p.x = m.x, p.y = m.y;
-  p.scale = scales;
-  const int64_t* const classes = packed<int64_t>("labels", call.labels, {rows});
+  p.scale = call.of_rows.data();
+  const int64_t* const classes = labels.has_value() ? packed<int64_t>("labels", *labels, {rows}) : call.labels.data();
   if (shift.has_value()) {
-    std::fill_n(scales + rows, rows, *packed<float>("shift", *shift, {}));
-    p.shift = scales + rows, p.positive = classes;
+    p.shift = p.scale + rows, p.positive = classes;
   } else {
     p.x_labels = p.y_labels = classes;
   }
   return call;
 }
 
-// Log-sum-exps, their low digits and slopes of a side, [rows] each. Of the sigmoid loss the sums of the weights, where the sums are kept.
+// Log-sum-exps, their low digits and slopes of a side, [rows] each.
 constexpr int64_t kStatistics = 3;
 
 // A backward pass: the rows' upstream gradients and sums over the pairs.
 struct Backward {
   const MatchingCall& call;
   const float *row, *column;  // statistics
-  Tensor of_rows;
+  std::vector<float> of_rows;
   float *row_g, *column_g, *pull;
 
   Backward(const MatchingCall& call, const float* statistics)
-      : call(call), row(statistics), column(call.sides() < 2 ? row : row + kStatistics * call.m.rows), of_rows(scratch(3 * call.m.rows)) {
-    row_g = floats_of(of_rows), pull = row_g + call.m.rows, column_g = call.rows_alone ? nullptr : pull + call.m.rows;
+      : call(call), row(statistics), column(call.sides() < 2 ? row : row + kStatistics * call.m.rows), of_rows(size_t(3 * call.m.rows)) {
+    row_g = of_rows.data(), pull = row_g + call.m.rows, column_g = call.rows_alone ? nullptr : pull + call.m.rows;
   }
 
   // g[i stride] times `share` is the upstream gradient of row i's loss.
@@ -93,81 +97,92 @@ struct Backward {
 
 inline float* data_of(bool want, const Tensor& x) { return want ? floats_of(x) : nullptr; }
 
-// (losses or their mean, statistics, sums of the rows of x and of y): the sums for an upstream of 1 of the mean, where they are asked for and
-// few_pairs; else [0], and matching_loss_grad forms them.
+double total(const float* terms, int64_t count) { return std::accumulate(terms, terms + count, 0.0); }
+
+// The gradients from the sums over the other pairs.
+void finish(const MatchingCall& call, const MatchingGradients& d) {
+  const int64_t rows = call.m.rows, workers = workers_for(double(rows) * double(call.m.width) * 4);
+  for_each_task(workers, workers, [&](int64_t, int64_t t) {
+    kdfast::cpu_kernels().matching_gradients(call.m, d, t * rows / workers, (t + 1) * rows / workers);
+  });
+}
+
+// What the scale's gradient is, of the rows' terms: with two views the sums held every pair twice.
+float of_scale(const MatchingCall& call, const float* terms) { return float((call.m.views ? 0.5 : 1) * total(terms, call.m.rows)); }
+
+// The losses of few_pairs, and from the same scores the gradients for an upstream of 1 of their mean: dx and dy, where there is memory for them,
+// and [2] those of scale and shift.
+void kept_matching(const MatchingCall& call, float* losses, float* dx, float* dy, float* of_scalars) {
+  const int64_t rows = call.m.rows, sides = call.sides();
+  std::vector<float> statistics(std::max<int64_t>(1, sides) * kStatistics * rows, 0.0f), dscale(rows, 0.0f);
+  float* const row = statistics.data();
+  const Backward back(call, row);
+  const float one = 1;
+  if (call.sigmoid()) {
+    back.set(&one, 0, 1 / float(rows));
+    kept_sigmoid_sums(call.p, losses, back.row_g, {dx, dy, row});  // row: the sums of the weights
+    of_scalars[1] = float(total(row, rows));
+  } else {
+    float* const column = row + (sides - 1) * kStatistics * rows;
+    kept_symmetric_sums(call.p, row, row + rows, sides == 2 ? column : nullptr, column + rows, [&] {
+      kdfast::cpu_kernels().matching_losses(call.m, {sides, {row, column}, {row + rows, column + rows}, losses, {row + 2 * rows, column + 2 * rows}});
+      back.set(&one, 0, 1 / float(rows));
+    }, back.upstream(), {dx, dy, nullptr});
+    of_scalars[1] = 0;
+  }
+  finish(call, {back.pull, dx, dy, dx, dy, dscale.data(), true});
+  of_scalars[0] = of_scale(call, dscale.data());
+}
+
+// Losses or their mean, and what matching_loss_grad needs: statistics. For the mean of few_pairs, where gradients are asked for, these for an
+// upstream of 1 instead: [2] those of scale and shift, then x's and y's where they are asked for; else [0].
 std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const OptionalTensor& y, const Tensor& scale, const OptionalTensor& shift,
                                                          const OptionalTensor& labels, bool mean, bool keep_x, bool keep_y, int64_t precision,
                                                          bool rows_alone) {
   const MatchingCall call = matching_call(x, y, scale, shift, labels, precision, rows_alone);
   const int64_t rows = call.m.rows, sides = call.sides();
   const bool kept = mean && (keep_x || keep_y) && kdfast::few_pairs(rows, rows, call.m.width);
-  const Tensor losses = output(x, {rows}), statistics = output(x, {call.sigmoid() ? int64_t(kept) : sides * kStatistics, rows});
-  const auto sums = [&](bool keep) { return kept && keep ? output(x, {rows, call.m.width}) : output(x, {0}); };
-  const Tensor x_sums = sums(keep_x), y_sums = sums(keep_y);
-  float *const row = floats_of(statistics), *const column = row + kStatistics * rows;
-  const auto find_losses = [&] {
-    kdfast::cpu_kernels().matching_losses(call.m, {sides, {row, column}, {row + rows, column + rows}, floats_of(losses), {row + 2 * rows, column + 2 * rows}});
-  };
+  std::vector<float> row_losses(mean ? rows : 0, 0.0f);
+  const Tensor loss = mean ? output(x, {}) : output(x, {rows}), statistics = kept ? output(x, {2}) : output(x, {sides * kStatistics, rows});
+  float* const losses = mean ? row_losses.data() : floats_of(loss);
+  const auto kept_sums = [&](bool keep) { return kept && keep ? output(x, {rows, call.m.width}) : output(x, {0}); };
+  const Tensor dx = kept_sums(keep_x), dy = kept_sums(keep_y);
   if (kept) {
-    const Backward back(call, row);
-    const float one = 1;
-    if (call.sigmoid()) {
-      std::fill_n(row, rows, 0.0f);
-      back.set(&one, 0, 1 / float(rows));
-      kept_sigmoid_sums(call.p, floats_of(losses), back.row_g, {data_of(keep_x, x_sums), data_of(keep_y, y_sums), row});
-    } else {
-      const bool both = sides == 2;
-      kept_symmetric_sums(call.p, row, row + rows, both ? column : nullptr, column + rows, [&] {
-        find_losses();
-        back.set(&one, 0, 1 / float(rows));
-      }, back.upstream(), {data_of(keep_x, x_sums), data_of(keep_y, y_sums), nullptr});
-    }
+    kept_matching(call, losses, data_of(keep_x, dx), data_of(keep_y, dy), floats_of(statistics));
   } else if (call.sigmoid()) {
-    sigmoid_losses(call.p, floats_of(losses));
+    sigmoid_losses(call.p, losses);
   } else {
+    float *const row = floats_of(statistics), *const column = row + (sides - 1) * kStatistics * rows;
     if (call.m.views) {
       const std::vector<BatchStatistic> found = row_statistics(call.p, nullptr);
       for (int64_t i = 0; i < rows; ++i) log_sum(found[i], row + i, row + rows + i);
     } else {
-      const Tensor unused = scratch(sides == 2 ? 0 : 2 * rows);
-      float* const of_columns = sides == 2 ? column : floats_of(unused);
+      std::vector<float> unused(sides == 2 ? 0 : 2 * rows, 0.0f);
+      float* const of_columns = sides == 2 ? column : unused.data();
       symmetric_log_sums(call.p, row, row + rows, of_columns, of_columns + rows);
     }
-    find_losses();
+    kdfast::cpu_kernels().matching_losses(call.m, {sides, {row, column}, {row + rows, column + rows}, losses, {row + 2 * rows, column + 2 * rows}});
   }
-  if (!mean) return {losses, statistics, x_sums, y_sums};
-  const Tensor value = output(x, {});
-  *floats_of(value) = mean_of(floats_of(losses), rows);
-  return {value, statistics, x_sums, y_sums};
+  if (mean) *floats_of(loss) = mean_of(losses, rows);
+  return {loss, statistics, dx, dy};
 }
 
-double total(const Tensor& x, int64_t count) {
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += data<float>(x)[i];
-  return sum;
-}
-
-// The gradients that are wanted, in the order of x, y, scale, shift.
-std::vector<Tensor> matching_loss_grad(const Tensor& g, const Tensor& statistics, const Tensor& kept_x, const Tensor& kept_y, const Tensor& x,
-                                       const OptionalTensor& y, const Tensor& scale, const OptionalTensor& shift, const OptionalTensor& labels,
-                                       bool want_x, bool want_y, bool want_scale, bool want_shift, int64_t precision, bool rows_alone) {
+// The gradients that are wanted, in the order of x, y, scale, shift, where the forward pass has not left them.
+std::vector<Tensor> matching_loss_grad(const Tensor& g, const Tensor& statistics, const Tensor& x, const OptionalTensor& y, const Tensor& scale,
+                                       const OptionalTensor& shift, const OptionalTensor& labels, bool want_x, bool want_y, bool want_scale,
+                                       bool want_shift, int64_t precision, bool rows_alone) {
   const MatchingCall call = matching_call(x, y, scale, shift, labels, precision, rows_alone);
   const Matching& m = call.m;
-  const int64_t rows = m.rows, sides = call.sides();
-  const bool mean = g.dim() == 0, kept = kept_x.numel() + kept_y.numel() > 0, sum_x = want_x || want_scale;
+  const int64_t rows = m.rows;
+  const bool mean = g.dim() == 0, sum_x = want_x || want_scale;
   const float* const upstream = mean ? packed<float>("g", g, {}) : packed<float>("g", g, {rows});
-  const Backward back(call, packed<float>("statistics", statistics, {call.sigmoid() ? int64_t(kept) : sides * kStatistics, rows}));
-  const float one = 1;
-  back.set(kept ? &one : upstream, mean ? 0 : 1, mean ? 1 / float(rows) : 1);
+  const Backward back(call, packed<float>("statistics", statistics, {call.sides() * kStatistics, rows}));
+  back.set(upstream, mean ? 0 : 1, mean ? 1 / float(rows) : 1);
 
-  const Tensor x_sums = kept ? kept_x : zeros(x, sum_x, {rows, m.width}), y_sums = kept ? kept_y : zeros(x, want_y, {rows, m.width});
-  const Tensor weights = kept ? statistics : zeros(x, call.sigmoid(), {rows}), dscale = zeros(x, want_scale, {rows});
-  if (kept) {
-    STD_TORCH_CHECK(mean, "sums are kept for the mean of the losses");
-    if (sum_x) packed<float>("kept_x", kept_x, {rows, m.width});
-    if (want_y) packed<float>("kept_y", kept_y, {rows, m.width});
-  } else if (call.sigmoid()) {
-    sigmoid_sums(call.p, back.row_g, {data_of(sum_x, x_sums), data_of(want_y, y_sums), floats_of(weights)});
+  const Tensor x_sums = zeros(x, sum_x, {rows, m.width}), y_sums = zeros(x, want_y, {rows, m.width});
+  std::vector<float> weights(call.sigmoid() ? rows : 0, 0.0f), dscale(want_scale ? rows : 0, 0.0f);
+  if (call.sigmoid()) {
+    sigmoid_sums(call.p, back.row_g, {data_of(sum_x, x_sums), data_of(want_y, y_sums), weights.data()});
   } else {
     symmetric_sums(call.p, back.upstream(), {data_of(sum_x, x_sums), data_of(want_y, y_sums), nullptr});
   }
@@ -175,24 +190,16 @@ std::vector<Tensor> matching_loss_grad(const Tensor& g, const Tensor& statistics
   std::vector<Tensor> found;
   const auto made = [&](bool want, const Tensor& of) -> void* {
     if (!want) return nullptr;
-    const bool in_place = x.scalar_type() == ScalarType::Float && !kept;
-    found.push_back(in_place ? of : output(x, {rows, m.width}, x.scalar_type()));
+    found.push_back(x.scalar_type() == ScalarType::Float ? of : output(x, {rows, m.width}, x.scalar_type()));
     return found.back().mutable_data_ptr();
   };
-  const float factor = kept ? *upstream : 1;
   void *const dx = made(want_x, x_sums), *const dy = made(want_y, y_sums);
-  const MatchingGradients d{factor, back.pull, data_of(sum_x, x_sums), data_of(want_y, y_sums), dx, dy, data_of(want_scale, dscale)};
-  const int64_t workers = workers_for(double(rows) * double(m.width) * 4);
-  for_each_task(workers, workers, [&](int64_t, int64_t t) {
-    kdfast::cpu_kernels().matching_gradients(m, d, t * rows / workers, (t + 1) * rows / workers);
-  });
-  const auto add_scalar = [&](bool want, const Tensor& terms, double times) {
-    if (!want) return;
-    found.push_back(output(x, {}));
-    *floats_of(found.back()) = float(times * total(terms, rows));
+  finish(call, {back.pull, data_of(sum_x, x_sums), data_of(want_y, y_sums), dx, dy, want_scale ? dscale.data() : nullptr, false});
+  const auto add_scalar = [&](bool want, float value) {
+    if (want) found.push_back(filled(x, {}, value));
   };
-  add_scalar(want_scale, dscale, m.views ? 0.5 : 1);  // with two views the sums held every pair twice
-  add_scalar(want_shift, weights, factor);
+  add_scalar(want_scale, want_scale ? of_scale(call, dscale.data()) : 0);
+  add_scalar(want_shift, float(total(weights.data(), int64_t(weights.size()))));
   return found;
 }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -68,10 +69,10 @@ struct Grid {
 // [parts][size] maxima, then as many low digits of these, then sums.
 struct Partial {
   int64_t parts, size;
-  Tensor memory;
+  std::unique_ptr<float[]> memory;
 
-  Partial(int64_t parts, int64_t size) : parts(parts), size(size), memory(scratch(3 * parts * size)) {}
-  float* maximum(int64_t part, int64_t at) const { return floats_of(memory) + part * size + at; }
+  Partial(int64_t parts, int64_t size) : parts(parts), size(size), memory(new float[size_t(3 * parts * size)]) {}
+  float* maximum(int64_t part, int64_t at) const { return memory.get() + part * size + at; }
   float* rest(int64_t part, int64_t at) const { return maximum(parts + part, at); }
   float* sum(int64_t part, int64_t at) const { return maximum(2 * parts + part, at); }
   void merge(float* lse, float* low) const {

@@ -86,7 +86,7 @@ std::vector<Tensor> sup_con_grad(const Tensor& g, const Tensor& statistics, cons
   std::vector<Tensor> found;
   if (want_x) found.push_back(x.scalar_type() == ScalarType::Float ? sums : output(x, {rows, width}, x.scalar_type()));  // floats in place
   const Matching m{rows, width, call.p.x, call.p.y, call.scale, false};
-  const kdfast::MatchingGradients d{1, no_match, floats_of(sums), nullptr, want_x ? found[0].mutable_data_ptr() : nullptr, nullptr, floats_of(dscale)};
+  const kdfast::MatchingGradients d{no_match, floats_of(sums), nullptr, want_x ? found[0].mutable_data_ptr() : nullptr, nullptr, floats_of(dscale), false};
   const int64_t workers = workers_for(double(rows) * double(width) * 4);
   for_each_task(workers, workers, [&](int64_t, int64_t t) {
     kdfast::cpu_kernels().matching_gradients(m, d, t * rows / workers, (t + 1) * rows / workers);

@@ -24,14 +24,13 @@ struct MatchingLosses {
   float* slopes[2];
 };
 
-// With pull_i = -dloss / d(scale x_i.y_partner) and sums over the other pairs as symmetric_grad leaves them, all times `factor`, gradients of x
-// and y in the elements' type. Null: not wanted.
+// With pull_i = -dloss / d(scale x_i.y_partner) and sums over the other pairs as symmetric_grad leaves them, gradients of x and y. Null: not wanted.
 struct MatchingGradients {
-  float factor;
   const float* pull;             // [rows]
   const float *x_sums, *y_sums;  // [rows, width]
-  void *dx, *dy;                 // [rows, width]
+  void *dx, *dy;                 // [rows, width], which may be the sums
   float* dscale;                 // [rows]
+  bool floats;                   // dx and dy are; else of the elements' type
 };
 
 // One instruction set's.

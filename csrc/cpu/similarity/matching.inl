@@ -38,10 +38,10 @@ void matching_losses_of(const Matching& m, const MatchingLosses& out, const T* x
   }
 }
 
-template <class T>
-void matching_gradients_of(const Matching& m, const MatchingGradients& out, int64_t begin, int64_t end, const T* x) {
+template <class G, class T>
+void matching_gradients_in(const Matching& m, const MatchingGradients& out, int64_t begin, int64_t end, const T* x) {
   const T* const y = static_cast<const T*>(m.y.data);
-  const Vec factor = splat(out.factor), scale = splat(out.factor * m.scale);
+  const Vec scale = splat(m.scale);
   for (int64_t i = begin; i < end; ++i) {
     const T *const xi = x + i * m.width, *const yi = y + m.partner(i) * m.width;
     const int64_t at = i * m.width;
@@ -52,12 +52,17 @@ void matching_gradients_of(const Matching& m, const MatchingGradients& out, int6
       if (out.x_sums != nullptr) {
         const Vec sum = load_row(out.x_sums + at, d, m.width) - pull * load_row(yi, d, m.width);
         dscale = multiply_add(x_d, sum, dscale);
-        if (out.dx != nullptr) store_row(static_cast<T*>(out.dx) + at, d, m.width, scale * sum);
+        if (out.dx != nullptr) store_row(static_cast<G*>(out.dx) + at, d, m.width, scale * sum);
       }
-      if (out.dy != nullptr) store_row(static_cast<T*>(out.dy) + at, d, m.width, factor * load_row(out.y_sums + at, d, m.width) - pull * scale * x_d);
+      if (out.dy != nullptr) store_row(static_cast<G*>(out.dy) + at, d, m.width, load_row(out.y_sums + at, d, m.width) - pull * scale * x_d);
     }
-    if (out.dscale != nullptr) out.dscale[i] = out.factor * total(dscale);
+    if (out.dscale != nullptr) out.dscale[i] = total(dscale);
   }
+}
+
+template <class T>
+void matching_gradients_of(const Matching& m, const MatchingGradients& out, int64_t begin, int64_t end, const T* x) {
+  out.floats ? matching_gradients_in<float>(m, out, begin, end, x) : matching_gradients_in<T>(m, out, begin, end, x);
 }
 
 // ---- the entries of the dispatch table ------------------------------------------------------------------------------

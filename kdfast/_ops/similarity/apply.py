@@ -2,11 +2,20 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from ..._core.recording import recorded
 from .arguments import Spec, Tensors
 from .autograd import Recalled, Similarity
 from .passes import run_forward
+
+
+class PlainFunction(Function):
+    """A Function whose `run` is `apply` but for what transforms need, 1.5 us: for calls known to be outside them."""
+
+    @classmethod
+    def run(cls, *args):
+        return super(Function, cls).apply(*args)
 
 
 def transformed() -> bool:

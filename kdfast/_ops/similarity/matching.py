@@ -15,10 +15,11 @@ from torch.autograd import Function
 
 from ..._core import dtypes, extension, impls
 from . import cpu, triton_matching
-from .apply import streaming_softmax, transformed
+from .apply import PlainFunction, streaming_softmax, transformed
 from .arguments import how_to_compute, problem
 from .definition import SecondOrder
 from .exclusions import SameLabel
+from .info_nce import _like
 from .passes import KERNELS
 from .positives import dot
 from .sigmoid import sigmoid_pair_loss
@@ -92,11 +93,11 @@ def _losses(x, y, scale, shift, labels, mean, precision, impl) -> Tensor:
 
 
 def fused_losses(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor, shift: float | Tensor | None) -> Tensor:
-    """By the call's kernels; scale and shift are floats or 0-d."""
+    """By the call's kernels, outside transforms; scale and shift are floats or 0-d."""
     # made contiguous here, not within: what a Function saves must be what it was given, or the second derivative misses it
     x, y = x.contiguous(), None if y is None else y.contiguous()
     device = x.device
-    return MatchingLoss.apply(call, x, y, _scalar(scale, device), None if shift is None else _scalar(shift, device))
+    return MatchingLoss.run(call, x, y, _scalar(scale, device), None if shift is None else _scalar(shift, device))
 
 
 def _of_rows(x: float | Tensor | None) -> bool:
@@ -134,8 +135,8 @@ def _definition(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor, 
     return losses.mean() if mean else losses
 
 
-class MatchingLoss(Function):
-    """The same by fused kernels, outside transforms. Sums over few pairs are formed with the loss, from the same scores."""
+class MatchingLoss(PlainFunction):
+    """The same by fused kernels, outside transforms. Gradients of the mean of few pairs come with the loss, from the same scores."""
 
     @staticmethod
     def forward(ctx, call, x, y, scale, shift):
@@ -172,21 +173,25 @@ class MatchingGradients(Function):
         return None, None, dg, None, None, None, *dinputs
 
 
-def _gradients(call, want, g, *tensors) -> tuple[Tensor | None, ...]:
-    """The gradients of <g, losses> in (x, y, scale, shift), None where not wanted. `tensors`: statistics, sums that were kept, inputs."""
+def _gradients(call, want, g, statistics, kept_x, kept_y, *inputs) -> tuple[Tensor | None, ...]:
+    """The gradients of <g, losses> in (x, y, scale, shift), None where not wanted. kept_x, kept_y: those of x and y for g = 1, where the
+    forward pass has left them, and statistics has the other two."""
+    if kept_x.numel() or kept_y.numel():
+        kept = kept_x, kept_y, *(statistics if want[2] or want[3] else (None, None))
+        return tuple([_like(unit * g, x) if wanted else None for unit, x, wanted in zip(kept, inputs, want, strict=True)])
     sides = (True,) if call.rows_alone else ()
-    found = iter(call.kernels.ops.matching_loss_grad(g.contiguous(), *tensors, call.labels, *want, call.products, *sides))
+    found = iter(call.kernels.ops.matching_loss_grad(g.contiguous(), statistics, *inputs, call.labels, *want, call.products, *sides))
     return tuple([next(found) if wanted else None for wanted in want])
 
 
 def _loss_fake(x, y, scale, shift, labels, mean, keep_x, keep_y, products, rows_alone=False):
     kept = mean and (keep_x or keep_y) and extension.load("_C")[0].few_pairs(len(x), *x.shape)
-    statistics = int(kept) if shift is not None else 3 if y is None or rows_alone else 6
-    sums = (scale.new_empty(x.shape if kept and keep else (0,)) for keep in (keep_x, keep_y))
-    return scale.new_empty(() if mean else x.shape[:1]), scale.new_empty((statistics, len(x))), *sums
+    statistics = 0 if shift is not None else 3 if y is None or rows_alone else 6
+    gradients = (scale.new_empty(x.shape if kept and keep else (0,)) for keep in (keep_x, keep_y))
+    return scale.new_empty(() if mean else x.shape[:1]), scale.new_empty((2,) if kept else (statistics, len(x))), *gradients
 
 
-def _grad_fake(g, statistics, kept_x, kept_y, x, y, scale, shift, labels, *want_and_products):
+def _grad_fake(g, statistics, x, y, scale, shift, labels, *want_and_products):
     return [torch.empty_like(t) for t, wanted in zip((x, y, scale, shift), want_and_products[:4], strict=True) if wanted]
 
 

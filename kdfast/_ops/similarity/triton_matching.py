@@ -29,7 +29,7 @@ def matching_loss(
     keep_y: bool,
     precision: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses [N] of x, y [N, D] or, without y, of the two views in x; or their mean. Then statistics [3, sides, N], and no sums are kept.
+    """Losses [N] of x, y [N, D] or, without y, of the two views in x; or their mean. Then statistics [3, sides, N], and no gradients.
 
     Statistics of a side: lse over the pairs that are not left out, its low digits, and dloss / dlse. shift is None; labels as in Call.
     """
@@ -48,8 +48,6 @@ def matching_loss(
 def matching_loss_grad(
     g: Tensor,
     statistics: Tensor,
-    kept_x: Tensor,
-    kept_y: Tensor,
     x: Tensor,
     y: Tensor | None,
     scale: Tensor,
@@ -101,7 +99,7 @@ def _loss_fake(x, y, scale, shift, labels, mean, *_):
     return scale.new_empty(() if mean else x.shape[:1]), statistics, nothing, nothing.clone()
 
 
-def _grad_fake(g, statistics, kept_x, kept_y, x, y, scale, shift, labels, *want_and_precision):
+def _grad_fake(g, statistics, x, y, scale, shift, labels, *want_and_precision):
     return [torch.empty_like(t) for t, wanted in zip((x, y, scale, shift), want_and_precision[:4], strict=True) if wanted]
 
 
