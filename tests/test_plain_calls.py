@@ -9,7 +9,7 @@ import torch
 from kdfast import QueueBank
 from kdfast._core import impls
 from kdfast._ops.similarity import cpu, plain
-from kdfast.functional import clip_loss, info_nce, siglip_loss, similarity_distillation
+from kdfast.functional import clip_loss, info_nce, siglip_loss, similarity_distillation, wasserstein_dependency
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None or impls.DEFAULT is not None, reason="only the compiled kernels have a short way")
 
@@ -30,8 +30,9 @@ def taken(monkeypatch):
         monkeypatch.setattr(plain, name, watched)
 
     watch("info_nce_mean")
-    watch("distillation_mean")
+    watch("distillation_losses")
     watch("matching_mean")
+    watch("wasserstein_mean")
     return seen
 
 
@@ -143,6 +144,15 @@ def test_info_nce_within_a_batch_has_the_bits_of_the_general_way(taken, size, dt
     assert taken == [True]
 
 
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (9, 7), (65, 33)], ids=str)
+def test_label_smoothing_within_a_batch_has_the_bits_of_the_general_way(taken, size, dtype):
+    query, positive = matrices(size, size, dtype=dtype)
+    call = partial(info_nce, query, positive, label_smoothing=0.2)
+    same_bits(call(), call(impl="cpu"), [query, positive])
+    assert taken == [True]
+
+
 def test_full_banks(taken):
     query, positive, keys, teacher = matrices((9, 6), (9, 6), (17, 6), (9, 6))
     bank, theirs, short = QueueBank(17, 6, labels=True), QueueBank(17, 6), QueueBank(17, 6)
@@ -174,6 +184,60 @@ def test_distillation_has_the_bits_of_the_general_way(taken, divergence, dtype, 
     assert taken == [True]
     inputs = [x for x in (student, keys) if x.requires_grad]
     same_bits(loss, similarity_distillation(student, teacher, keys, teacher_keys, impl="cpu", **options), inputs)
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("bank_grad", [False, True], ids=["bank", "bank-grad"])
+@pytest.mark.parametrize("own", [False, True], ids=["", "own"])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_distillation_of_rows_and_their_sum(taken, reduction, own, bank_grad, dtype):
+    student, keys = matrices((9, 6), (17, 6), dtype=dtype)
+    teacher, teacher_keys = ((x.detach() * 0.7 + 0.1).to(dtype) for x in (student, keys))
+    keys.requires_grad_(bank_grad)
+    inputs = [student, keys] if bank_grad else [student]
+    options = dict(student_temperature=0.2, teacher_temperature=0.1, own=own, reduction=reduction)
+    upstream = torch.linspace(-1, 2, 9) if reduction == "none" else torch.tensor(1.5)
+    found = []
+    for impl in (None, "cpu"):
+        losses = similarity_distillation(student, teacher, keys, teacher_keys, impl=impl, **options)
+        first = torch.autograd.grad(losses, inputs, upstream, create_graph=True)
+        second = torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
+        losses_again = similarity_distillation(student, teacher, keys, teacher_keys, impl=impl, **options)
+        found.append((losses, *first, *second, *torch.autograd.grad(losses_again, inputs, upstream)))
+    for got, wanted in zip(*found, strict=True):
+        assert (got - wanted).abs().max() <= (2e-4 if dtype == torch.float32 else 4e-2) * wanted.abs().max()
+    assert taken == [True, True]
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+def test_wasserstein_dependency(taken, dtype):
+    query, positive, keys = matrices((9, 6), (9, 6), (17, 6), dtype=dtype)
+    bank = QueueBank(17, 6)
+    bank.push(keys.detach().float())
+    given = positive.detach(), bank.keys.to(dtype)
+    wide = query.detach().double().requires_grad_()
+    expected = ((wide @ given[1].double().T).mean(-1) - (wide * given[0]).sum(-1)).mean() / 0.2
+    (slope,) = torch.autograd.grad(expected, wide)
+    losses = [wasserstein_dependency(query, *given, temperature=0.2)]
+    if dtype == torch.float32:
+        losses.append(wasserstein_dependency(query, given[0], bank, temperature=0.2))
+    for loss in losses:
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+        upstream = torch.tensor(3.0, requires_grad=True)
+        (first,) = torch.autograd.grad(upstream * loss, query, create_graph=True)
+        assert first.dtype == dtype
+        torch.testing.assert_close(first.double(), 3 * slope, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+        (second,) = torch.autograd.grad(first.float().sum(), upstream)
+        torch.testing.assert_close(second.double(), slope.sum(), rtol=1e-2, atol=1e-5)
+    assert taken == [True] * len(losses)
+    learnt = [x.clone().requires_grad_() for x in given]
+    torch.testing.assert_close(losses[0], wasserstein_dependency(query, *learnt, temperature=0.2), rtol=1e-5, atol=1e-5)
+    assert taken[len(losses) :] == [False]
+    with pytest.raises(ValueError, match="positive must have shape"):
+        wasserstein_dependency(query, positive[:3], keys, temperature=0.2)
+    with pytest.raises((TypeError, ValueError), match="temperature"):
+        wasserstein_dependency(query, *given, temperature=0.0)
 
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)

@@ -59,9 +59,9 @@ def similarity_distillation(
     """
     whole_bank = student_positive is teacher_positive is bank_valid is own_index is None and type(own) is bool
     usual = weight is precision is impl is None and normalize is False
-    if whole_bank and usual and reduction == "mean" and divergence in ("ce", "kl"):
+    if whole_bank and usual and reduction in REDUCTIONS and divergence in ("ce", "kl"):
         sides, temperatures = (student, student_bank, teacher, teacher_bank), (student_temperature, teacher_temperature)
-        if (loss := plain.distillation_mean(*sides, *temperatures, divergence == "kl", own)) is not None:
+        if (loss := plain.distillation_losses(*sides, *temperatures, divergence == "kl", own, reduction)) is not None:
             return loss
     checks.rows("student", student, ndim=2)
     checks.rows("teacher", teacher, ndim=2)
@@ -148,6 +148,11 @@ def wasserstein_dependency(
 
     Raises: ValueError, TypeError naming the argument. Source: Ozair et al. 2019, eq. 4; Chen et al. 2021 (WCoRD), eq. 8.
     """
+    whole_bank = query_labels is bank_labels is bank_valid is own_index is weight is None
+    if whole_bank and reduction == "mean" and normalize is False:
+        loss = plain.wasserstein_mean(query, positive, bank, temperature)
+        if loss is not None:
+            return loss
     checks.rows("query", query, ndim=2)
     checks.exact_shape("positive", checks.floating("positive", positive), tuple(query.shape))
     checks.alike("positive", positive, "query", query)
@@ -168,7 +173,7 @@ def wasserstein_dependency(
     scale = inverse("temperature", temperature, query)
     if labels is own is valid is given.bias is None:  # every row has the whole bank's mean
         mean = rows.mean(0, dtype=dtypes.accumulator(rows.dtype))
-        losses = per_row(scale) * (dot(query, mean) - dot(query, positive))
+        losses = per_row(scale) * dot(query, mean - positive)
         return reduce_rows(losses, weight=weight, reduction=reduction)
     sums = score_sums(
         query,

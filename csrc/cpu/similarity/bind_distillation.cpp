@@ -126,7 +126,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distillation(
   const Tensor loss = output(student, {rows}), difference = output(student, {rows, p.student.width}), log_sums = output(student, {5, rows});
   p.kl = kl, p.loss = made(loss), p.difference = made(difference), p.log_sums = made(log_sums);
   const int64_t count = p.student.columns, columns = valid_columns(p.student, 0), width = p.student.width;
-  const bool few = mean && kdfast::few_distilled_pairs(rows, count, width, p.teacher.width);
+  // where the losses have upstream gradients of their own, so do the keys' sums: similarity_distillation_grad_keys has the passes' scores
+  const bool few = (mean || !keep_keys) && kdfast::few_distilled_pairs(rows, count, width, p.teacher.width);
   const Tensor dkeys = few && keep_keys ? output(keys, {count, width}) : output(keys, {0});
   if (few && keep_keys) {
     p.dkeys = made(dkeys);

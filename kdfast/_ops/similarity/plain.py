@@ -1,4 +1,4 @@
-"""The short way of a plain call: the mean of the losses of whole matrices on the CPU, and nothing else asked for.
+"""The short way of a plain call: the mean of the losses of whole matrices on the CPU (of distillation, any reduction), and nothing else.
 
 Finding out what a call gives, checking it and choosing how to compute takes as long as the arithmetic of 64 queries and 256 keys. A plain
 call is seen to be one by what little it has; any other, and one with something wrong, is left (None) to the general way, which
@@ -14,7 +14,7 @@ from ..._core import bank_protocol, impls
 from . import cpu, distillation, info_nce, matching
 from .apply import transformed
 from .arguments import Compute, Spec
-from .plain_functions import DistillationMean, InfoNceMean
+from .plain_functions import DistillationLosses, InfoNceMean, WassersteinMean
 from .unit_length import unit_length
 
 _TYPES = (Tensor, torch.nn.Parameter)
@@ -63,9 +63,9 @@ def info_nce_mean(
     if normalize:
         query, positive = unit_length(query), None if positive is None else unit_length(positive)
         keys = positive if bank is None else unit_length(keys)
-    if bank is None and not attract:
-        if smoothing:
-            return None
+    if bank is None and smoothing:  # the positives are rows of a bank
+        positive, targets = None, torch.arange(len(query))
+    elif bank is None and not attract:
         scale = 1.0 / number if number is temperature else temperature.reciprocal()
         call = matching.Call(None, True, torch.is_grad_enabled(), None, None, cpu.KERNELS, cpu.product_number(None, query), True)
         return matching.fused_losses(call, query, positive, scale, None)
@@ -73,9 +73,9 @@ def info_nce_mean(
     pull = torch.is_grad_enabled() and (query.requires_grad or (learnt is not None and learnt.requires_grad))
     call = _info_nce_call(len(query), query.dtype, pull, 1.0 / number, smoothing, attract)
     if targets is None:  # within a batch a sample's own positive is of its class as others' are
-        return InfoNceMean.apply(call, query, keys, None if bank is None else positive, learnt, None, query_labels, key_labels)
+        return InfoNceMean.run(call, query, keys, None if bank is None else positive, learnt, None, query_labels, key_labels)
     try:
-        return InfoNceMean.apply(call, query, keys, None, learnt, targets.unsqueeze(1), query_labels, key_labels)
+        return InfoNceMean.run(call, query, keys, None, learnt, targets.unsqueeze(1), query_labels, key_labels)
     except RuntimeError:  # the op has looked at the targets, where they may point
         return None
 
@@ -87,7 +87,7 @@ def _info_nce_call(count: int, dtype: torch.dtype, pull: bool, scale: float, smo
     return info_nce.Call(spec, True, True, pull, cpu.KERNELS.products[products], scale, smoothing, attract)
 
 
-def distillation_mean(
+def distillation_losses(
     student: Tensor,
     bank,
     teacher: Tensor,
@@ -96,8 +96,9 @@ def distillation_mean(
     teacher_temperature: float | Tensor,
     kl: bool,
     own: bool,
+    reduction: str,
 ) -> Tensor | None:
-    """The mean of `distillation_rows` of student [N, Ds] and a bank [M, Ds] under teacher [N, Dt] and another [M, Dt] (None: the same).
+    """`distillation_rows`, reduced, of student [N, Ds] and a bank [M, Ds] under teacher [N, Dt] and another [M, Dt] (None: the same).
 
     own: the teacher's rows are one more candidate of each row, on both sides.
     """
@@ -120,9 +121,20 @@ def distillation_mean(
     if not (student.is_contiguous() and keys.is_contiguous() and teacher.is_contiguous() and theirs.is_contiguous()):
         return None
     scales = 1.0 / number, 1.0 / teacher_number
-    call = distillation.Call(kl, True, None, None, cpu.product_number(None, student), *scales)
+    call = distillation.Call(kl, reduction != "none", None, None, cpu.product_number(None, student), *scales)
     other = None if teacher_keys is keys else teacher_keys
-    return DistillationMean.apply(call, student, keys, teacher, other, own, None if number is temperature else temperature)
+    losses = DistillationLosses.run(call, student, keys, teacher, other, own, None if number is temperature else temperature)
+    return losses * count if reduction == "sum" else losses
+
+
+def wasserstein_mean(query: Tensor, positive: Tensor, bank, temperature: float) -> Tensor | None:
+    """The mean of query_i.(mean of the bank's rows - positive_i) / temperature, of query and positive [N, D] and a bank [M, D]."""
+    keys = _rows(bank)
+    if not (_plain(query, positive, keys) and positive.shape == query.shape and keys.shape[1] == query.shape[1] and _usual(temperature)):
+        return None
+    if torch.is_grad_enabled() and (positive.requires_grad or keys.requires_grad):
+        return None
+    return WassersteinMean.run(query, positive, keys, 1.0 / temperature)
 
 
 def matching_mean(x: Tensor, y: Tensor, scale: float | Tensor, shift: float | Tensor | None = None) -> Tensor | None:

@@ -5,15 +5,15 @@ The ops are the same; a second derivative is left to the general Functions. A ba
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from . import cpu, distillation, info_nce
+from .apply import PlainFunction
 from .autograd import _versions
 from .info_nce import _like
 from .positives import dot
 
 
-class InfoNceMean(Function):
+class InfoNceMean(PlainFunction):
     """The mean InfoNCE loss of query and positive [N, D] against keys [M, D]; `temperature`, a tensor or None, has the call's factor.
 
     columns: int64 [N, 1], the positives among the keys, where they are given no other way. Labels: int64 [N] and [M], or None.
@@ -78,8 +78,8 @@ class InfoNceMean(Function):
         )
 
 
-class DistillationMean(Function):
-    """The mean of the losses of student [N, Ds] and keys [M, Ds] under teacher [N, Dt] and teacher_keys [M, Dt], None: keys.
+class DistillationLosses(PlainFunction):
+    """The losses [N], or their mean, of student [N, Ds] and keys [M, Ds] under teacher [N, Dt] and teacher_keys [M, Dt], None: keys.
 
     own: the teacher's rows are one more candidate of each row, on both sides; otherwise `temperature`, a tensor or None, has the student's
     factor of the call.
@@ -91,7 +91,7 @@ class DistillationMean(Function):
         start, theirs = _own_logits(call, student, teacher) if own else (None, None)
         loss, difference, log_sums, kept_keys = torch.ops.kdfast.similarity_distillation(
             student, keys, teacher, keys if teacher_keys is None else teacher_keys, None, None, None, start, theirs, None, None,
-            call.products, call.kl, True, want_keys, call.factor, call.teacher_factor,
+            call.products, call.kl, call.mean, want_keys, call.factor, call.teacher_factor,
         )  # fmt: skip
         ctx.call, ctx.want = call, (want_student, want_keys, want_scale, own and want_student)
         bank = keys, teacher, teacher_keys
@@ -109,6 +109,7 @@ class DistillationMean(Function):
         keys, teacher, teacher_keys, versions = (*bank, None) if want_keys else ctx.held
         if torch.is_grad_enabled():
             start, theirs = (None, None) if own is None else _own_logits(call, student, own)
+            versions = versions if versions is None or own is None else versions + _versions((theirs,))
             scale = None if temperature is None else _rows_of(temperature, student)
             fixed = keys, teacher, teacher_keys, None, theirs, None, None, None
             rows = student, scale, start, slope, difference, log_sums, kept_keys
@@ -116,13 +117,14 @@ class DistillationMean(Function):
             dstudent = dstudent if dstart is None else dstudent + _through_dot(dstart, call, own)
             return None, dstudent, dkeys, None, None, None, _through_inverse(dscale, temperature) if want_scale else None
         dstudent = dkeys = dscale = None
+        g = g.contiguous()  # of a sum, expanded
         found = torch.ops.kdfast.info_nce_grad_rows(g, None, difference, student, None, want_student, want_scale, False, call.factor)
         if want_student:
             dstudent = _like(found[0], student)
         if want_scale:
             dscale = _through_inverse(found[-1], temperature)
         if want_start:
-            dstudent += _through_dot(g / len(student) * slope, call, own)
+            dstudent += _through_dot((g / len(student) if call.mean else g) * slope, call, own)
         if want_keys and kept_keys.numel() > 0:
             dkeys = distillation.of_kept_keys(g, kept_keys, student, keys)
         elif want_keys:
@@ -131,6 +133,23 @@ class DistillationMean(Function):
             dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(g, log_sums, *both, *(None,) * 5, call.products, *factors)
             dkeys = _like(dkeys, keys)
         return None, dstudent, dkeys, None, None, None, dscale
+
+
+class WassersteinMean(PlainFunction):
+    """The mean over rows of factor query_i.(mean of keys - positive_i), whose gradient is the queries' alone."""
+
+    @staticmethod
+    def forward(ctx, query, positive, keys, factor):
+        pull = keys.mean(0, dtype=torch.float32) - positive
+        pull *= factor / len(query)
+        ctx.dtype = query.dtype
+        ctx.save_for_backward(pull)
+        return (query * pull).sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        (pull,) = ctx.saved_tensors
+        return (pull * g).to(ctx.dtype), None, None, None
 
 
 def _own_logits(call: distillation.Call, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
