@@ -230,6 +230,30 @@ inline void sum_lanes_of(const VecOf<Real>* x, int64_t count, Real* sums) {
   for (int64_t i = 0; i < count; ++i) sums[i] = sum_lanes(x[i]);
 }
 
+// The same for a few vectors, without a detour through memory.
+template <int kCount, class Real>
+inline __attribute__((always_inline)) void sum_rows_of(const VecOf<Real>* x, Real* sums) {
+#if KDFAST_LANES == 16
+  if constexpr (kCount == 4 && sizeof(Real) == 4) {
+    __m256 half[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) half[i] = _mm256_add_ps(_mm512_castps512_ps256((__m512)x[i]), _mm512_extractf32x8_ps((__m512)x[i], 1));
+    const __m256 quarter = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(quarter), _mm256_extractf128_ps(quarter, 1)));
+    return;
+  }
+  if constexpr (kCount == 4 && sizeof(Real) == 8) {
+    __m256d half[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) half[i] = _mm256_add_pd(_mm512_castpd512_pd256((__m512d)x[i]), _mm512_extractf64x4_pd((__m512d)x[i], 1));
+    const __m256d low = _mm256_hadd_pd(half[0], half[1]), high = _mm256_hadd_pd(half[2], half[3]);
+    _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_permute2f128_pd(low, high, 0x20), _mm256_permute2f128_pd(low, high, 0x31)));
+    return;
+  }
+#endif
+  for (int i = 0; i < kCount; ++i) sums[i] = sum_lanes(x[i]);
+}
+
 // 2^t for any t, relative error below 1.5e-7 (float) or 3e-16; 0 for t < -126 (-1022), infinity where it overflows, NaN for NaN.
 template <class V>
 inline V exp2(V t) {

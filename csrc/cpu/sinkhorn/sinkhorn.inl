@@ -14,7 +14,7 @@
 // f, 1e-7 range(C)/epsilon in the exponent, is made up for by g. Updates are corrections, so that g is rounded once.
 #pragma once
 
-#include "sinkhorn/sinkhorn_rows.inl"
+#include "sinkhorn/sinkhorn_scalings.inl"
 
 namespace {
 
@@ -29,6 +29,7 @@ constexpr double kMaxEntry = 0x1p115;   // rows without weight may be near any c
 constexpr int64_t kGroup = 16;          // rows weighed together, at most
 constexpr int64_t kGroupBytes = 16384;  // of their entries: two groups are most of L1
 constexpr int64_t kLag = 2;             // a stored group is added beside the second after it: the chain to its weights takes as long as one
+constexpr int64_t kTileBytes = 1 << 18; // of a stored kernel, a quarter of L2: the log form may have it too
 constexpr int64_t kKeptBytes = 1 << 20; // half of L2: points whose cost fits there have it kept,
 constexpr int64_t kKeptWidth = 92;      // or where forming it anew takes longer than reading it from memory
 constexpr int64_t kShare = 64;          // elements between what workers report: no cache line in common
@@ -60,7 +61,7 @@ struct SinkhornArrays {
   int64_t n, m;  // padded
   Real *a, *log_a, *f, *new_f, *stored_u;
   Real *b, *g, *new_g, *older_g, *start_g, *exponent, *scale;
-  Real* kernel;                                // [rows, m] or null
+  Real* kernel;                                // [n, m] or null
   Real *columns, *entries, *costs, *shares;    // of every worker
   Real *points, *kept;
   int64_t worker_columns, worker_entries;
@@ -69,8 +70,14 @@ struct SinkhornArrays {
     return p.metric != SinkhornMetric::kGiven && (p.width >= kKeptWidth || p.n * p.m * int64_t(sizeof(Real)) <= kKeptBytes);
   }
 
+  // Elements of a stored kernel, none where it is not kept. A tile, so that the largest of several problems has space for any of them.
+  static int64_t kernel_space(SinkhornMethod method, int64_t rows, int64_t columns) {
+    if (method == SinkhornMethod::kProximal) return 0;
+    return method == SinkhornMethod::kKernel ? rows * columns : smaller(rows * columns, kTileBytes / int64_t(sizeof(Real)));
+  }
+
   // Places the arrays from `work` on and returns their size in elements.
-  int64_t place(const SinkhornProblem<Real>& p, bool stores, int64_t workers, Real* work) {
+  int64_t place(const SinkhornProblem<Real>& p, SinkhornMethod method, int64_t workers, Real* work) {
     n = round_up(p.n, kGroup) + kGroup, m = round_up(p.m, kPanelWidth<Real>);
     worker_columns = 2 * m, worker_entries = kGroup * m;
     int64_t used = 0;
@@ -86,7 +93,9 @@ struct SinkhornArrays {
     costs = take(p.metric == SinkhornMetric::kGiven ? 0 : workers * worker_entries);
     shares = take(workers * kShare);
     points = take(PointSums<Real>::space(p));
-    kernel = take(stores ? p.n * m : 0);
+    const int64_t stored = kernel_space(method, p.n, m);
+    kernel = take(stored);
+    if (stored < p.n * m) kernel = nullptr;
     kept = take(keeps_cost(p) ? p.n * m : 0);
     return used;
   }
@@ -102,6 +111,8 @@ class SinkhornSolver {
   void solve(const SinkhornSolution<Real>& out) {
     const FlushDenormals flush;
     begin(out.g);
+    scales_ = w_.kernel != nullptr && p_.m > 0 && p_.rho_a == 0 && p_.rho_b == 0 && schedule_.tol < 0 && out.history_f == nullptr;
+    stores_ = schedule_.method == SinkhornMethod::kKernel || scales_;
     const bool proximal = schedule_.method == SinkhornMethod::kProximal;
     int64_t done = 0;
     for (int64_t t = 1; t <= schedule_.iterations; ++t) {
@@ -109,9 +120,9 @@ class SinkhornSolver {
       if (proximal && schedule_.tol >= 0 && t > 1 && marginals(out) <= schedule_.tol) break;
       set_epsilon(epsilon_at(p_.epsilon, schedule_, t));
       if (proximal) extrapolate(start_weights(schedule_, t));
-      iterate(t == 1 || epsilon_ != before, t < schedule_.iterations);
+      iterate(t == 1 || epsilon_ != before, schedule_.iterations - t);
       if (!proximal && schedule_.tol >= 0 && t > 1 && before == p_.epsilon && error_ <= schedule_.tol) break;
-      advance();
+      if (!scaled_) advance();
       ++done;
       if (out.history_f != nullptr) record(out, t - 1);
     }
@@ -124,7 +135,7 @@ class SinkhornSolver {
   }
 
  private:
-  enum class Form { kFresh, kAbsorbed, kStored };
+  enum class Form { kFresh, kAbsorbed, kStored, kScaled };  // kScaled: of a stored kernel, and potentials are not formed
 
   using V = VecOf<Real>;
   static constexpr int64_t kW = kWidth<Real>;
@@ -140,6 +151,9 @@ class SinkhornSolver {
   Form form_ = Form::kFresh;
   bool keep_ = false;        // this sweep stores its exponentials
   bool kernel_ok_ = false;   // the stored kernel serves the current potentials
+  bool stores_ = false;      // exponentials are stored where iterations follow that use them
+  bool scales_ = false;      // of iterations before the last nothing is asked for but what the last one starts from
+  bool scaled_ = false;      // f and g are older than the last iteration, which left row sums in new_f and factors of columns in scale
   bool backward_ = true;     // this sweep starts at the last row: what the one before read last is still in cache
   bool doubtful_ = false;    // a sum of stored entries went out of range
   double error_ = 0, transport_ = 0;
@@ -162,6 +176,7 @@ class SinkhornSolver {
   static void copy(Real* to, const Real* from, int64_t count) { __builtin_memcpy(to, from, size_t(count) * sizeof(Real)); }
 
   void set_epsilon(double epsilon) {
+    if (epsilon != epsilon_) settle();
     epsilon_ = epsilon;
     k_ = Real(kBitsPerNat / epsilon);
     damp_a_ = Real(damping(p_.rho_a, epsilon)), damp_b_ = Real(damping(p_.rho_b, epsilon));
@@ -186,20 +201,41 @@ class SinkhornSolver {
 
   // ---- one iteration --------------------------------------------------------------------------------------------------
 
-  // new_f and new_g from g. `fresh`: f and g are not the result of an iteration at this epsilon. `more`: others follow.
-  void iterate(bool fresh, bool more) {
-    const bool stores = schedule_.method == SinkhornMethod::kKernel;
-    if (stores && !fresh && kernel_ok_) {
-      form_ = Form::kStored, keep_ = false;
-      sweep();
+  // new_f and new_g from g, or factors from factors. `fresh`: f and g are not the result of an iteration at this epsilon.
+  // `left`: how many iterations follow.
+  void iterate(bool fresh, int64_t left) {
+    const bool scale = scales_ && left > 0, log = schedule_.method == SinkhornMethod::kLog;  // whose last iteration is of the costs
+    if (!fresh && kernel_ok_ && scale) {
+      sweep(Form::kScaled);
+      scaled_ |= !doubtful_;
+      if (!doubtful_) return;
+    }
+    settle();
+    if (!fresh && kernel_ok_ && !scale && !log) {
+      sweep(Form::kStored);
       if (!doubtful_ && drift() < kDrift) return;
     }
-    form_ = fresh ? Form::kFresh : Form::kAbsorbed;
-    keep_ = stores && more;
+    keep_ = stores_ && left > (log ? 1 : 0);
     if (schedule_.method != SinkhornMethod::kProximal)
       for (int64_t j = 0; j < w_.m; ++j) w_.start_g[j] = w_.g[j];
-    sweep();
+    sweep(fresh ? Form::kFresh : Form::kAbsorbed);
     kernel_ok_ = keep_ && drift() < kDrift;
+    keep_ = false;
+  }
+
+  // f and g from what scalings have left.
+  void settle() {
+    if (!scaled_) return;
+    scaled_ = false;
+    const V zero = {}, k = splat(k_);
+    for (int64_t i = 0; i < p_.n; i += kW) {
+      const V s = load(w_.new_f + i), sum = doubt_of<Real>(s) > zero ? zero + 1 : s;
+      store(w_.f + i, (load(w_.stored_u + i) - log2<Real>(sum)) / k);
+    }
+    for (int64_t j = 0; j < p_.m; j += kW) {
+      const V b = load(w_.b + j), start = load(w_.start_g + j), rest = multiply_add(-k, start, load(w_.exponent + j));
+      store(w_.g + j, b > zero ? start + (rest + log2<Real>(load(w_.scale + j) / b)) / k : start);
+    }
   }
 
   V exponent(V g, int64_t j) const { return load(w_.b + j) > V{} ? k_ * g : splat(Real(-__builtin_inf())); }
@@ -216,38 +252,54 @@ class SinkhornSolver {
 
   static V magnitude(V x) { return larger(x, -x); }
 
-  void sweep() {
+  bool reads_kernel() const { return form_ == Form::kStored || form_ == Form::kScaled; }
+
+  void sweep(Form form) {
+    form_ = form;
     backward_ = !backward_;
-    for (int64_t j = 0; j < w_.m; j += kW) {
+    for (int64_t j = 0; j < w_.m && !scaled_; j += kW) {
       const V start = load(w_.start_g + j);
-      if (form_ == Form::kStored) {
+      if (reads_kernel()) {
         store(w_.scale + j, load(w_.b + j) * exp2(k_ * (load(w_.g + j) - start)));
       } else {
         store(w_.exponent + j, exponent(start, j));
       }
     }
     doubtful_ = false;
-    team_.run(team_.size, [](void* self, int64_t worker) { static_cast<SinkhornSolver*>(self)->weigh(worker); }, this);
+    team_.run(team_.size, [](void* self, int64_t worker) { static_cast<SinkhornSolver*>(self)->sweep_rows(worker); }, this);
     error_ = 0;
     for (int64_t worker = 0; worker < team_.size; ++worker) {
       const Real* const share = w_.shares + worker * kShare;
       error_ += double(share[0]);
       doubtful_ |= share[1] != 0;
     }
-    if (!doubtful_) update_columns();
+    if (doubtful_) return;
+    if (form_ == Form::kScaled) {
+      scale_columns();
+    } else {
+      update_columns();
+    }
   }
 
   int64_t group() const {
-    if (form_ == Form::kStored) return kGroup;  // from L2 they are added as well while memory is waited for
+    if (reads_kernel()) return kGroup;  // from L2 they are added as well while memory is waited for
     const int64_t rows = kGroupBytes / (w_.m * int64_t(sizeof(Real)) + 1) / 4 * 4;
     return rows < 4 ? 4 : smaller(rows, kGroup);
   }
 
   int64_t first_row(int64_t worker) const { return worker * p_.n / team_.size; }
 
+  void sweep_rows(int64_t worker) {
+    const FlushDenormals flush;
+    if (form_ != Form::kScaled) return weigh(worker);
+    Real *const columns = w_.columns + worker * w_.worker_columns, *const share = w_.shares + worker * kShare;
+    const int64_t begin = first_row(worker), end = first_row(worker + 1);
+    const ScaledRows<Real> rows{w_.kernel, w_.m, p_.m, begin, end, backward_, w_.a, w_.scale, w_.new_f, columns, columns + w_.m};
+    share[0] = 0, share[1] = scale_rows<kGroup>(rows, group()) ? 0 : 1;
+  }
+
   // Weighs a worker's rows, a group at a time, each while one before is added to the worker's column sums.
   void weigh(int64_t worker) {
-    const FlushDenormals flush;
     const bool stored = form_ == Form::kStored || keep_;
     const bool far = form_ != Form::kStored && p_.metric == SinkhornMetric::kGiven && p_.n * p_.m * int64_t(sizeof(T)) > kKeptBytes;
     const int64_t begin = first_row(worker), end = first_row(worker + 1), step = group(), lag = form_ == Form::kStored ? kLag : 1;
@@ -346,6 +398,20 @@ class SinkhornSolver {
       for (int64_t lane = 0; lane < smaller(kW, rows - r); ++lane) error += gaps[lane];
     }
     return error;
+  }
+
+  // Factors of a stored kernel's columns; doubtful, and the factors as they were, where one is too large or too small.
+  void scale_columns() {
+    V doubt = {};
+    for (int64_t j = 0; j < p_.m; j += kW) {
+      V sum = {};
+      for (int64_t worker = 0; worker < team_.size; ++worker) sum += load(w_.columns + worker * w_.worker_columns + j);
+      const V b = load(w_.b + j), weighty = b > V{} ? sum : V{} + 1;
+      doubt += doubt_of<Real>(weighty, kDrifted);
+      store(w_.new_g + j, b / weighty);
+    }
+    doubtful_ = sum_lanes(doubt) > 0;
+    if (!doubtful_) copy(w_.scale, w_.new_g, p_.m);
   }
 
   void update_columns() {
@@ -467,13 +533,13 @@ SinkhornProblem<Real> keep_cost(const SinkhornProblem<Real>& p, const SinkhornTe
 template <class Real>
 int64_t sinkhorn_workspace(const SinkhornProblem<Real>& p, const SinkhornSchedule& schedule, int64_t workers) {
   SinkhornArrays<Real> arrays;
-  return arrays.place(p, schedule.method == SinkhornMethod::kKernel, workers, nullptr);
+  return arrays.place(p, schedule.method, workers, nullptr);
 }
 
 template <class Real>
 void sinkhorn_solve(const SinkhornProblem<Real>& p, const SinkhornSchedule& schedule, const SinkhornTeam& team, const SinkhornSolution<Real>& out, Real* work) {
   SinkhornArrays<Real> arrays;
-  arrays.place(p, schedule.method == SinkhornMethod::kKernel, team.size, work);
+  arrays.place(p, schedule.method, team.size, work);
   const SinkhornProblem<Real> q = keep_cost(p, team, arrays);
   with_cost_type<Real>(q, [&](auto element) { SinkhornSolver<Real, decltype(element)>(q, schedule, team, arrays).solve(out); });
 }

@@ -32,11 +32,11 @@ inline bool close(Real sum) {
   return sum >= Real(1 / kClose) && sum <= Real(kClose);
 }
 
-// 1 for sums that are not trusted, 0 elsewhere.
+// 1 for sums outside [1/bound, bound], 0 elsewhere.
 template <class Real>
-inline VecOf<Real> doubt_of(VecOf<Real> sum) {
+inline VecOf<Real> doubt_of(VecOf<Real> sum, double bound = kTrusted) {
   const VecOf<Real> zero = {};
-  return sum >= splat(Real(1 / kTrusted)) && sum <= splat(Real(kTrusted)) ? zero : zero + 1;
+  return sum >= splat(Real(1 / bound)) && sum <= splat(Real(bound)) ? zero : zero + 1;
 }
 
 template <int kCount>

@@ -63,10 +63,11 @@ def sinkhorn(
         lengths: (n_i, m_i), integer tensors [*B]: the rest of each problem is padding, neither read nor given gradient.
         init: (f, g) [*B, n], [*B, m] to start from (g is what matters), without gradient.
         anneal: (epsilon_start, factor): iteration t runs at max(epsilon, epsilon_start factor^t), the last at epsilon.
-        method: "log" (no n x m buffer for a given cost); "kernel" (one n x m scratch, quicker; on the CPU at most
-            64 MiB of it stay for the next call, kdfast._C.release_scratch() frees them); "auto" ("kernel" where the
-            scratch fits in cache); "proximal" (IPOT, Xie et al. 2020: one Sinkhorn iteration a step at
-            epsilon/step, which tends to unregularised transport; value is the transport cost).
+        method: "log" (no n x m buffer for a given cost, on the CPU none beyond 256 KiB; the last iteration is of the
+            cost itself); "kernel" (one n x m scratch, quicker; on the CPU at most 64 MiB of it stay for the next call,
+            kdfast._C.release_scratch() frees them); "auto" ("kernel" where the scratch fits in cache); "proximal"
+            (IPOT, Xie et al. 2020: one Sinkhorn iteration a step at epsilon/step, which tends to unregularised
+            transport; value is the transport cost).
         grad: "envelope": `value` only, exact at convergence; the other outputs raise RuntimeError in backward.
             "implicit": every output, by the fixed point's linear system, exact at convergence. "unrolled": every
             output, exact for any number of iterations. "detached": `transport_cost` with P taken as constant.
