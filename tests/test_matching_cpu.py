@@ -1,5 +1,7 @@
 """clip_loss, info_nce within a batch, nt_xent and siglip_loss as one op each way: against the formulas, under every instruction set."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,13 +18,13 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 SIZES = pytest.mark.parametrize("size", [(1, 1), (3, 7), (64, 33), (65, 128), (257, 65)], ids=lambda s: "x".join(map(str, s)))
 
 
-def clip(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+def clip(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor | None = None, **options) -> Tensor:
     z, own = scale * (x @ y.T).to(scale.dtype), torch.arange(len(x))
-    return (F.cross_entropy(z, own, reduction="none") + F.cross_entropy(z.T, own, reduction="none")) / 2
+    return (F.cross_entropy(z, own, reduction="none", **options) + F.cross_entropy(z.T, own, reduction="none", **options)) / 2
 
 
-def rows_alone(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
-    return F.cross_entropy(scale * (x @ y.T).to(scale.dtype), torch.arange(len(x)), reduction="none")
+def rows_alone(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor | None = None, **options) -> Tensor:
+    return F.cross_entropy(scale * (x @ y.T).to(scale.dtype), torch.arange(len(x)), reduction="none", **options)
 
 
 def two_views(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -52,10 +54,21 @@ def fused_sigmoid(x, y, scale, shift, **options):
     return siglip_loss(x, y, scale, shift, impl="cpu", **options)
 
 
+def smoothed(*losses):
+    return tuple(partial(loss, label_smoothing=0.3) for loss in losses)
+
+
 LOSSES = pytest.mark.parametrize(
     ("fused", "formula"),
-    [(fused_clip, clip), (fused_rows_alone, rows_alone), (fused_two_views, two_views), (fused_sigmoid, sigmoid)],
-    ids=["clip", "info_nce", "nt_xent", "siglip"],
+    [
+        (fused_clip, clip),
+        (fused_rows_alone, rows_alone),
+        smoothed(fused_clip, clip),
+        smoothed(fused_rows_alone, rows_alone),
+        (fused_two_views, two_views),
+        (fused_sigmoid, sigmoid),
+    ],
+    ids=["clip", "info_nce", "clip smoothed", "info_nce smoothed", "nt_xent", "siglip"],
 )
 
 
@@ -221,11 +234,12 @@ def test_the_ops_are_described_to_the_compiler():
                 torch.library.opcheck(torch.ops.kdfast.matching_loss_grad, (g, statistics, x, *given, *want, 0))
     for mean in (True, False):
         given = y, scale, None, None
-        for keep in {mean, False}:
-            torch.library.opcheck(torch.ops.kdfast.matching_loss, (x, *given, mean, keep, keep, 0, True))
-        _, statistics, *_ = torch.ops.kdfast.matching_loss(x, *given, mean, False, False, 0, True)
-        g = torch.ones(()) if mean else torch.ones(6)
-        torch.library.opcheck(torch.ops.kdfast.matching_loss_grad, (g, statistics, x, *given, True, True, True, False, 0, True))
+        for options in ((True,), (True, 0.1), (False, 0.1)):
+            for keep in {mean, False}:
+                torch.library.opcheck(torch.ops.kdfast.matching_loss, (x, *given, mean, keep, keep, 0, *options))
+            _, statistics, *_ = torch.ops.kdfast.matching_loss(x, *given, mean, False, False, 0, *options)
+            g = torch.ones(()) if mean else torch.ones(6)
+            torch.library.opcheck(torch.ops.kdfast.matching_loss_grad, (g, statistics, x, *given, True, True, True, False, 0, *options))
 
 
 @pytest.mark.parametrize(
@@ -239,13 +253,15 @@ def test_the_ops_are_described_to_the_compiler():
         ({"labels": torch.zeros(5, dtype=torch.long)}, "labels has size 5"),
         ({"y": None, "shift": torch.zeros(())}, "shift needs y"),
         ({"y": None, "rows_alone": True}, "rows_alone needs y"),
+        ({"y": None, "smoothing": 0.1}, "smoothing needs y"),
+        ({"shift": torch.zeros(()), "smoothing": 0.1}, "smoothing needs y, and no shift"),
     ],
 )
 def test_bad_tensors_are_refused(change, message):
     arguments = {"x": torch.ones(6, 9), "y": torch.ones(6, 9), "scale": torch.ones(())} | dict.fromkeys(("shift", "labels")) | change
-    sides = arguments.pop("rows_alone", False)
+    sides = arguments.pop("rows_alone", False), arguments.pop("smoothing", 0.0)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.kdfast.matching_loss(*arguments.values(), True, False, False, 0, sides)
+        torch.ops.kdfast.matching_loss(*arguments.values(), True, False, False, 0, *sides)
 
 
 def test_scalars_live_with_the_rows():

@@ -137,11 +137,13 @@ def test_distillation_with_temperatures_that_are_tensors(taken, bank_grad, dtype
 @pytest.mark.parametrize("size", [(1, 1), (2, 7), (64, 33), (257, 65)], ids=str)  # without others, few pairs, and many
 def test_info_nce_within_a_batch_has_the_bits_of_the_general_way(taken, size, dtype):
     query, positive = matrices(size, size, dtype=dtype)
-    same_bits(info_nce(query, positive), info_nce(query, positive, impl="cpu"), [query, positive])
+    for smoothing in (0.0, 0.2):
+        both = (info_nce(query, positive, label_smoothing=smoothing, impl=impl) for impl in (None, "cpu"))
+        same_bits(*both, [query, positive])
     labels = torch.arange(len(query))  # each of its own class: nothing more is left out
     rows = info_nce(query, positive, query_labels=labels, reduction="none")
     torch.testing.assert_close(info_nce(query, positive, reduction="none"), rows)
-    assert taken == [True]
+    assert taken == [True] * 2
 
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
@@ -241,7 +243,7 @@ def test_wasserstein_dependency(taken, dtype):
 
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
-@pytest.mark.parametrize("loss", [clip_loss, siglip_loss], ids=["clip", "siglip"])
+@pytest.mark.parametrize("loss", [clip_loss, partial(clip_loss, label_smoothing=0.2), siglip_loss], ids=["clip", "smoothed", "siglip"])
 def test_matching_losses_have_the_bits_of_the_general_way(taken, loss, dtype):
     image, text = matrices((33, 7), (33, 7), dtype=dtype)
     scale, shift = torch.tensor(7.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)

@@ -8,8 +8,6 @@ from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
 from .._ops.similarity import plain, sigmoid_pair_loss
 from .._ops.similarity.matching import clip_rows, sigmoid_rows, view_rows
-from .._ops.similarity.positives import dot
-from .._ops.similarity.score_sums import score_sums
 from .._ops.similarity.sup_con import sup_con_rows
 from ._candidates import inverse, normalized
 from .info_nce import Prepared, info_nce, prepared_loss
@@ -153,8 +151,9 @@ def clip_loss(
 
     Raises: ValueError, TypeError naming the argument. Source: Radford et al. 2021 (CLIP), figure 3.
     """
-    usual = weight is group is precision is impl is None and normalize is False and type(label_smoothing) is float and label_smoothing == 0
-    if usual and reduction == "mean" and (loss := plain.matching_mean(image, text, logit_scale)) is not None:
+    usual = weight is group is precision is impl is None and normalize is False and type(label_smoothing) is float
+    usual = usual and 0 <= label_smoothing < 1 and reduction == "mean"
+    if usual and (loss := plain.matching_mean(image, text, logit_scale, None, label_smoothing)) is not None:
         return loss
     _pair("image", image, "text", text)
     checks.positive_number("logit_scale", logit_scale)
@@ -178,12 +177,8 @@ def clip_loss(
     if image.shape[0] == 0:
         return reduce_rows((image + text).sum(-1), weight=weight, reduction=reduction)
     image, text = dtypes.autocast(image, text)
-    mean = reduction == "mean" and weight is None and not label_smoothing
-    losses = clip_rows(image, text, logit_scale, mean=mean, precision=precision, impl=impl)
-    if label_smoothing:
-        match = logit_scale * dot(image, text)
-        spread = [score_sums(x, y, logit_scale) for x, y in ((image, text), (text, image))]
-        losses = losses + label_smoothing * (match - sum(s.other / s.other_count for s in spread) / 2)
+    mean = reduction == "mean" and weight is None
+    losses = clip_rows(image, text, logit_scale, mean=mean, precision=precision, impl=impl, smoothing=float(label_smoothing))
     return losses if mean else reduce_rows(losses, weight=weight, reduction=reduction)
 
 

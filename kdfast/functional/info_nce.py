@@ -96,10 +96,10 @@ def info_nce(
     p = _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bias, bank_valid, own_index, normalize, group)
     _check_options(p, positive_weights, same_class, false_negative_margin, include_positive, label_smoothing, reduction)
     paired = bank is query_labels is group is positive_weights is false_negative_margin is None and (own_index is None or own_index is True)
-    if paired and include_positive and not label_smoothing and query.dim() == positive.dim() == 2 and len(query):
+    if paired and include_positive and query.dim() == positive.dim() == 2 and len(query):
         mean = reduction == "mean" and weight is None
         scale = inverse("temperature", temperature, p.query)
-        losses = paired_rows(p.query, p.rows, scale, mean=mean, precision=precision, impl=impl)
+        losses = paired_rows(p.query, p.rows, scale, mean=mean, precision=precision, impl=impl, smoothing=float(label_smoothing))
         if losses is not None:
             return losses if mean else reduce_rows(losses, weight=weight, reduction=reduction)
     return prepared_loss(

@@ -27,6 +27,42 @@ void for_rows(const InfoNceParams& p, const F& f) {
   for_each_task(workers, workers, [&](int64_t, int64_t t) { f(t * rows / workers, (t + 1) * rows / workers); });
 }
 
+// ---- sums ---------------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kChunk = 256;  // rows that are added up in floats; sums of these are doubles
+
+// Sums of the rows of x, each times its weight (null: 1), by their bag, of which there are `bags` (any other: left out): [bags, width].
+inline std::vector<double> sums_by_bag(int64_t bags, const std::vector<int64_t>& bag_of, kdfast::Matrix x, int64_t width, const float* weights) {
+  const int64_t count = int64_t(bag_of.size()), length = std::clamp<int64_t>(count / std::max<int64_t>(bags, 1), 1, kChunk);
+  const auto somewhere = [&](int64_t bag) { return bag >= 0 && bag < bags; };
+  std::vector<int64_t> sizes(bags, 0), place(bags), bag_of_chunk;
+  for (const int64_t bag : bag_of)
+    if (somewhere(bag)) ++sizes[bag];
+  for (int64_t bag = 0; bag < bags; ++bag) {
+    place[bag] = int64_t(bag_of_chunk.size()) * length;  // where its next row goes
+    bag_of_chunk.resize(bag_of_chunk.size() + (sizes[bag] + length - 1) / length, bag);
+  }
+  const int64_t chunks = int64_t(bag_of_chunk.size());
+  std::vector<int64_t> columns(chunks * length, -1);
+  std::vector<float> slopes(chunks * length, -1.0f), sums(chunks * width, 0.0f);
+  for (int64_t i = 0; i < count; ++i) {
+    if (!somewhere(bag_of[i])) continue;
+    const int64_t at = place[bag_of[i]]++;
+    columns[at] = i;
+    if (weights != nullptr) slopes[at] = -weights[i];
+  }
+  InfoNceParams p{};
+  p.batch = 1, p.rows = chunks, p.positives = length, p.count = count, p.width = width;
+  p.candidates = x, p.columns = columns.data();
+  for_rows(p, [&](int64_t begin, int64_t end) {
+    kdfast::cpu_kernels().info_nce_pull(p, {begin, end, false, nullptr, nullptr, nullptr, slopes.data(), sums.data()});
+  });
+  std::vector<double> of_bags(bags * width, 0.0);
+  for (int64_t c = 0; c < chunks; ++c)
+    for (int64_t d = 0; d < width; ++d) of_bags[bag_of_chunk[c] * width + d] += double(sums[c * width + d]);
+  return of_bags;
+}
+
 // ---- which keys are a row's -------------------------------------------------------------------------------------------
 
 enum class Keys { kOfOthers, kOfItsClass };  // those of any class but the row's, or of none; those of the row's
@@ -99,43 +135,14 @@ struct Bags {
     return given(of_bags, 1);
   }
 
-  std::vector<float> row_sums(const std::vector<int64_t>& bag_of, kdfast::Matrix x, int64_t width, const float* weights) const;
+  // The same of the rows of x, each times its weight (null: 1): [bags, width]. A bag's rows are added up by themselves, so that sums over the
+  // others keep nothing of them.
+  std::vector<float> row_sums(const std::vector<int64_t>& bag_of, kdfast::Matrix x, int64_t width, const float* weights) const {
+    std::vector<double> of_bags = sums_by_bag(whose == Keys::kOfItsClass ? bags - 1 : bags, bag_of, x, width, weights);  // the last is nobody's
+    of_bags.resize(bags * width, 0.0);
+    return given(of_bags, width);
+  }
 };
-
-constexpr int64_t kChunk = 256;  // rows that are added up in floats; sums of these are doubles
-
-// The same of the rows of x, each times its weight (null: 1): [bags, width]. A bag's rows are added up by themselves, so that sums over the
-// others keep nothing of them.
-inline std::vector<float> Bags::row_sums(const std::vector<int64_t>& bag_of, kdfast::Matrix x, int64_t width, const float* weights) const {
-  const int64_t count = int64_t(bag_of.size()), length = std::clamp<int64_t>(count / bags, 1, kChunk);
-  std::vector<int64_t> sizes(bags, 0), place(bags), bag_of_chunk;
-  for (const int64_t bag : bag_of)
-    if (bag >= 0) ++sizes[bag];
-  if (whose == Keys::kOfItsClass) sizes[bags - 1] = 0;  // which is nobody's
-  for (int64_t bag = 0; bag < bags; ++bag) {
-    place[bag] = int64_t(bag_of_chunk.size()) * length;  // where its next row goes
-    bag_of_chunk.resize(bag_of_chunk.size() + (sizes[bag] + length - 1) / length, bag);
-  }
-  const int64_t chunks = int64_t(bag_of_chunk.size());
-  std::vector<int64_t> columns(chunks * length, -1);
-  std::vector<float> slopes(chunks * length, -1.0f), sums(chunks * width, 0.0f);
-  for (int64_t i = 0; i < count; ++i) {
-    if (bag_of[i] < 0 || sizes[bag_of[i]] == 0) continue;
-    const int64_t at = place[bag_of[i]]++;
-    columns[at] = i;
-    if (weights != nullptr) slopes[at] = -weights[i];
-  }
-  InfoNceParams p{};
-  p.batch = 1, p.rows = chunks, p.positives = length, p.count = count, p.width = width;
-  p.candidates = x, p.columns = columns.data();
-  for_rows(p, [&](int64_t begin, int64_t end) {
-    kdfast::cpu_kernels().info_nce_pull(p, {begin, end, false, nullptr, nullptr, nullptr, slopes.data(), sums.data()});
-  });
-  std::vector<double> of_bags(bags * width, 0.0);
-  for (int64_t c = 0; c < chunks; ++c)
-    for (int64_t d = 0; d < width; ++d) of_bags[bag_of_chunk[c] * width + d] += double(sums[c * width + d]);
-  return given(of_bags, width);
-}
 
 // ---- problems whose positives are something else ---------------------------------------------------------------------
 

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "similarity/bind_class_sums.h"
 #include "similarity/bind_pairs.h"
 
 namespace {
@@ -23,21 +24,33 @@ struct MatchingCall {
   bool rows_alone;
   std::vector<float> of_rows;   // memory: scale and, for the sigmoid, shift of every row
   std::vector<int64_t> labels;  // memory: where they are not given, every row's label, or its positive
+  std::vector<float> x_mean, y_mean;  // memory, with smoothing
 
   bool sigmoid() const { return p.shift != nullptr; }
   int64_t sides() const { return sigmoid() ? 0 : m.views || rows_alone ? 1 : 2; }
+  double rows_share() const { return sides() == 2 ? 0.5 : 1; }
+  double columns_share() const { return 1 - rows_share(); }
 };
 
+// The mean of the rows, each times its weight (null: 1), times `share`.
+std::vector<float> mean_row(kdfast::Matrix x, int64_t rows, int64_t width, const float* weights, double share) {
+  const std::vector<double> sum = sums_by_bag(1, std::vector<int64_t>(size_t(rows), 0), x, width, weights);
+  std::vector<float> mean(sum.size());
+  std::transform(sum.begin(), sum.end(), mean.begin(), [&](double s) { return share == 0 ? 0.0f : float(s * share / double(rows)); });
+  return mean;
+}
+
 MatchingCall matching_call(const Tensor& x, const OptionalTensor& y, const Tensor& scale, const OptionalTensor& shift, const OptionalTensor& labels,
-                           int64_t precision, bool rows_alone) {
+                           int64_t precision, bool rows_alone, double smoothing) {
   STD_TORCH_CHECK(x.dim() == 2, "x must have 2 dimensions, got ", x.dim());
   STD_TORCH_CHECK(y.has_value() || x.size(0) % 2 == 0, "x must hold as many rows of one view as of the other, got ", x.size(0));
   STD_TORCH_CHECK(!shift.has_value() || (y.has_value() && !labels.has_value()), "shift needs y, and no labels");
   STD_TORCH_CHECK(!rows_alone || (y.has_value() && !shift.has_value()), "rows_alone needs y, and no shift");
+  STD_TORCH_CHECK(smoothing == 0 || (y.has_value() && !shift.has_value() && !labels.has_value()), "smoothing needs y, and no shift or labels");
   const int64_t rows = x.size(0), width = x.size(1), samples = y.has_value() ? rows : rows / 2;
   const Tensor& other = y.has_value() ? *y : x;
   STD_TORCH_CHECK(other.scalar_type() == x.scalar_type(), "y must have the dtype of x");
-  MatchingCall call{{}, {}, rows_alone, {}, {}};
+  MatchingCall call{{}, {}, rows_alone, {}, {}, {}, {}};
   Matching& m = call.m;
   m.rows = rows, m.width = width, m.views = !y.has_value();
   m.x = row_matrix("x", x, {rows, width}), m.y = row_matrix("y", other, {rows, width});
@@ -60,6 +73,10 @@ MatchingCall matching_call(const Tensor& x, const OptionalTensor& y, const Tenso
   } else {
     p.x_labels = p.y_labels = classes;
   }
+  if (smoothing > 0) {
+    call.x_mean = mean_row(m.x, rows, width, nullptr, call.columns_share()), call.y_mean = mean_row(m.y, rows, width, nullptr, call.rows_share());
+    m.smoothing = float(smoothing), m.x_mean = call.x_mean.data(), m.y_mean = call.y_mean.data();
+  }
   return call;
 }
 
@@ -71,11 +88,11 @@ struct Backward {
   const MatchingCall& call;
   const float *row, *column;  // statistics
   std::vector<float> of_rows;
-  float *row_g, *column_g, *pull;
+  float *row_g, *column_g, *pull, *spread;
 
   Backward(const MatchingCall& call, const float* statistics)
-      : call(call), row(statistics), column(call.sides() < 2 ? row : row + kStatistics * call.m.rows), of_rows(size_t(3 * call.m.rows)) {
-    row_g = of_rows.data(), pull = row_g + call.m.rows, column_g = call.rows_alone ? nullptr : pull + call.m.rows;
+      : call(call), row(statistics), column(call.sides() < 2 ? row : row + kStatistics * call.m.rows), of_rows(size_t(4 * call.m.rows)) {
+    row_g = of_rows.data(), pull = row_g + call.m.rows, column_g = call.rows_alone ? nullptr : pull + call.m.rows, spread = pull + 2 * call.m.rows;
   }
 
   // g[i stride] times `share` is the upstream gradient of row i's loss.
@@ -88,6 +105,7 @@ struct Backward {
     if (column_g != nullptr) weigh(column_g, column);
     for (int64_t i = 0; i < rows; ++i)
       pull[i] = call.sigmoid() ? 0 : column_g == nullptr ? row_g[i] : row_g[i] + column_g[call.m.partner(i)];
+    for (int64_t i = 0; i < rows && call.m.smoothing != 0; ++i) spread[i] = call.m.smoothing * share * g[i * stride], pull[i] -= spread[i];
   }
   SymmetricUpstream upstream() const {
     const int64_t rows = call.m.rows;
@@ -100,8 +118,13 @@ inline float* data_of(bool want, const Tensor& x) { return want ? floats_of(x) :
 double total(const float* terms, int64_t count) { return std::accumulate(terms, terms + count, 0.0); }
 
 // The gradients from the sums over the other pairs.
-void finish(const MatchingCall& call, const MatchingGradients& d) {
-  const int64_t rows = call.m.rows, workers = workers_for(double(rows) * double(call.m.width) * 4);
+void finish(const MatchingCall& call, const Backward& back, MatchingGradients d) {
+  const int64_t rows = call.m.rows, width = call.m.width, workers = workers_for(double(rows) * double(width) * 4);
+  std::vector<float> x_common, y_common;
+  if (call.m.smoothing != 0) {
+    x_common = mean_row(call.m.x, rows, width, back.spread, call.rows_share()), y_common = mean_row(call.m.y, rows, width, back.spread, call.columns_share());
+    d.spread = back.spread, d.x_common = x_common.data(), d.y_common = y_common.data();
+  }
   for_each_task(workers, workers, [&](int64_t, int64_t t) {
     kdfast::cpu_kernels().matching_gradients(call.m, d, t * rows / workers, (t + 1) * rows / workers);
   });
@@ -130,7 +153,7 @@ void kept_matching(const MatchingCall& call, float* losses, float* dx, float* dy
     }, back.upstream(), {dx, dy, nullptr});
     of_scalars[1] = 0;
   }
-  finish(call, {back.pull, dx, dy, dx, dy, dscale.data(), true});
+  finish(call, back, {back.pull, dx, dy, dx, dy, dscale.data(), true});
   of_scalars[0] = of_scale(call, dscale.data());
 }
 
@@ -138,8 +161,8 @@ void kept_matching(const MatchingCall& call, float* losses, float* dx, float* dy
 // upstream of 1 instead: [2] those of scale and shift, then x's and y's where they are asked for; else [0].
 std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const OptionalTensor& y, const Tensor& scale, const OptionalTensor& shift,
                                                          const OptionalTensor& labels, bool mean, bool keep_x, bool keep_y, int64_t precision,
-                                                         bool rows_alone) {
-  const MatchingCall call = matching_call(x, y, scale, shift, labels, precision, rows_alone);
+                                                         bool rows_alone, double smoothing) {
+  const MatchingCall call = matching_call(x, y, scale, shift, labels, precision, rows_alone, smoothing);
   const int64_t rows = call.m.rows, sides = call.sides();
   const bool kept = mean && (keep_x || keep_y) && kdfast::few_pairs(rows, rows, call.m.width);
   std::vector<float> row_losses(mean ? rows : 0, 0.0f);
@@ -170,8 +193,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const 
 // The gradients that are wanted, in the order of x, y, scale, shift, where the forward pass has not left them.
 std::vector<Tensor> matching_loss_grad(const Tensor& g, const Tensor& statistics, const Tensor& x, const OptionalTensor& y, const Tensor& scale,
                                        const OptionalTensor& shift, const OptionalTensor& labels, bool want_x, bool want_y, bool want_scale,
-                                       bool want_shift, int64_t precision, bool rows_alone) {
-  const MatchingCall call = matching_call(x, y, scale, shift, labels, precision, rows_alone);
+                                       bool want_shift, int64_t precision, bool rows_alone, double smoothing) {
+  const MatchingCall call = matching_call(x, y, scale, shift, labels, precision, rows_alone, smoothing);
   const Matching& m = call.m;
   const int64_t rows = m.rows;
   const bool mean = g.dim() == 0, sum_x = want_x || want_scale;
@@ -194,7 +217,7 @@ std::vector<Tensor> matching_loss_grad(const Tensor& g, const Tensor& statistics
     return found.back().mutable_data_ptr();
   };
   void *const dx = made(want_x, x_sums), *const dy = made(want_y, y_sums);
-  finish(call, {back.pull, data_of(sum_x, x_sums), data_of(want_y, y_sums), dx, dy, want_scale ? dscale.data() : nullptr, false});
+  finish(call, back, {back.pull, data_of(sum_x, x_sums), data_of(want_y, y_sums), dx, dy, want_scale ? dscale.data() : nullptr, false});
   const auto add_scalar = [&](bool want, float value) {
     if (want) found.push_back(filled(x, {}, value));
   };

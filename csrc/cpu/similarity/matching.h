@@ -13,10 +13,15 @@ struct Matching {
   float scale;
   bool views;
 
+  // Label smoothing: its share, 0 for none, and the means of the rows of x and of y, each times the share of the columns' and of the rows' side.
+  float smoothing;
+  const float *x_mean, *y_mean;  // [width]
+
   int64_t partner(int64_t i) const { return !views ? i : i < rows / 2 ? i + rows / 2 : i - rows / 2; }
 };
 
-// loss_i: the mean over sides of log(1 + e^(lse_i + low_i - scale x_i.y_partner)); slopes: its derivatives in the lse_i. [rows] each.
+// loss_i: the mean over sides of log(1 + e^(lse_i + low_i - scale x_i.y_partner)) and, with smoothing, what this adds; slopes: its derivatives in
+// the lse_i. [rows] each.
 struct MatchingLosses {
   int64_t sides;  // 1 or 2
   const float *lse[2], *low[2];
@@ -31,6 +36,11 @@ struct MatchingGradients {
   void *dx, *dy;                 // [rows, width], which may be the sums
   float* dscale;                 // [rows]
   bool floats;                   // dx and dy are; else of the elements' type
+
+  // With smoothing, else null: what the means are times of in row i, and what every row of the other side is given by all, the share of the
+  // columns' side of the mean of spread_i y_i, and that of the rows' of spread_i x_i.
+  const float* spread;               // [rows]
+  const float *x_common, *y_common;  // [width]
 };
 
 // One instruction set's.

@@ -4,6 +4,10 @@
 // With the sums over the other pairs (symmetric.inl) and pull_i = g_i times the sum of the slopes,
 //   dx_i = s (sum_j W_ij y_j - pull_i y_i),   dy_i = sum_j W_ji s x_j - pull_i s x_i,   ds = sum_i x_i.(sum_j W_ij y_j - pull_i y_i).
 //
+// Of label smoothing a share `a` of each side's target is spread over its N candidates, which adds a s (x_i.y_i - r x_i.Y - c y_i.X) to loss_i: Y and X
+// are the mean rows, r and c the shares of the rows' and of the columns' side. So no score is formed; g_i a is taken off pull_i and, with
+// e_i = g_i a, e_i r Y + c mean_k e_k y_k off the sum of dx_i and ds, s (e_i c X + r mean_k e_k x_k) off dy_i.
+//
 // Included after an instruction set's header (isa/).
 #pragma once
 
@@ -22,13 +26,17 @@ void matching_losses_of(const Matching& m, const MatchingLosses& out, const T* x
   const Vec share = splat(1 / float(out.sides));
   for (int64_t row = 0; row < m.rows; row += kLanes) {
     const int64_t count = smaller(kLanes, m.rows - row);
-    alignas(64) float gaps[2][kLanes] = {};
+    alignas(64) float gaps[2][kLanes] = {}, more[kLanes] = {};
     for (int64_t k = 0; k < count; ++k) {
       const int64_t i = row + k;
       const double match = double(m.scale) * double(inner_product(x + i * m.width, y + m.partner(i) * m.width, m.width));
       for (int64_t side = 0; side < out.sides; ++side) gaps[side][k] = gap(out.lse[side][i], out.low[side][i], match);
+      if (m.smoothing != 0) {
+        const float all = inner_product(x + i * m.width, m.y_mean, m.width) + inner_product(y + i * m.width, m.x_mean, m.width);
+        more[k] = float(double(m.smoothing) * (match - double(m.scale) * double(all)));
+      }
     }
-    Vec losses = {};
+    Vec losses = load(more);
     for (int64_t side = 0; side < out.sides; ++side) {
       Vec slopes;
       losses += share * softplus_of(load(gaps[side]), &slopes);
@@ -50,11 +58,16 @@ void matching_gradients_in(const Matching& m, const MatchingGradients& out, int6
     for (int64_t d = 0; d < m.width; d += kLanes) {
       const Vec x_d = load_row(xi, d, m.width);
       if (out.x_sums != nullptr) {
-        const Vec sum = load_row(out.x_sums + at, d, m.width) - pull * load_row(yi, d, m.width);
+        Vec sum = load_row(out.x_sums + at, d, m.width) - pull * load_row(yi, d, m.width);
+        if (out.spread != nullptr) sum -= splat(out.spread[i]) * load_row(m.y_mean, d, m.width) + load_row(out.y_common, d, m.width);
         dscale = multiply_add(x_d, sum, dscale);
         if (out.dx != nullptr) store_row(static_cast<G*>(out.dx) + at, d, m.width, scale * sum);
       }
-      if (out.dy != nullptr) store_row(static_cast<G*>(out.dy) + at, d, m.width, load_row(out.y_sums + at, d, m.width) - pull * scale * x_d);
+      if (out.dy != nullptr) {
+        Vec sum = load_row(out.y_sums + at, d, m.width) - pull * scale * x_d;
+        if (out.spread != nullptr) sum -= scale * (splat(out.spread[i]) * load_row(m.x_mean, d, m.width) + load_row(out.x_common, d, m.width));
+        store_row(static_cast<G*>(out.dy) + at, d, m.width, sum);
+      }
     }
     if (out.dscale != nullptr) out.dscale[i] = total(dscale);
   }

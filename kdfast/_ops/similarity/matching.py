@@ -22,6 +22,7 @@ from .exclusions import SameLabel
 from .info_nce import _like
 from .passes import KERNELS
 from .positives import dot
+from .score_sums import score_sums
 from .sigmoid import sigmoid_pair_loss
 from .symmetric import lse_by_rows
 
@@ -43,17 +44,27 @@ class Call(NamedTuple):
     kernels: cpu.Kernels  # that serve it
     products: int  # their number for how products are formed
     rows_alone: bool = False  # the rows' side instead of the mean of both
+    smoothing: float = 0.0  # this much of each side's target is spread evenly over its candidates
+
+    @property
+    def further(self) -> tuple:
+        """Options that only the CPU's ops know, where there are any."""
+        return (self.rows_alone, self.smoothing) if self.rows_alone or self.smoothing else ()
 
 
-def clip_rows(x: Tensor, y: Tensor, scale: float | Tensor, *, mean: bool, precision: str | None, impl: str | None) -> Tensor:
+def clip_rows(
+    x: Tensor, y: Tensor, scale: float | Tensor, *, mean: bool, precision: str | None, impl: str | None, smoothing: float = 0.0
+) -> Tensor:
     """Of z = scale x y^T with row i matching column i, the mean of both sides' losses: [N], or [] with `mean`.
 
-    x, y: [N, D] of one dtype, N >= 1. scale: a float or 0-d.
+    x, y: [N, D] of one dtype, N >= 1. scale: a float or 0-d. smoothing: this much of the target is spread evenly over a side's candidates.
     """
-    return _losses(x, y, scale, None, None, mean, precision, impl)
+    return _losses(x, y, scale, None, None, mean, precision, impl, smoothing)
 
 
-def paired_rows(x: Tensor, y: Tensor, scale: float | Tensor, *, mean: bool, precision: str | None, impl: str | None) -> Tensor | None:
+def paired_rows(
+    x: Tensor, y: Tensor, scale: float | Tensor, *, mean: bool, precision: str | None, impl: str | None, smoothing: float = 0.0
+) -> Tensor | None:
     """As `clip_rows`, of the rows' side alone. None where no kernel serves the call."""
     if transformed() or impl not in (None, "cpu") or _of_rows(scale) or y.dtype != x.dtype:
         return None
@@ -61,7 +72,8 @@ def paired_rows(x: Tensor, y: Tensor, scale: float | Tensor, *, mean: bool, prec
     if impls.choose("matching_loss", None, device_type=x.device.type, dtype=compute.dtype) != "cpu":
         return None
     products = cpu.product_number(compute.products, x)
-    return fused_losses(Call(None, mean, torch.is_grad_enabled(), precision, impl, cpu.KERNELS, products, True), x, y, scale, None)
+    call = Call(None, mean, torch.is_grad_enabled(), precision, impl, cpu.KERNELS, products, True, smoothing)
+    return fused_losses(call, x, y, scale, None)
 
 
 def sigmoid_rows(
@@ -79,14 +91,15 @@ def view_rows(x: Tensor, scale: float | Tensor, labels: Tensor | None, *, mean: 
     return _losses(x, None, scale, None, labels, mean, precision, impl)
 
 
-def _losses(x, y, scale, shift, labels, mean, precision, impl) -> Tensor:
+def _losses(x, y, scale, shift, labels, mean, precision, impl, smoothing=0.0) -> Tensor:
     compute = how_to_compute(x, precision)
     chosen = impl
     if impl in (None, "cpu", "triton"):  # another serves the pass over all pairs, within the definition
         chosen = impls.choose("matching_loss", impl, device_type=x.device.type, dtype=compute.dtype)
     kernels = KERNELS.get(chosen, cpu.KERNELS)
-    call = Call(labels, mean, torch.is_grad_enabled(), precision, impl, kernels, cpu.product_number(compute.products, x, kernels))
-    fused = chosen == "cpu" or (chosen == "triton" and shift is None)
+    products = cpu.product_number(compute.products, x, kernels)
+    call = Call(labels, mean, torch.is_grad_enabled(), precision, impl, kernels, products, smoothing=smoothing)
+    fused = chosen == "cpu" or (chosen == "triton" and shift is None and not smoothing)
     if not fused or transformed() or _of_rows(scale) or _of_rows(shift):
         return _definition(call, x, y, scale, shift)
     return fused_losses(call, x, y, scale, shift)
@@ -116,7 +129,7 @@ def _scalar(x: float | Tensor, device: torch.device) -> Tensor:
 
 def _definition(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor, shift: float | Tensor | None) -> Tensor:
     """In PyTorch's operations around the pass over all pairs, for any device and transform, and for derivatives of the second order."""
-    labels, mean, _, precision, impl, *_, rows_alone = call
+    labels, mean, _, precision, impl, *_, rows_alone, _ = call
     own = torch.arange(len(x), device=x.device)
     if shift is not None:
         losses = sigmoid_pair_loss(x, y, scale, shift, own, precision=precision, impl=impl)
@@ -128,10 +141,13 @@ def _definition(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor, 
         labels = (own if rows_alone else own % half) if labels is None else labels
         spec, tensors = problem(x, columns, scale, None, None, None, (SameLabel(labels, labels),), None, precision, impl)
         lse, *_ = streaming_softmax(spec, tensors.folded(spec), pool=False, need_pooled=False)
-        losses = F.softplus(lse[0] - scale * dot(x, match), threshold=40)  # beyond 40, log(1 + e^x) is x in float64 too
+        logits, sides = scale * dot(x, match), lse[:1]
     else:
-        sides = lse_by_rows(x, y, scale, labels=(own, own), precision=precision, impl=impl)
-        losses = F.softplus(torch.stack(sides) - scale * dot(x, y), threshold=40).mean(0)
+        logits, sides = scale * dot(x, y), torch.stack(lse_by_rows(x, y, scale, labels=(own, own), precision=precision, impl=impl))
+    losses = F.softplus(sides - logits, threshold=40).mean(0)  # beyond 40, log(1 + e^x) is x in float64 too
+    if call.smoothing:
+        spread = [score_sums(a, b, scale) for a, b in ((x, y), (y, x))[: len(sides)]]
+        losses = losses + call.smoothing * (logits - sum(s.other / s.other_count for s in spread) / len(sides))
     return losses.mean() if mean else losses
 
 
@@ -142,8 +158,7 @@ class MatchingLoss(PlainFunction):
     def forward(ctx, call, x, y, scale, shift):
         _, want_x, want_y, want_scale, _ = ctx.needs_input_grad
         keep = call.grad and (want_x or want_scale), call.grad and want_y
-        sides = (True,) if call.rows_alone else ()  # which only the CPU's op knows
-        losses, *found = call.kernels.ops.matching_loss(x, y, scale, shift, call.labels, call.mean, *keep, call.products, *sides)
+        losses, *found = call.kernels.ops.matching_loss(x, y, scale, shift, call.labels, call.mean, *keep, call.products, *call.further)
         ctx.call = call
         ctx.save_for_backward(*found, x, y, scale, shift)
         ctx.set_materialize_grads(False)
@@ -179,12 +194,12 @@ def _gradients(call, want, g, statistics, kept_x, kept_y, *inputs) -> tuple[Tens
     if kept_x.numel() or kept_y.numel():
         kept = kept_x, kept_y, *(statistics if want[2] or want[3] else (None, None))
         return tuple([_like(unit * g, x) if wanted else None for unit, x, wanted in zip(kept, inputs, want, strict=True)])
-    sides = (True,) if call.rows_alone else ()
-    found = iter(call.kernels.ops.matching_loss_grad(g.contiguous(), statistics, *inputs, call.labels, *want, call.products, *sides))
+    options = *want, call.products, *call.further
+    found = iter(call.kernels.ops.matching_loss_grad(g.contiguous(), statistics, *inputs, call.labels, *options))
     return tuple([next(found) if wanted else None for wanted in want])
 
 
-def _loss_fake(x, y, scale, shift, labels, mean, keep_x, keep_y, products, rows_alone=False):
+def _loss_fake(x, y, scale, shift, labels, mean, keep_x, keep_y, products, rows_alone=False, smoothing=0.0):
     kept = mean and (keep_x or keep_y) and extension.load("_C")[0].few_pairs(len(x), *x.shape)
     statistics = 0 if shift is not None else 3 if y is None or rows_alone else 6
     gradients = (scale.new_empty(x.shape if kept and keep else (0,)) for keep in (keep_x, keep_y))

@@ -63,11 +63,9 @@ def info_nce_mean(
     if normalize:
         query, positive = unit_length(query), None if positive is None else unit_length(positive)
         keys = positive if bank is None else unit_length(keys)
-    if bank is None and smoothing:  # the positives are rows of a bank
-        positive, targets = None, torch.arange(len(query))
-    elif bank is None and not attract:
+    if bank is None and not attract:
         scale = 1.0 / number if number is temperature else temperature.reciprocal()
-        call = matching.Call(None, True, torch.is_grad_enabled(), None, None, cpu.KERNELS, cpu.product_number(None, query), True)
+        call = matching.Call(None, True, torch.is_grad_enabled(), None, None, cpu.KERNELS, cpu.product_number(None, query), True, smoothing)
         return matching.fused_losses(call, query, positive, scale, None)
     learnt = None if number is temperature else temperature
     pull = torch.is_grad_enabled() and (query.requires_grad or (learnt is not None and learnt.requires_grad))
@@ -137,12 +135,14 @@ def wasserstein_mean(query: Tensor, positive: Tensor, bank, temperature: float) 
     return WassersteinMean.run(query, positive, keys, 1.0 / temperature)
 
 
-def matching_mean(x: Tensor, y: Tensor, scale: float | Tensor, shift: float | Tensor | None = None) -> Tensor | None:
+def matching_mean(
+    x: Tensor, y: Tensor, scale: float | Tensor, shift: float | Tensor | None = None, smoothing: float = 0.0
+) -> Tensor | None:
     """The mean of `clip_rows` or, with a shift, of `sigmoid_rows` of x and y [N, D]."""
     numbers = (_usual(scale) or _scalar(scale)) and (shift is None or (type(shift) is float and abs(shift) <= 1e3) or _scalar(shift))
     if not (numbers and _plain(x, y) and x.shape == y.shape):
         return None
-    call = matching.Call(None, True, torch.is_grad_enabled(), None, None, cpu.KERNELS, cpu.product_number(None, x))
+    call = matching.Call(None, True, torch.is_grad_enabled(), None, None, cpu.KERNELS, cpu.product_number(None, x), False, smoothing)
     return matching.fused_losses(call, x, y, scale, shift)
 
 
