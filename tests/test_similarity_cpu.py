@@ -11,6 +11,7 @@ from similarity_kernel_cases import (
     NOTHING_SHAPE,
     ROWS,
     ULP,
+    WIDE,
     assert_accurate,
     candidates,
     case,
@@ -54,7 +55,7 @@ SHAPES += [(1, 70, 3, 33), (2, 65, 13, 16)]  # few keys of many rows, multiplied
 
 
 @DTYPES
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("shape", [*SHAPES, *WIDE], ids=lambda s: "x".join(map(str, s)))
 def test_ragged_sizes(isa, dtype, shape):
     check(case(*shape, dtype), dtype)
 
@@ -75,6 +76,20 @@ def test_values_other_than_the_keys(isa, dtype, rows, width):
     for a in (case(2, rows, 300, 33, dtype, **start), case(2, rows, 300, 33, dtype, shared=True)):
         check(a, dtype, values=torch.randn(2, 300, width).to(dtype))
     check(case(2, rows, 300, 33, dtype, shared=True), dtype, values=torch.randn(1, 300, width).to(dtype).expand(2, -1, -1))
+
+
+@DTYPES
+@pytest.mark.parametrize("widths", [(33, 1024), (1030, 17)], ids=["wide values", "wide keys"])
+def test_values_of_another_width_where_one_is_wide(isa, dtype, widths):
+    check(case(1, 20, 192, widths[0], dtype), dtype, values=torch.randn(1, 192, widths[1]).to(dtype))
+
+
+@pytest.mark.parametrize("keys_dtype", [torch.bfloat16, torch.float16])
+def test_wide_matrices_of_different_dtypes(isa, keys_dtype):
+    a = case(1, 20, 192, 1024, keys_dtype)
+    a["query"] = torch.randn(1, 20, 1024)
+    want = cpu.forward(**{**a, "keys": a["keys"].float()}, pooled=True)
+    assert all(map(torch.equal, cpu.forward(**a, pooled=True), want))
 
 
 @pytest.mark.parametrize("keys_dtype", [torch.bfloat16, torch.float16])

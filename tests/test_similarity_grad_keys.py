@@ -4,7 +4,19 @@ import math
 
 import pytest
 import torch
-from similarity_kernel_cases import CHOSEN, DTYPES, NOTHING, NOTHING_SHAPE, ROWS, assert_accurate, candidates, case, chosen_options, softmax
+from similarity_kernel_cases import (
+    CHOSEN,
+    DTYPES,
+    NOTHING,
+    NOTHING_SHAPE,
+    ROWS,
+    WIDE,
+    assert_accurate,
+    candidates,
+    case,
+    chosen_options,
+    softmax,
+)
 from torch import Tensor
 
 from kdfast._core import extension
@@ -59,7 +71,7 @@ SHAPES = [
 
 
 @DTYPES
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("shape", [*SHAPES, *WIDE, (1, 17, 580, 800)], ids=lambda s: "x".join(map(str, s)))
 def test_ragged_sizes(isa, dtype, shape):
     check(case(*shape, dtype), dtype)
 

@@ -4,7 +4,19 @@ import math
 
 import pytest
 import torch
-from similarity_kernel_cases import CHOSEN, DTYPES, NOTHING, NOTHING_SHAPE, ROWS, assert_accurate, candidates, case, chosen_options, softmax
+from similarity_kernel_cases import (
+    CHOSEN,
+    DTYPES,
+    NOTHING,
+    NOTHING_SHAPE,
+    ROWS,
+    WIDE,
+    assert_accurate,
+    candidates,
+    case,
+    chosen_options,
+    softmax,
+)
 from torch import Tensor
 
 from kdfast._core import extension
@@ -62,7 +74,7 @@ LARGE = [(1, 3, 1200, 1100), (1, 1200, 3, 1100), (1, 64, 6, 520)]
 
 @over
 @DTYPES
-@pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE, *WIDE], ids=lambda s: "x".join(map(str, s)))
 def test_ragged_sizes(isa, dtype, shape, width):
     a = case(*shape, dtype)
     check(a, upstream(a, width, dtype), dtype)

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "similarity/packed_panels.inl"
-#include "similarity/softmax.inl"
+#include "similarity/wide.inl"
 
 namespace {
 
@@ -27,11 +27,11 @@ struct SoftmaxWorkspace {
   SoftmaxWorkspace(Product product, const SimilarityParams& p, int64_t row_count, int64_t columns, Arena& arena) {
     const bool other_values = p.pooled && p.values.data != nullptr;
     rows = rows_at_once<Product>(p.width > p.pooled_width ? p.width : p.pooled_width, row_count);
-    block = block_columns<Product>(columns, p.width);
-    queries.plan(product, rows, p.width, arena);
-    pooled.plan(p.pooled ? rows : 0, p.pooled_width, arena);
-    keys.panels.plan(product, p.width, block, true, p.pooled && !other_values, arena);
-    if (other_values) values.panels.plan(product, p.pooled_width, block, false, true, arena);
+    block = streamed_columns<Product>(columns, p.width);
+    queries.plan(product, rows, spaced<Product>(p.width), arena);
+    pooled.plan(p.pooled ? rows : 0, spaced<Product>(p.pooled_width), arena);
+    plan_streamed(product, keys, p.width, block, true, p.pooled && !other_values, arena);
+    if (other_values) plan_streamed(product, values, p.pooled_width, block, false, true, arena);
     tile.plan(product, rows, block, arena);
     softmax.plan(rows, arena);
     terms.plan(block, arena);
@@ -110,7 +110,7 @@ struct SimilarityPass {
 
 // Words of workspace for tasks of at most `rows` rows and `columns` columns.
 int64_t similarity_workspace(const SimilarityParams& p, int64_t rows, int64_t columns) {
-  return similarity_words(p.precision, [&](auto product) {
+  return streaming_words(p, [&](auto product) {
     Arena arena{nullptr};
     SoftmaxWorkspace(product, p, rows, columns, arena);
     return arena.words;
@@ -118,7 +118,7 @@ int64_t similarity_workspace(const SimilarityParams& p, int64_t rows, int64_t co
 }
 
 void similarity(const SimilarityParams& p, const SimilarityTask& task, float* workspace) {
-  with_similarity_product(p.precision, [&](auto product) {
+  with_streaming_product(p, [&](auto product) {
     using Product = decltype(product);
     Arena arena{workspace};
     SoftmaxWorkspace w(product, p, task.row_end - task.row_begin, task.column_end - task.column_begin, arena);

@@ -7,7 +7,7 @@
 // Included after an instruction set's header (isa/).
 #pragma once
 
-#include "similarity/softmax.inl"
+#include "similarity/wide.inl"
 
 namespace {
 
@@ -27,18 +27,18 @@ struct GradWorkspace {
   GradWorkspace(Product product, const SimilarityParams& p, const SimilarityGradTask& t, int64_t row_count, Arena& arena) {
     const bool has_h = t.upstream.h.data != nullptr, over_keys = p.values.data == nullptr;
     rows = rows_at_once<Product>(p.width > p.pooled_width ? p.width : p.pooled_width, row_count);
-    block = block_columns<Product>(p.rows, p.width);
-    keys.plan(product, rows, p.width, arena);
-    dkeys.plan(t.dkeys != nullptr ? rows : 0, p.width, arena);
-    queries.panels.plan(product, p.width, block, true, t.dkeys != nullptr, arena);
+    block = streamed_columns<Product>(p.rows, p.width);
+    keys.plan(product, rows, spaced<Product>(p.width), arena);
+    dkeys.plan(t.dkeys != nullptr ? rows : 0, spaced<Product>(p.width), arena);
+    plan_streamed(product, queries, p.width, block, true, t.dkeys != nullptr, arena);
     tile.plan(product, rows, block, arena);
     softmax.plan(block, arena);
     sum = arena.take(t.dbias != nullptr ? rows * kLanes : 0);
     values = keys, dvalues = dkeys;
     if (!has_h) return;
-    if (!over_keys) values.plan(product, rows, p.pooled_width, arena);
-    if (!over_keys) dvalues.plan(t.dvalues != nullptr ? rows : 0, p.pooled_width, arena);
-    upstream.panels.plan(product, p.pooled_width, block, true, (over_keys ? t.dkeys : t.dvalues) != nullptr, arena);
+    if (!over_keys) values.plan(product, rows, spaced<Product>(p.pooled_width), arena);
+    if (!over_keys) dvalues.plan(t.dvalues != nullptr ? rows : 0, spaced<Product>(p.pooled_width), arena);
+    plan_streamed(product, upstream, p.pooled_width, block, true, (over_keys ? t.dkeys : t.dvalues) != nullptr, arena);
     h_tile.plan(product, rows, block, arena);
   }
 };
@@ -165,7 +165,7 @@ struct KeyGradientPass {
 
 // Words of workspace for tasks of at most `keys` keys that want what `like` wants.
 int64_t similarity_grad_workspace(const SimilarityParams& p, const SimilarityGradTask& like, int64_t keys) {
-  return similarity_words(p.precision, [&](auto product) {
+  return streaming_words(p, [&](auto product) {
     Arena arena{nullptr};
     GradWorkspace(product, p, like, keys, arena);
     return arena.words;
@@ -173,7 +173,7 @@ int64_t similarity_grad_workspace(const SimilarityParams& p, const SimilarityGra
 }
 
 void similarity_grad(const SimilarityParams& p, const SimilarityGradTask& task, float* workspace) {
-  with_similarity_product(p.precision, [&](auto product) {
+  with_streaming_product(p, [&](auto product) {
     using Product = typename decltype(product)::Swapped;
     Arena arena{workspace};
     GradWorkspace w(Product{}, p, task, task.key_end - task.key_begin, arena);

@@ -6,7 +6,7 @@
 // Included after an instruction set's header (isa/).
 #pragma once
 
-#include "similarity/softmax.inl"
+#include "similarity/wide.inl"
 
 namespace {
 
@@ -27,17 +27,17 @@ struct GradRowsWorkspace {
                     Arena& arena) {
     const bool has_h = t.upstream.h.data != nullptr, other_values = p.values.data != nullptr;
     rows = rows_at_once<Product>(p.width > p.pooled_width ? p.width : p.pooled_width, row_count);
-    block = block_columns<Product>(columns, p.width);
-    queries.plan(product, rows, p.width, arena);
-    sums.plan(rows, p.width, arena);
-    keys.panels.plan(product, p.width, block, true, true, arena);
+    block = streamed_columns<Product>(columns, p.width);
+    queries.plan(product, rows, spaced<Product>(p.width), arena);
+    sums.plan(rows, spaced<Product>(p.width), arena);
+    plan_streamed(product, keys, p.width, block, true, true, arena);
     tile.plan(product, rows, block, arena);
     terms.plan(block, arena);
     multiplier = arena.take(rows), high = arena.take(rows), low = arena.take(rows);
     mass = arena.take(rows * kLanes), total = arena.take(rows * kLanes), rests = arena.take(2 * rows * kLanes);
     if (!has_h) return;
-    upstream.plan(product, rows, p.pooled_width, arena);
-    if (other_values) values.panels.plan(product, p.pooled_width, block, true, false, arena);
+    upstream.plan(product, rows, spaced<Product>(p.pooled_width), arena);
+    if (other_values) plan_streamed(product, values, p.pooled_width, block, true, false, arena);
     h_tile.plan(product, rows, block, arena);
   }
 };
@@ -141,7 +141,7 @@ struct RowGradientPass {
 
 // Words of workspace for tasks of at most `rows` rows and `columns` columns, with or without h as `like`.
 int64_t similarity_grad_rows_workspace(const SimilarityParams& p, const SimilarityGradRowsTask& like, int64_t rows, int64_t columns) {
-  return similarity_words(p.precision, [&](auto product) {
+  return streaming_words(p, [&](auto product) {
     Arena arena{nullptr};
     GradRowsWorkspace(product, p, like, rows, columns, arena);
     return arena.words;
@@ -149,7 +149,7 @@ int64_t similarity_grad_rows_workspace(const SimilarityParams& p, const Similari
 }
 
 void similarity_grad_rows(const SimilarityParams& p, const SimilarityGradRowsTask& task, float* workspace) {
-  with_similarity_product(p.precision, [&](auto product) {
+  with_streaming_product(p, [&](auto product) {
     using Product = decltype(product);
     Arena arena{workspace};
     GradRowsWorkspace w(product, p, task, task.row_end - task.row_begin, task.column_end - task.column_begin, arena);
