@@ -13,8 +13,8 @@ ULP = 2.0**-23
 # vectors; 70: on tiles, where there are any.
 ROWS = pytest.mark.parametrize("rows", [2, 5, 20, 70])
 
-# So wide that blocks of columns are packed in pieces (similarity/wide.inl): whole blocks where they lie and a ragged one; an odd width; rows
-# of two chunks.
+# So wide that blocks of columns are packed in pieces (similarity/wide.inl): whole blocks where they lie and a ragged one; an odd width;
+# rows of two chunks.
 WIDE = [(1, 20, 130, 1024), (1, 9, 257, 1025), (1, 580, 17, 800)]
 
 

@@ -1,5 +1,5 @@
-// The products of a streaming softmax over keys so wide that a block of them in panels leaves L2 no room. Of a block's rows, read where they lie, a
-// piece is packed, at most kStepChunk steps of one panel, meets all rows of a chunk, and is forgotten: it never leaves L1.
+// The products of a streaming softmax over keys so wide that a block of them in panels leaves L2 no room. Of a block's rows, read where they lie,
+// a piece is packed, at most kStepChunk steps of one panel, meets all rows of a chunk, and is forgotten: it never leaves L1.
 //
 // Included by the passes, after the target pragma.
 #pragma once
@@ -175,7 +175,8 @@ inline void score_rows(Wide<Base>, const float* a, int64_t a_stride, int64_t row
 }
 
 template <class Base, class Epilogue>
-inline void sum_rows(Wide<Base>, const float* weights, int64_t weight_stride, int64_t rows, int64_t columns, const Panels& c, Epilogue sums) {
+inline void sum_rows(Wide<Base>, const float* weights, int64_t weight_stride, int64_t rows, int64_t columns, const Panels& c,
+                     Epilogue sums) {
   constexpr int64_t kWords = kPanel / Base::kPack;
   alignas(64) float piece[Base::kStepChunk * kPanel];
   const int64_t steps = Base::steps(columns);
