@@ -93,6 +93,13 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "float? rho_a, float? rho_b, Tensor g, int iterations, float? tol, str method, float? anneal_start, float? anneal_factor, "
       "bool history) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "sinkhorn_iterate(Tensor? cost, Tensor? x, Tensor? y, Tensor a, Tensor b, Tensor epsilon, Tensor? rows, Tensor? cols, str metric, "
+      "float? rho_a, float? rho_b, Tensor g, int iterations, str method, float? anneal_start, float? anneal_factor, "
+      "bool history) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sinkhorn_marginals(Tensor? cost, Tensor? x, Tensor? y, Tensor a, Tensor b, Tensor epsilon, Tensor? rows, Tensor? cols, str metric, "
+      "float? rho_a, float? rho_b, Tensor f, Tensor g) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "sinkhorn_plan(Tensor? cost, Tensor? x, Tensor? y, Tensor a, Tensor b, Tensor epsilon, Tensor? rows, Tensor? cols, str metric, "
       "float? rho_a, float? rho_b, Tensor? f, Tensor? g, Tensor? weight, Tensor? slope, bool over_cost, bool sum, "
       "int begin, int end) -> (Tensor, Tensor, Tensor, Tensor)");

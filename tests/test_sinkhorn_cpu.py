@@ -257,6 +257,10 @@ def test_the_operator_checks_its_arguments(change, message):
         "history": True,
     }
     torch.library.opcheck(torch.ops.kdfast.sinkhorn_solve.default, tuple(arguments.values()))
+    without_tol = {name: value for name, value in arguments.items() if name != "tol"}
+    torch.library.opcheck(torch.ops.kdfast.sinkhorn_iterate.default, tuple(without_tol.values()))
+    potentials = (torch.rand(1, 3), torch.rand(1, 4))
+    torch.library.opcheck(torch.ops.kdfast.sinkhorn_marginals.default, (*list(arguments.values())[:11], *potentials))
     for slope in (None, torch.ones(1)):
         rows = (torch.rand(1, 3), torch.rand(1, 4), torch.ones(1), slope, False, False, 1, 3)
         torch.library.opcheck(torch.ops.kdfast.sinkhorn_plan.default, (*list(arguments.values())[:11], *rows))

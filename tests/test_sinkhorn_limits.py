@@ -74,7 +74,7 @@ def test_operators(impl):
             (library.apply_plan, (*p, f, g, torch.randn(2, 3, 2), False)),
             (library.replay, (*p, g, history_f, history_g, done, f, g, True, *schedule)),
             (library.implicit, (*p, f, g, done, f, g, False, *schedule)),
-        ):
+        ) + ((library.iterate, (*p, g, 3, "log", 1.0, 0.5, True)), (library.marginals, (*p, f, g))) * (impl == "cpu"):
             torch.library.opcheck(op, arguments)
 
 

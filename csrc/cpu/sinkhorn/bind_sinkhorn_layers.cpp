@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "kept_output.h"
 #include "sinkhorn/bind_sinkhorn.h"
 
 namespace {
@@ -96,8 +97,7 @@ Tensor assign(const Tensor& scores, const OptionalTensor& v, const Tensor& inver
     check("v", *v, scalar_type<Real>(), {batch, columns});
     STD_TORCH_CHECK(v->is_contiguous(), "v must be contiguous");
   }
-  const auto reals = [&](std::initializer_list<int64_t> shape) { return torch::stable::new_empty(scores, shape, scalar_type<Real>()); };
-  Tensor out = on_large_pages(codes ? reals({batch, n, columns}) : reals({batch, columns}));
+  Tensor out = codes ? kept_output(scores, {batch, n, columns}, scalar_type<Real>()) : output(scores, {batch, columns}, scalar_type<Real>());
   if (out.numel() == 0) return out;
   AssignPasses<Real> passes(p, n);
   Real* const to = values<Real>(out);
@@ -154,7 +154,7 @@ Tensor codes_of(const Tensor& scores, const Tensor& inverse_epsilon, int64_t ite
   const SinkhornAssign<Real> p = assign_call<Real>(scores, inverse_epsilon);
   STD_TORCH_CHECK(iterations >= 1, "iterations must be >= 1, got ", iterations);
   const int64_t batch = scores.size(0), n = scores.size(1), columns = p.columns;
-  Tensor out = on_large_pages(torch::stable::new_empty(scores, {batch, n, columns}, scalar_type<Real>()));
+  Tensor out = kept_output(scores, {batch, n, columns}, scalar_type<Real>());
   if (out.numel() == 0) return out;
   AssignPasses<Real> passes(p, n);
   std::fill_n(passes.v(), (columns + 15) / 16 * 16, Real(0));

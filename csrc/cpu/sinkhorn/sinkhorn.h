@@ -30,7 +30,8 @@ struct SinkhornSchedule {
   double anneal_factor;
 };
 
-// Outputs. History may be null: [iterations][n] and [iterations][m], `history_*_stride` from one iteration to the next.
+// Outputs. Where no iterations are asked for, f and g are given, and only what they make is written: row, col, transport and error. Without a
+// tolerance row may be null, and none of these are, which take a pass. History may be null: [iterations][n] and [iterations][m], with strides.
 template <class Real>
 struct SinkhornSolution {
   Real *f, *row;  // [n]; row: sum_j b_j E_ij, E = exp((f + g - C)/epsilon)

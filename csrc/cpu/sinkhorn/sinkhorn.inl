@@ -111,6 +111,12 @@ class SinkhornSolver {
   void solve(const SinkhornSolution<Real>& out) {
     const FlushDenormals flush;
     begin(out.g);
+    if (schedule_.iterations == 0) {
+      copy(w_.f, out.f, p_.n);
+      set_epsilon(p_.epsilon);
+      *out.error = Real(marginals(out));
+      return;
+    }
     scales_ = w_.kernel != nullptr && p_.m > 0 && p_.rho_a == 0 && p_.rho_b == 0 && schedule_.tol < 0 && out.history_f == nullptr;
     stores_ = schedule_.method == SinkhornMethod::kKernel || scales_;
     const bool proximal = schedule_.method == SinkhornMethod::kProximal;
@@ -129,7 +135,7 @@ class SinkhornSolver {
     finish_columns();
     for (int64_t t = done; out.history_f != nullptr && t < schedule_.iterations; ++t) record(out, t);
     *out.done = done;
-    *out.error = Real(marginals(out));
+    if (out.row != nullptr) *out.error = Real(marginals(out));
     copy(out.f, w_.f, p_.n);
     copy(out.g, w_.g, p_.m);
   }

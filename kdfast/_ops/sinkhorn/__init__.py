@@ -1,5 +1,7 @@
 """Entropic optimal transport: batched Sinkhorn iterations, differentiable in four ways. README.md has the mathematics."""
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -7,9 +9,12 @@ from kdfast._core import checks, impls
 from kdfast._core import precision as precisions
 
 from . import arguments, cpu, cuda, triton
-from .autograd import DualValue, Potentials, TransportCost, applied, followed, refuse
+from .autograd import Potentials
+from .envelope import EnvelopeValue
 from .geometry import Problem
-from .result import PlanState, SinkhornResult, refusal, zero_outside
+from .graph import applied, followed
+from .portable import effective_epsilon
+from .result import PlanState, SinkhornResult
 
 __all__ = ["SinkhornResult", "sinkhorn"]
 
@@ -79,7 +84,7 @@ def sinkhorn(
         impl: None, "cpu", "cuda", "triton" or "torch".
 
     Returns: SinkhornResult: f, g, value, transport_cost, epsilon, iterations, error, converged, plan(), apply(v),
-        apply_t(v), check().
+        apply_t(v), check(). On the CPU transport_cost and error take a pass over the cost, made when one of them is first read.
 
     Raises: ValueError, TypeError naming the argument.
 
@@ -92,7 +97,7 @@ def sinkhorn(
     device_type = (cost if cost is not None else x).device.type
     impl = impls.choose("sinkhorn", impl, **_facts(cost, x, y, metric, method, tol))
     precision = precisions.resolve(precision, device_type)
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else contextlib.nullcontext():
         p, batch, inside = arguments.problem(cost, x, y, metric, a, b, epsilon, rho, lengths, precision, impl)
         g0 = _start(init, p, batch, inside[1], method)
         result = _solve(p, g0, schedule, grad, batch, inside)
@@ -125,39 +130,14 @@ def _start(init, p: Problem, batch: tuple[int, ...], inside: Tensor | None, meth
 
 
 def _solve(p: Problem, g0: Tensor, schedule, grad: str, batch: tuple[int, ...], inside) -> SinkhornResult:
-    unrolled = grad == "unrolled" and followed(*p[:6])
     if grad in ("implicit", "unrolled") and p.cost is not None and followed(p.cost):
         p = p._replace(cost=p.cost.to(p.a.dtype))  # its gradient has parts that cancel: they are added before they are rounded
-    source = Problem(*(None if t is None else t.detach() for t in p[:8]), *p[8:]) if grad == "detached" else p
-    f, g, row, col, transport, error, done, *_ = applied(Potentials, *source.split, g0, tuple(schedule), unrolled)
-    proximal = schedule.method == "proximal"
-    if proximal:
-        p = p._replace(epsilon=p.epsilon / done.clamp_min(1))
-
-    def refused(*named: tuple[str, Tensor]) -> tuple[Tensor, ...]:
-        return refuse(tuple(t for _, t in named), tuple(refusal(grad, name) for name, _ in named), p[:6])
-
+    value = None
     if grad == "envelope":
-        value = applied(DualValue, f, g, row, col, transport, *p.split, False, proximal)
-        out_f, out_g, cost = refused(("f", f), ("g", g), ("transport_cost", transport))
-    elif grad == "detached":
-        cost = applied(TransportCost, f, g, transport, *p.split, True)
-        dual = applied(DualValue, f, g, row, col, transport, *source._replace(epsilon=p.epsilon.detach()).split, False, proximal)
-        value, out_f, out_g = refused(("value", dual), ("f", f), ("g", g))
+        value, f, g, done, *marginals = applied(EnvelopeValue, *p.split, g0, tuple(schedule))
     else:
-        out_f, out_g = f, g
-        cost = applied(TransportCost, f, g, transport, *p.split, False)
-        value = cost if proximal else applied(DualValue, f, g, row, col, transport, *p.split, True, False)
-    out_f, out_g = map(zero_outside, inside, (out_f, out_g))
-    converged = None if schedule.tol is None else (error <= schedule.tol) | (done < schedule.iterations)
-    return SinkhornResult(
-        out_f.reshape(*batch, f.shape[1]),
-        out_g.reshape(*batch, g.shape[1]),
-        value.reshape(batch),
-        cost.reshape(batch),
-        p.epsilon.detach().reshape(batch),
-        done.reshape(batch),
-        error.reshape(batch),
-        None if converged is None else converged.reshape(batch),
-        PlanState(p, f, g, batch, grad, schedule.tol, inside),
-    )
+        source = p.detached if grad == "detached" else p
+        unrolled = grad == "unrolled" and followed(*p[:6])
+        f, g, done, _, _, *marginals = applied(Potentials, *source.split, g0, tuple(schedule), unrolled)
+    p = p._replace(epsilon=effective_epsilon(p, schedule, done))
+    return SinkhornResult(PlanState(p, f, g, batch, grad, inside, schedule, done), value, tuple(marginals))

@@ -72,19 +72,16 @@ def problem(cost, x, y, metric, a, b, epsilon, rho, lengths, precision, impl) ->
     shapes = [cost.shape[:-2]] if cost is not None else [x.shape[:-2], y.shape[:-2]]
     shapes += [w.shape[:-1] for w in (a, b) if w is not None]
     shapes += [t.shape for t in (epsilon, rows, cols) if isinstance(t, Tensor)]
-    try:
-        batch = tuple(torch.broadcast_shapes(*shapes))
-    except RuntimeError:
-        raise ValueError(
-            f"cost or x and y, a, b, epsilon and lengths must agree on the batch, got batch shapes {list(map(tuple, shapes))}"
-        ) from None
+    batch = _batch(shapes)
     count = math.prod(batch)
 
     def flat(t: Tensor, own: int) -> Tensor:  # [*B', ...] -> [B, ...], `own` trailing dimensions kept
         tail = t.shape[t.dim() - own :]
+        if len(batch) == 1 and t.shape == (count, *tail):
+            return t
         return t.expand((*batch, *tail)).reshape((count, *tail))
 
-    eps = flat(scalar("epsilon", epsilon, dtype, device), 0)
+    eps = flat(scalar("epsilon", epsilon, dtype, device, batch), 0)
     rows, cols = (None if t is None else flat(t, 0) for t in (rows, cols))
     inside = (None, None) if rows is None else (_inside(n, rows), _inside(m, cols))
     weights = []
@@ -98,6 +95,17 @@ def problem(cost, x, y, metric, a, b, epsilon, rho, lengths, precision, impl) ->
         metric = "dot" if metric == "cosine" else metric
         rows = cols = None  # padded points are zero and have no weight
     return Problem(cost, x, y, *weights, eps, rows, cols, metric, *rho, impl), batch, inside
+
+
+def _batch(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    if shapes.count(shapes[0]) == len(shapes):
+        return tuple(shapes[0])
+    try:
+        return tuple(torch.broadcast_shapes(*shapes))
+    except RuntimeError:
+        raise ValueError(
+            f"cost or x and y, a, b, epsilon and lengths must agree on the batch, got batch shapes {list(map(tuple, shapes))}"
+        ) from None
 
 
 def source(cost, x, y, metric) -> None:
@@ -127,13 +135,13 @@ def _weights(name: str, w, size: int, side: str, device) -> None:
         raise ValueError(f"{name} must be on the device of the cost ({device}), got {w.device}")
 
 
-def scalar(name: str, x: "float | Tensor", dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`x` as a tensor. A number, not 0 nor infinite there, is filled in on the device: to copy it would synchronise."""
+def scalar(name: str, x: "float | Tensor", dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] = ()) -> Tensor:
+    """`x` as a tensor. A number, not 0 nor infinite there, is filled into `shape` on the device: to copy it would synchronise."""
     if isinstance(x, Tensor):
         return x.to(device, dtype)
     if math.isfinite(x) and x and not torch.finfo(dtype).tiny <= abs(x) <= torch.finfo(dtype).max:
         raise ValueError(f"{name} must be in the range of {dtype}, got {x}")
-    return torch.full((), x, dtype=dtype, device=device)
+    return torch.full(shape, x, dtype=dtype, device=device)
 
 
 def real_sizes(lengths, sizes: tuple[int, int], device) -> tuple[Tensor | None, Tensor | None]:
@@ -171,9 +179,15 @@ def _points(x: Tensor, y: Tensor, rows, cols, metric: str, precision: str) -> tu
     if metric == "cosine":
         x, y = (torch.nn.functional.normalize(p, dim=-1) for p in (x, y))
     else:
-        counts = (p.shape[1] if k is None else k.clamp_min(1).to(p.dtype)[:, None] for p, k in ((x, rows), (y, cols)))
-        centre = sum(p.detach().sum(1) / k for p, k in zip((x, y), counts, strict=True))[:, None] / 2  # [B, 1, D]
+        centre = (_mean(x.detach(), rows) + _mean(y.detach(), cols)) / 2  # [B, 1, D]
         x, y = _zeroed(x - centre, y - centre, rows, cols)
     if precision == "bf16":
         x, y = x.bfloat16().to(x.dtype), y.bfloat16().to(y.dtype)
     return x, y
+
+
+def _mean(points: Tensor, count: Tensor | None) -> Tensor:
+    """[B, 1, D] of points [B, n, D], 0 at padding, of which `count` [B] are not."""
+    if count is None:
+        return points.mean(1, keepdim=True)
+    return points.sum(1, keepdim=True) / count.clamp_min(1).to(points.dtype)[:, None, None]

@@ -36,6 +36,17 @@ def solve(p: Problem, g: Tensor, schedule: Schedule, history: bool) -> Solution:
     return Solution(*torch.ops.kdfast.sinkhorn_solve(*_fields(p), g.contiguous(), *schedule, history))
 
 
+def iterate(p: Problem, g: Tensor, schedule: Schedule, history: bool) -> tuple[Tensor, ...]:
+    """(f, g, done, history_f, history_g) of solve, without tolerance: what the potentials make is left to `marginals`."""
+    iterations, _, *rest = schedule
+    return torch.ops.kdfast.sinkhorn_iterate(*_fields(p), g.contiguous(), iterations, *rest, history)
+
+
+def marginals(p: Problem, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(row, col, transport, error) of a Solution with potentials f [B, n] and g [B, m], in one pass over the cost."""
+    return torch.ops.kdfast.sinkhorn_marginals(*_fields(p), f.contiguous(), g.contiguous())
+
+
 def costs(p: Problem, begin: int, end: int) -> Tensor:
     """C[:, begin:end] [B, r, m] of points, to the bit as every kernel forms it."""
     return torch.ops.kdfast.sinkhorn_plan(*_fields(p), None, None, None, None, False, False, begin, end)[0]
@@ -111,10 +122,11 @@ def implicit(p: Problem, f: Tensor, g: Tensor, done: Tensor, to_f: Tensor, to_g:
     """adjoint.implicit by one pass over the cost a step of conjugate gradients, all problems at once."""
     epsilon = effective_epsilon(p, schedule, done)
     q, once = p._replace(epsilon=epsilon), Schedule(1, None, "log", None, None)
-    step = solve(q, g, once, True)  # from g alone: with its potentials over lambda, rows and columns sum to 1 in this precision
-    damp_b, g_hat = damping(p.rho_b, epsilon), step.g / damping(p.rho_b, epsilon)
+    # from g alone: with its potentials over lambda, rows and columns sum to 1 in this precision
+    f_new, g_new, _, history_f, history_g = iterate(q, g, once, True)
+    damp_b, g_hat = damping(p.rho_b, epsilon), g_new / damping(p.rho_b, epsilon)
     # A is B with its rows and columns rescaled
-    rows, columns = (step.f / damping(p.rho_a, epsilon) - step.f) / epsilon[:, None], (g - g_hat) / epsilon[:, None]
+    rows, columns = (f_new / damping(p.rho_a, epsilon) - f_new) / epsilon[:, None], (g - g_hat) / epsilon[:, None]
     relaxed = p.rho_a is not None or p.rho_b is not None
     if relaxed and not (p.readable and _within(rows) and _within(columns)):
         return adjoint.implicit(p, f, g, done, to_f, to_g, to_epsilon, schedule)
@@ -122,11 +134,11 @@ def implicit(p: Problem, f: Tensor, g: Tensor, done: Tensor, to_f: Tensor, to_g:
 
     def through(y: Tensor, plus: Tensor | None, _active: Tensor | None) -> Tensor:
         plus, weight = (torch.zeros_like(p.a), p.a) if plus is None else (plus, -damp_b * p.a)
-        return col_factor * _product(q, step.f, g_hat, y, row_factor * plus, row_factor * weight)
+        return col_factor * _product(q, f_new, g_hat, y, row_factor * plus, row_factor * weight)
 
     with torch.autocast("cpu", enabled=False):
         y = adjoint.conjugate_gradients(q, epsilon, g, g_hat, to_f, to_g, through)
-    pulled = replay(q, g, step.history_f, step.history_g, torch.ones_like(done), to_f, y, to_epsilon, once)
+    pulled = replay(q, g, history_f, history_g, torch.ones_like(done), to_f, y, to_epsilon, once)
     return pulled._replace(epsilon=pulled.epsilon * (epsilon / p.epsilon))
 
 
@@ -200,6 +212,15 @@ def _solve_shapes(cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b, g
     return (*(torch.empty_like(s) for s in (a, b, a, b, epsilon, epsilon)), count, *histories)
 
 
+def _iterate_shapes(*args):
+    f, g, *_, count, history_f, history_g = _solve_shapes(*args)
+    return f, g, count, history_f, history_g
+
+
+def _marginals_shapes(cost, x, y, a, b, epsilon, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(torch.empty_like(s) for s in (a, b, epsilon, epsilon))
+
+
 def _plan_shapes(cost, x, y, a, b, epsilon, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     slope, _, total, begin, end = rest[-5:]
     moments = ((b.shape[0], end - begin), b.shape, epsilon.shape)
@@ -243,6 +264,8 @@ def fold_normalize(op, info, in_dims, logits: Tensor, gradient: Tensor | None, i
 
 if missing() is None:
     torch.library.register_fake("kdfast::sinkhorn_solve", _solve_shapes)
+    torch.library.register_fake("kdfast::sinkhorn_iterate", _iterate_shapes)
+    torch.library.register_fake("kdfast::sinkhorn_marginals", _marginals_shapes)
     torch.library.register_fake("kdfast::sinkhorn_plan", _plan_shapes)
     torch.library.register_fake("kdfast::sinkhorn_product", _product_shapes)
     torch.library.register_fake("kdfast::sinkhorn_replay", _replay_shapes)

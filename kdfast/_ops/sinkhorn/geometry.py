@@ -48,6 +48,10 @@ class Problem(NamedTuple):
         """The eight tensors, then the rest as one tuple: how an autograd Function takes a problem."""
         return *self[:8], self[8:]
 
+    @property
+    def detached(self) -> "Problem":
+        return Problem(*(None if t is None else t.detach() for t in self[:8]), *self[8:])
+
     def part(self, lo: int, hi: int) -> "Problem":
         """Problems lo ... hi - 1."""
         cut = [None if t is None else t[lo:hi] for t in self[:8]]

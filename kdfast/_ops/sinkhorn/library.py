@@ -34,7 +34,7 @@ def _fold(name: str, info, in_dims, *args):
     """The vmap rule: V batches of B problems are V B problems. A shared cost stays shared unless its gradient is wanted."""
     dims, size, batch = in_dims, info.batch_size, args[5].shape[0 if in_dims[5] is None else in_dims[5] - 1]
     shared = args[0] is not None and args[0].dim() - (dims[0] is not None) == 2
-    pulls = name not in ("sinkhorn_solve", "sinkhorn_plan", "sinkhorn_apply_plan", "sinkhorn_costs")
+    pulls = name in ("sinkhorn_plan_gradient", "sinkhorn_replay", "sinkhorn_implicit")
     folded = []
     for i, (t, dim) in enumerate(zip(args, dims, strict=True)):
         if not isinstance(t, Tensor) or (i == 0 and shared and dim is None and not pulls):
@@ -59,6 +59,25 @@ def _fold(name: str, info, in_dims, *args):
 def _solve(*args):
     p, g, schedule, history = Problem(*args[:_FIELDS]), args[_FIELDS], Schedule(*args[_FIELDS + 1 : -1]), args[-1]
     return tuple({"cpu": cpu, "cuda": cuda, "triton": triton}.get(p.impl, portable).solve(p, g, schedule, history))
+
+
+def _iterate(*args):
+    p, g, (iterations, method, start, factor), history = Problem(*args[:_FIELDS]), args[_FIELDS], args[_FIELDS + 1 : -1], args[-1]
+    return tuple(cpu.iterate(p, g, Schedule(iterations, None, method, start, factor), history))
+
+
+def _iterate_shapes(*args):
+    f, g, *_, count, history_f, history_g = _solve_shapes(*args)
+    return f, g, count, history_f, history_g
+
+
+def _marginals(*args):
+    return tuple(cpu.marginals(Problem(*args[:_FIELDS]), *args[_FIELDS:]))
+
+
+def _marginals_shapes(*args):
+    p = Problem(*args[:_FIELDS])
+    return tuple(torch.empty_like(s) for s in (p.a, p.b, p.epsilon, p.epsilon))
 
 
 def _costs(*args):
@@ -139,6 +158,14 @@ def _pulled_shapes(*args):
 
 
 _define("sinkhorn_solve", f"{_PROBLEM}, Tensor g, {_SCHEDULE}, bool history", 9, _solve, _solve_shapes)
+_define(
+    "sinkhorn_iterate",
+    f"{_PROBLEM}, Tensor g, int iterations, str method, float? anneal_start, float? anneal_factor, bool history",
+    5,
+    _iterate,
+    _iterate_shapes,
+)
+_define("sinkhorn_marginals", f"{_PROBLEM}, Tensor f, Tensor g", 4, _marginals, _marginals_shapes)
 _define("sinkhorn_costs", f"{_PROBLEM}, int begin, int end", 1, _costs, _costs_shapes)
 _define("sinkhorn_plan", f"{_PROBLEM}, Tensor f, Tensor g", 1, _plan, _plan_shapes)
 _define("sinkhorn_plan_gradient", f"{_PROBLEM}, Tensor f, Tensor g, Tensor w0, Tensor? w1", 6, _plan_gradient, _plan_gradient_shapes)
@@ -159,8 +186,20 @@ _define(
 )
 
 solve = torch.ops.kdfast_torch.sinkhorn_solve.default
+iterate = torch.ops.kdfast_torch.sinkhorn_iterate.default
+marginals = torch.ops.kdfast_torch.sinkhorn_marginals.default
 plan = torch.ops.kdfast_torch.sinkhorn_plan.default
 plan_gradient = torch.ops.kdfast_torch.sinkhorn_plan_gradient.default
 apply_plan = torch.ops.kdfast_torch.sinkhorn_apply_plan.default
 replay = torch.ops.kdfast_torch.sinkhorn_replay.default
 implicit = torch.ops.kdfast_torch.sinkhorn_implicit.default
+
+
+def run(cost, x, y, a, b, epsilon, rows, cols, static, g0, schedule, history: bool) -> tuple[Tensor, ...]:
+    """(f, g, done, history_f, history_g) of a solve, and its (row, col, transport, error) unless these, which take a pass of their own,
+    are to be had from `marginals` by those who need them."""
+    problem, schedule = (cost, x, y, a, b, epsilon, rows, cols, *static), Schedule(*schedule)
+    if static[-1] == "cpu" and schedule.tol is None and schedule.method != "proximal":
+        return iterate(*problem, g0, schedule.iterations, schedule.method, schedule.anneal_start, schedule.anneal_factor, history)
+    f, g, row, col, transport, error, *rest = solve(*problem, g0, *schedule, history)
+    return f, g, *rest, row, col, transport, error
