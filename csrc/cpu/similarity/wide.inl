@@ -1,5 +1,5 @@
-// The products of a streaming softmax over keys so wide that a block of them in panels leaves L2 no room. Of a block's rows, read where they lie,
-// a piece is packed, at most kStepChunk steps of one panel, meets all rows of a chunk, and is forgotten: it never leaves L1.
+// The products of a streaming softmax over keys so wide that a block of them in panels leaves L2 no room. Of a block's rows, read where
+// they lie, a piece is packed, at most kStepChunk steps of one panel, meets all rows of a chunk, and is forgotten: it never leaves L1.
 //
 // Included by the passes, after the target pragma.
 #pragma once
