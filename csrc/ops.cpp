@@ -25,6 +25,10 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "pooled_softmax_grad(Tensor? g, Tensor h, Tensor pooled, Tensor lse, Tensor lse_low, Tensor scores, Tensor query, Tensor keys, "
       "Tensor? values, float factor, bool want_query, bool want_keys, bool want_values, int precision) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "similarity_second(Tensor g, Tensor? query_direction, Tensor? keys_direction, Tensor? scale_direction, Tensor lse, Tensor lse_low, "
+      "Tensor pooled, Tensor query, Tensor keys, Tensor scale, Tensor? bias, Tensor? query_labels, Tensor? key_labels, Tensor? key_index, "
+      "Tensor? limit, Tensor? valid, bool want_keys, int precision) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "info_nce(Tensor query, Tensor keys, Tensor? scale, Tensor? bias, Tensor? query_labels, Tensor? key_labels, Tensor? key_index, "
       "Tensor? limit, Tensor? valid, Tensor? positive, Tensor? columns, Tensor? weights, bool include_positive, bool mean, bool pull, "
       "int precision, Tensor? panels=None, bool keep_keys=False, float factor=1.0, float smoothing=0.0, "

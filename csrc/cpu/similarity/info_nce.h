@@ -52,7 +52,7 @@ struct InfoNceTangent {
   float factor;
   bool include_positive;
   const float *lse, *lse_low;  // [batch, rows]
-  const float *slopes, *pull;  // as the forward pass left them
+  const float *slopes, *pull;  // as the forward pass left them; slopes null: of lse itself, whose pull is the mean of the keys
 
   Matrix query;            // u [batch, rows, width]; not given: 0
   const float* scale;      // sigma [batch, rows]; null: 0

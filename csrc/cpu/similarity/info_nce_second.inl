@@ -7,7 +7,7 @@
 //   V_i = t_i sum_j p_ij (rate_ij - r_i) k_j + sum_j c_ij (O_i - k+_ij) + t_i kappa_i - sum_j slope_ij kappa+_ij,
 // its derivatives are
 //   in q: s V + sigma pull,   in s: q.V + u.pull,   in k+: -(c s q + slope e).
-// The pass has sum_j p_ij (rate_ij - r_i) k_j, for the slopes -r_i and h = e.
+// The pass has sum_j p_ij (rate_ij - r_i) k_j, for the slopes -r_i and h = e. With t = 1 and no positives this is the second derivative of lse.
 //
 // Included after an instruction set's header (isa/).
 #pragma once
@@ -20,7 +20,9 @@ using kdfast::InfoNceTangent;
 
 inline float upstream(const InfoNceTangent& t, int64_t row) { return t.factor * t.g[row * t.g_stride]; }
 
+// t_i = dloss_i / dlse_i
 inline float total_slope(const InfoNceParams& p, const InfoNceTangent& t, int64_t row) {
+  if (t.slopes == nullptr) return 1;
   float sum = 0;
   for (int64_t j = row * p.positives; j < (row + 1) * p.positives; ++j) sum += t.slopes[j];
   return sum;
@@ -71,7 +73,7 @@ void info_nce_direction_of(const InfoNceParams& p, const InfoNceTangent& t, int6
     pool(p, t, i, candidates);
     const float of_mean = t.keys_mean != nullptr ? p.scale[i] * inner_product(query, t.keys_mean + i * p.width, p.width) : 0;
     t.slope[i] = -(inner_product(e, pooled, p.width) + of_mean);
-    float moved = 0;
+    float moved = t.slopes == nullptr ? -t.slope[i] : 0;
     for (int64_t j = 0; j < p.positives; ++j) {
       const int64_t at = i * p.positives + j, column = column_of(p, i, j);
       t.curvature[at] = 0;

@@ -7,10 +7,11 @@
 namespace kdfast {
 
 // Along a direction e of the queries and kappa of the keys the logits move at rate_ij = e_i.k_j + s_i q_i.kappa_j, with p as in a gradient.
-// Whole arrays, those of keys with the keys' batch stride.
+// Whole arrays.
 struct TangentUpstream {
   Matrix direction;            // e [batch, rows, width]
   Matrix keys_direction;       // kappa [batch, columns, width]; not given: 0
+  int64_t keys_direction_batch_stride;
   const float* slope;          // [batch, rows], minus the mean rate
   const float *lse, *lse_low;  // [batch, rows]
   const float *of_rate, *of_weight;  // [batch, rows], f and g below; for the keys' sums alone

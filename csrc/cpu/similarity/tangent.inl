@@ -292,7 +292,7 @@ int64_t tangent_workspace(const SimilarityParams& p, const TangentUpstream& u, c
 
 void tangent(const SimilarityParams& p, const PairTask& task, const TangentUpstream& u, const TangentSums& out, float* workspace) {
   const Matrix keys = p.keys.from(task.batch * p.keys_batch_stride);
-  const Matrix keys_direction = u.keys_direction.data != nullptr ? u.keys_direction.from(task.batch * p.keys_batch_stride) : Matrix{};
+  const Matrix keys_direction = u.keys_direction.data != nullptr ? u.keys_direction.from(task.batch * u.keys_direction_batch_stride) : Matrix{};
   const int64_t rows = task.batch * p.rows;
   const auto run = [&](auto product) {
     using Product = decltype(product);

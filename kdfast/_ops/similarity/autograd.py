@@ -26,6 +26,11 @@ def _kept(ctx, rows: int) -> tuple[tuple, tuple]:
     return saved[:rows], saved[rows:] if ctx.bank is None else ctx.bank
 
 
+def _as_function() -> bool:
+    """Whether what a backward does must be a Function: it may be differentiated again, or is under torch.func.vmap."""
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
 def _versions(tensors: tuple) -> tuple[int, ...]:
     return tuple([t._version for t in tensors if t is not None and not t.is_inference()])
 
@@ -64,9 +69,7 @@ class Similarity(Function):
         g = g.contiguous() if from_lse else torch.zeros_like(lse)
         h = h.contiguous() if ctx.pool and h is not None else None
         *want, want_values = ctx.want
-        # as a Function where it may be differentiated again, or is under torch.func.vmap
-        record = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-        run = Gradients.apply if record and not torch.compiler.is_compiling() else Gradients.forward
+        run = Gradients.apply if _as_function() and not torch.compiler.is_compiling() else Gradients.forward
         dquery, dkeys, dscale, dbias, dstart_logit, dvalues, dstart_value = run(
             ctx.impl, ctx.compute, (*want, want_values and h is not None, from_lse), ctx.versions,
             g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules,
@@ -123,7 +126,8 @@ class Gradients(Function):
             )
         keys, bias, values, *rules = bank
         needs = ctx.needs_input_grad
-        grads = SecondOrder.apply(
+        run = SecondOrder.apply if _as_function() else SecondOrder.forward
+        grads = run(
             ctx.impl, ctx.compute, (needs[7], needs[9], needs[11]), *cotangents,
             g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules,
         )  # fmt: skip

@@ -180,6 +180,31 @@ def pooled_grad(
     )  # fmt: skip
 
 
+def second_order(
+    g: Tensor,
+    query_direction: Tensor | None,
+    keys_direction: Tensor | None,
+    scale_direction: Tensor | None,
+    lse: Tensor,
+    lse_low: Tensor,
+    pooled: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    *rest: Tensor | None,
+    want_keys: bool,
+    products: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of <directions, gradients of <g, lse>> in (g [B, N], query, keys, scale [B, N]) in float32; the keys' [0] unless wanted.
+
+    lse, lse_low and pooled as `forward` left them, without start and other values; `rest` = (scale, bias, ..., valid) as there. Directions
+    None: 0. Those of matrices may have other dtypes than these.
+    """
+    return torch.ops.kdfast.similarity_second(
+        g, query_direction, keys_direction, scale_direction, lse, lse_low, pooled, query, keys, *rest, want_keys,
+        product_number(products, query),
+    )  # fmt: skip
+
+
 def forward_fake(query: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
     values, pooled = args[4], args[11]
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
@@ -211,7 +236,13 @@ def pooled_grad_fake(g, h, pooled, lse, lse_low, query, keys, scale, bias, value
     )
 
 
+def second_order_fake(g, of_query, of_keys, of_scale, lse, lse_low, pooled, query, keys, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    want_keys = args[-2]
+    return torch.empty_like(g), g.new_empty(query.shape), g.new_empty(keys.shape if want_keys else (0,)), torch.empty_like(g)
+
+
 if missing() is None:
+    torch.library.register_fake("kdfast::similarity_second", second_order_fake)
     torch.library.register_fake("kdfast::similarity_softmax", forward_fake)
     torch.library.register_fake("kdfast::similarity_grad_rows", grad_rows_fake)
     torch.library.register_fake("kdfast::similarity_grad_keys", grad_keys_fake)

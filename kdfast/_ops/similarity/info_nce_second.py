@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from . import cpu
-from .definition import SecondOrder
+from .definition import differentiated_last
 
 
 def served(call, cotangents: tuple, needs: list[bool], pulls: Tensor, weights: Tensor | None) -> bool:
@@ -21,17 +20,17 @@ def gradients(*args) -> tuple[Tensor | None, ...]:
     """Gradients of <cotangents, first-order gradients> in (g, query, keys, scale, bias, positive), None where not needed.
 
     `args` = (call, needs, *cotangents, g, statistics, pulls, query, scale, positive, keys, bias, columns, weights, *rules), with cotangents
-    of the gradients in (query, keys, scale, bias, positive), None: zero. A Function where a third derivative could be asked for.
+    of the gradients in (query, keys, scale, bias, positive), None: zero.
     """
-    return Second.apply(*args) if torch.is_grad_enabled() else _gradients(*args)
+    return differentiated_last(_gradients, *args)
 
 
-class Second(Function):
-    @staticmethod
-    def forward(ctx, *args):
-        return _gradients(*args)
+def of_matches(*args) -> tuple[Tensor | None, ...]:
+    """The same of the losses of matching.py that are softmaxes, in (g, x, y, scale): each side is InfoNCE's, its match a row of its bank.
 
-    backward = staticmethod(SecondOrder.backward)  # refuses
+    `args` = (call, needs, *cotangents, g, x, y, scale), with cotangents of the gradients in (x, y, scale).
+    """
+    return differentiated_last(_of_matches, *args)
 
 
 def _gradients(call, needs, *tensors):
@@ -48,6 +47,64 @@ def _gradients(call, needs, *tensors):
         dscale if need_scale else None,
         None,
         dpositive.view(positive.shape).to(positive.dtype) if need_positive else None,
+    )
+
+
+def _of_matches(call, needs, of_x, of_y, of_scale, g, x, y, scale):
+    need_g, need_x, need_y, need_scale = needs
+    own = torch.arange(len(x))
+    if y is None:
+        half = len(x) // 2
+        labels, match = own % half if call.labels is None else call.labels, own.roll(half)
+    else:
+        labels, match = own, own
+    factor, of_scale = scale.item(), None if of_scale is None else of_scale.expand(len(x))
+    rules = labels, labels, None, None, None
+    mean = g.dim() == 0
+
+    def side(g, q, k, of_q, of_k, need_keys):
+        """Gradients in g, q, k and scale."""
+        positives, options = (None, match[:, None]), (call.products, factor)
+        _, statistics, pulls, _ = torch.ops.kdfast.info_nce(
+            q, k, None, None, *rules, *positives, None, True, mean, True, call.products, None, False, factor
+        )
+        dg, dq, dk, dscale, _ = torch.ops.kdfast.info_nce_second(
+            g,
+            of_q,
+            of_k,
+            of_scale,
+            None,
+            statistics,
+            pulls,
+            q,
+            k,
+            None,
+            None,
+            *rules,
+            *positives,
+            True,
+            need_g,
+            need_keys,
+            need_scale,
+            False,
+            *options,
+        )
+        return dg, dq, dk, dscale.sum()
+
+    if y is None:
+        dg, dq, dk, dscale = side(g, x, x, of_x, of_x, need_x)
+        dx, dy = dq + dk if need_x else None, None
+    elif call.rows_alone:
+        dg, dx, dy, dscale = side(g, x, y, of_x, of_y, need_y)
+    else:
+        rows, columns = side(g / 2, x, y, of_x, of_y, need_y), side(g / 2, y, x, of_y, of_x, need_x)
+        dg, dscale = (rows[0] + columns[0]) / 2, rows[3] + columns[3]
+        dx, dy = rows[1] + columns[2] if need_x else None, rows[2] + columns[1] if need_y else None
+    return (
+        dg if need_g else None,
+        dx.to(x.dtype) if need_x else None,
+        dy.to(y.dtype) if need_y else None,
+        dscale if need_scale else None,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..._core import dtypes, extension, impls
-from . import cpu, triton_matching
+from . import cpu, info_nce_second, triton_matching
 from .apply import PlainFunction, streaming_softmax, transformed
 from .arguments import how_to_compute, problem
 from .definition import SecondOrder
@@ -184,7 +184,12 @@ class MatchingGradients(Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        dg, *dinputs = SecondOrder.apply(partial(_definition, ctx.call), ctx.want, *cotangents, *ctx.saved_tensors)
+        g, x, y, scale, shift = ctx.saved_tensors
+        if shift is None and ctx.call.kernels is cpu.KERNELS:
+            _, _, of_g, _, _, _, *of_inputs = ctx.needs_input_grad
+            dg, *dinputs = *info_nce_second.of_matches(ctx.call, (of_g, *of_inputs[:3]), *cotangents[:3], g, x, y, scale), None
+        else:
+            dg, *dinputs = SecondOrder.apply(partial(_definition, ctx.call), ctx.want, *cotangents, g, x, y, scale, shift)
         return None, None, dg, None, None, None, *dinputs
 
 

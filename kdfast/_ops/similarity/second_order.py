@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import cpu
 from .first_order import Start, corrected, pooled_is_over_keys, start_weight
-from .passes import Want, run_forward, run_gradients
+from .passes import Want, for_kernel, run_forward, run_gradients
 
 
 class Tangent(NamedTuple):
@@ -44,6 +45,9 @@ def second_order_of_lse(
     Along the tangent the logits move at the rates zdot_ij = e_i.k_j + s_i q_i.kappa_j + beta_j, and lse at their mean: the pooled output
     for the values v_j = (k_j, kappa_j, beta_j), in the direction (e_i, s_i q_i, 1). So the sums are those of that output's gradient.
     """
+    plain = start_logit is None and tangent.bias is None and not want_bias and pooled_is_over_keys(values, start_value)
+    if impl == "cpu" and plain and pooled is not None:
+        return _by_one_op(compute, want_keys, tangent, g, lse, lse_low, pooled, query, keys, scale, bias, *rules)
     q = query.to(compute.dtype).to(scale.dtype)
     u = torch.zeros_like(q) if tangent.query is None else tangent.query.to(scale.dtype)
     sigma = torch.zeros_like(scale) if tangent.scale is None else tangent.scale
@@ -96,3 +100,10 @@ def second_order_of_lse(
         values=None,
         start_value=None,
     )
+
+
+def _by_one_op(compute, want_keys: bool, tangent: Tangent, g, lse, lse_low, pooled, *problem) -> Derivatives:
+    along = (None if x is None else x.contiguous() for x in (tangent.query, tangent.keys, tangent.scale))
+    found = (g.contiguous(), *along, lse.contiguous(), lse_low.contiguous(), pooled.contiguous())
+    dg, dquery, dkeys, dscale = cpu.second_order(*found, *for_kernel(*problem), want_keys=want_keys, products=compute.products)
+    return Derivatives(dg, None, dquery, dkeys if want_keys else None, dscale, None, None, None, None)
