@@ -185,7 +185,7 @@ class MatchingGradients(Function):
     @staticmethod
     def backward(ctx, *cotangents):
         g, x, y, scale, shift = ctx.saved_tensors
-        if shift is None and ctx.call.kernels is cpu.KERNELS:
+        if shift is None and not ctx.call.smoothing and ctx.call.kernels is cpu.KERNELS:
             _, _, of_g, _, _, _, *of_inputs = ctx.needs_input_grad
             dg, *dinputs = *info_nce_second.of_matches(ctx.call, (of_g, *of_inputs[:3]), *cotangents[:3], g, x, y, scale), None
         else:
