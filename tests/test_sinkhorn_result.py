@@ -118,6 +118,15 @@ def test_inputs_changed_in_place():
     assert r.value.isfinite() and r.f.isfinite().all()
 
 
+@needs_kernels
+@pytest.mark.parametrize("name", ["f", "g"])
+def test_potentials_changed_in_place(name):
+    r = sinkhorn(torch.rand(5, 4), impl="cpu")
+    getattr(r, name).add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        _ = r.error
+
+
 @every_impl
 def test_inference_tensors(impl):
     with torch.inference_mode():

@@ -53,14 +53,14 @@ class SinkhornResult:
     """The plan is P_ij = a_i b_j exp((f_i + g_j - C_ij)/epsilon); potentials are free up to one constant a problem when balanced.
 
     Statistics are float32 (float64 for float64 inputs). What is differentiable is said by `grad` of kdfast.ops.sinkhorn. transport_cost
-    and error may take a pass over the cost when first read: inputs that were changed in place by then raise RuntimeError. A sequence too,
-    of f, g, value, transport_cost, epsilon, iterations, error, converged and state.
+    and error may take a pass over the cost when first read: inputs or potentials that were changed in place by then raise RuntimeError. A
+    sequence too, of f, g, value, transport_cost, epsilon, iterations, error, converged and state.
     """
 
     def __init__(self, state: PlanState, value: Tensor | None, marginals: tuple[Tensor, ...]):
         self.state = state  #: for plan(), apply(), apply_t()
         self._grad_enabled = torch.is_grad_enabled()
-        self._versions = _versions(state.problem)
+        self._versions = _versions(state)
         self._made = {}
         if value is not None:
             self._made["value"] = value if len(state.batch) == 1 else value.reshape(state.batch)
@@ -173,8 +173,8 @@ class SinkhornResult:
     def _marginals(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(row, col, transport, error) of a Solution, where the solver has not given them."""
         p, f, g, *_ = self.state
-        if self._versions is not None and _versions(p) != self._versions:
-            raise RuntimeError("the inputs of the solve were changed in place: read its transport_cost and error before that")
+        if self._versions is not None and _versions(self.state) != self._versions:
+            raise RuntimeError("inputs or potentials of the solve were changed in place: read its transport_cost and error before that")
         return graph.applied(autograd.Marginals, f, g, *p.split)
 
     @property
@@ -215,11 +215,11 @@ class SinkhornResult:
         return product.reshape(*batch, product.shape[1], *v.shape[len(batch) + 1 :])
 
 
-def _versions(p: Problem) -> tuple[int, ...] | None:
-    """How often each tensor of `p` was written to, 0 where nobody counts; None in compiled code, which orders reads and writes itself."""
+def _versions(state: PlanState) -> tuple[int, ...] | None:
+    """How often the problem's tensors, f and g were written to, 0 where nobody counts; None in compiled code, which orders that itself."""
     if torch.compiler.is_compiling():
         return None
-    return tuple(0 if t is None or t.is_inference() else t._version for t in p[:8])
+    return tuple(0 if t is None or t.is_inference() else t._version for t in (*state.problem[:8], state.f, state.g))
 
 
 def zero_outside(kept: Tensor | None, t: Tensor) -> Tensor:
