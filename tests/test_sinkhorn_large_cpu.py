@@ -69,6 +69,14 @@ def test_large_gradients_lie_in_kept_memory(grad):
 
 
 @pytest.mark.skipif(OLD, reason=WHY)
+def test_results_do_not_hold_scratch_many_times_their_size():
+    cost, scores = torch.rand(1050, 2100), torch.rand(700, 1010)
+    solve(cost)
+    codes = functional.sinkhorn_assign(scores)
+    assert codes.data_ptr() % 2**21 == 0 and _C.release_scratch() >= 4 * cost.numel()
+
+
+@pytest.mark.skipif(OLD, reason=WHY)
 def test_codes_lie_in_kept_memory():
     scores = torch.rand(1050, 1010)
     _C.release_scratch()

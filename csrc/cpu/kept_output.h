@@ -28,7 +28,7 @@ inline Tensor kept_output(const Tensor& like, const std::vector<int64_t>& shape,
   for (size_t d = shape.size(); d-- > 0; count *= shape[d]) strides[d] = count;
   const int64_t bytes = count * (type == ScalarType::Double ? 8 : 4);
   if (bytes >= kKeptOutputBytes && torch_from_blob != nullptr) {
-    auto memory = std::make_unique<kdfast::KeptScratch>(bytes);
+    auto memory = std::make_unique<kdfast::KeptScratch>(bytes, 2 * bytes);
     const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
     AtenTensorHandle made;
     require_success("an allocation",

@@ -48,7 +48,11 @@ void release(KeptScratch::Block* block) {
 
 }  // namespace
 
-KeptScratch::KeptScratch(int64_t bytes) : block_(kept.exchange(nullptr)) {
+KeptScratch::KeptScratch(int64_t bytes, int64_t most) : block_(kept.exchange(nullptr)) {
+  if (block_ != nullptr && block_->bytes > most) {
+    release(kept.exchange(block_));  // back, in place of one that another thread has left meanwhile
+    block_ = nullptr;
+  }
   if (block_ == nullptr || block_->bytes < bytes) {
     release(block_);
     block_ = allocate(bytes);

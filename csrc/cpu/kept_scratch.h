@@ -10,10 +10,11 @@ namespace kdfast {
 constexpr int64_t kKeptScratchBytes = 64 << 20;  // at most so many are kept, in all
 
 // Memory for one call, its contents undefined, aligned to a large page. One buffer is kept: a call that finds it taken by another thread, or
-// too small, or needs more than may be kept, has memory of its own.
+// too small, or needs more than may be kept, has memory of its own. So has one that finds more than `most` bytes: what is held for long must not
+// hold a buffer many times its size.
 class KeptScratch {
  public:
-  explicit KeptScratch(int64_t bytes);
+  explicit KeptScratch(int64_t bytes, int64_t most = kKeptScratchBytes);
   ~KeptScratch();
   KeptScratch(const KeptScratch&) = delete;
   KeptScratch& operator=(const KeptScratch&) = delete;
