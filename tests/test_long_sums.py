@@ -1,11 +1,13 @@
 """Sums over very many keys, and over rows whose terms nearly cancel, keep the digits that the plain formula's keep."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from kdfast._core import impls
-from kdfast.functional import clip_loss, nt_xent, similarity_distillation
+from kdfast.functional import clip_loss, info_nce, nt_xent, similarity_distillation, sup_con
 from kdfast.ops import similarity_softmax
 
 KEYS = 1 << 18
@@ -54,9 +56,9 @@ def test_portable_sums_over_many_keys():
     distillation_keeps_small_terms("torch", "kl")
 
 
-def clip(x, y, scale):
+def clip(x, y, scale, **how):
     z, own = scale * x @ y.T, torch.arange(len(x))
-    return (F.cross_entropy(z, own) + F.cross_entropy(z.T, own)) / 2
+    return (F.cross_entropy(z, own, **how) + F.cross_entropy(z.T, own, **how)) / 2
 
 
 def among_views(x, y, scale):
@@ -65,25 +67,71 @@ def among_views(x, y, scale):
     return F.cross_entropy(z, torch.arange(len(rows)).roll(len(x)))
 
 
-@pytest.mark.parametrize(
-    ("loss", "formula"),
-    [(clip_loss, clip), (lambda x, y, scale, **how: nt_xent(x, y, temperature=1 / scale, **how), among_views)],
-    ids=["clip_loss", "nt_xent"],
-)
-def test_portable_gradient_of_a_scale_where_all_logits_are_large_and_alike(loss, formula):
-    """A row's logits less its match's are small; the sums over all rows of both are not."""
+def within(x, y, scale, **how):
+    return F.cross_entropy(scale * x @ y.T, torch.arange(len(x)), **how)
+
+
+def in_classes(x, y, scale):
+    rows = torch.cat([x, y])
+    labels = torch.arange(len(rows)) // 4
+    same = (labels[:, None] == labels) & ~torch.eye(len(rows), dtype=torch.bool)
+    z = (scale * rows @ rows.T).masked_fill(torch.eye(len(rows), dtype=torch.bool), -torch.inf)
+    return -(z.log_softmax(1).masked_fill(~same, 0).sum(1) / same.sum(1)).mean()
+
+
+SMOOTHED = {"label_smoothing": 0.1}
+LOSSES = {
+    "clip_loss": (clip_loss, clip),
+    "nt_xent": (lambda x, y, scale, **how: nt_xent(x, y, temperature=1 / scale, **how), among_views),
+    "info_nce": (lambda x, y, scale, **how: info_nce(x, y, temperature=1 / scale, **how), within),
+    "sup_con": (
+        lambda x, y, scale, **how: sup_con(torch.cat([x, y]), torch.arange(2 * len(x)) // 4, temperature=1 / scale, **how),
+        in_classes,
+    ),
+    "clip_loss, smoothed": (partial(clip_loss, **SMOOTHED), partial(clip, **SMOOTHED)),
+    "info_nce, smoothed": (lambda x, y, s, **how: info_nce(x, y, temperature=1 / s, **SMOOTHED, **how), partial(within, **SMOOTHED)),
+}
+
+
+def errors_of_scale_gradients(loss, formula, impl, problems, scale, others):
+    """Root mean squares of ours and of the formula's. `others`: whether the rows have a gradient too."""
 
     def gradient(f, dtype, x, y):
-        scale = torch.tensor(2.0, dtype=dtype, requires_grad=True)
-        return torch.autograd.grad(f(x.to(dtype), y.to(dtype), scale), scale)[0].double()
+        x, y = (t.to(dtype).requires_grad_(others) for t in (x, y))
+        s = torch.tensor(scale, dtype=dtype, requires_grad=True)
+        return torch.autograd.grad(f(x, y, s), (s, x, y) if others else s)[0].double()
 
     ours, naive = [], []
-    for _ in range(10):
+    for x, y in problems:
+        truth = gradient(formula, torch.float64, x, y)
+        ours.append((gradient(lambda *a: loss(*a, normalize=False, impl=impl), torch.float32, x, y) - truth).square())
+        naive.append((gradient(formula, torch.float32, x, y) - truth).square())
+    return (torch.stack(squares).mean().sqrt() for squares in (ours, naive))
+
+
+@pytest.mark.parametrize("name", ["clip_loss", "nt_xent"])
+def test_portable_gradient_of_a_scale_where_all_logits_are_large_and_alike(name):
+    """A row's logits less its match's are small; the sums over all rows of both are not."""
+
+    def problem():
         centres = F.normalize(torch.randn(4, 16), dim=-1)[torch.randint(4, (64,))]
         x = F.normalize(centres + 0.01 * torch.randn(64, 16), dim=-1) * 20
-        y = F.normalize(x / 20 + 0.1 * torch.randn(64, 16), dim=-1) * 20
-        truth = gradient(formula, torch.float64, x, y)
-        ours.append((gradient(lambda *a: loss(*a, normalize=False, impl="torch"), torch.float32, x, y) - truth).square())
-        naive.append((gradient(formula, torch.float32, x, y) - truth).square())
-    ours, naive = (torch.stack(squares).mean().sqrt() for squares in (ours, naive))
+        return x, F.normalize(x / 20 + 0.1 * torch.randn(64, 16), dim=-1) * 20
+
+    ours, naive = errors_of_scale_gradients(*LOSSES[name], "torch", [problem() for _ in range(10)], 2.0, False)
+    assert ours <= 2 * naive, (ours, naive)
+
+
+@needs_kernels
+@pytest.mark.parametrize("others", [False, True], ids=["scale", "scale and rows"])
+@pytest.mark.parametrize(("rows", "scale"), [(90, 500.0), (400, 500.0), (400, 16.0)])
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradient_of_a_scale_in_one_tight_class(isa, name, rows, scale, others):
+    """Weights that add up to 0 but for 1e-7, and a sum of rows beside one of most of the weight, leave as much of the common logit."""
+
+    def problem():
+        centre = F.normalize(torch.randn(64), dim=0)
+        return tuple(F.normalize(centre + 0.02 / 8 * torch.randn(2, rows, 64), dim=-1))
+
+    ours, naive = errors_of_scale_gradients(*LOSSES[name], "cpu", [problem() for _ in range(12)], scale, others)
     assert ours <= 2 * naive, (ours, naive)

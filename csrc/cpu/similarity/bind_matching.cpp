@@ -83,6 +83,10 @@ MatchingCall matching_call(const Tensor& x, const OptionalTensor& y, const Tenso
 // Log-sum-exps, their low digits and slopes of a side, [rows] each.
 constexpr int64_t kStatistics = 3;
 
+float level_of(const MatchingCall& call, const float* statistics) {
+  return call.sigmoid() ? 0 : level_of(statistics, call.p.scale, call.m.rows, call.m.rows);
+}
+
 // A backward pass: the rows' upstream gradients and sums over the pairs.
 struct Backward {
   const MatchingCall& call;
@@ -113,8 +117,6 @@ struct Backward {
   }
 };
 
-inline float* data_of(bool want, const Tensor& x) { return want ? floats_of(x) : nullptr; }
-
 double total(const float* terms, int64_t count) { return std::accumulate(terms, terms + count, 0.0); }
 
 // The gradients from the sums over the other pairs.
@@ -137,23 +139,25 @@ float of_scale(const MatchingCall& call, const float* terms) { return float((cal
 // and [2] those of scale and shift.
 void kept_matching(const MatchingCall& call, float* losses, float* dx, float* dy, float* of_scalars) {
   const int64_t rows = call.m.rows, sides = call.sides();
-  std::vector<float> statistics(std::max<int64_t>(1, sides) * kStatistics * rows, 0.0f), dscale(rows, 0.0f);
-  float* const row = statistics.data();
+  std::vector<float> statistics(std::max<int64_t>(1, sides) * kStatistics * rows, 0.0f), dscale(rows, 0.0f), of_pairs(2 * rows, 0.0f);
+  float *const row = statistics.data(), *const weights = of_pairs.data() + rows;
+  PairSums sums{dx, dy, call.sigmoid() ? weights : nullptr, of_pairs.data(), 0};
   const Backward back(call, row);
   const float one = 1;
   if (call.sigmoid()) {
     back.set(&one, 0, 1 / float(rows));
-    kept_sigmoid_sums(call.p, losses, back.row_g, {dx, dy, row});  // row: the sums of the weights
-    of_scalars[1] = float(total(row, rows));
+    kept_sigmoid_sums(call.p, losses, back.row_g, sums);
+    of_scalars[1] = float(total(weights, rows));
   } else {
     float* const column = row + (sides - 1) * kStatistics * rows;
     kept_symmetric_sums(call.p, row, row + rows, sides == 2 ? column : nullptr, column + rows, [&] {
       kdfast::cpu_kernels().matching_losses(call.m, {sides, {row, column}, {row + rows, column + rows}, losses, {row + 2 * rows, column + 2 * rows}});
       back.set(&one, 0, 1 / float(rows));
-    }, back.upstream(), {dx, dy, nullptr});
+      sums.level = level_of(call, row);
+    }, back.upstream(), sums);
     of_scalars[1] = 0;
   }
-  finish(call, back, {back.pull, dx, dy, dx, dy, dscale.data(), true});
+  finish(call, back, {back.pull, sums.scores, sums.level, dx, dy, dx, dy, dscale.data(), true});
   of_scalars[0] = of_scale(call, dscale.data());
 }
 
@@ -197,18 +201,17 @@ std::vector<Tensor> matching_loss_grad(const Tensor& g, const Tensor& statistics
   const MatchingCall call = matching_call(x, y, scale, shift, labels, precision, rows_alone, smoothing);
   const Matching& m = call.m;
   const int64_t rows = m.rows;
-  const bool mean = g.dim() == 0, sum_x = want_x || want_scale;
+  const bool mean = g.dim() == 0;
   const float* const upstream = mean ? packed<float>("g", g, {}) : packed<float>("g", g, {rows});
-  const Backward back(call, packed<float>("statistics", statistics, {call.sides() * kStatistics, rows}));
+  const float* const of_rows = packed<float>("statistics", statistics, {call.sides() * kStatistics, rows});
+  const Backward back(call, of_rows);
   back.set(upstream, mean ? 0 : 1, mean ? 1 / float(rows) : 1);
 
-  const Tensor x_sums = zeros(x, sum_x, {rows, m.width}), y_sums = zeros(x, want_y, {rows, m.width});
-  std::vector<float> weights(call.sigmoid() ? rows : 0, 0.0f), dscale(want_scale ? rows : 0, 0.0f);
-  if (call.sigmoid()) {
-    sigmoid_sums(call.p, back.row_g, {data_of(sum_x, x_sums), data_of(want_y, y_sums), weights.data()});
-  } else {
-    symmetric_sums(call.p, back.upstream(), {data_of(sum_x, x_sums), data_of(want_y, y_sums), nullptr});
-  }
+  const Tensor x_sums = zeros(x, want_x, {rows, m.width}), y_sums = zeros(x, want_y, {rows, m.width});
+  std::vector<float> weights(call.sigmoid() ? rows : 0, 0.0f), scores(want_scale ? rows : 0, 0.0f), dscale(scores);
+  float* const to_scores = want_scale ? scores.data() : nullptr;
+  const PairSums sums{data_of(want_x, x_sums), data_of(want_y, y_sums), call.sigmoid() ? weights.data() : nullptr, to_scores, level_of(call, of_rows)};
+  call.sigmoid() ? sigmoid_sums(call.p, back.row_g, sums) : symmetric_sums(call.p, back.upstream(), sums);
 
   std::vector<Tensor> found;
   const auto made = [&](bool want, const Tensor& of) -> void* {
@@ -217,7 +220,7 @@ std::vector<Tensor> matching_loss_grad(const Tensor& g, const Tensor& statistics
     return found.back().mutable_data_ptr();
   };
   void *const dx = made(want_x, x_sums), *const dy = made(want_y, y_sums);
-  finish(call, back, {back.pull, data_of(sum_x, x_sums), data_of(want_y, y_sums), dx, dy, want_scale ? dscale.data() : nullptr, false});
+  finish(call, back, {back.pull, to_scores, sums.level, sums.x_sums, sums.y_sums, dx, dy, want_scale ? dscale.data() : nullptr, false});
   const auto add_scalar = [&](bool want, float value) {
     if (want) found.push_back(filled(x, {}, value));
   };

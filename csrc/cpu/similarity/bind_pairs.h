@@ -80,6 +80,19 @@ struct Partial {
   }
 };
 
+// What scores are summed relative to: about what they have in common. A row's (lse - log n) / s is between its mean score and its largest; scales so
+// small that it would round as the logarithm come with no logits that are large.
+inline float level_of(const float* lse, const float* scale, int64_t rows, int64_t columns) {
+  double sum = 0, count = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    const double level = (double(lse[i]) - std::log(double(columns))) / double(scale[i]);
+    if (std::abs(scale[i]) > 1e-3f && std::isfinite(level)) sum += level, count += 1;
+  }
+  return count == 0 ? 0 : float(sum / count);
+}
+
+inline float* data_of(bool want, const Tensor& x) { return want ? floats_of(x) : nullptr; }
+
 // Sums of `shape`, zero; [0] where not wanted.
 inline Tensor zeros(const Tensor& like, bool wanted, std::initializer_list<int64_t> shape) {
   const Tensor sums = wanted ? output(like, shape) : output(like, {0});
@@ -165,7 +178,7 @@ inline double log_sum(const BatchStatistic& s, float* high, float* low) {
 inline void symmetric_sums(const PairParams& p, const SymmetricUpstream& upstream, const PairSums& sums) {
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const int64_t products = 1 + (sums.x_sums != nullptr) + (sums.y_sums != nullptr);
-  if (p.batch * p.rows * p.columns == 0 || products == 1) return;
+  if (p.batch * p.rows * p.columns == 0 || (products == 1 && sums.scores == nullptr)) return;
   for_each_rectangle(
       p, products, [&](int64_t rows, int64_t columns) { return kernels.symmetric_grad_workspace(p, sums, rows, columns); },
       [&](const PairTask& task, float* work) { kernels.symmetric_grad(p, task, upstream, sums, work); });

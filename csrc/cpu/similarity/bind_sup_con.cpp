@@ -73,27 +73,29 @@ std::vector<Tensor> sup_con_grad(const Tensor& g, const Tensor& statistics, cons
   const float *const lse = packed<float>("statistics", statistics, {kStatistics, rows}), *const inverse = lse + 2 * rows;
   const float share = float(share_of(inverse, rows));
 
-  const Tensor of_rows = scratch(3 * rows), sums = zeros(x, true, {rows, width}), dscale = output(x, {rows});
-  float *const row_g = floats_of(of_rows), *const pull = row_g + rows, *const no_match = pull + rows;
+  const Tensor of_rows = scratch(2 * rows), no_match = zeros(x, true, {rows}), sums = zeros(x, want_x, {rows, width});
+  const Tensor of_scores = zeros(x, want_scale, {rows});
+  float *const row_g = floats_of(of_rows), *const pull = row_g + rows, *const scores = data_of(want_scale, of_scores);
+  const Matching m{rows, width, call.p.x, call.p.y, call.scale, false};
   for (int64_t i = 0; i < rows; ++i) {
     row_g[i] = inverse[i] == 0 ? 0 : mean ? *upstream * share : upstream[i];
     pull[i] = row_g[i] * inverse[i];
-    no_match[i] = 0;
   }
   symmetric_sums(call.p, {row_g, lse, lse + rows, row_g, lse, lse + rows, call.classes, call.classes, pull, pull},
-                 {floats_of(sums), nullptr, nullptr});
+                 {data_of(want_x, sums), nullptr, nullptr, scores, level_of(lse, call.p.scale, rows, rows)});
 
   std::vector<Tensor> found;
   if (want_x) found.push_back(x.scalar_type() == ScalarType::Float ? sums : output(x, {rows, width}, x.scalar_type()));  // floats in place
-  const Matching m{rows, width, call.p.x, call.p.y, call.scale, false};
-  const kdfast::MatchingGradients d{no_match, floats_of(sums), nullptr, want_x ? found[0].mutable_data_ptr() : nullptr, nullptr, floats_of(dscale), false};
-  const int64_t workers = workers_for(double(rows) * double(width) * 4);
-  for_each_task(workers, workers, [&](int64_t, int64_t t) {
-    kdfast::cpu_kernels().matching_gradients(m, d, t * rows / workers, (t + 1) * rows / workers);
-  });
+  if (want_x) {
+    const kdfast::MatchingGradients d{floats_of(no_match), nullptr, 0, floats_of(sums), nullptr, found[0].mutable_data_ptr(), nullptr, nullptr, false};
+    const int64_t workers = workers_for(double(rows) * double(width) * 4);
+    for_each_task(workers, workers, [&](int64_t, int64_t t) {
+      kdfast::cpu_kernels().matching_gradients(m, d, t * rows / workers, (t + 1) * rows / workers);
+    });
+  }
   if (want_scale) {
     found.push_back(output(x, {}));
-    *floats_of(found.back()) = float(sum_of(floats_of(dscale), rows) / 2);  // the sums hold every pair twice
+    *floats_of(found.back()) = float(sum_of(scores, rows) / 2);  // the sums hold every pair twice
   }
   return found;
 }

@@ -72,7 +72,7 @@ int64_t kept_symmetric_workspace(const PairParams& p, const PairSums& out) {
   return scratch_words(p.precision, [&](auto product) {
     Arena arena{nullptr};
     SymmetricStatistic statistic{p, PairTask{}};
-    SymmetricWeights weights{p, PairTask{}, SymmetricUpstream{}};
+    SymmetricWeights weights{p, PairTask{}, SymmetricUpstream{}, out};
     KeptSymmetric(product, p, out, statistic, weights, arena);
     return arena.words;
   });
@@ -84,7 +84,7 @@ void kept_symmetric(const PairParams& p, const SymmetricStatistics& found, const
   with_holding_product(p, all, [&](auto product) {
     Arena arena{workspace};
     SymmetricStatistic statistic{p, all};
-    SymmetricWeights weights{p, all, upstream};
+    SymmetricWeights weights{p, all, upstream, out};
     KeptSymmetric w(product, p, out, statistic, weights, arena);
     statistic.begin(p.rows + decltype(product)::kRowChunk, p.columns + kPanel);
     keep_scores(product, p, all, out, w, statistic, weights, [&] {
@@ -100,7 +100,7 @@ int64_t kept_sigmoid_workspace(const PairParams& p, const PairSums& out) {
     Arena arena{nullptr};
     const KeptWorkspace w(product, p, out, arena);
     SigmoidStatistic{p, PairTask{}}.plan(product, w.block, arena);
-    SigmoidWeights{p, PairTask{}}.plan(w.block, arena);
+    SigmoidWeights{p, PairTask{}, nullptr, out}.plan(w.block, arena);
     return arena.words;
   });
 }
@@ -112,7 +112,7 @@ void kept_sigmoid(const PairParams& p, float* loss, const float* g, const PairSu
     Arena arena{workspace};
     KeptWorkspace w(product, p, out, arena);
     SigmoidStatistic statistic{p, all, loss};
-    SigmoidWeights weights{p, all, g, out.weights};
+    SigmoidWeights weights{p, all, g, out};
     statistic.plan(product, w.block, arena);
     weights.plan(w.block, arena);
     keep_scores(product, p, all, out, w, statistic, weights, [] {});

@@ -29,9 +29,12 @@ struct MatchingLosses {
   float* slopes[2];
 };
 
-// With pull_i = -dloss / d(scale x_i.y_partner) and sums over the other pairs as symmetric_grad leaves them, gradients of x and y. Null: not wanted.
+// With pull_i = -dloss / d(scale x_i.y_partner) and sums over the other pairs as symmetric_grad leaves them, gradients of x and y,
+// and what the rows add to that of the scale. Null: not wanted.
 struct MatchingGradients {
   const float* pull;             // [rows]
+  const float* scores;           // [rows], less this level; for dscale
+  float level;
   const float *x_sums, *y_sums;  // [rows, width]
   void *dx, *dy;                 // [rows, width], which may be the sums
   float* dscale;                 // [rows]

@@ -2,11 +2,13 @@
 //
 // With z_i = s x_i.y_i, y_i the row's match, loss_i is the mean over sides of log(1 + e^(lse_i - z_i)), slope_i that side's derivative in lse_i.
 // With the sums over the other pairs (symmetric.inl) and pull_i = g_i times the sum of the slopes,
-//   dx_i = s (sum_j W_ij y_j - pull_i y_i),   dy_i = sum_j W_ji s x_j - pull_i s x_i,   ds = sum_i x_i.(sum_j W_ij y_j - pull_i y_i).
+//   dx_i = s (sum_j W_ij y_j - pull_i y_i),   dy_i = sum_j W_ji s x_j - pull_i s x_i,
+//   ds = sum_i (sum_j W_ij x_i.y_j - pull_i x_i.y_i) = sum_i (sum_j W_ij (x_i.y_j - l) - pull_i (x_i.y_i - l)),
+// whatever the level l: the W add up to what the pull_i do.
 //
 // Of label smoothing a share `a` of each side's target is spread over its N candidates, which adds a s (x_i.y_i - r x_i.Y - c y_i.X) to loss_i: Y and X
 // are the mean rows, r and c the shares of the rows' and of the columns' side. So no score is formed; g_i a is taken off pull_i and, with
-// e_i = g_i a, e_i r Y + c mean_k e_k y_k off the sum of dx_i and ds, s (e_i c X + r mean_k e_k x_k) off dy_i.
+// e_i = g_i a, v_i = e_i r Y + c mean_k e_k y_k off the sum of dx_i, x_i.v_i - e_i l off ds, s (e_i c X + r mean_k e_k x_k) off dy_i.
 //
 // Included after an instruction set's header (isa/).
 #pragma once
@@ -54,14 +56,12 @@ void matching_gradients_in(const Matching& m, const MatchingGradients& out, int6
     const T *const xi = x + i * m.width, *const yi = y + m.partner(i) * m.width;
     const int64_t at = i * m.width;
     const Vec pull = splat(out.pull[i]);
-    Vec dscale = {};
     for (int64_t d = 0; d < m.width; d += kLanes) {
       const Vec x_d = load_row(xi, d, m.width);
-      if (out.x_sums != nullptr) {
+      if (out.dx != nullptr) {
         Vec sum = load_row(out.x_sums + at, d, m.width) - pull * load_row(yi, d, m.width);
         if (out.spread != nullptr) sum -= splat(out.spread[i]) * load_row(m.y_mean, d, m.width) + load_row(out.y_common, d, m.width);
-        dscale = multiply_add(x_d, sum, dscale);
-        if (out.dx != nullptr) store_row(static_cast<G*>(out.dx) + at, d, m.width, scale * sum);
+        store_row(static_cast<G*>(out.dx) + at, d, m.width, scale * sum);
       }
       if (out.dy != nullptr) {
         Vec sum = load_row(out.y_sums + at, d, m.width) - pull * scale * x_d;
@@ -69,7 +69,11 @@ void matching_gradients_in(const Matching& m, const MatchingGradients& out, int6
         store_row(static_cast<G*>(out.dy) + at, d, m.width, sum);
       }
     }
-    if (out.dscale != nullptr) out.dscale[i] = total(dscale);
+    if (out.dscale == nullptr) continue;
+    out.dscale[i] = out.scores[i] - out.pull[i] * (inner_product(xi, yi, m.width) - out.level);
+    if (out.spread == nullptr) continue;
+    const float of_means = out.spread[i] * inner_product(xi, m.y_mean, m.width) + inner_product(xi, out.y_common, m.width);
+    out.dscale[i] -= of_means - out.spread[i] * out.level;
   }
 }
 

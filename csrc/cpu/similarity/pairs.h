@@ -55,6 +55,8 @@ struct PairSums {
   float* x_sums;   // [batch, rows, width], sum_j W_ij y_j
   float* y_sums;   // [batch, columns, width], sum_i W_ij scale_i x_i
   float* weights;  // [batch, rows], sum_j W_ij; for the sigmoid pair loss alone
+  float* scores;   // [batch, rows], sum_j W_ij (x_i.y_j - level): what the gradient of a scale is made of
+  float level;
 };
 
 // A step that the caller takes in the middle of a kernel.

@@ -101,7 +101,7 @@ struct SigmoidWeights {
   const PairParams& p;
   const PairTask& task;
   const float* g;  // [batch, rows]
-  float* sums;     // [batch, rows], sum_j W_ij; null: not wanted
+  const PairSums& out;
   int64_t first;
   int32_t* exists;
 
@@ -114,19 +114,24 @@ struct SigmoidWeights {
     const SigmoidRow terms(p, at);
     const float of_positive = positive < 0 ? 0 : float(double(g[at]) * positive_pair(terms.logit(scores[positive])).slope);
     const Vec upstream = splat(g[at]);
-    Vec sum = {};
+    const float match = positive < 0 ? 0 : scores[positive] - out.level;
+    Vec sum = {}, of_scores = {};
     for (int64_t j = 0; j < block.padded; j += kLanes) {
+      const Vec score = load(scores + j);
       Vec slope;
-      softplus(terms.logit(load(scores + j)), &slope);
+      softplus(terms.logit(score), &slope);
       const Vec weight = (Vec)((IntVec)(upstream * slope) & load_int(exists + j));
       sum += weight;
+      of_scores = multiply_add(weight, score - splat(out.level), of_scores);
       store(scores + j, weight);
     }
     if (positive >= 0) {
       sum[0] += of_positive - scores[positive];
+      of_scores[0] += (of_positive - scores[positive]) * match;
       scores[positive] = of_positive;
     }
-    if (sums != nullptr) sums[at] += total(sum);
+    if (out.weights != nullptr) out.weights[at] += total(sum);
+    if (out.scores != nullptr) out.scores[at] += total(of_scores);
   }
 };
 
@@ -159,7 +164,7 @@ int64_t sigmoid_grad_workspace(const PairParams& p, const PairSums& out, int64_t
   return scratch_words(p.precision, [&](auto product) {
     Arena arena{nullptr};
     const PairGradientWorkspace w(product, p, out.x_sums != nullptr, out.y_sums != nullptr, rows, columns, arena);
-    SigmoidWeights{p, PairTask{}}.plan(w.block, arena);
+    SigmoidWeights{p, PairTask{}, nullptr, out}.plan(w.block, arena);
     return arena.words;
   });
 }
@@ -169,7 +174,7 @@ void sigmoid_grad(const PairParams& p, const PairTask& task, const float* g, con
     Arena arena{workspace};
     PairGradientWorkspace w(product, p, out.x_sums != nullptr, out.y_sums != nullptr, task.row_end - task.row_begin,
                             task.column_end - task.column_begin, arena);
-    SigmoidWeights weights{p, task, g, out.weights};
+    SigmoidWeights weights{p, task, g, out};
     weights.plan(w.block, arena);
     take_gradients(product, p, task, out, w, weights);
   });

@@ -234,6 +234,7 @@ struct SymmetricWeights {
   const PairParams& p;
   const PairTask& task;
   const SymmetricUpstream& upstream;
+  const PairSums& out;
   int64_t first;  // row, of the batch entry
   double centre;  // the reference a, a float: the mean of the rows' L
   bool block_near;
@@ -242,13 +243,14 @@ struct SymmetricWeights {
   float* multiplier;   // per row
   int32_t* near;       // per row
   float* column_pull;  // per column
+  float* kept;         // a row's scores, where they meet their weights
 
   void plan(int64_t rows, int64_t block, Arena& arena) {
     row.plan(rows, arena), column.plan(block, arena);
     multiplier = arena.take(rows);
     near = reinterpret_cast<int32_t*>(arena.take(rows));
     labels.halves.plan(block, arena), classes.halves.plan(block, arena);
-    column_pull = arena.take(block);
+    column_pull = arena.take(block), kept = arena.take(block);
   }
 
   void begin() {
@@ -287,6 +289,7 @@ struct SymmetricWeights {
   void weigh(const Block& block, int64_t i, float* scores) const {
     if (p.x_labels != nullptr)
       labels.leave_out(scores, block.padded, p.x_labels[task.batch * p.rows + first + i], score_left_out(multiplier[i]));
+    if (out.scores != nullptr) __builtin_memcpy(kept, scores, size_t(4 * block.columns));
     const Vec m = splat(multiplier[i]);
     if (block_near && near[i]) {
       const Vec shift = splat(-float(centre)), u = splat(row.near_g[i]);
@@ -306,6 +309,20 @@ struct SymmetricWeights {
       }
     }
     if (upstream.row_class != nullptr) attract(block, i, scores);
+    if (out.scores != nullptr) add_scores(block, i, scores);
+  }
+
+  // Weights meet the scores they are made of, less what all of these share: where logits are large and alike, the roundings of weights that add up
+  // to nothing, and of a sum of rows y_j beside one of most of the weight, would leave more of it than there is to find.
+  void add_scores(const Block& block, int64_t i, float* weights) const {
+    for (int64_t j = block.columns; j < block.padded; ++j) weights[j] = 0;
+    const Vec level = splat(out.level);
+    Vec sum = {};
+    for (int64_t j = 0; j < block.padded; j += kLanes) {
+      const Vec weight = load(weights + j), term = weight * (load(kept + j) - level);
+      sum += (Vec)((IntVec)term & (weight != Vec{}));  // a pair left out has an infinite score
+    }
+    out.scores[task.batch * p.rows + first + i] += total(sum);
   }
 
   // Taken off each weight before the product: summed by themselves the two parts would lose the digits they share.
@@ -356,7 +373,7 @@ struct SymmetricGradientWorkspace : PairGradientWorkspace {
 int64_t symmetric_grad_workspace(const PairParams& p, const PairSums& out, int64_t rows, int64_t columns) {
   return scratch_words(p.precision, [&](auto product) {
     Arena arena{nullptr};
-    SymmetricWeights weights{p, PairTask{}, SymmetricUpstream{}};
+    SymmetricWeights weights{p, PairTask{}, SymmetricUpstream{}, out};
     SymmetricGradientWorkspace(product, p, out, rows, columns, weights, arena);
     return arena.words;
   });
@@ -365,7 +382,7 @@ int64_t symmetric_grad_workspace(const PairParams& p, const PairSums& out, int64
 void symmetric_grad(const PairParams& p, const PairTask& task, const SymmetricUpstream& upstream, const PairSums& out, float* workspace) {
   with_holding_product(p, task, [&](auto product) {
     Arena arena{workspace};
-    SymmetricWeights weights{p, task, upstream};
+    SymmetricWeights weights{p, task, upstream, out};
     SymmetricGradientWorkspace w(product, p, out, task.row_end - task.row_begin, task.column_end - task.column_begin, weights, arena);
     weights.begin();
     take_gradients(product, p, task, out, w, weights);
