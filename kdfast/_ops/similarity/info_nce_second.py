@@ -69,26 +69,9 @@ def _of_matches(call, needs, of_x, of_y, of_scale, g, x, y, scale):
             q, k, None, None, *rules, *positives, None, True, mean, True, call.products, None, False, factor
         )
         dg, dq, dk, dscale, _ = torch.ops.kdfast.info_nce_second(
-            g,
-            of_q,
-            of_k,
-            of_scale,
-            None,
-            statistics,
-            pulls,
-            q,
-            k,
-            None,
-            None,
-            *rules,
-            *positives,
-            True,
-            need_g,
-            need_keys,
-            need_scale,
-            False,
-            *options,
-        )
+            g, of_q, of_k, of_scale, None, statistics, pulls, q, k, None, None, *rules, *positives, True, need_g, need_keys, need_scale,
+            False, *options,
+        )  # fmt: skip
         return dg, dq, dk, dscale.sum()
 
     if y is None:

@@ -43,26 +43,11 @@ class InfoNceMean(PlainFunction):
             grads = info_nce.Gradients.apply(call, want, versions, g, statistics, pulls, dkeys, query, scale, positive, *bank)
             dtemperature = _through_inverse(grads[2], temperature) if want_scale else None
             return None, grads[0], grads[1], grads[4], dtemperature, None, None, None
-        found = iter(
-            torch.ops.kdfast.info_nce_mean_grad(
-                g,
-                statistics,
-                pulls,
-                dkeys,
-                query,
-                keys,
-                columns,
-                *labels,
-                call.factor,
-                want_query,
-                want_keys,
-                want_scale,
-                want_positive,
-                call.products,
-                call.spread,
-                call.attract,
-            )
-        )
+        found = torch.ops.kdfast.info_nce_mean_grad(
+            g, statistics, pulls, dkeys, query, keys, columns, *labels, call.factor, want_query, want_keys, want_scale, want_positive,
+            call.products, call.spread, call.attract,
+        )  # fmt: skip
+        found = iter(found)
         dquery, dkeys, dscale, dpositive = (
             next(found) if wanted else None for wanted in (want_query, want_keys, want_scale, want_positive)
         )
