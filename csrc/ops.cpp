@@ -32,7 +32,7 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "info_nce(Tensor query, Tensor keys, Tensor? scale, Tensor? bias, Tensor? query_labels, Tensor? key_labels, Tensor? key_index, "
       "Tensor? limit, Tensor? valid, Tensor? positive, Tensor? columns, Tensor? weights, bool include_positive, bool mean, bool pull, "
       "int precision, Tensor? panels=None, bool keep_keys=False, float factor=1.0, float smoothing=0.0, "
-      "bool attract=False) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool attract=False, Tensor? row_weights=None, bool sum=False) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "info_nce_grad(Tensor g, Tensor statistics, Tensor pull, Tensor query, Tensor keys, Tensor? scale, Tensor? bias, "
       "Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, Tensor? columns, bool want_query, "
@@ -46,13 +46,6 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "Tensor statistics, Tensor pull, Tensor query, Tensor keys, Tensor? scale, Tensor? bias, Tensor? query_labels, Tensor? key_labels, "
       "Tensor? key_index, Tensor? limit, Tensor? valid, Tensor? positive, Tensor? columns, bool include_positive, bool want_g, bool want_keys, "
       "bool want_scale, bool want_positive, int precision, float factor) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "info_nce_mean(Tensor query, Tensor keys, Tensor? positive, Tensor? columns, Tensor? query_labels, Tensor? key_labels, float factor, bool pull, "
-      "bool keep_keys, int precision, float smoothing, bool attract) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "info_nce_mean_grad(Tensor g, Tensor statistics, Tensor pull, Tensor kept_keys, Tensor query, Tensor keys, Tensor? columns, "
-      "Tensor? query_labels, Tensor? key_labels, float factor, bool want_query, bool want_keys, bool want_scale, bool want_positive, "
-      "int precision, bool spread, bool attract) -> Tensor[]");
   m.def(
       "similarity_distillation(Tensor student, Tensor keys, Tensor teacher, Tensor teacher_keys, Tensor? scale, Tensor? teacher_scale, "
       "Tensor? bias, Tensor? start_logit, Tensor? teacher_start_logit, Tensor? key_index, Tensor? valid, int precision, bool kl=False, "
@@ -71,7 +64,7 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "-> (Tensor, Tensor, Tensor)");
   m.def(
       "matching_loss(Tensor x, Tensor? y, Tensor scale, Tensor? shift, Tensor? labels, bool mean, bool keep_x, bool keep_y, int precision, "
-      "bool rows_alone=False, float smoothing=0.0) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool rows_alone=False, float smoothing=0.0, Tensor? row_weights=None, bool sum=False) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "matching_loss_grad(Tensor g, Tensor statistics, Tensor x, Tensor? y, Tensor scale, Tensor? shift, Tensor? labels, "
       "bool want_x, bool want_y, bool want_scale, bool want_shift, int precision, bool rows_alone=False, "

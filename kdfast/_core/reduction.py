@@ -8,6 +8,14 @@ from . import checks
 NAMES = ("mean", "sum", "none")
 
 
+def row_weights(weight: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """`weight`, after its checks, for losses of this shape, dtype and device; it has no gradient."""
+    if weight is None:
+        return None
+    checks.real("weight", weight, shape=tuple(shape), device=device)
+    return weight.detach().to(dtype)
+
+
 def reduce_rows(losses: Tensor, *, counted: Tensor | None = None, weight: Tensor | None = None, reduction: str = "mean") -> Tensor:
     """Reduce `losses` [*B, N]: "mean" = sum w l / sum w over counted rows, "sum", "none" (w l, 0 where not counted).
 
@@ -18,8 +26,7 @@ def reduce_rows(losses: Tensor, *, counted: Tensor | None = None, weight: Tensor
     if counted is not None:
         losses = torch.where(counted, losses, torch.zeros_like(losses))
     if weight is not None:
-        checks.real("weight", weight, shape=tuple(losses.shape), device=losses.device)
-        weight = weight.detach().to(losses.dtype)
+        weight = row_weights(weight, losses.shape, losses.dtype, losses.device)
         losses = losses * weight
     if reduction == "none":
         return losses

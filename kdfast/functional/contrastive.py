@@ -6,7 +6,7 @@ from torch import Tensor
 from .._core import checks, collectives, dtypes
 from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
-from .._ops.similarity import plain, sigmoid_pair_loss
+from .._ops.similarity import plain_matching, sigmoid_pair_loss
 from .._ops.similarity.matching import clip_rows, sigmoid_rows, view_rows
 from .._ops.similarity.sup_con import sup_con_rows
 from ._candidates import inverse, normalized
@@ -48,16 +48,15 @@ def nt_xent(
     if labels is not None:
         labels = checks.integral("labels", labels, shape=(n,), device=view1.device).repeat(2)
     if group is None and n:
-        mean = reduction == "mean" and weight is None
-        losses = view_rows(features, inverse("temperature", temperature, features), labels, mean=mean, precision=precision, impl=impl)
-        return losses if mean else reduce_rows(losses, weight=weight, reduction=reduction)
+        options = dict(reduction=reduction, weight=weight, precision=precision, impl=impl)
+        return view_rows(features, inverse("temperature", temperature, features), labels, **options)
     rows, row_labels, offset = features, labels, 0
     if group is not None:
         rows, offset = collectives.all_gather_rows(features, group)
         row_labels = None if labels is None else collectives.all_gather_rows(labels, group)[0]
     own = torch.arange(offset, offset + 2 * n, device=view1.device)
     partner = own.roll(n)
-    p = Prepared(features, None, partner[:, None], rows, None, None, labels, row_labels, None, torch.stack([partner, own], dim=-1))
+    p = Prepared(features, None, partner[:, None], rows, None, None, labels, row_labels, torch.stack([partner, own], dim=-1))
     return prepared_loss(p, temperature=temperature, weight=weight, reduction=reduction, precision=precision, impl=impl)
 
 
@@ -151,13 +150,15 @@ def clip_loss(
 
     Raises: ValueError, TypeError naming the argument. Source: Radford et al. 2021 (CLIP), figure 3.
     """
-    usual = weight is group is precision is impl is None and normalize is False and type(label_smoothing) is float
-    usual = usual and 0 <= label_smoothing < 1 and reduction == "mean"
-    if usual and (loss := plain.matching_mean(image, text, logit_scale, None, label_smoothing)) is not None:
-        return loss
+    usual = group is precision is impl is None and normalize is False and type(label_smoothing) is float and 0 <= label_smoothing < 1
+    if usual:
+        loss = plain_matching.matching_loss(image, text, logit_scale, None, label_smoothing, weight, reduction)
+        if loss is not None:
+            return loss
     _pair("image", image, "text", text)
     checks.positive_number("logit_scale", logit_scale)
     checks.scalar("logit_scale", logit_scale)
+    checks.choice("reduction", reduction, REDUCTIONS)
     checks.flag("normalize", normalize)
     collectives.check_group(group)
     if normalize:
@@ -177,9 +178,8 @@ def clip_loss(
     if image.shape[0] == 0:
         return reduce_rows((image + text).sum(-1), weight=weight, reduction=reduction)
     image, text = dtypes.autocast(image, text)
-    mean = reduction == "mean" and weight is None
-    losses = clip_rows(image, text, logit_scale, mean=mean, precision=precision, impl=impl, smoothing=float(label_smoothing))
-    return losses if mean else reduce_rows(losses, weight=weight, reduction=reduction)
+    options = dict(reduction=reduction, weight=weight, precision=precision, impl=impl)
+    return clip_rows(image, text, logit_scale, smoothing=float(label_smoothing), **options)
 
 
 def siglip_loss(
@@ -209,22 +209,22 @@ def siglip_loss(
 
     Raises: ValueError, TypeError naming the argument. Source: Zhai et al. 2023 (SigLIP), section 3.2.
     """
-    usual = weight is group is precision is impl is None and normalize is False and logit_bias is not None
-    if usual and reduction == "mean" and (loss := plain.matching_mean(image, text, logit_scale, logit_bias)) is not None:
+    usual = group is precision is impl is None and normalize is False and logit_bias is not None
+    if usual and (loss := plain_matching.matching_loss(image, text, logit_scale, logit_bias, 0.0, weight, reduction)) is not None:
         return loss
     _pair("image", image, "text", text)
     checks.positive_number("logit_scale", logit_scale)
     for name, x in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
         checks.scalar(name, x)
+    checks.choice("reduction", reduction, REDUCTIONS)
     checks.flag("normalize", normalize)
     collectives.check_group(group)
     if normalize:
         image, text = normalized(image), normalized(text)
     if group is None and image.shape[0]:
         image, text = dtypes.autocast(image, text)
-        mean = reduction == "mean" and weight is None
-        losses = sigmoid_rows(image, text, logit_scale, logit_bias, mean=mean, precision=precision, impl=impl)
-        return losses if mean else reduce_rows(losses, weight=weight, reduction=reduction)
+        options = dict(reduction=reduction, weight=weight, precision=precision, impl=impl)
+        return sigmoid_rows(image, text, logit_scale, logit_bias, **options)
     texts, offset = text, 0
     if group is not None:
         texts, offset = collectives.all_gather_rows(text, group)

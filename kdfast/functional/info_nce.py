@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .._core import bank_protocol, checks, collectives, dtypes
 from .._core.reduction import NAMES as REDUCTIONS
-from .._core.reduction import reduce_rows
-from .._ops.similarity import plain
+from .._core.reduction import reduce_rows, row_weights
+from .._ops.similarity import plain_info_nce
 from .._ops.similarity.arguments import checked_problem, rounded
 from .._ops.similarity.exclusions import Rules
 from .._ops.similarity.info_nce import Positives, info_nce_rows
@@ -85,23 +85,23 @@ def info_nce(
 
     Source: van den Oord et al. 2018, eq. 4; He et al. 2020 (MoCo), eq. 1.
     """
-    whole_bank = bank_bias is bank_valid is own_index is false_negative_margin is None
-    usual = positive_weights is weight is group is precision is impl is None and include_positive is True
-    usual = usual and type(normalize) is bool and type(label_smoothing) is float and reduction == "mean"
-    if whole_bank and usual and same_class in ("exclude", "positive"):
-        labels, attract = (query_labels, bank_labels), same_class == "positive"
-        loss = plain.info_nce_mean(query, positive, bank, temperature, targets, label_smoothing, labels, attract, normalize)
+    usual = positive_weights is bank_bias is false_negative_margin is group is precision is impl is None
+    usual = usual and include_positive is True and type(normalize) is bool and type(label_smoothing) is float
+    if usual and same_class in ("exclude", "positive"):
+        labels, attract, skipped = (query_labels, bank_labels), same_class == "positive", (bank_valid, own_index)
+        given = query, positive, bank, temperature, targets, label_smoothing, labels, attract, normalize, *skipped, weight, reduction
+        loss = plain_info_nce.info_nce_loss(*given)
         if loss is not None:
             return loss
     p = _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bias, bank_valid, own_index, normalize, group)
-    _check_options(p, positive_weights, same_class, false_negative_margin, include_positive, label_smoothing, reduction)
-    paired = bank is query_labels is group is positive_weights is false_negative_margin is None and (own_index is None or own_index is True)
-    if paired and include_positive and query.dim() == positive.dim() == 2 and len(query):
-        mean = reduction == "mean" and weight is None
+    _check_options(p, targets, positive_weights, same_class, false_negative_margin, include_positive, label_smoothing, reduction)
+    paired = bank is group is positive_weights is false_negative_margin is None and (own_index is None or own_index is True)
+    if paired and same_class == "exclude" and include_positive and query.dim() == positive.dim() == 2 and len(query):
         scale = inverse("temperature", temperature, p.query)
-        losses = paired_rows(p.query, p.rows, scale, mean=mean, precision=precision, impl=impl, smoothing=float(label_smoothing))
-        if losses is not None:
-            return losses if mean else reduce_rows(losses, weight=weight, reduction=reduction)
+        options = dict(reduction=reduction, weight=weight, precision=precision, impl=impl)
+        loss = paired_rows(p.query, p.rows, scale, p.query_labels, smoothing=float(label_smoothing), **options)
+        if loss is not None:
+            return loss
     return prepared_loss(
         p,
         temperature=temperature,
@@ -128,7 +128,6 @@ class Prepared(NamedTuple):
     bias: Tensor | None  # [M] or [*B, M]
     query_labels: Tensor | None  # [*B, N]
     row_labels: Tensor | None  # [M] or [*B, M]
-    counted: Tensor | None  # [*B, N] bool: rows that have a target; None: positives are not named by targets
     skip: Tensor | None  # [*B, N, E] columns left out by index, -1 none
     panels: Tensor | None = None  # the rows' packed copy
 
@@ -191,7 +190,6 @@ def _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bia
         bias,
         query_labels,
         row_labels,
-        None if targets is None else targets >= 0,
         torch.stack(skip, dim=-1) if skip else None,
         None if normalize else given.panels,
     )
@@ -221,7 +219,7 @@ def _in_batch(query, positive, given, targets, query_labels, own_index, group) -
         extra = given_own[..., None] + torch.arange(copies, device=query.device) * (given_own >= 0)[..., None]
         skip = torch.cat([skip, extra], dim=-1)
     row_labels = None if labels is None else labels.repeat_interleave(copies, dim=-1)
-    return Prepared(query, None, own, rows, None, None, query_labels, row_labels, None, skip)
+    return Prepared(query, None, own, rows, None, None, query_labels, row_labels, skip)
 
 
 def _copies(query: Tensor, positive: Tensor) -> int:
@@ -229,7 +227,7 @@ def _copies(query: Tensor, positive: Tensor) -> int:
     return 1 if positive.dim() == query.dim() else positive.shape[-2]
 
 
-def _check_options(p, positive_weights, same_class, margin, include_positive, label_smoothing, reduction) -> None:
+def _check_options(p, targets, positive_weights, same_class, margin, include_positive, label_smoothing, reduction) -> None:
     checks.choice("same_class", same_class, ("exclude", "positive"))
     checks.choice("reduction", reduction, REDUCTIONS)
     checks.fraction("label_smoothing", label_smoothing)
@@ -241,7 +239,7 @@ def _check_options(p, positive_weights, same_class, margin, include_positive, la
     if same_class == "positive":
         if p.query_labels is None:
             raise ValueError('query_labels must be given with same_class="positive"')
-        for name, value in (("targets", p.counted), ("positive_weights", positive_weights), ("false_negative_margin", margin)):
+        for name, value in (("targets", targets), ("positive_weights", positive_weights), ("false_negative_margin", margin)):
             if value is not None:
                 raise ValueError(f'{name} cannot be combined with same_class="positive": the labels name the positives')
     elif p.positive is None and p.columns is None:
@@ -272,15 +270,12 @@ def prepared_loss(
     if p.rows.shape[-2] == 0:  # an empty batch is its own bank
         return reduce_rows(p.query.sum(-1), weight=weight, reduction=reduction)
     scale = inverse("temperature", temperature, p.query)
-    mean = reduction == "mean" and weight is None and p.query.numel() > 0
+    weight = row_weights(weight, p.query.shape[:-1], dtypes.accumulator(p.query.dtype), p.query.device)
+    options = dict(reduction=reduction, weight=weight)
     if same_class == "positive":
-        losses, counted = _attracted(p, scale, include_positive, precision, impl, mean=mean)
-    else:
-        mean = mean and include_positive
-        losses, counted = _contrasted(
-            p, scale, positive_weights, false_negative_margin, include_positive, label_smoothing, precision, impl, mean=mean
-        )
-    return losses if mean else reduce_rows(losses, counted=counted, weight=weight, reduction=reduction)
+        return _attracted(p, scale, include_positive, precision, impl, **options)
+    margin = false_negative_margin
+    return _contrasted(p, scale, positive_weights, margin, include_positive, label_smoothing, precision, impl, **options)
 
 
 def _exclusions(p: Prepared) -> Rules:
@@ -292,11 +287,8 @@ def _positive_logits(p: Prepared, scale) -> tuple[Tensor, Tensor]:
     return positive_logits(p.query, p.rows, scale, p.bias, p.positive, p.columns)
 
 
-def _contrasted(p: Prepared, scale, positive_weights, margin, include_positive, label_smoothing, precision, impl, *, mean):
-    """loss_i = sum_j w_ij (logaddexp(lse_i, z_ij) - z_ij), lse_i over the negatives, j over the positives; and the rows that count.
-
-    `mean`: the mean of the losses of rows that have a positive instead of them, each with its positive in the denominator.
-    """
+def _contrasted(p: Prepared, scale, positive_weights, margin, include_positive, label_smoothing, precision, impl, **reduction):
+    """loss_i = sum_j w_ij (logaddexp(lse_i, z_ij) - z_ij), lse_i over the negatives, j over the positives."""
     rules = _exclusions(p)
     if margin is not None:
         inner = _positive_logits(p, 1.0)[0].detach()
@@ -307,12 +299,11 @@ def _contrasted(p: Prepared, scale, positive_weights, margin, include_positive, 
         copies = positive_weights.shape[-1]
         weights = positive_weights.to(dtypes.accumulator(p.query.dtype)).expand(*p.query.shape[:-1], copies)
     positives = Positives(p.positive, p.columns, weights, include_positive)
-    losses, counted = info_nce_rows(spec, positives, mean=mean, smoothing=float(label_smoothing))
-    return losses, p.counted if counted is None else counted if p.counted is None else counted & p.counted
+    return info_nce_rows(spec, positives, smoothing=float(label_smoothing), **reduction)
 
 
-def _attracted(p: Prepared, scale, include_positive, precision, impl, *, mean):
-    """loss_i = lse_i - mean of z over the rows of i's class (and the explicit positives): all in one denominator. And as `_contrasted`."""
+def _attracted(p: Prepared, scale, include_positive, precision, impl, **reduction):
+    """loss_i = lse_i - mean of z over the rows of i's class (and the explicit positives): all in one denominator."""
     query, rows, positive = rounded(precision, p.query, p.rows, p.positive)
     skip = p.skip
     if p.columns is not None:  # a sample's own positives are of its class as others' are, and nothing removes them
@@ -321,4 +312,4 @@ def _attracted(p: Prepared, scale, include_positive, precision, impl, *, mean):
     rules = Rules(query_labels=p.query_labels, key_labels=p.row_labels, key_index=skip)
     panels = p.panels if rows is p.rows else None
     spec = checked_problem(query, rows, scale, None, p.bias, None, rules, p.valid, precision, impl, panels)
-    return info_nce_rows(spec, Positives(positive, None, None, include_positive), mean=mean, attract=True)
+    return info_nce_rows(spec, Positives(positive, None, None, include_positive), attract=True, **reduction)

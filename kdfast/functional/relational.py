@@ -9,7 +9,7 @@ from torch import Tensor
 from .._core import bank_protocol, checks, dtypes
 from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
-from .._ops.similarity import plain
+from .._ops.similarity import plain_distillation
 from .._ops.similarity.arguments import rounded
 from .._ops.similarity.distillation import distillation_rows
 from .._ops.similarity.positives import dot, per_row
@@ -61,7 +61,7 @@ def similarity_distillation(
     usual = weight is precision is impl is None and normalize is False
     if whole_bank and usual and reduction in REDUCTIONS and divergence in ("ce", "kl"):
         sides, temperatures = (student, student_bank, teacher, teacher_bank), (student_temperature, teacher_temperature)
-        if (loss := plain.distillation_losses(*sides, *temperatures, divergence == "kl", own, reduction)) is not None:
+        if (loss := plain_distillation.distillation_losses(*sides, *temperatures, divergence == "kl", own, reduction)) is not None:
             return loss
     checks.rows("student", student, ndim=2)
     checks.rows("teacher", teacher, ndim=2)
@@ -150,7 +150,7 @@ def wasserstein_dependency(
     """
     whole_bank = query_labels is bank_labels is bank_valid is own_index is weight is None
     if whole_bank and reduction == "mean" and normalize is False:
-        loss = plain.wasserstein_mean(query, positive, bank, temperature)
+        loss = plain_distillation.wasserstein_mean(query, positive, bank, temperature)
         if loss is not None:
             return loss
     checks.rows("query", query, ndim=2)

@@ -21,10 +21,9 @@ struct Attraction {
     for (int64_t b = 0; b < call.batch && call.rows > 0; ++b) classes.emplace_back(call, bank, b, Keys::kOfItsClass);
   }
 
-  // Losses and slopes, and t and e of every row. mean: times what makes a mean over all rows one over those that count.
-  void find(const InfoNceRows& r, bool mean, float* of_lse, float* spread) const {
+  // Losses and slopes, and t and e of every row.
+  void find(const InfoNceRows& r, float* of_lse, float* spread) const {
     const int64_t rows = call.rows, positives = call.positives;
-    int64_t counted = 0;
     for (int64_t b = 0; b < int64_t(classes.size()); ++b) {
       const std::vector<float> logits = logits_of_positives(b);
       for (int64_t i = 0; i < rows; ++i) {
@@ -40,14 +39,16 @@ struct Attraction {
         of_lse[row] = !counts ? 0 : positives > 0 && r.include_positive ? float(std::exp(lse - level)) : 1;
         for (int64_t j = 0; j < positives; ++j)
           r.slopes[row * positives + j] = !counts ? 0 : float(1 / n - (r.include_positive ? std::exp(double(z[j]) - level) : 0));
-        counted += counts;
       }
     }
-    const int64_t all = call.batch * rows;
-    if (!mean || counted == all) return;
-    const float factor = counted == 0 ? 0 : float(double(all) / double(counted));
-    for (int64_t i = 0; i < all; ++i) r.losses[i] *= factor, spread[i] *= factor, of_lse[i] *= factor;
-    for (int64_t at = 0; at < all * positives; ++at) r.slopes[at] *= factor;
+  }
+
+  // Times a factor for each row; none: 1.
+  void scale(const InfoNceRows& r, const std::vector<float>& factors, float* of_lse, float* spread) const {
+    for (int64_t i = 0; i < int64_t(factors.size()); ++i) {
+      r.losses[i] *= factors[i], spread[i] *= factors[i], of_lse[i] *= factors[i];
+      for (int64_t j = 0; j < call.positives; ++j) r.slopes[i * call.positives + j] *= factors[i];
+    }
   }
 
   // From sum_j p_ij k_j to what pulls the query.

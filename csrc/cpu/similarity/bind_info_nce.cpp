@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -12,23 +13,25 @@
 #include "similarity/bind_attraction.h"
 #include "similarity/bind_info_nce.h"
 #include "similarity/bind_pairs.h"
+#include "similarity/bind_reduction.h"
 #include "similarity/bind_smoothing.h"
 
 namespace {
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
-// The weights of positives whose losses are divided by the number of rows, where the mean is over those that have a positive; none where all do.
-OptionalTensor weights_of_mean(const InfoNceParams& p, const Tensor& like) {
-  const int64_t rows = p.batch * p.rows, j = p.positives;
-  int64_t counted = 0;
-  for (int64_t i = 0; i < rows; ++i) counted += std::any_of(p.columns + i * j, p.columns + (i + 1) * j, [](int64_t c) { return c >= 0; });
-  if (counted == rows) return std::nullopt;
-  const double share = counted == 0 ? 0 : double(rows) / double(counted);
-  const Tensor weights = output(like, {p.batch, p.rows, j});
-  float* const out = floats_of(weights);
-  for (int64_t at = 0; at < rows * j; ++at) out[at] = float(share * (p.weights != nullptr ? double(p.weights[at]) : 1 / double(j)));
+// The weights of the positives, times each row's factor.
+std::vector<float> reweighted(const InfoNceParams& p, const std::vector<float>& factors) {
+  std::vector<float> weights(factors.size() * p.positives);
+  for (int64_t at = 0; at < int64_t(weights.size()); ++at)
+    weights[at] = float(double(factors[at / p.positives]) * (p.weights != nullptr ? double(p.weights[at]) : 1 / double(p.positives)));
   return weights;
+}
+
+bool has_positive(const InfoNceParams& p, int64_t row) {
+  if (p.columns == nullptr) return true;
+  const int64_t* const columns = p.columns + row * p.positives;
+  return std::any_of(columns, columns + p.positives, [](int64_t c) { return c >= 0; });
 }
 
 // A row's class is part of its denominator where it attracts.
@@ -75,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const T
                                                     const OptionalTensor& positive, const OptionalTensor& columns,
                                                     const OptionalTensor& weights, bool include_positive, bool mean, bool want_pull,
                                                     int64_t precision, const OptionalTensor& panels, bool keep_keys, double factor, double smoothing,
-                                                    bool attract) {
+                                                    bool attract, const OptionalTensor& row_weights, bool sum) {
   STD_TORCH_CHECK(!attract || (query_labels.has_value() && !columns.has_value() && !weights.has_value() && !limit.has_value() && smoothing == 0),
                   "attraction needs query_labels, and no columns, weights, limit or smoothing");
   const Batch batch{query.dim() == 3};
@@ -84,8 +87,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const T
   InfoNceParams p = rows_of(q, s);
   if (!attract || given.has_value()) take_positives(p, batch, given, chosen, k, b);
   p.weights = row_data<float>("weights", w, {p.batch, p.rows, p.positives});
-  const OptionalTensor reweighted = mean && chosen.has_value() ? weights_of_mean(p, query) : std::nullopt;
-  if (reweighted.has_value()) p.weights = data<float>(*reweighted);
+  const OptionalTensor of_rows = batch.in(row_weights);
+  const Reduction reduction{mean, mean && sum, row_data<float>("row_weights", of_rows, {p.batch, p.rows})};
 
   Tensor losses = batch.given ? output(query, {p.batch, p.rows}) : output(query, {p.rows});
   const Tensor statistics = output(query, {kStatistics + p.positives + (smoothing > 0 || attract ? kSpread : 0), p.batch, p.rows});
@@ -100,30 +103,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const T
   const Tensor kept = keep ? output(query, {1, k.size(1), p.width}) : output(query, {0});
   const InfoNceRows rows{0, p.batch * p.rows, include_positive, of.lse, of.lse_low, out, of.slopes, want_pull ? floats_of(pull) : nullptr};
   const std::optional<Attraction> attraction = attract ? std::optional<Attraction>(std::in_place, p, bank) : std::nullopt;
+  const auto attract_rows = [&] {
+    attraction->find(rows, of.of_lse, of.e);
+    attraction->scale(rows, reduction.factors(rows.end, [&](int64_t i) { return of.e[i] > 0; }), of.of_lse, of.e);
+  };
+  std::vector<float> of_positives;
+  const auto find_rows = [&](float* pulls) {
+    const auto empty = [&](int64_t i) { return !include_positive && of.lse[i] == -std::numeric_limits<float>::infinity(); };
+    const std::vector<float> factors = reduction.factors(rows.end, [&](int64_t i) { return !empty(i) && has_positive(p, i); });
+    if (!factors.empty()) of_positives = reweighted(p, factors), p.weights = of_positives.data();
+    for_rows(p, [&](int64_t begin, int64_t end) {
+      kdfast::cpu_kernels().info_nce_rows(p, {begin, end, include_positive, of.lse, of.lse_low, out, of.slopes, pulls});
+    });
+    for (int64_t i = 0; i < rows.end && !factors.empty(); ++i)
+      if (empty(i)) out[i] = 0;
+  };
   if (keep) {
     const Tensor more = zeros(query, true, {attract ? bank.columns : p.rows});
     float* const others = floats_of(more);
     SymmetricUpstream upstream{attract ? of.of_lse : others, of.lse, of.lse_low};
     if (attract) upstream.row_class = bank.query_labels, upstream.column_class = bank.key_labels, upstream.row_pull = of.e, upstream.column_pull = others;
     kept_info_nce(p, softmax, precision, rows, of.lse, of.lse_low, floats_of(kept), upstream, [&] {
-      if (attract) return attraction->find(rows, mean, of.of_lse, of.e);
-      InfoNceRows losses_alone = rows;
-      losses_alone.pull = nullptr;
-      kdfast::cpu_kernels().info_nce_rows(p, losses_alone);
+      if (attract) return attract_rows();
+      find_rows(nullptr);
       for (int64_t i = 0; i < p.rows; ++i) others[i] = std::accumulate(of.slopes + i * p.positives, of.slopes + (i + 1) * p.positives, 0.0f);
     });
   } else {
     kdfast::streaming_softmax(softmax, panels, of.lse, of.lse_low, floats_of(pull));
-    if (attract) {
-      attraction->find(rows, mean, of.of_lse, of.e);
-      if (want_pull) attraction->pull_rows(rows, of.of_lse, of.e);
-    } else {
-      for_rows(p, [&](int64_t begin, int64_t end) {
-        InfoNceRows part = rows;
-        part.begin = begin, part.end = end;
-        kdfast::cpu_kernels().info_nce_rows(p, part);
-      });
-    }
+    attract ? attract_rows() : find_rows(rows.pull);
+    if (attract && want_pull) attraction->pull_rows(rows, of.of_lse, of.e);
   }
   if (smoothing > 0) smooth_rows(p, bank, smoothing, rows, of.of_lse, of.e);
   if (keep) {
@@ -253,33 +261,10 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& statistics, con
   return those_wanted({&back.dquery, &dkeys, &back.dscale, &dbias, &back.dpositive});
 }
 
-// Of a plain call: matrices, one scale, the mean; nothing is left out but the positives where `columns` name them, and classes. What an op is
-// given takes as long as some of its arithmetic.
-std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_mean(const Tensor& query, const Tensor& keys, const OptionalTensor& positive,
-                                                         const OptionalTensor& columns, const OptionalTensor& query_labels,
-                                                         const OptionalTensor& key_labels, double factor, bool pull, bool keep_keys, int64_t precision,
-                                                         double smoothing, bool attract) {
-  const OptionalTensor none;
-  return info_nce(query, keys, none, none, query_labels, key_labels, columns, none, none, positive, columns, none, true, true, pull, precision, none,
-                  keep_keys, factor, smoothing, attract);
-}
-
-std::vector<Tensor> info_nce_mean_grad(const Tensor& g, const Tensor& statistics, const Tensor& pull, const Tensor& kept_keys,
-                                       const Tensor& query, const Tensor& keys, const OptionalTensor& columns,
-                                       const OptionalTensor& query_labels, const OptionalTensor& key_labels, double factor, bool want_query,
-                                       bool want_keys, bool want_scale, bool want_positive, int64_t precision, bool spread, bool attract) {
-  const OptionalTensor none;
-  if (!want_keys) return info_nce_grad_rows(g, statistics, pull, query, none, want_query, want_scale, want_positive, factor, spread);
-  return info_nce_grad(g, statistics, pull, query, keys, none, none, query_labels, key_labels, columns, none, none, columns, want_query, want_keys,
-                       want_scale, false, want_positive, precision, kept_keys, factor, spread, attract, true);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("info_nce", TORCH_BOX(&info_nce));
   m.impl("info_nce_grad", TORCH_BOX(&info_nce_grad));
   m.impl("info_nce_grad_rows", TORCH_BOX(&info_nce_grad_rows));
-  m.impl("info_nce_mean", TORCH_BOX(&info_nce_mean));
-  m.impl("info_nce_mean_grad", TORCH_BOX(&info_nce_mean_grad));
 }

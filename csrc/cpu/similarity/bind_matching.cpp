@@ -10,6 +10,7 @@
 
 #include "similarity/bind_class_sums.h"
 #include "similarity/bind_pairs.h"
+#include "similarity/bind_reduction.h"
 
 namespace {
 
@@ -99,17 +100,18 @@ struct Backward {
     row_g = of_rows.data(), pull = row_g + call.m.rows, column_g = call.rows_alone ? nullptr : pull + call.m.rows, spread = pull + 2 * call.m.rows;
   }
 
-  // g[i stride] times `share` is the upstream gradient of row i's loss.
-  void set(const float* g, int64_t stride, float share) const {
+  // g[i stride] times `share`, and times factors[i] where there are any, is the upstream gradient of row i's loss.
+  void set(const float* g, int64_t stride, float share, const float* factors) const {
     const int64_t rows = call.m.rows;
+    const auto of_row = [&](int64_t i) { return share * g[i * stride] * (factors != nullptr ? factors[i] : 1); };
     const auto weigh = [&](float* side, const float* statistics) {
-      for (int64_t i = 0; i < rows; ++i) side[i] = share * g[i * stride] * (call.sigmoid() ? 1 : statistics[2 * rows + i]);
+      for (int64_t i = 0; i < rows; ++i) side[i] = of_row(i) * (call.sigmoid() ? 1 : statistics[2 * rows + i]);
     };
     weigh(row_g, row);
     if (column_g != nullptr) weigh(column_g, column);
     for (int64_t i = 0; i < rows; ++i)
       pull[i] = call.sigmoid() ? 0 : column_g == nullptr ? row_g[i] : row_g[i] + column_g[call.m.partner(i)];
-    for (int64_t i = 0; i < rows && call.m.smoothing != 0; ++i) spread[i] = call.m.smoothing * share * g[i * stride], pull[i] -= spread[i];
+    for (int64_t i = 0; i < rows && call.m.smoothing != 0; ++i) spread[i] = call.m.smoothing * of_row(i), pull[i] -= spread[i];
   }
   SymmetricUpstream upstream() const {
     const int64_t rows = call.m.rows;
@@ -135,9 +137,9 @@ void finish(const MatchingCall& call, const Backward& back, MatchingGradients d)
 // What the scale's gradient is, of the rows' terms: with two views the sums held every pair twice.
 float of_scale(const MatchingCall& call, const float* terms) { return float((call.m.views ? 0.5 : 1) * total(terms, call.m.rows)); }
 
-// The losses of few_pairs, and from the same scores the gradients for an upstream of 1 of their mean: dx and dy, where there is memory for them,
-// and [2] those of scale and shift.
-void kept_matching(const MatchingCall& call, float* losses, float* dx, float* dy, float* of_scalars) {
+// The losses of few_pairs, and from the same scores the gradients for an upstream of 1 of their mean, each times its factor: dx and dy, where there is
+// memory for them, and [2] those of scale and shift.
+void kept_matching(const MatchingCall& call, const float* factors, float* losses, float* dx, float* dy, float* of_scalars) {
   const int64_t rows = call.m.rows, sides = call.sides();
   std::vector<float> statistics(std::max<int64_t>(1, sides) * kStatistics * rows, 0.0f), dscale(rows, 0.0f), of_pairs(2 * rows, 0.0f);
   float *const row = statistics.data(), *const weights = of_pairs.data() + rows;
@@ -145,14 +147,14 @@ void kept_matching(const MatchingCall& call, float* losses, float* dx, float* dy
   const Backward back(call, row);
   const float one = 1;
   if (call.sigmoid()) {
-    back.set(&one, 0, 1 / float(rows));
+    back.set(&one, 0, 1 / float(rows), factors);
     kept_sigmoid_sums(call.p, losses, back.row_g, sums);
     of_scalars[1] = float(total(weights, rows));
   } else {
     float* const column = row + (sides - 1) * kStatistics * rows;
     kept_symmetric_sums(call.p, row, row + rows, sides == 2 ? column : nullptr, column + rows, [&] {
       kdfast::cpu_kernels().matching_losses(call.m, {sides, {row, column}, {row + rows, column + rows}, losses, {row + 2 * rows, column + 2 * rows}});
-      back.set(&one, 0, 1 / float(rows));
+      back.set(&one, 0, 1 / float(rows), factors);
       sums.level = level_of(call, row);
     }, back.upstream(), sums);
     of_scalars[1] = 0;
@@ -161,21 +163,24 @@ void kept_matching(const MatchingCall& call, float* losses, float* dx, float* dy
   of_scalars[0] = of_scale(call, dscale.data());
 }
 
-// Losses or their mean, and what matching_loss_grad needs: statistics. For the mean of few_pairs, where gradients are asked for, these for an
+// Losses or their mean or sum, and what matching_loss_grad needs: statistics, and the rows' factors where they have any. For the mean of few_pairs, where gradients are asked for, these for an
 // upstream of 1 instead: [2] those of scale and shift, then x's and y's where they are asked for; else [0].
 std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const OptionalTensor& y, const Tensor& scale, const OptionalTensor& shift,
                                                          const OptionalTensor& labels, bool mean, bool keep_x, bool keep_y, int64_t precision,
-                                                         bool rows_alone, double smoothing) {
+                                                         bool rows_alone, double smoothing, const OptionalTensor& row_weights, bool sum) {
   const MatchingCall call = matching_call(x, y, scale, shift, labels, precision, rows_alone, smoothing);
   const int64_t rows = call.m.rows, sides = call.sides();
+  const Reduction reduction{mean, mean && sum, row_weights.has_value() ? packed<float>("row_weights", *row_weights, {rows}) : nullptr};
+  const std::vector<float> factors = reduction.factors(rows, [](int64_t) { return true; });
+  const bool weighted = !factors.empty();
   const bool kept = mean && (keep_x || keep_y) && kdfast::few_pairs(rows, rows, call.m.width);
   std::vector<float> row_losses(mean ? rows : 0, 0.0f);
-  const Tensor loss = mean ? output(x, {}) : output(x, {rows}), statistics = kept ? output(x, {2}) : output(x, {sides * kStatistics, rows});
+  const Tensor loss = mean ? output(x, {}) : output(x, {rows}), statistics = kept ? output(x, {2}) : output(x, {sides * kStatistics + weighted, rows});
   float* const losses = mean ? row_losses.data() : floats_of(loss);
   const auto kept_sums = [&](bool keep) { return kept && keep ? output(x, {rows, call.m.width}) : output(x, {0}); };
   const Tensor dx = kept_sums(keep_x), dy = kept_sums(keep_y);
   if (kept) {
-    kept_matching(call, losses, data_of(keep_x, dx), data_of(keep_y, dy), floats_of(statistics));
+    kept_matching(call, weighted ? factors.data() : nullptr, losses, data_of(keep_x, dx), data_of(keep_y, dy), floats_of(statistics));
   } else if (call.sigmoid()) {
     sigmoid_losses(call.p, losses);
   } else {
@@ -190,6 +195,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const 
     }
     kdfast::cpu_kernels().matching_losses(call.m, {sides, {row, column}, {row + rows, column + rows}, losses, {row + 2 * rows, column + 2 * rows}});
   }
+  for (int64_t i = 0; i < rows && weighted; ++i) losses[i] *= factors[i];
+  if (weighted && !kept) std::copy(factors.begin(), factors.end(), floats_of(statistics) + sides * kStatistics * rows);
   if (mean) *floats_of(loss) = mean_of(losses, rows);
   return {loss, statistics, dx, dy};
 }
@@ -203,9 +210,11 @@ std::vector<Tensor> matching_loss_grad(const Tensor& g, const Tensor& statistics
   const int64_t rows = m.rows;
   const bool mean = g.dim() == 0;
   const float* const upstream = mean ? packed<float>("g", g, {}) : packed<float>("g", g, {rows});
-  const float* const of_rows = packed<float>("statistics", statistics, {call.sides() * kStatistics, rows});
+  const int64_t of_sides = call.sides() * kStatistics;
+  const bool weighted = statistics.dim() == 2 && statistics.size(0) > of_sides;
+  const float* const of_rows = packed<float>("statistics", statistics, {of_sides + weighted, rows});
   const Backward back(call, of_rows);
-  back.set(upstream, mean ? 0 : 1, mean ? 1 / float(rows) : 1);
+  back.set(upstream, mean ? 0 : 1, mean ? 1 / float(rows) : 1, weighted ? of_rows + of_sides * rows : nullptr);
 
   const Tensor x_sums = zeros(x, want_x, {rows, m.width}), y_sums = zeros(x, want_y, {rows, m.width});
   std::vector<float> weights(call.sigmoid() ? rows : 0, 0.0f), scores(want_scale ? rows : 0, 0.0f), dscale(scores);

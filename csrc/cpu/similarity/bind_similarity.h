@@ -130,7 +130,7 @@ inline int64_t parts_of_keys(int64_t workers, int64_t batch, int64_t keys) {
 inline float mean_of(const float* losses, int64_t count) {
   double sum = 0;
   for (int64_t i = 0; i < count; ++i) sum += losses[i];
-  return float(sum / double(count));
+  return float(sum / double(std::max<int64_t>(count, 1)));  // of nothing 0
 }
 
 }  // namespace

@@ -44,14 +44,20 @@ class Positives(NamedTuple):
 
 
 def info_nce_rows(
-    p: Problem, positives: Positives, *, mean: bool = False, smoothing: float = 0.0, attract: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """(losses [*B, N], which of them count [*B, N] but for rows of which no column is a positive; None: all), or, with `mean`, (their mean
-    over those that count and have a positive, None).
+    p: Problem,
+    positives: Positives,
+    *,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    smoothing: float = 0.0,
+    attract: bool = False,
+) -> Tensor:
+    """The losses [*B, N] of rows that have a positive and something in their denominator, 0 elsewhere, as `reduce_rows` reduces them.
 
     `smoothing`: this much of the target is spread evenly over the positive and the keys that are not left out.
     `attract`: as `attracted_rows`, with the problem's labels; else keys of a row's class are left out.
-    The problem has neither a start nor values and, with smoothing or attraction, no limit.
+    `weight` [*B, N], in the losses' dtype and without gradient. The problem has neither a start nor values and, with smoothing or
+    attraction, no limit.
     """
     spec, tensors = p
     rows, columns, weights, include = positives
@@ -59,15 +65,20 @@ def info_nce_rows(
         query, keys, scale, bias, _, _, _, *rules = tensors
         pull = torch.is_grad_enabled() and (query.requires_grad or scale.requires_grad)
         products = cpu.product_number(spec.compute.products, query)
-        call = Call(spec, include, mean, pull, products, smoothing=smoothing, attract=attract)
-        out = InfoNceRows.apply(call, (columns, weights, *rules), query, keys, scale, bias, rows)
-        return (out, None) if call.all_count else out
-    return _composed(p, positives, mean, smoothing, attract)
+        call = Call(spec, include, reduction, pull, products, smoothing=smoothing, attract=attract)
+        return InfoNceRows.apply(call, (columns, weights, weight, *rules), query, keys, scale, bias, rows)
+    return _composed(p, positives, reduction, weight, smoothing, attract)
 
 
 def _composed(
-    p: Problem, positives: Positives, mean: bool, smoothing: float, attract: bool, left: tuple | None = None
-) -> tuple[Tensor, Tensor | None]:
+    p: Problem,
+    positives: Positives,
+    reduction: str,
+    weight: Tensor | None,
+    smoothing: float,
+    attract: bool,
+    left: tuple | None = None,
+) -> Tensor:
     """The definition in PyTorch's operations, for any device and transform, and for derivatives of the second order.
 
     `left`: the streaming softmax's outputs, where a forward pass has left them.
@@ -76,7 +87,7 @@ def _composed(
     rows, columns, weights, include = positives
     if attract:
         losses, counted = attracted_rows(p, rows, include)
-        return (reduce_rows(losses, counted=counted), None) if mean else (losses, counted)
+        return reduce_rows(losses, counted=counted, weight=weight, reduction=reduction)
     lse, *_ = streaming_softmax(spec, tensors.folded(spec), pool=False, need_pooled=False, left=left)
     lse = lse.reshape(spec.rows)
     _, logits = positive_logits(tensors.query, tensors.keys, tensors.scale, tensors.bias, rows, columns)
@@ -96,12 +107,10 @@ def _composed(
     else:
         losses = losses.squeeze(-1) if losses.shape[-1] == 1 else losses.mean(-1)
     counted = None if include else (lse != -torch.inf).detach()
-    if not mean:
-        return losses, counted
     if columns is not None:
         some = (columns >= 0).any(-1)
         counted = some if counted is None else counted & some
-    return reduce_rows(losses, counted=counted), None
+    return reduce_rows(losses, counted=counted, weight=weight, reduction=reduction)
 
 
 class Call(NamedTuple):
@@ -109,7 +118,7 @@ class Call(NamedTuple):
 
     spec: Spec
     include: bool
-    mean: bool
+    reduction: str
     pull: bool  # whether the gradient of query or scale will be asked for
     products: int
     factor: float = 1.0  # the scale of every row, where there is no tensor of them
@@ -117,9 +126,8 @@ class Call(NamedTuple):
     attract: bool = False
 
     @property
-    def all_count(self) -> bool:
-        """Whether nothing is to be said of which rows count."""
-        return self.mean or (self.include and not self.attract)
+    def reduced(self) -> bool:
+        return self.reduction != "none"
 
     @property
     def spread(self) -> bool:
@@ -130,34 +138,28 @@ class Call(NamedTuple):
 class InfoNceRows(Function):
     """The same by fused kernels, outside transforms. A bank without gradient is held by reference: it may change before the backward.
 
-    `rest` = (columns, weights, query_labels, key_labels, key_index, limit, valid).
+    `rest` = (columns, weights, row_weights, query_labels, key_labels, key_index, limit, valid).
     """
 
     @staticmethod
     def forward(ctx, call, rest, query, keys, scale, bias, positive):
-        spec, include, mean, pull, products, factor, smoothing, attract = call
-        columns, weights, *rules = rest
-        tensors = _folded(spec, query, keys, scale, bias, *rules, positive, columns, weights)
+        spec, include, reduction, pull, products, factor, smoothing, attract = call
+        columns, weights, row_weights, *rules = rest
+        *tensors, row_weights = _folded(spec, query, keys, scale, bias, *rules, positive, columns, weights, row_weights)
         ctx.want = ctx.needs_input_grad[2:]
         _, want_keys, _, want_bias, _ = ctx.want
-        options = include, mean, pull, products, spec.compute.panels, want_keys and pull, factor, smoothing, attract
-        losses, statistics, pulls, dkeys = torch.ops.kdfast.info_nce(*tensors, *options)
+        options = include, call.reduced, pull, products, spec.compute.panels, want_keys and pull, factor, smoothing, attract
+        losses, statistics, pulls, dkeys = torch.ops.kdfast.info_nce(*tensors, *options, row_weights, reduction == "sum")
         hold = not (want_keys or want_bias)
         bank = (keys, bias, *rest)
         ctx.call = call
         ctx.versions = _versions(bank) if hold else None
         _keep(ctx, (statistics, pulls, dkeys, query, scale, positive), bank, hold)
         ctx.set_materialize_grads(False)
-        if not mean and losses.shape != spec.rows:
-            losses = losses.view(spec.rows)
-        if call.all_count:
-            return losses
-        counted = (statistics[-1] > 0 if attract else statistics[0] != -torch.inf).view(spec.rows)
-        ctx.mark_non_differentiable(counted)
-        return losses, counted
+        return losses.view(spec.rows) if len(spec.rows) > 1 and not call.reduced else losses
 
     @staticmethod
-    def backward(ctx, g, *_):
+    def backward(ctx, g):
         if g is None:
             return (None,) * 7
         rows, bank = _kept(ctx, 6)
@@ -191,7 +193,7 @@ class Gradients(Function):
             definition = partial(_definition, ctx.call, bank[2:], left)
             found = SecondOrder.apply(definition, ctx.want, *cotangents, g, query, bank[0], scale, bank[1], positive)
         dg, dquery, dkeys, dscale, dbias, dpositive = found
-        return None, None, None, dg, *(None,) * 3, dquery, dscale, dpositive, dkeys, dbias, *(None,) * 7
+        return None, None, None, dg, *(None,) * 3, dquery, dscale, dpositive, dkeys, dbias, *(None,) * 8
 
 
 def _left(call: Call, statistics, pulls, keys, positive, columns, weights) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -210,23 +212,21 @@ def _left(call: Call, statistics, pulls, keys, positive, columns, weights) -> tu
 
 
 def _definition(call: Call, rest: tuple, left: tuple | None, query, keys, scale, bias, positive) -> Tensor:
-    columns, weights, *rules = rest
+    columns, weights, row_weights, *rules = rest
     scale = row_parameter("scale", call.factor, query) if scale is None else scale
     tensors = Tensors(query, keys, scale, bias, None, None, None, *rules)
     candidates = Positives(positive, columns, weights, call.include)
-    losses, counted = _composed(Problem(call.spec, tensors), candidates, call.mean, call.smoothing, call.attract, left)
-    if call.attract and not call.mean:  # as the fused losses have it
-        losses = torch.where(counted, losses, 0.0)
-    return losses
+    return _composed(Problem(call.spec, tensors), candidates, call.reduction, row_weights, call.smoothing, call.attract, left)
 
 
 def _gradients(
-    call, want, versions, g, statistics, pulls, dkeys, query, scale, positive, keys, bias, columns, weights, *rules
+    call, want, versions, g, statistics, pulls, dkeys, query, scale, positive, keys, bias, columns, weights, row_weights, *rules
 ) -> tuple[Tensor | None, ...]:
     """The gradients of <g, losses> in (query, keys, scale, bias, positive), None where not wanted."""
     want_query, want_keys, want_scale, want_bias, want_positive = want
     batched, kind = len(call.spec.rows) > 1, (call.spread, call.attract, call.include)
-    g = call.spec.per_row(g).contiguous() if batched and not call.mean else g
+    g = call.spec.per_row(g) if batched and not call.reduced else g
+    g = g.contiguous()
     if want_keys or want_bias or batched:
         tensors = _folded(call.spec, query, keys, scale, bias, *rules, columns)
         found = torch.ops.kdfast.info_nce_grad(g, statistics, pulls, *tensors, *want, call.products, dkeys, call.factor, *kind)
@@ -247,8 +247,10 @@ def _folded(spec: Spec, query, keys, scale, bias, query_labels, key_labels, key_
     return *for_kernel(t.query, t.keys, t.scale, t.bias, *t[7:]), *rows
 
 
-def _like(grad: Tensor, x: Tensor) -> Tensor:
-    """A gradient in the shape and dtype of `x`, which the batch may have shared."""
+def _like(grad: Tensor, x: Tensor | None) -> Tensor:
+    """A gradient in the shape and dtype of `x`, which the batch may have shared; None: as it is."""
+    if x is None:
+        return grad
     if grad.shape != x.shape:
         grad = grad.view(x.shape) if grad.numel() == x.numel() else grad.sum(0)
     return grad if grad.dtype == x.dtype else grad.to(x.dtype)
@@ -261,7 +263,7 @@ def _beside(spread: bool) -> int:
 
 def fake(
     query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, positive, columns, weights, include, mean, pull, products,
-    panels=None, keep_keys=False, factor=1.0, smoothing=0.0, attract=False,
+    panels=None, keep_keys=False, factor=1.0, smoothing=0.0, attract=False, row_weights=None, sum=False,
 ):  # fmt: skip
     made = partial(query.new_empty, dtype=torch.float32)
     batch = query.shape[:-1] if query.dim() == 3 else (1, *query.shape[:-1])

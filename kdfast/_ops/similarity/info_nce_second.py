@@ -19,8 +19,8 @@ def served(call, cotangents: tuple, needs: list[bool], pulls: Tensor, weights: T
 def gradients(*args) -> tuple[Tensor | None, ...]:
     """Gradients of <cotangents, first-order gradients> in (g, query, keys, scale, bias, positive), None where not needed.
 
-    `args` = (call, needs, *cotangents, g, statistics, pulls, query, scale, positive, keys, bias, columns, weights, *rules), with cotangents
-    of the gradients in (query, keys, scale, bias, positive), None: zero.
+    `args` = (call, needs, *cotangents, g, statistics, pulls, query, scale, positive, keys, bias, columns, weights, row_weights,
+    *rules), with cotangents of the gradients in (query, keys, scale, bias, positive), None: zero.
     """
     return differentiated_last(_gradients, *args)
 
@@ -34,7 +34,7 @@ def of_matches(*args) -> tuple[Tensor | None, ...]:
 
 
 def _gradients(call, needs, *tensors):
-    of_query, of_keys, of_scale, _, of_positive, g, statistics, pulls, query, scale, positive, keys, bias, columns, _, *rules = tensors
+    of_query, of_keys, of_scale, _, of_positive, g, statistics, pulls, query, scale, positive, keys, bias, columns, _, _, *rules = tensors
     need_g, need_query, need_keys, need_scale, _, need_positive = needs
     dg, dquery, dkeys, dscale, dpositive = torch.ops.kdfast.info_nce_second(
         g, of_query, of_keys, of_scale, of_positive, statistics, pulls, query, keys, scale, bias, *rules, positive, columns, call.include,
@@ -57,17 +57,15 @@ def _of_matches(call, needs, of_x, of_y, of_scale, g, x, y, scale):
         half = len(x) // 2
         labels, match = own % half if call.labels is None else call.labels, own.roll(half)
     else:
-        labels, match = own, own
+        labels, match = own if call.labels is None else call.labels, own
     factor, of_scale = scale.item(), None if of_scale is None else of_scale.expand(len(x))
     rules = labels, labels, None, None, None
-    mean = g.dim() == 0
+    reduced = call.reduced, True, call.products, None, False, factor, 0.0, False, call.weight, call.reduction == "sum"
 
     def side(g, q, k, of_q, of_k, need_keys):
         """Gradients in g, q, k and scale."""
         positives, options = (None, match[:, None]), (call.products, factor)
-        _, statistics, pulls, _ = torch.ops.kdfast.info_nce(
-            q, k, None, None, *rules, *positives, None, True, mean, True, call.products, None, False, factor
-        )
+        _, statistics, pulls, _ = torch.ops.kdfast.info_nce(q, k, None, None, *rules, *positives, None, True, *reduced)
         dg, dq, dk, dscale, _ = torch.ops.kdfast.info_nce_second(
             g, of_q, of_k, of_scale, None, statistics, pulls, q, k, None, None, *rules, *positives, True, need_g, need_keys, need_scale,
             False, *options,

@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..._core import dtypes, extension, impls
+from ..._core.reduction import reduce_rows, row_weights
 from . import cpu, info_nce_second, triton_matching
 from .apply import PlainFunction, streaming_softmax, transformed
 from .arguments import how_to_compute, problem
+from .autograd import _versions
 from .definition import SecondOrder
 from .exclusions import SameLabel
 from .info_nce import _like
@@ -37,7 +39,7 @@ class Call(NamedTuple):
     """What a call is beside its differentiable tensors x, y, scale and shift."""
 
     labels: Tensor | None  # int64 [2N] of two views: pairs of equal labels are left out; None: those of a sample
-    mean: bool  # the mean of the losses instead of them
+    reduction: str  # of the losses
     grad: bool  # whether gradients may be asked for
     precision: str | None
     impl: str | None
@@ -45,63 +47,97 @@ class Call(NamedTuple):
     products: int  # their number for how products are formed
     rows_alone: bool = False  # the rows' side instead of the mean of both
     smoothing: float = 0.0  # this much of each side's target is spread evenly over its candidates
+    weight: Tensor | None = None  # [N] float32, of the losses
+
+    @property
+    def reduced(self) -> bool:
+        return self.reduction != "none"
 
     @property
     def further(self) -> tuple:
         """Options that only the CPU's ops know, where there are any."""
         return (self.rows_alone, self.smoothing) if self.rows_alone or self.smoothing else ()
 
+    @property
+    def more_losses(self) -> tuple:
+        """The same of the op that has the losses."""
+        weighted = self.weight is not None or self.reduction == "sum"
+        return (self.rows_alone, self.smoothing, self.weight, self.reduction == "sum") if weighted else self.further
 
-def clip_rows(
-    x: Tensor, y: Tensor, scale: float | Tensor, *, mean: bool, precision: str | None, impl: str | None, smoothing: float = 0.0
-) -> Tensor:
-    """Of z = scale x y^T with row i matching column i, the mean of both sides' losses: [N], or [] with `mean`.
+
+def clip_rows(x: Tensor, y: Tensor, scale: float | Tensor, *, smoothing: float = 0.0, **options) -> Tensor:
+    """Of z = scale x y^T with row i matching column i, the mean of both sides' losses: [N], or as `reduction` says.
 
     x, y: [N, D] of one dtype, N >= 1. scale: a float or 0-d. smoothing: this much of the target is spread evenly over a side's candidates.
+    options: reduction, weight [N] or None, precision and impl.
     """
-    return _losses(x, y, scale, None, None, mean, precision, impl, smoothing)
+    return _losses(x, y, scale, None, None, smoothing=smoothing, **options)
 
 
 def paired_rows(
-    x: Tensor, y: Tensor, scale: float | Tensor, *, mean: bool, precision: str | None, impl: str | None, smoothing: float = 0.0
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    labels: Tensor | None,
+    *,
+    reduction: str,
+    weight: Tensor | None,
+    precision: str | None,
+    impl: str | None,
+    smoothing: float = 0.0,
 ) -> Tensor | None:
-    """As `clip_rows`, of the rows' side alone. None where no kernel serves the call."""
-    if transformed() or impl not in (None, "cpu") or _of_rows(scale) or y.dtype != x.dtype:
+    """As `clip_rows`, of the rows' side alone. labels: int64 [N], of equal ones pairs are left out. None where no kernel serves it."""
+    if transformed() or impl not in (None, "cpu") or _of_rows(scale) or y.dtype != x.dtype or (smoothing and labels is not None):
         return None
     compute = how_to_compute(x, precision)
     if impls.choose("matching_loss", None, device_type=x.device.type, dtype=compute.dtype) != "cpu":
         return None
     products = cpu.product_number(compute.products, x)
-    call = Call(None, mean, torch.is_grad_enabled(), precision, impl, cpu.KERNELS, products, True, smoothing)
+    weight = row_weights(weight, x.shape[:1], torch.float32, x.device)
+    call = Call(labels, reduction, torch.is_grad_enabled(), precision, impl, cpu.KERNELS, products, True, smoothing, weight)
     return fused_losses(call, x, y, scale, None)
 
 
-def sigmoid_rows(
-    x: Tensor, y: Tensor, scale: float | Tensor, shift: float | Tensor, *, mean: bool, precision: str | None, impl: str | None
-) -> Tensor:
-    """`sigmoid_pair_loss` of x and y [N, D], row i matching column i: [N], or [] with `mean`. scale, shift: floats or 0-d."""
-    return _losses(x, y, scale, shift, None, mean, precision, impl)
+def sigmoid_rows(x: Tensor, y: Tensor, scale: float | Tensor, shift: float | Tensor, **options) -> Tensor:
+    """`sigmoid_pair_loss` of x and y [N, D], row i matching column i: [N], or reduced. scale, shift: floats or 0-d; options as above."""
+    return _losses(x, y, scale, shift, None, **options)
 
 
-def view_rows(x: Tensor, scale: float | Tensor, labels: Tensor | None, *, mean: bool, precision: str | None, impl: str | None) -> Tensor:
-    """The losses of the rows of x [2N, D], two views of N >= 1 samples, among each other: [2N], or [] with `mean`.
+def view_rows(x: Tensor, scale: float | Tensor, labels: Tensor | None, **options) -> Tensor:
+    """The losses of the rows of x [2N, D], two views of N >= 1 samples, among each other: [2N], or reduced; options as of `clip_rows`.
 
     scale: a float, 0-d or [2N]. labels: int64 [2N], equal for the views of a sample.
     """
-    return _losses(x, None, scale, None, labels, mean, precision, impl)
+    return _losses(x, None, scale, None, labels, **options)
 
 
-def _losses(x, y, scale, shift, labels, mean, precision, impl, smoothing=0.0) -> Tensor:
+def _losses(
+    x: Tensor,
+    y: Tensor | None,
+    scale: float | Tensor,
+    shift: float | Tensor | None,
+    labels: Tensor | None,
+    *,
+    reduction: str,
+    weight: Tensor | None,
+    precision: str | None,
+    impl: str | None,
+    smoothing: float = 0.0,
+) -> Tensor:
     compute = how_to_compute(x, precision)
     chosen = impl
     if impl in (None, "cpu", "triton"):  # another serves the pass over all pairs, within the definition
         chosen = impls.choose("matching_loss", impl, device_type=x.device.type, dtype=compute.dtype)
     kernels = KERNELS.get(chosen, cpu.KERNELS)
     products = cpu.product_number(compute.products, x, kernels)
-    call = Call(labels, mean, torch.is_grad_enabled(), precision, impl, kernels, products, smoothing=smoothing)
+    weight = row_weights(weight, x.shape[:1], dtypes.accumulator(x.dtype), x.device)
+    call = Call(labels, reduction, torch.is_grad_enabled(), precision, impl, kernels, products, False, smoothing, weight)
     fused = chosen == "cpu" or (chosen == "triton" and shift is None and not smoothing)
     if not fused or transformed() or _of_rows(scale) or _of_rows(shift):
         return _definition(call, x, y, scale, shift)
+    if chosen == "triton" and call.more_losses:
+        losses = fused_losses(call._replace(reduction="none", weight=None), x, y, scale, shift)
+        return reduce_rows(losses, weight=weight, reduction=reduction)
     return fused_losses(call, x, y, scale, shift)
 
 
@@ -109,6 +145,7 @@ def fused_losses(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor,
     """By the call's kernels, outside transforms; scale and shift are floats or 0-d."""
     # made contiguous here, not within: what a Function saves must be what it was given, or the second derivative misses it
     x, y = x.contiguous(), None if y is None else y.contiguous()
+    call = call if call.weight is None or call.weight.is_contiguous() else call._replace(weight=call.weight.contiguous())
     device = x.device
     return MatchingLoss.run(call, x, y, _scalar(scale, device), None if shift is None else _scalar(shift, device))
 
@@ -129,11 +166,11 @@ def _scalar(x: float | Tensor, device: torch.device) -> Tensor:
 
 def _definition(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor, shift: float | Tensor | None) -> Tensor:
     """In PyTorch's operations around the pass over all pairs, for any device and transform, and for derivatives of the second order."""
-    labels, mean, _, precision, impl, *_, rows_alone, _ = call
+    labels, precision, impl, rows_alone = call.labels, call.precision, call.impl, call.rows_alone
     own = torch.arange(len(x), device=x.device)
     if shift is not None:
         losses = sigmoid_pair_loss(x, y, scale, shift, own, precision=precision, impl=impl)
-        return losses.mean() if mean else losses
+        return reduce_rows(losses, weight=call.weight, reduction=call.reduction)
     scale = _by_rows(scale, x)
     if y is None or rows_alone:
         half = len(x) // 2
@@ -148,18 +185,20 @@ def _definition(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor, 
     if call.smoothing:
         spread = [score_sums(a, b, scale) for a, b in ((x, y), (y, x))[: len(sides)]]
         losses = losses + call.smoothing * (logits - sum(s.other / s.other_count for s in spread) / len(sides))
-    return losses.mean() if mean else losses
+    return reduce_rows(losses, weight=call.weight, reduction=call.reduction)
 
 
 class MatchingLoss(PlainFunction):
-    """The same by fused kernels, outside transforms. Gradients of the mean of few pairs come with the loss, from the same scores."""
+    """The same by fused kernels, outside transforms. Gradients of what few pairs are reduced to come with it, from the same scores."""
 
     @staticmethod
     def forward(ctx, call, x, y, scale, shift):
         _, want_x, want_y, want_scale, _ = ctx.needs_input_grad
         keep = call.grad and (want_x or want_scale), call.grad and want_y
-        losses, *found = call.kernels.ops.matching_loss(x, y, scale, shift, call.labels, call.mean, *keep, call.products, *call.further)
-        ctx.call = call
+        losses, *found = call.kernels.ops.matching_loss(
+            x, y, scale, shift, call.labels, call.reduced, *keep, call.products, *call.more_losses
+        )
+        ctx.call, ctx.versions = call, _versions((call.labels, call.weight))
         ctx.save_for_backward(*found, x, y, scale, shift)
         ctx.set_materialize_grads(False)
         return losses
@@ -168,29 +207,33 @@ class MatchingLoss(PlainFunction):
     def backward(ctx, g):
         if g is None:
             return (None,) * 5
-        run = MatchingGradients.apply if torch.is_grad_enabled() else _gradients
-        return None, *run(ctx.call, ctx.needs_input_grad[1:], g, *ctx.saved_tensors)
+        call, want = ctx.call, ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():
+            return None, *MatchingGradients.apply(call, want, ctx.versions, g, *ctx.saved_tensors)
+        return None, *_gradients(call, want, g, *ctx.saved_tensors)
 
 
 class MatchingGradients(Function):
     """`_gradients`, and their derivative."""
 
     @staticmethod
-    def forward(ctx, call, want, g, statistics, kept_x, kept_y, *inputs):
-        ctx.call, ctx.want = call, want
+    def forward(ctx, call, want, versions, g, statistics, kept_x, kept_y, *inputs):
+        ctx.call, ctx.want, ctx.versions = call, want, versions
         ctx.save_for_backward(g, *inputs)
         ctx.set_materialize_grads(False)
         return _gradients(call, want, g, statistics, kept_x, kept_y, *inputs)
 
     @staticmethod
     def backward(ctx, *cotangents):
+        if _versions((ctx.call.labels, ctx.call.weight)) != ctx.versions:
+            raise RuntimeError("double backward needs labels and weight as the forward saw them, but one was updated in place since")
         g, x, y, scale, shift = ctx.saved_tensors
         if shift is None and not ctx.call.smoothing and ctx.call.kernels is cpu.KERNELS:
-            _, _, of_g, _, _, _, *of_inputs = ctx.needs_input_grad
+            _, _, _, of_g, _, _, _, *of_inputs = ctx.needs_input_grad
             dg, *dinputs = *info_nce_second.of_matches(ctx.call, (of_g, *of_inputs[:3]), *cotangents[:3], g, x, y, scale), None
         else:
             dg, *dinputs = SecondOrder.apply(partial(_definition, ctx.call), ctx.want, *cotangents, g, x, y, scale, shift)
-        return None, None, dg, None, None, None, *dinputs
+        return None, None, None, dg, None, None, None, *dinputs
 
 
 def _gradients(call, want, g, statistics, kept_x, kept_y, *inputs) -> tuple[Tensor | None, ...]:
@@ -204,9 +247,11 @@ def _gradients(call, want, g, statistics, kept_x, kept_y, *inputs) -> tuple[Tens
     return tuple([next(found) if wanted else None for wanted in want])
 
 
-def _loss_fake(x, y, scale, shift, labels, mean, keep_x, keep_y, products, rows_alone=False, smoothing=0.0):
+def _loss_fake(
+    x, y, scale, shift, labels, mean, keep_x, keep_y, products, rows_alone=False, smoothing=0.0, row_weights=None, sum=False
+):  # fmt: skip
     kept = mean and (keep_x or keep_y) and extension.load("_C")[0].few_pairs(len(x), *x.shape)
-    statistics = 0 if shift is not None else 3 if y is None or rows_alone else 6
+    statistics = (0 if shift is not None else 3 if y is None or rows_alone else 6) + (row_weights is not None or (mean and sum))
     gradients = (scale.new_empty(x.shape if kept and keep else (0,)) for keep in (keep_x, keep_y))
     return scale.new_empty(() if mean else x.shape[:1]), scale.new_empty((2,) if kept else (statistics, len(x))), *gradients
 

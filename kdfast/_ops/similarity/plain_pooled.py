@@ -12,13 +12,13 @@ from . import cpu
 from .arguments import Compute
 from .autograd import Gradients
 from .info_nce import _like
-from .plain import _PRODUCTS, _plain, _usual
+from .plain import PRODUCTS, plain, usual
 
 
 def pooled_softmax(query: Tensor, keys: Tensor, values: Tensor | None, scale: float | Tensor) -> tuple[Tensor, Tensor] | None:
     """(lse [N], pooled [N, Dv]) of query [N, D] over keys [M, D] and values [M, Dv], None: the keys; None where the call is not plain."""
     matrices = (query, keys) if values is None else (query, keys, values)
-    if not (_usual(scale) and _plain(*matrices)) or keys.shape[1] != query.shape[1]:
+    if not (usual(scale) and plain(*matrices)) or keys.shape[1] != query.shape[1]:
         return None
     if values is not None and len(values) != len(keys):
         return None
@@ -67,7 +67,7 @@ def _general(ctx, g: Tensor | None, h: Tensor | None, want_query: bool, want_key
     h = None if h is None else h.contiguous().unsqueeze(0)
     run = Gradients.apply if torch.is_grad_enabled() else Gradients.forward
     dquery, dkeys, _, _, _, dvalues, _ = run(
-        "cpu", Compute(query.dtype, _PRODUCTS[query.dtype]), (want_query, False, want_keys, False, want_values, from_lse), None,
+        "cpu", Compute(query.dtype, PRODUCTS[query.dtype]), (want_query, False, want_keys, False, want_values, from_lse), None,
         g, h, query, keys, torch.full_like(lse, ctx.scale), None, None, values, None, lse, lse_low, pooled, *(None,) * 5,
     )  # fmt: skip
     return tuple(None if x is None else x.squeeze(0) for x in (dquery, dkeys, dvalues))

@@ -1,0 +1,150 @@
+"""The short way of plain calls of distillation's losses and of the Wasserstein dependency (plain.py).
+
+The Functions are those of distillation.py with nothing but what a plain call has. The ops are the same; a second derivative is left to the
+general Functions. A bank without gradient is held by reference there and here.
+"""
+
+import torch
+from torch import Tensor
+
+from . import cpu, distillation
+from .apply import PlainFunction
+from .autograd import _versions
+from .info_nce import _like
+from .plain import number_of, plain, rows_of, usual
+from .plain_info_nce import through_inverse
+from .positives import dot
+
+
+def distillation_losses(
+    student: Tensor,
+    bank,
+    teacher: Tensor,
+    teacher_bank,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
+    kl: bool,
+    own: bool,
+    reduction: str,
+) -> Tensor | None:
+    """`distillation_rows`, reduced, of student [N, Ds] and a bank [M, Ds] under teacher [N, Dt] and another [M, Dt] (None: the same).
+
+    own: the teacher's rows are one more candidate of each row, on both sides.
+    """
+    keys, teacher_keys = rows_of(bank), None if teacher_bank is None else rows_of(teacher_bank)
+    theirs = keys if teacher_keys is None else teacher_keys
+    if not plain(student, keys, teacher, theirs):
+        return None
+    number, teacher_number = number_of(temperature), number_of(teacher_temperature)
+    if not (usual(number) and usual(teacher_number)) or (teacher_number is not teacher_temperature and teacher_temperature.requires_grad):
+        return None
+    if own and number is not temperature:
+        return None
+    count = len(student)
+    if len(teacher) != count or len(theirs) != len(keys) or keys.shape[1] != student.shape[1] or theirs.shape[1] != teacher.shape[1]:
+        return None
+    if own and teacher.shape != student.shape:
+        return None
+    if teacher.requires_grad or (teacher_keys is not None and teacher_keys.requires_grad):
+        return None
+    if not (student.is_contiguous() and keys.is_contiguous() and teacher.is_contiguous() and theirs.is_contiguous()):
+        return None
+    scales = 1.0 / number, 1.0 / teacher_number
+    call = distillation.Call(kl, reduction != "none", None, None, cpu.product_number(None, student), *scales)
+    other = None if teacher_keys is keys else teacher_keys
+    losses = DistillationLosses.run(call, student, keys, teacher, other, own, None if number is temperature else temperature)
+    return losses * count if reduction == "sum" else losses
+
+
+def wasserstein_mean(query: Tensor, positive: Tensor, bank, temperature: float) -> Tensor | None:
+    """The mean of query_i.(mean of the bank's rows - positive_i) / temperature, of query and positive [N, D] and a bank [M, D]."""
+    keys = rows_of(bank)
+    if not (plain(query, positive, keys) and positive.shape == query.shape and keys.shape[1] == query.shape[1] and usual(temperature)):
+        return None
+    if torch.is_grad_enabled() and (positive.requires_grad or keys.requires_grad):
+        return None
+    return WassersteinMean.run(query, positive, keys, 1.0 / temperature)
+
+
+class DistillationLosses(PlainFunction):
+    """The losses [N], or their mean, of student [N, Ds] and keys [M, Ds] under teacher [N, Dt] and teacher_keys [M, Dt], None: keys.
+
+    own: the teacher's rows are one more candidate of each row, on both sides; otherwise `temperature`, a tensor or None, has the student's
+    factor of the call.
+    """
+
+    @staticmethod
+    def forward(ctx, call, student, keys, teacher, teacher_keys, own, temperature):
+        _, want_student, want_keys, _, _, _, want_scale = ctx.needs_input_grad
+        start, theirs = _own_logits(call, student, teacher) if own else (None, None)
+        loss, difference, log_sums, kept_keys = torch.ops.kdfast.similarity_distillation(
+            student, keys, teacher, keys if teacher_keys is None else teacher_keys, None, None, None, start, theirs, None, None,
+            call.products, call.kl, call.mean, want_keys, call.factor, call.teacher_factor,
+        )  # fmt: skip
+        ctx.call, ctx.want = call, (want_student, want_keys, want_scale, own and want_student)
+        bank = keys, teacher, teacher_keys
+        ctx.held = None if want_keys else (*bank, _versions(bank))
+        rows = student, difference, log_sums, kept_keys, teacher if own else None, temperature
+        ctx.save_for_backward(*rows, *(bank if want_keys else ()))
+        return loss
+
+    @staticmethod
+    def backward(ctx, g):
+        call, want = ctx.call, ctx.want
+        want_student, want_keys, want_scale, want_start = want
+        student, difference, log_sums, kept_keys, own, temperature, *bank = ctx.saved_tensors
+        slope = None if own is None else log_sums[4]
+        keys, teacher, teacher_keys, versions = (*bank, None) if want_keys else ctx.held
+        if torch.is_grad_enabled():
+            start, theirs = (None, None) if own is None else _own_logits(call, student, own)
+            versions = versions if versions is None or own is None else versions + _versions((theirs,))
+            scale = None if temperature is None else temperature.reciprocal().expand(len(student)).contiguous()
+            fixed = keys, teacher, teacher_keys, None, theirs, None, None, None
+            rows = student, scale, start, slope, difference, log_sums, kept_keys
+            dstudent, dkeys, dscale, dstart = distillation.Gradients.apply(call, want, versions, g, *rows, *fixed)
+            dstudent = dstudent if dstart is None else dstudent + _through_dot(dstart, call, own)
+            return None, dstudent, dkeys, None, None, None, through_inverse(dscale, temperature) if want_scale else None
+        dstudent = dkeys = dscale = None
+        g = g.contiguous()  # of a sum, expanded
+        found = torch.ops.kdfast.info_nce_grad_rows(g, None, difference, student, None, want_student, want_scale, False, call.factor)
+        if want_student:
+            dstudent = _like(found[0], student)
+        if want_scale:
+            dscale = through_inverse(found[-1], temperature)
+        if want_start:
+            dstudent += _through_dot((g / len(student) if call.mean else g) * slope, call, own)
+        if want_keys and kept_keys.numel() > 0:
+            dkeys = distillation.of_kept_keys(g, kept_keys, student, keys)
+        elif want_keys:
+            both = student, keys, teacher, keys if teacher_keys is None else teacher_keys
+            factors = call.factor, call.teacher_factor
+            dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(g, log_sums, *both, *(None,) * 5, call.products, *factors)
+            dkeys = _like(dkeys, keys)
+        return None, dstudent, dkeys, None, None, None, dscale
+
+
+class WassersteinMean(PlainFunction):
+    """The mean over rows of factor query_i.(mean of keys - positive_i), whose gradient is the queries' alone."""
+
+    @staticmethod
+    def forward(ctx, query, positive, keys, factor):
+        pull = keys.mean(0, dtype=torch.float32) - positive
+        pull *= factor / len(query)
+        ctx.dtype = query.dtype
+        ctx.save_for_backward(pull)
+        return (query * pull).sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        (pull,) = ctx.saved_tensors
+        return (pull * g).to(ctx.dtype), None, None, None
+
+
+def _own_logits(call: distillation.Call, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits [N] of the teacher's rows, the student's and the teacher's."""
+    return call.factor * dot(student, teacher), call.teacher_factor * dot(teacher, teacher)
+
+
+def _through_dot(dlogit: Tensor, call: distillation.Call, teacher: Tensor) -> Tensor:
+    """The gradient of the student's rows in their own logits."""
+    return ((dlogit * call.factor)[:, None] * teacher.to(dlogit.dtype)).to(teacher.dtype)

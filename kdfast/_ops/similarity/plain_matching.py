@@ -1,0 +1,43 @@
+"""The short way of a plain call of losses of matching rows (plain.py)."""
+
+import torch
+from torch import Tensor
+
+from . import cpu, matching
+from .plain import plain, reducible, scalar, usual
+
+
+def matching_loss(
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    shift: float | Tensor | None,
+    smoothing: float,
+    weight: Tensor | None,
+    reduction: str,
+) -> Tensor | None:
+    """`clip_rows` or, with a shift, `sigmoid_rows` of x and y [N, D], reduced."""
+    numbers = (usual(scale) or scalar(scale)) and (shift is None or (type(shift) is float and abs(shift) <= 1e3) or scalar(shift))
+    if not (numbers and plain(x, y) and x.shape == y.shape and reducible(reduction, weight, len(x))):
+        return None
+    return matching.fused_losses(_call(x, None, reduction, False, smoothing, weight), x, y, scale, shift)
+
+
+def paired_loss(
+    x: Tensor,
+    y: Tensor,
+    number: float,
+    temperature: float | Tensor,
+    labels: Tensor | None,
+    smoothing: float,
+    weight: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """`paired_rows` of x and y [N, D] that are plain, reduced. `number`: the temperature's."""
+    scale = 1.0 / number if number is temperature else temperature.reciprocal()
+    return matching.fused_losses(_call(x, labels, reduction, True, smoothing, weight), x, y, scale, None)
+
+
+def _call(x: Tensor, labels: Tensor | None, reduction: str, rows_alone: bool, smoothing: float, weight: Tensor | None) -> matching.Call:
+    products = cpu.product_number(None, x)
+    return matching.Call(labels, reduction, torch.is_grad_enabled(), None, None, cpu.KERNELS, products, rows_alone, smoothing, weight)
