@@ -9,6 +9,8 @@ import torch
 from kdfast import functional
 from kdfast._core import extension
 from kdfast._ops.sinkhorn import cpu, reference
+from kdfast.bench import measure
+from kdfast.bench.cases.sinkhorn import layers
 from kdfast.ops import sinkhorn
 
 _C, REASON = extension.load("_C")
@@ -84,6 +86,23 @@ def test_codes_lie_in_kept_memory():
     torch.testing.assert_close(codes.sum(-1), torch.ones(1050))
     del codes
     assert _C.release_scratch() >= 4 * scores.numel()
+
+
+# Rows that begin at any element of a line, where only every 16th begins at the same, and at whole lines; rows left beside groups of these.
+@pytest.mark.parametrize("n, k, iters", [(2150, 1001, 3), (1043, 2064, 2), (1043, 2064, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d)[6:])
+def test_large_codes(isa, dtype, n, k, iters):
+    """Whose exponentials are stored past the caches, as a thread has more than 8 MB of them, and used from either end."""
+    scores = (torch.randn(n, k, dtype=torch.float64) * 0.2).clamp(-1, 1).to(dtype)
+    with measure.threads(1):
+        codes, again = (functional.sinkhorn_assign(scores, iters=iters, impl="cpu") for _ in range(2))
+    truth = layers.published_assign(scores.double(), iters)
+    if dtype == torch.float64:
+        torch.testing.assert_close(codes, truth, rtol=1e-12, atol=0)
+    else:
+        naive = layers.published_assign(scores.float(), iters).double()
+        assert (codes.double() - truth).abs().max() <= 2 * (naive - truth).abs().max() + 4 * torch.finfo(torch.float32).eps * truth.max()
+    assert torch.equal(codes, again)
 
 
 def test_scratch_of_calls_at_once():

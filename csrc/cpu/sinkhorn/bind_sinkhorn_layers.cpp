@@ -38,11 +38,12 @@ class AssignPasses {
   // A pass's argument v, 0 past the columns.
   Real* v() { return work_.data() + workers_ * (space_ + 2 * padded_); }
 
-  void run(const void* scores, const Real* v, bool sums, Real* codes) {
+  void run(const void* scores, const Real* v, bool sums, Real* codes, bool back = false) {
     for_each_task(workers_, workers_, [&](int64_t, int64_t w) {
       SinkhornAssign<Real> q = p_;
       q.scores = scores, q.v = v, q.codes = codes;
       q.begin = w * n_ / workers_, q.end = (w + 1) * n_ / workers_;
+      if (back) std::swap(q.begin, q.end);
       q.largest = part(w), q.sums = sums ? part(w) + padded_ : nullptr;
       assign_part(q, work_.data() + w * space_);
     });
@@ -113,13 +114,13 @@ Tensor sinkhorn_assign(const Tensor& scores, const OptionalTensor& v, const Tens
 }
 
 // The codes of one entry by stored exponentials; false where they are not balanced. A column's share of the rows, in its factor, keeps sums where
-// they are: without it they grow columns / n times an iteration.
+// they are: without it they grow columns / n times an iteration. Each pass begins where the one before ended, whose rows are in the caches.
 template <class Real>
 bool stored_codes(AssignPasses<Real>& passes, const void* scores, int64_t iterations, int64_t n, int64_t columns, Real* codes) {
   Real* const factor = passes.v();
   const Real share = Real(n) / Real(columns);
   for (int64_t t = 0; t < iterations; ++t) {
-    passes.run(t == 0 ? scores : nullptr, t == 0 ? nullptr : factor, true, codes);
+    passes.run(t == 0 ? scores : nullptr, t == 0 ? nullptr : factor, true, codes, t % 2 != 0);
     bool balanced = true;
     for (int64_t j = 0; j < columns; ++j) {
       const Real sum = passes.sum(j);
@@ -128,7 +129,7 @@ bool stored_codes(AssignPasses<Real>& passes, const void* scores, int64_t iterat
     }
     if (!balanced) return false;
   }
-  passes.run(nullptr, factor, false, codes);
+  passes.run(nullptr, factor, false, codes, iterations % 2 != 0);
   return true;
 }
 
