@@ -89,7 +89,7 @@ def test_codes_lie_in_kept_memory():
 
 
 # Rows that begin at any element of a line, where only every 16th begins at the same, and at whole lines; rows left beside groups of these.
-@pytest.mark.parametrize("n, k, iters", [(2150, 1001, 3), (1043, 2064, 2), (1043, 2064, 3)], ids=str)
+@pytest.mark.parametrize("n, k, iters", [(2150, 1001, 3), (1043, 2064, 1), (1043, 2064, 2)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d)[6:])
 def test_large_codes(isa, dtype, n, k, iters):
     """Whose exponentials are stored past the caches, as a thread has more than 8 MB of them, and used from either end."""

@@ -59,13 +59,17 @@ def test_assign_is_as_exact_as_the_loop(isa, n, k):
 
 @pytest.mark.parametrize("row, column", [(slice(6, 7), slice(None)), (slice(None), slice(5, 6)), (slice(20, 30), slice(40, 50))], ids=str)
 @pytest.mark.parametrize("offset", [-1.2, -4.3, -6.0, 6.0])
-def test_assign_of_a_row_or_column_far_from_the_others(isa, row, column, offset):
+@pytest.mark.parametrize("iters", [1, 3])
+def test_assign_of_a_row_or_column_far_from_the_others(isa, row, column, offset, iters):
     """By 35 bits at an epsilon of 0.05, more than stored exponentials are trusted with; 124, where a float holds some; 173, where none."""
     scores = torch.rand(33, 70, dtype=torch.float64)
     scores[row, column] += offset
-    expected = F.sinkhorn_assign(scores, epsilon=0.05, impl="torch")
-    torch.testing.assert_close(F.sinkhorn_assign(scores.float(), epsilon=0.05, impl="cpu").double(), expected, rtol=5e-5, atol=1e-7)
-    torch.testing.assert_close(F.sinkhorn_assign(scores, epsilon=0.05, impl="cpu"), expected, rtol=1e-10, atol=1e-14)
+    single, double, expected = (
+        F.sinkhorn_assign(s, epsilon=0.05, iters=iters, impl=impl)
+        for s, impl in ((scores.float(), "cpu"), (scores, "cpu"), (scores, "torch"))
+    )
+    torch.testing.assert_close(single.double(), expected, rtol=5e-5, atol=1e-7)
+    torch.testing.assert_close(double, expected, rtol=1e-10, atol=1e-14)
 
 
 def test_assign_of_low_scores_and_many_iterations(isa):

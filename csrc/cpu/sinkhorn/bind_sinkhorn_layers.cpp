@@ -49,6 +49,13 @@ class AssignPasses {
     });
   }
 
+  // Whether every row was, after a pass over stored exponentials.
+  bool balanced() {
+    bool all = true;
+    for (int64_t w = 0; w < workers_; ++w) all &= part(w)[0] == 0;
+    return all;
+  }
+
   // Of a column, after a pass with sums.
   Real sum(int64_t j) {
     Real sum = 0;
@@ -121,7 +128,7 @@ bool stored_codes(AssignPasses<Real>& passes, const void* scores, int64_t iterat
   const Real share = Real(n) / Real(columns);
   for (int64_t t = 0; t < iterations; ++t) {
     passes.run(t == 0 ? scores : nullptr, t == 0 ? nullptr : factor, true, codes, t % 2 != 0);
-    bool balanced = true;
+    bool balanced = passes.balanced();
     for (int64_t j = 0; j < columns; ++j) {
       const Real sum = passes.sum(j);
       balanced &= sum >= Real(1 / kdfast::kBalancedCodes) && sum <= Real(kdfast::kBalancedCodes);
@@ -130,7 +137,7 @@ bool stored_codes(AssignPasses<Real>& passes, const void* scores, int64_t iterat
     if (!balanced) return false;
   }
   passes.run(nullptr, factor, false, codes, iterations % 2 != 0);
-  return true;
+  return passes.balanced();
 }
 
 // And by a pass of exponentials an iteration, whatever the scores: v = -log-sum-exp, then v - log of the column sums. Its mean is free: without it
@@ -159,8 +166,7 @@ Tensor codes_of(const Tensor& scores, const Tensor& inverse_epsilon, int64_t ite
   if (out.numel() == 0) return out;
   AssignPasses<Real> passes(p, n);
   std::fill_n(passes.v(), (columns + 15) / 16 * 16, Real(0));
-  const bool cached = n * columns * int64_t(sizeof(Real)) <= kStoredBytes;
-  const bool store = iterations > 1 && (cached || passes.workers() <= kStoredWorkers);
+  const bool store = n * columns * int64_t(sizeof(Real)) <= kStoredBytes || passes.workers() <= kStoredWorkers;
   for (int64_t i = 0; i < batch; ++i) {
     Real* const codes = values<Real>(out) + i * n * columns;
     if (!store || !stored_codes(passes, entry(scores, i), iterations, n, columns, codes)) plain_codes(passes, entry(scores, i), iterations, columns, codes);

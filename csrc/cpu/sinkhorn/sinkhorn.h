@@ -86,8 +86,8 @@ constexpr double kBalancedCodes = 0x1p30;
 // One pass over rows begin ... end of scores [rows, columns]; factor = log2(e)/epsilon. Without v: the largest factor s of each column
 // and its sum of 2^(factor s - largest). With v [columns]: the column sums of softmax(s/epsilon + v) (padded by a vector), or that itself.
 // Or by stored exponentials K: with codes, but no v, K is written there, and its column sums; without scores K is in the codes, v holds
-// factors of its columns, and the sums are those of K_ij / sum_j K_ij v_j, the first NaN where a row is not balanced; without sums the codes are made,
-// and with end < begin rows are taken from the last to the first.
+// factors of its columns, and the sums are those of K_ij / sum_j K_ij v_j; without sums the codes are made. With end < begin rows are taken
+// from the last to the first. Where a row is not balanced the first of largest is NaN, else 0.
 template <class Real>
 struct SinkhornAssign {
   ElementType type;  // of the scores where Real is float

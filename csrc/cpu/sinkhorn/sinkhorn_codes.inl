@@ -175,29 +175,28 @@ bool use_rows(const SinkhornAssign<Real>& p, Real* chunk, int64_t padded) {
   return balanced;
 }
 
-// A pass that stores exponentials (without v) or uses those stored. Where a row is not balanced the first sum is NaN. The last pass need not
-// look: its rows' sums are at least an m-th of those before, and at most n times as much.
+// A pass that stores exponentials (without v) or uses those stored. Of rows used, whether all were balanced goes to p.largest: 0, or NaN.
 template <class Real, class T>
 void assign_stored(const SinkhornAssign<Real>& p, Real* chunk) {
   const int64_t padded = round_up(p.columns, kWidth<Real>);
-  if (p.sums == nullptr) {
-    use_rows<true>(p, chunk, padded);
-    return;
-  }
-  for (int64_t j = 0; j < padded; ++j) p.sums[j] = chunk[j] = 0;
   bool balanced = true;
-  if (p.v == nullptr) {
-    constexpr bool kMayBeFar = kLanes == 16;  // where a store is a line
-    if (kMayBeFar && (p.end - p.begin) * p.columns * int64_t(sizeof(Real)) > kStoredFarBytes) {
-      store_rows<kMayBeFar, Real, T>(p, chunk, padded);
-    } else {
-      store_rows<false, Real, T>(p, chunk, padded);
-    }
+  if (p.sums == nullptr) {
+    balanced = use_rows<true>(p, chunk, padded);
   } else {
-    balanced = use_rows<false>(p, chunk, padded);
+    for (int64_t j = 0; j < padded; ++j) p.sums[j] = chunk[j] = 0;
+    if (p.v != nullptr) {
+      balanced = use_rows<false>(p, chunk, padded);
+    } else {
+      constexpr bool kMayBeFar = kLanes == 16;  // where a store is a line
+      if (kMayBeFar && (p.end - p.begin) * p.columns * int64_t(sizeof(Real)) > kStoredFarBytes) {
+        store_rows<kMayBeFar, Real, T>(p, chunk, padded);
+      } else {
+        store_rows<false, Real, T>(p, chunk, padded);
+      }
+    }
+    add_chunk(p.sums, chunk, padded);
   }
-  add_chunk(p.sums, chunk, padded);
-  if (!balanced) p.sums[0] = Real(__builtin_nan(""));
+  *p.largest = balanced ? Real(0) : Real(__builtin_nan(""));
 }
 
 }  // namespace
