@@ -100,3 +100,42 @@ def assert_accurate(got: Tensor, want: Tensor, naive: Tensor, extra: float = 0.0
     error = (got.double() - want)[finite].abs().max().item() if finite.any() else 0.0
     naive_error = (naive.double() - want)[finite].abs().max().item() if finite.any() else 0.0
     assert error <= 2 * naive_error + (4 * ULP + extra) * max(1.0, largest), (error, naive_error, largest)
+
+
+# ---- gradients of the pooled output ---------------------------------------------------------------------------------------
+
+OVER_KEYS, VALUES = None, 20  # widths of values
+OVER = pytest.mark.parametrize("width", [OVER_KEYS, VALUES], ids=["values are keys", "values"])
+
+
+def of_pooled(a: dict, width: int | None, dtype: torch.dtype) -> dict:
+    """h, an upstream gradient of the pooled output, and values (None: the keys) for a problem."""
+    (batch, rows, own), columns = a["query"].shape, a["keys"].shape[1]
+    values = None if width is None else torch.randn(batch, columns, width).to(dtype)
+    return {"h": torch.randn(batch, rows, width or own), "values": values}
+
+
+def shared_values(u: dict) -> tuple[dict, dict]:
+    """`u` with one batch entry's values for all, as a view and laid out."""
+    if u["values"] is None:
+        return u, u
+    values = u["values"][:1].expand(len(u["values"]), -1, -1)
+    return {**u, "values": values}, {**u, "values": values.contiguous()}
+
+
+def gradient_sums(a: dict, u: dict, p: Tensor, slopes, dtype) -> dict[str, Tensor]:
+    """The gradients that weights p [B, N, M] and logits' gradients p (slopes(h.v)) make, everything materialised; "dz" are the latter."""
+    query, keys, h = (x.to(dtype) for x in (a["query"], a["keys"], u["h"]))
+    values = keys if u["values"] is None else u["values"].to(dtype)
+    dz = p * slopes(h @ values.mT)
+    dkeys, dvalues = (dz * a["scale"].to(dtype)[..., None]).mT @ query, p.mT @ h
+    if u["values"] is None:
+        dkeys, dvalues = dkeys + dvalues, dvalues.new_zeros(0)
+    return {"rows": dz @ keys, "dkeys": dkeys, "dbias": dz.sum(1), "dvalues": dvalues, "dz": dz}
+
+
+def assert_all_accurate(ours: dict[str, Tensor], truth: dict[str, Tensor], naive: dict[str, Tensor]) -> None:
+    """Of all that is wanted."""
+    for name, got in ours.items():
+        if got.shape != (0,):
+            assert_accurate(got, truth[name], naive[name])

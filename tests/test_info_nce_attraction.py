@@ -221,3 +221,30 @@ def test_a_bank_without_gradient_may_change_before_the_backward():
             with pytest.raises(RuntimeError, match="updated in place"):
                 first = torch.autograd.grad(loss, query, create_graph=True)[0]
                 torch.autograd.grad(first.sum(), query)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("form", ["alone", "of a bank", "left by an index", "beside a key of another class"])
+def test_the_only_candidate_of_its_row(isa, form, reduction):
+    """Its logit is all of its denominator and all of its mean, two products that round apart."""
+    query, tau = torch.randn(1, 64, requires_grad=True), 0.005
+    bank = torch.randn(3, 64)
+    options = {"bank_labels": torch.tensor([7, 0, 7]), "own_index": torch.tensor([2])}
+    if form == "of a bank":
+        options = {"bank_labels": torch.arange(7, 10), "bank_valid": 1}
+    if form == "left by an index":
+        bank, options["bank_labels"] = bank[[0, 2]], torch.tensor([7, 7])
+        options["own_index"] = torch.tensor([1])
+    given = (torch.randn(1, 64), None) if form == "alone" else (None, bank)
+    options = {"query_labels": torch.tensor([7]), **({} if form == "alone" else options)}
+    loss = info_nce(query, *given, temperature=tau, same_class="positive", reduction=reduction, **options)
+    if form == "beside a key of another class":
+        z = query @ bank[:2].T / tau
+        torch.testing.assert_close(loss.sum(), (z.logsumexp(1) - z[:, 0]).sum(), rtol=1e-4, atol=1e-3)
+    else:
+        assert loss.sum() == 0
+        bound = 1e-4 if form == "left by an index" else 0  # rounding errors of the sum that its key is taken off
+        assert torch.autograd.grad(loss.sum(), query)[0].abs().max() <= bound
+    with torch.no_grad():
+        query[0, 0] = torch.nan
+    assert info_nce(query, *given, temperature=tau, same_class="positive", reduction=reduction, **options).isnan().all()

@@ -71,6 +71,12 @@ def within(x, y, scale, **how):
     return F.cross_entropy(scale * x @ y.T, torch.arange(len(x)), **how)
 
 
+def beside_bank(x, y, scale):
+    """Each row's match beside the matches of the first 60."""
+    z = torch.cat([(x * y).sum(1, keepdim=True), x @ y[:60].T], 1)
+    return F.cross_entropy(scale * z, torch.zeros(len(x), dtype=torch.long))
+
+
 def in_classes(x, y, scale):
     rows = torch.cat([x, y])
     labels = torch.arange(len(rows)) // 4
@@ -84,6 +90,7 @@ LOSSES = {
     "clip_loss": (clip_loss, clip),
     "nt_xent": (lambda x, y, scale, **how: nt_xent(x, y, temperature=1 / scale, **how), among_views),
     "info_nce": (lambda x, y, scale, **how: info_nce(x, y, temperature=1 / scale, **how), within),
+    "info_nce, few pairs": (lambda x, y, scale, **how: info_nce(x, y, y[:60], temperature=1 / scale, **how), beside_bank),
     "sup_con": (
         lambda x, y, scale, **how: sup_con(torch.cat([x, y]), torch.arange(2 * len(x)) // 4, temperature=1 / scale, **how),
         in_classes,

@@ -9,12 +9,19 @@ from similarity_kernel_cases import (
     DTYPES,
     NOTHING,
     NOTHING_SHAPE,
+    OVER,
+    OVER_KEYS,
     ROWS,
+    VALUES,
     WIDE,
     assert_accurate,
+    assert_all_accurate,
     candidates,
     case,
     chosen_options,
+    gradient_sums,
+    of_pooled,
+    shared_values,
     softmax,
 )
 from torch import Tensor
@@ -25,15 +32,10 @@ from kdfast._ops.similarity import cpu
 _C, REASON = extension.load("_C")
 pytestmark = pytest.mark.skipif(_C is None, reason=str(REASON))
 
-OVER_KEYS, VALUES = None, 20
-over = pytest.mark.parametrize("width", [OVER_KEYS, VALUES], ids=["values are keys", "values"])
-
 
 def upstream(a: dict, width: int | None, dtype: torch.dtype) -> dict:
     """slope, h and values (None: the keys) for a problem."""
-    (batch, rows, own), columns = a["query"].shape, a["keys"].shape[1]
-    values = None if width is None else torch.randn(batch, columns, width).to(dtype)
-    return {"slope": torch.randn(batch, rows), "h": torch.randn(batch, rows, width or own), "values": values}
+    return {"slope": torch.randn(a["query"].shape[:2]), **of_pooled(a, width, dtype)}
 
 
 def run(a: dict, u: dict, level: tuple | None = None, *, products: str | None = None) -> dict[str, Tensor]:
@@ -50,20 +52,12 @@ def formula(a: dict, u: dict, dtype=torch.float64) -> dict[str, Tensor]:
     """The definition, everything materialised."""
     _, p = softmax(candidates(a, dtype))
     p = p if a["start_logit"] is None else p[..., 1:]
-    query, keys, h = (x.to(dtype) for x in (a["query"], a["keys"], u["h"]))
-    values = keys if u["values"] is None else u["values"].to(dtype)
-    dz = p * (u["slope"].to(dtype)[..., None] + h @ values.mT)
-    dkeys, dvalues = (dz * a["scale"].to(dtype)[..., None]).mT @ query, p.mT @ h
-    if u["values"] is None:
-        dkeys, dvalues = dkeys + dvalues, dvalues.new_zeros(0)
-    return {"rows": dz @ keys, "mass": p.sum(-1), "total": dz.sum(-1), "dkeys": dkeys, "dbias": dz.sum(1), "dvalues": dvalues}
+    found = gradient_sums(a, u, p, lambda w: u["slope"].to(dtype)[..., None] + w, dtype)
+    return {"mass": p.sum(-1), "total": found["dz"].sum(-1), **found}
 
 
 def check(a: dict, u: dict, dtype: torch.dtype) -> None:
-    ours, truth, naive = run(a, u), formula(a, u), formula(a, u, dtype)
-    for name, got in ours.items():
-        if got.shape != (0,):
-            assert_accurate(got, truth[name], naive[name])
+    assert_all_accurate(run(a, u), formula(a, u), formula(a, u, dtype))
 
 
 # 1: a lone row, column or element; 6, 7, 15, 16, 17: beside a tile; 63, 65: beside a vector and a panel; 129, 257: beside a block;
@@ -72,7 +66,7 @@ SHAPES = [(1, 1, 1, 1), (6, 65, 1, 17), (2, 7, 15, 3), (3, 5, 17, 65), (1, 129, 
 LARGE = [(1, 3, 1200, 1100), (1, 1200, 3, 1100), (1, 64, 6, 520)]
 
 
-@over
+@OVER
 @DTYPES
 @pytest.mark.parametrize("shape", [*SHAPES, *LARGE, *WIDE], ids=lambda s: "x".join(map(str, s)))
 def test_ragged_sizes(isa, dtype, shape, width):
@@ -80,7 +74,7 @@ def test_ragged_sizes(isa, dtype, shape, width):
     check(a, upstream(a, width, dtype), dtype)
 
 
-@over
+@OVER
 @DTYPES
 @ROWS
 @CHOSEN
@@ -106,7 +100,7 @@ def test_without_h_the_slope_is_all(isa):
         assert_accurate(got, truth[name], truth[name].float())
 
 
-@over
+@OVER
 def test_low_digits_of_a_large_lse(isa, width):
     """p = exp(z - lse) with lse near 3000, whose unit in the last place is 2e-4."""
     a = case(1, 64, 100, 16, bias=torch.full((1, 100), 3000.0) + torch.randn(1, 100))
@@ -117,27 +111,24 @@ def test_low_digits_of_a_large_lse(isa, width):
     assert (run(a, u, (lse, None))["mass"] - 1).abs().max() > 1e-5
 
 
-@over
+@OVER
 def test_a_shared_bank_is_the_expanded_bank(isa, width):
     a = case(3, 30, 130, 20, shared=True)
-    u = upstream(a, width, torch.float32)
-    if width is not None:
-        u["values"] = u["values"][:1].expand(3, -1, -1)
+    u, apart = shared_values(upstream(a, width, torch.float32))
     level = cpu.forward(**a, pooled=False)[::2]
-    apart = {**u, "values": None if width is None else u["values"].contiguous()}
     ours, expected = run(a, u, level), run({**a, "keys": a["keys"].contiguous()}, apart, level)
     for name, got in ours.items():
         torch.testing.assert_close(got, expected[name], rtol=1e-5, atol=1e-5)
 
 
-@over
+@OVER
 @NOTHING
 def test_nothing_admitted(isa, nothing, width):
     a = case(*NOTHING_SHAPE, **nothing)
     assert all((x == 0).all() for x in run(a, upstream(a, width, torch.float32)).values())
 
 
-@over
+@OVER
 @DTYPES
 def test_nan_goes_where_the_formula_takes_it(isa, dtype, width):
     a = case(2, 13, 140, 20, dtype)
@@ -177,7 +168,7 @@ def test_products_keep_what_their_name_says(isa, products, unit):
 
 
 # the bank is divided; the rows are; both, with an odd batch
-@over
+@OVER
 @DTYPES
 @pytest.mark.parametrize("shape", [(1, 4, 9000, 64), (1, 800, 700, 64), (5, 33, 1100, 48)], ids=lambda s: "x".join(map(str, s)))
 def test_threads_agree_and_repeat(dtype, shape, width):
@@ -204,7 +195,7 @@ def test_empty_batches_queries_and_banks():
         assert all((x == 0).all() for x in ours.values())
 
 
-@over
+@OVER
 def test_no_matrix_of_all_pairs(width):
     """Beside its outputs a call allocates the scratch of a thread alone."""
     a = case(1, 3000, 3000, 16)

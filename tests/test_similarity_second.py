@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from similarity_cases import assert_as_good_as, cast, everything, normal
 
 from kdfast._core import impls
@@ -48,6 +49,21 @@ def test_as_accurate_as_the_definition(isa, one_op, size, batch, leaves):
     if batch == "shared keys":
         problem["keys"] = keys.expand(2, m, d)
     ours = second(fused, problem, leaves, torch.float32)
+    naive, truth = (second(reference.similarity_softmax, problem, leaves, dtype) for dtype in (torch.float32, torch.float64))
+    for x, y, z in zip(ours, naive, truth, strict=True):
+        assert_as_good_as(x, y, z)
+
+
+@pytest.mark.parametrize("leaves", [("keys",), ("keys", "scale"), ("query", "keys")], ids=" ".join)
+@pytest.mark.parametrize("m", [1, 40])
+def test_candidates_that_hold_all_of_their_rows(isa, one_op, m, leaves):
+    """A rate less the rates' mean is 0, however large both are: 1e-2 was left of them, and now 4e-9."""
+    keys = F.normalize(normal(m, 33), dim=1)
+    problem = dict(query=keys[torch.randint(m, (300,))] + 0.01 * normal(300, 33), keys=keys, scale=100 + 100 * torch.rand(300))
+    ours = second(fused, problem, leaves, torch.float32)
+    if leaves == ("keys",):
+        assert ours[0].abs().max() < 1e-7
+        return
     naive, truth = (second(reference.similarity_softmax, problem, leaves, dtype) for dtype in (torch.float32, torch.float64))
     for x, y, z in zip(ours, naive, truth, strict=True):
         assert_as_good_as(x, y, z)

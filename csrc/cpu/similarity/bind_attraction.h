@@ -34,7 +34,8 @@ struct Attraction {
         const bool counts = n > 0 && level != -std::numeric_limits<double>::infinity();
         double sum = classes[b].logits[i];
         for (int64_t j = 0; j < positives; ++j) sum += double(z[j]);
-        r.losses[row] = counts ? float(level - sum / n) : 0;
+        const bool alone = r.include_positive && positives == 0 && classes[b].only(i);  // both are one logit, whose two products round apart
+        r.losses[row] = counts ? float(level - (alone ? level : sum / n)) : 0;
         spread[row] = counts ? float(1 / n) : 0;
         of_lse[row] = !counts ? 0 : positives > 0 && r.include_positive ? float(std::exp(lse - level)) : 1;
         for (int64_t j = 0; j < positives; ++j)

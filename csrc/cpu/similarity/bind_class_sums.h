@@ -73,6 +73,7 @@ struct Bags {
   int64_t bags = 1;
   std::vector<int64_t> row_bag, key_bag;  // a key that is no row's: -1
   std::vector<int64_t> skip;              // [rows, key_indices]: keys that a row's bag gives it and its indices take away, each once; -1 none
+  std::vector<int64_t> present;           // [rows]: keys of any bag that are there and its indices do not take away
 
   Bags(const SimilarityParams& p, int64_t batch, Keys whose) : whose(whose), row_bag(p.rows, 0), key_bag(p.columns, -1) {
     const int64_t valid = valid_columns(p, batch);
@@ -93,15 +94,16 @@ struct Bags {
       std::transform(of_rows, of_rows + p.rows, row_bag.begin(), bag);
       for (int64_t j = 0; j < p.columns; ++j) key_bag[j] = there(j) ? bag(of_keys[j]) : -1;
     }
+    present.assign(p.rows, std::count_if(key_bag.begin(), key_bag.end(), [](int64_t bag) { return bag >= 0; }));
     if (p.key_indices == 0) return;
-    const int64_t* const index = p.key_index + batch * p.rows * p.key_indices;
+    const int64_t* index = p.key_index + batch * p.rows * p.key_indices;
     skip.assign(index, index + p.rows * p.key_indices);
-    for (int64_t i = 0; i < p.rows; ++i) {
-      int64_t* const of_row = skip.data() + i * p.key_indices;
+    for (int64_t i = 0; i < p.rows; ++i, index += p.key_indices) {
       for (int64_t e = 0; e < p.key_indices; ++e) {
-        const int64_t j = of_row[e];
-        const bool given = j >= 0 && j < p.columns && key_bag[j] >= 0 && gives(row_bag[i], key_bag[j]);
-        if (!given || std::find(of_row, of_row + e, j) != of_row + e) of_row[e] = -1;
+        const int64_t j = index[e];
+        const bool taken = j >= 0 && j < p.columns && key_bag[j] >= 0 && std::find(index, index + e, j) == index + e;
+        present[i] -= taken;
+        if (!taken || !gives(row_bag[i], key_bag[j])) skip[i * p.key_indices + e] = -1;
       }
     }
   }
@@ -212,6 +214,9 @@ struct KeySums {
       for (int64_t e = 0; e < indices_; ++e) counts[i] -= bags_.skip[i * indices_ + e] >= 0;
     }
   }
+
+  // Whether the row has one key, and there is no other.
+  bool only(int64_t i) const { return counts[i] == 1 && bags_.present[i] == 1; }
 
   // Takes e_i times the sum of its keys off each row of `to`.
   void pull_by(const float* e, float* to) const {

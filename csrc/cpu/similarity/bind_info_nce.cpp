@@ -49,10 +49,11 @@ bool few_pairs_of(const SimilarityParams& p) {
 }
 
 // lse and lse_low of few_pairs and, from the same scores, both gradients: pull, and the keys' for an upstream of 1 of every loss, but for the
-// positives among them. `find()` makes losses and slopes, and what `upstream` is given.
+// positives among them. `find()` makes losses and slopes, and what `upstream` is given. straight: pulls are straightened, for a gradient of the
+// scale.
 template <class Find>
 void kept_info_nce(const InfoNceParams& p, const SimilarityParams& bank, int64_t precision, const InfoNceRows& r, float* lse, float* lse_low,
-                   float* keys_sums, const SymmetricUpstream& upstream, const Find& find) {
+                   float* keys_sums, bool straight, const SymmetricUpstream& upstream, const Find& find) {
   PairParams pairs{};
   pairs.precision = precision_for_rows(precision_of(precision), std::min(p.rows, bank.columns), kPairRowsOnVectors);
   pairs.batch = 1, pairs.rows = p.rows, pairs.columns = bank.columns, pairs.width = p.width;
@@ -64,8 +65,15 @@ void kept_info_nce(const InfoNceParams& p, const SimilarityParams& bank, int64_t
     std::iota(places.begin(), places.end(), int64_t(0));
     pairs.x_labels = bank.key_index, pairs.y_labels = places.data();
   }
-  kept_symmetric_sums(pairs, lse, lse_low, nullptr, nullptr, find, upstream, {r.pull, keys_sums, nullptr});
-  kdfast::cpu_kernels().info_nce_pull(p, r);
+  std::vector<float> scores(straight ? p.rows : 0, 0.0f);
+  InfoNceRows pulled = r;
+  PairSums sums{r.pull, keys_sums, nullptr};
+  if (straight) pulled.scores = sums.scores = scores.data();
+  kept_symmetric_sums(pairs, lse, lse_low, nullptr, nullptr, [&] {
+    find();
+    if (straight) pulled.level = sums.level = level_of(lse, p.scale, p.rows, bank.columns);
+  }, upstream, sums);
+  kdfast::cpu_kernels().info_nce_pull(p, pulled);
 }
 
 // ---- the ops --------------------------------------------------------------------------------------------------------
@@ -78,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const T
                                                     const OptionalTensor& positive, const OptionalTensor& columns,
                                                     const OptionalTensor& weights, bool include_positive, bool mean, bool want_pull,
                                                     int64_t precision, const OptionalTensor& panels, bool keep_keys, double factor, double smoothing,
-                                                    bool attract, const OptionalTensor& row_weights, bool sum) {
+                                                    bool attract, const OptionalTensor& row_weights, bool sum, bool want_scale) {
   STD_TORCH_CHECK(!attract || (query_labels.has_value() && !columns.has_value() && !weights.has_value() && !limit.has_value() && smoothing == 0),
                   "attraction needs query_labels, and no columns, weights, limit or smoothing");
   const Batch batch{query.dim() == 3};
@@ -123,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const T
     float* const others = floats_of(more);
     SymmetricUpstream upstream{attract ? of.of_lse : others, of.lse, of.lse_low};
     if (attract) upstream.row_class = bank.query_labels, upstream.column_class = bank.key_labels, upstream.row_pull = of.e, upstream.column_pull = others;
-    kept_info_nce(p, softmax, precision, rows, of.lse, of.lse_low, floats_of(kept), upstream, [&] {
+    kept_info_nce(p, softmax, precision, rows, of.lse, of.lse_low, floats_of(kept), want_scale, upstream, [&] {
       if (attract) return attract_rows();
       find_rows(nullptr);
       for (int64_t i = 0; i < p.rows; ++i) others[i] = std::accumulate(of.slopes + i * p.positives, of.slopes + (i + 1) * p.positives, 0.0f);

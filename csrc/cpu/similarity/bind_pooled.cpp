@@ -13,6 +13,7 @@ namespace {
 
 using kdfast::kMostLargeShares;
 using kdfast::LargeShare;
+using kdfast::LargeShares;
 using kdfast::PooledFinish;
 using kdfast::PooledGradTask;
 using kdfast::PooledSums;
@@ -56,7 +57,7 @@ void run_rounds(const SimilarityParams& p, const PooledGradTask& call, const Rou
       if (s.rows != nullptr) s.rows += copy * rows * p.width;
       if (s.by_slopes()) {
         s.mean += copy * rows, s.mass += copy * rows, s.total += copy * rows;
-        s.large += copy * rows * kMostLargeShares, s.large_count += copy * rows;
+        s.large = s.large.from(copy * rows);
       }
       kernels.pooled_grad(p, task, work + worker * words);
     });
@@ -106,8 +107,8 @@ PooledGradients pooled_gradients(SimilarityParams p, const kdfast::PooledUpstrea
   const Tensor copies = scratch(want.rows && rounds.copies > 1 ? all * p.width : 0);
   if (slopes) {
     s.mean = floats_of(statistics), s.mass = s.mean + all, s.total = s.mass + all;
-    s.large = reinterpret_cast<LargeShare*>(s.total + all);
-    s.large_count = reinterpret_cast<int32_t*>(s.large + all * kMostLargeShares);
+    auto* const large = reinterpret_cast<LargeShare*>(s.total + all);
+    s.large = {large, reinterpret_cast<int32_t*>(large + all * kMostLargeShares)};
   }
   s.rows = want.rows && rounds.copies > 1 ? floats_of(copies) : out;
   run_rounds(p, call, rounds);

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "similarity/bind_info_nce.h"
 #include "similarity/bind_pairs.h"
@@ -13,6 +14,8 @@
 namespace {
 
 using kdfast::InfoNceTangent;
+using kdfast::kMostLargeShares;
+using kdfast::LargeShare;
 using kdfast::TangentSums;
 using kdfast::TangentUpstream;
 
@@ -35,6 +38,13 @@ void tangent_sums(const SimilarityParams& p, const TangentUpstream& u, const Tan
         task.column_end = std::min(task.column_end, valid_columns(p, task.batch));
         if (task.column_begin < task.column_end) kernels.tangent(p, task, u, out, work);
       });
+  if (out.keys == nullptr) return;
+  const int64_t count = p.batch * p.rows;
+  std::vector<float> off(count);
+  for (int64_t i = 0; i < count; ++i) off[i] = out.mass[i] == 0 ? 0 : u.of_rate[i] * out.total[i] / out.mass[i];
+  for_each_rows(workers_for(double(count) * double(p.width)), p.columns, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t b = 0; b < p.batch; ++b) kernels.tangent_finish_keys(p, out, off.data(), b, begin, end);
+  });
 }
 
 struct KeysDirection {
@@ -46,7 +56,7 @@ struct KeysDirection {
 // move nor want a gradient; else 12, and 4 for the mean of their direction.
 void take_second_order(const InfoNceParams& p, InfoNceTangent t, SimilarityParams bank, const KeysDirection& of_keys, float* dkeys) {
   const int64_t count = p.batch * p.rows;
-  const Tensor made = scratch(count * (4 * p.width + p.positives + 7));
+  const Tensor made = scratch(count * (4 * p.width + p.positives + 7 + (dkeys != nullptr ? 2 * kMostLargeShares + 1 : 0)));
   float* free = floats_of(made);
   const auto take = [&](int64_t numbers) { return std::exchange(free, free + count * numbers); };
   t.direction = take(p.width), t.pooled = take(p.width), t.slope = take(1), t.curvature = take(p.positives);
@@ -81,7 +91,13 @@ void take_second_order(const InfoNceParams& p, InfoNceTangent t, SimilarityParam
     }
     std::fill_n(rows, count * p.width, 0.0f);
     std::fill_n(mass, count, 0.0f), std::fill_n(total, count, 0.0f);
-    tangent_sums(bank, {direction, of_keys.matrix, of_keys.batch_stride, t.slope, lse, low, of_rate, of_weight}, {rows, mass, total, dkeys});
+    kdfast::LargeShares large{};
+    if (dkeys != nullptr) {
+      large = {reinterpret_cast<LargeShare*>(take(2 * kMostLargeShares)), reinterpret_cast<int32_t*>(take(1))};
+      std::fill_n(large.count, count, 0);
+    }
+    tangent_sums(bank, {direction, of_keys.matrix, of_keys.batch_stride, t.slope, lse, low, of_rate, of_weight},
+                 {rows, mass, total, dkeys, large});
   }
   for_rows(p, [&](int64_t begin, int64_t end) { kernels.info_nce_second_rows(p, t, begin, end); });
   if (t.dcandidates != nullptr) kernels.info_nce_second_candidates(p, t);

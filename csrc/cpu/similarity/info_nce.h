@@ -28,6 +28,9 @@ struct InfoNceRows {
   float* losses;     // [batch, rows]
   float* slopes;     // [batch, rows, positives]: -dloss / dlogit of a positive; their sum is dloss / dlse
   float* pull;       // [batch, rows, width]: sum_j p_ij k_j in, dloss / d(scale query) out; null: not wanted
+  // [batch, rows], for info_nce_pull: sum_j p_ij (q_i.k_j - level) times dloss / dlse, what query.pull is made to be with them; null: not known
+  const float* scores;
+  float level;
 };
 
 // The backward pass: upstream times the rows' derivatives. Null outputs are not wanted.

@@ -72,6 +72,20 @@ void pull_positives(const InfoNceParams& p, const InfoNceRows& r, int64_t i, con
       scaled<true>(r.pull + i * p.width, -r.slopes[i * p.positives + j], candidates + candidate(p, i, column), p.width);
 }
 
+// Makes the product of query and pull, the gradient of the scale, what the scores say it is, less the level that all of them share (the slopes add up
+// to 0). Where keys are large and alike, sums of keys lose more of it than there is.
+template <class Q, class C>
+void straighten(const InfoNceParams& p, const InfoNceRows& r, int64_t i, const Q* queries, const C* candidates) {
+  const Q* const query = queries + i * p.width;
+  float* const pull = r.pull + i * p.width;
+  float sum = r.scores[i];
+  for (int64_t j = 0; j < p.positives; ++j)
+    if (const int64_t column = column_of(p, i, j); column >= 0)
+      sum -= r.slopes[i * p.positives + j] * (inner_product(query, candidates + candidate(p, i, column), p.width) - r.level);
+  const float square = inner_product(query, query, p.width);
+  if (square > 0x1p-100f) scaled<true>(pull, (sum - inner_product(query, pull, p.width)) / square, query, p.width);
+}
+
 // x_ij of the positive, whose column there is; `r` has lse and lse_low.
 template <class R, class Q, class C>
 float gap_of(const InfoNceParams& p, const R& r, int64_t i, int64_t column, const Q* queries, const C* candidates) {
@@ -124,6 +138,10 @@ void info_nce_rows(const InfoNceParams& p, const InfoNceRows& r) {
 void info_nce_pull(const InfoNceParams& p, const InfoNceRows& r) {
   with_elements(p.candidates, [&](const auto* candidates) {
     for (int64_t i = r.begin; i < r.end; ++i) pull_positives(p, r, i, candidates);
+    if (r.scores == nullptr) return;
+    with_elements(p.query, [&](const auto* queries) {
+      for (int64_t i = r.begin; i < r.end; ++i) straighten(p, r, i, queries, candidates);
+    });
   });
 }
 

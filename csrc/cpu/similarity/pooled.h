@@ -1,13 +1,10 @@
 // What the gradient of a softmax's pooled output is given: plain pointers, 64-bit sizes, no torch.
 #pragma once
 
+#include "similarity/large_shares.h"
 #include "similarity/similarity.h"
 
 namespace kdfast {
-
-// Candidates of a row that hold at least this share of it; so there are at most as many as its inverse.
-constexpr float kLargeShare = 1.0f / 32;
-constexpr int64_t kMostLargeShares = 32;
 
 // With p_ij = exp(z_ij - lse_i - lse_low_i), v the values, or the keys where none are given, and w_ij = h_i.v_j, a logit's gradient is
 // dz_ij = p_ij (g_i + w_ij - mean_i), mean_i = sum_j p_ij w_ij. h_i.pooled_i, which stands for that mean meanwhile, is off by the w's
@@ -19,12 +16,6 @@ struct PooledUpstream {
   const float *lse, *lse_low;  // [batch, rows]
 };
 
-// A candidate whose share of its row is large, and that share.
-struct LargeShare {
-  int32_t column;
-  float share;
-};
-
 // What a rectangle's sums are added to, or with `begins` are the first of. Whole arrays; null: not wanted.
 struct PooledSums {
   float* rows;     // [batch, rows, width]: sum_j dz_ij k_j
@@ -32,11 +23,10 @@ struct PooledSums {
   float* dbias;    // [batch, columns]: sum_i dz_ij
   float* dvalues;  // [batch, columns, pooled_width]: sum_i p_ij h_i
 
-  // [batch, rows], where any but dvalues is wanted: the stand-in for the mean (written), sum_j p_ij, sum_j p_ij (w_ij - mean_i), and
-  // [batch, rows, kMostLargeShares] the large shares, and how many
+  // [batch, rows], where any but dvalues is wanted: the stand-in for the mean (written), sum_j p_ij, sum_j p_ij (w_ij - mean_i), and the large
+  // shares
   float *mean, *mass, *total;
-  LargeShare* large;
-  int32_t* large_count;
+  LargeShares large;
 
   bool by_slopes() const { return rows != nullptr || dkeys != nullptr || dbias != nullptr; }
 };

@@ -8,15 +8,12 @@
 // Included after an instruction set's header (isa/).
 #pragma once
 
+#include "similarity/large_shares.inl"
 #include "similarity/pairs.inl"
 #include "similarity/pooled.h"
-#include "similarity/softmax.inl"
 
 namespace {
 
-using kdfast::kLargeShare;
-using kdfast::kMostLargeShares;
-using kdfast::LargeShare;
 using kdfast::PooledFinish;
 using kdfast::PooledGradTask;
 using kdfast::PooledSums;
@@ -136,7 +133,7 @@ struct PooledGradPass {
     const float *const h = static_cast<const float*>(u.h.data) + row * width, *const pooled = u.pooled + row * width;
     Vec mean = {};
     for (int64_t d = 0; d < width; d += kLanes) mean = multiply_add(load_row(h, d, width), load_row(pooled, d, width), mean);
-    if (task.begins) out().large_count[row] = 0;
+    if (task.begins) out().large.count[row] = 0;
     out().mean[row] = w.mean[i] = total(mean);
     Packing<Product>::pack_row(u.h, row, width, false, w.upstream.at(i));
   }
@@ -223,17 +220,7 @@ struct PooledGradPass {
     if constexpr (kSlopes) {
       grow(w.mass + at * kLanes, rests(at), splat(1), mass);
       grow(w.total + at * kLanes, rests(at) + kLanes, splat(1), sum);
-      if (largest(most) > kLargeShare) note_large(block, first + at, h_scores);
-    }
-  }
-
-  void note_large(const Block& block, int64_t row, const float* shares) const {
-    LargeShare* const large = out().large + row * kMostLargeShares;
-    int32_t& found = out().large_count[row];
-    for (int64_t j = 0; j < block.columns; j += kLanes) {
-      if (!(largest(load(shares + j)) > kLargeShare)) continue;
-      for (int64_t k = j; k < smaller(j + kLanes, block.columns); ++k)
-        if (shares[k] > kLargeShare && found < kMostLargeShares) large[found++] = {int32_t(block.first + k), shares[k]};
+      note_large(out().large, first + at, block, h_scores, most);
     }
   }
 
@@ -321,13 +308,6 @@ void pooled_grad(const SimilarityParams& p, const PooledGradTask& task, float* w
   });
 }
 
-// to += factor x
-template <class T>
-inline void add_scaled(float* to, float factor, const T* x, int64_t width) {
-  for (int64_t d = 0; d < width; d += kLanes)
-    store_row(to, d, width, multiply_add(splat(factor), load_row(x, d, width), load_row(to, d, width)));
-}
-
 // A row's p add up to m = 1 + O(eps), its p (w - mean) to t in place of 0: the row's sum is divided by m, and the mean was off by t / m.
 void pooled_finish_rows(const SimilarityParams& p, const PooledFinish& f, int64_t begin, int64_t end) {
   const int64_t rows = p.batch * p.rows;
@@ -351,35 +331,16 @@ void pooled_finish_rows(const SimilarityParams& p, const PooledFinish& f, int64_
       store_row(to, d, p.width, sum / splat(whole) * splat(factor));
     }
     with_elements(p.keys.from(row / p.rows * p.keys_batch_stride), [&](const auto* keys) {
-      for (int64_t part = 0; part < f.parts; ++part) {
-        const int64_t at = part * rows + row;
-        for (int32_t k = 0; k < f.sums.large_count[at]; ++k) {
-          const LargeShare large = f.sums.large[at * kMostLargeShares + k];
-          add_scaled(to, -factor * off * large.share, keys + large.column * p.width, p.width);
-        }
-      }
+      for (int64_t part = 0; part < f.parts; ++part)
+        f.sums.large.of_row(part * rows + row, [&](int64_t column, float share) { add_scaled(to, -factor * off * share, keys + column * p.width, p.width); });
     });
   }
 }
 
 // The same for keys `begin` .. `end` of a batch entry, once its rows are done.
 void pooled_finish_keys(const SimilarityParams& p, const PooledFinish& f, int64_t batch, int64_t begin, int64_t end) {
-  const int64_t rows = p.batch * p.rows;
-  with_elements(p.query, [&](const auto* queries) {
-    for (int64_t row = batch * p.rows; row < (batch + 1) * p.rows; ++row) {
-      for (int64_t part = 0; part < f.parts; ++part) {
-        const int64_t at = part * rows + row;
-        for (int32_t k = 0; k < f.sums.large_count[at]; ++k) {
-          const LargeShare large = f.sums.large[at * kMostLargeShares + k];
-          if (large.column < begin || large.column >= end) continue;
-          const int64_t column = batch * p.columns + large.column;
-          const float slope = -f.sums.total[row] * large.share;
-          if (f.sums.dkeys != nullptr) add_scaled(f.sums.dkeys + column * p.width, slope * p.scale[row], queries + row * p.width, p.width);
-          if (f.sums.dbias != nullptr) f.sums.dbias[column] += slope;
-        }
-      }
-    }
-  });
+  for (int64_t part = 0; part < f.parts; ++part)
+    take_off_keys(p, f.sums.large.from(part * p.batch * p.rows), f.sums.total, batch, begin, end, f.sums.dkeys, f.sums.dbias);
 }
 
 }  // namespace

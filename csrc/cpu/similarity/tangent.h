@@ -1,6 +1,7 @@
 // What the pass of a second derivative is given: plain pointers, 64-bit sizes, no torch.
 #pragma once
 
+#include "similarity/large_shares.h"
 #include "similarity/pairs.h"
 #include "similarity/similarity.h"
 
@@ -22,12 +23,15 @@ struct TangentSums {
   float* rows;           // [batch, rows, width]: sum_j p_ij (rate_ij + slope_i) k_j
   float *mass, *total;   // [batch, rows]: sum_j p_ij, sum_j p_ij (rate_ij + slope_i)
   float* keys;           // [batch, columns, width]: sum_i p_ij ((f_i (rate_ij + slope_i) + g_i) s_i q_i + f_i e_i); null: not wanted
+  LargeShares large;     // where keys are wanted: those of all rows
 };
 
 // One instruction set's.
 struct TangentKernels {
   int64_t (*tangent_workspace)(const SimilarityParams&, const TangentUpstream&, const TangentSums&, int64_t rows, int64_t columns);  // floats
   void (*tangent)(const SimilarityParams&, const PairTask&, const TangentUpstream&, const TangentSums&, float* workspace);
+  // Once all rows are through: takes off keys `begin` .. `end` of a batch entry what f_i (rate_ij + slope_i) has too much of, off [batch, rows].
+  void (*tangent_finish_keys)(const SimilarityParams&, const TangentSums&, const float* off, int64_t batch, int64_t begin, int64_t end);
 };
 
 }  // namespace kdfast

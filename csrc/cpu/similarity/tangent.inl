@@ -6,8 +6,8 @@
 // Included after an instruction set's header (isa/).
 #pragma once
 
+#include "similarity/large_shares.inl"
 #include "similarity/pairs.inl"
-#include "similarity/softmax.inl"
 #include "similarity/tangent.h"
 
 namespace {
@@ -166,11 +166,7 @@ struct TangentPass {
       weigh_row(block, i, row);
     }
     if (out.keys != nullptr) collect(block, row, rows);
-    if constexpr (!__is_same(Product, Float32Product)) {
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < block.padded; j += 2 * kLanes)
-          Packing<Product>::store_weights(w.rates.weights(i), j, load(w.rates.scores(i) + j), load(w.rates.scores(i) + j + kLanes));
-    }
+    store_all_weights<Product>(w.rates, rows, block.padded);
     sum_rows(Product{}, w.rates.weights(0), w.rates.stride, rows, block.columns, w.keys.panels, AddTile{w.row_sums.at(row), w.row_sums.stride});
     if (out.keys == nullptr) return;
     const int64_t in_group = row % w.group + rows, group = row + rows - in_group;
@@ -211,7 +207,7 @@ struct TangentPass {
     __builtin_memset(rates + block.columns, 0, size_t(4 * (block.padded - block.columns)));
     const RowLevel level{w.terms.exclude(p, row_at(i), block, scores, w.multiplier[i]), w.high[i], w.low[i]};
     const Vec slope = splat(u.slope[row_at(i)]);
-    Vec mass = {}, sum = {};
+    Vec mass = {}, sum = {}, most = {};
     for (int64_t j0 = 0; j0 < block.padded; j0 += kPanel) {
       Vec weight[kVecs];
       level.exponents_of(scores + j0, weight);
@@ -222,35 +218,26 @@ struct TangentPass {
         const Vec moved = weight[v] * (slope + load(rates + j));
         mass += weight[v];
         sum += moved;
+        most = larger(weight[v], most);
         store(scores + j, weight[v]);
         store(rates + j, moved);
       }
     }
     grow(w.mass + i * kLanes, w.rests + 2 * i * kLanes, splat(1), mass);
     grow(w.total + i * kLanes, w.rests + (2 * i + 1) * kLanes, splat(1), sum);
+    if (out.keys != nullptr) note_large(out.large, row_at(i), block, scores, most);
   }
 
-  // The chunk's weights of queries and of directions, transposed.
+  // The chunk's weights of directions and, in place of P, of queries: transposed.
   void collect(const Block& block, int64_t row, int64_t rows) const {
-    constexpr int64_t kRun = 2 * kLanes;
-    alignas(64) float p_square[kLanes * kRun], a_square[kLanes * kRun];
-    for (int64_t i = 0; i < rows; i += kRun) {
-      const int64_t at = row + i;
-      const Vec f0 = load(w.of_rate + at), f1 = load(w.of_rate + at + kLanes), g0 = load(w.of_weight + at), g1 = load(w.of_weight + at + kLanes);
-      const Vec own0 = load(w.of_own + at), own1 = load(w.of_own + at + kLanes);
-      for (int64_t j = 0; j < block.padded; j += kLanes) {
-        transpose(w.tile.scores(i) + j, w.tile.stride, p_square, kRun);
-        transpose(w.tile.scores(i + kLanes) + j, w.tile.stride, p_square + kLanes, kRun);
-        transpose(w.rates.scores(i) + j, w.rates.stride, a_square, kRun);
-        transpose(w.rates.scores(i + kLanes) + j, w.rates.stride, a_square + kLanes, kRun);
-        for (int64_t k = 0; k < kLanes; ++k) {
-          const Vec p0 = load(p_square + k * kRun), p1 = load(p_square + k * kRun + kLanes);
-          const Vec a0 = load(a_square + k * kRun), a1 = load(a_square + k * kRun + kLanes);
-          Packing<Product>::store_weights(w.of_queries.at(j + k), row % w.group + i, multiply_add(a0, f0, p0 * g0), multiply_add(a1, f1, p1 * g1));
-          Packing<Product>::store_weights(w.of_direction.at(j + k), row % w.group + i, p0 * own0, p1 * own1);
-        }
-      }
+    const int64_t at = row % w.group;
+    collect_transposed<Product>(w.tile, rows, block.padded, w.of_own + row, w.of_direction.words, w.of_direction.stride, at);
+    for (int64_t i = 0; i < round_up(rows, 2 * kLanes); ++i) {
+      float *const p = w.tile.scores(i), *const a = w.rates.scores(i);
+      const Vec f = splat(w.of_rate[row + i]), g = splat(w.of_weight[row + i]);
+      for (int64_t j = 0; j < block.padded; j += kLanes) store(p + j, multiply_add(load(a + j), f, load(p + j) * g));
     }
+    collect_transposed<Product>(w.tile, rows, block.padded, nullptr, w.of_queries.words, w.of_queries.stride, at);
   }
 
   void sum_for_keys(const Block& block, int64_t row, int64_t rows) const {
@@ -307,16 +294,15 @@ void tangent(const SimilarityParams& p, const PairTask& task, const TangentUpstr
     for (int64_t row = task.row_begin; row < task.row_end; row += w.rows)
       TangentPass<Product>{p, task, u, out, w, row, smaller(w.rows, task.row_end - row)}.run();
   };
-  // sums grow as blocks pass by: whether parts can hold the operands must be known beforehand
-  const auto finite_rows = [&](const Matrix& x) { return all_finite(x, rows + task.row_begin, rows + task.row_end, p.width); };
-  const auto finite_keys = [&](const Matrix& x) { return x.data == nullptr || all_finite(x, task.column_begin, task.column_end, p.width); };
-  const bool whole = p.precision == Precision::kBFloat16 || p.precision == Precision::kFloat32Vectors ||
-                     (finite_rows(p.query) && finite_rows(u.direction) && finite_keys(keys) && finite_keys(keys_direction));
-  if (whole) {
-    with_product(p.precision, run);
-  } else {
-    run(Float32Product{});
-  }
+  with_holding_product(p.precision, run, [&] {
+    const auto finite_rows = [&](const Matrix& x) { return all_finite(x, rows + task.row_begin, rows + task.row_end, p.width); };
+    const auto finite_keys = [&](const Matrix& x) { return x.data == nullptr || all_finite(x, task.column_begin, task.column_end, p.width); };
+    return finite_rows(p.query) && finite_rows(u.direction) && finite_keys(keys) && finite_keys(keys_direction);
+  });
+}
+
+void tangent_finish_keys(const SimilarityParams& p, const TangentSums& out, const float* off, int64_t batch, int64_t begin, int64_t end) {
+  take_off_keys(p, out.large, off, batch, begin, end, out.keys, nullptr);
 }
 
 }  // namespace

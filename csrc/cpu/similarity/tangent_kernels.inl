@@ -6,5 +6,6 @@ extern const TangentKernels KDFAST_UNIT(tangent);
 const TangentKernels KDFAST_UNIT(tangent) = {
     .tangent_workspace = tangent_workspace,
     .tangent = tangent,
+    .tangent_finish_keys = tangent_finish_keys,
 };
 }  // namespace kdfast

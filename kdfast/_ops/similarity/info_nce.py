@@ -147,9 +147,9 @@ class InfoNceRows(Function):
         columns, weights, row_weights, *rules = rest
         *tensors, row_weights = _folded(spec, query, keys, scale, bias, *rules, positive, columns, weights, row_weights)
         ctx.want = ctx.needs_input_grad[2:]
-        _, want_keys, _, want_bias, _ = ctx.want
+        _, want_keys, want_scale, want_bias, _ = ctx.want
         options = include, call.reduced, pull, products, spec.compute.panels, want_keys and pull, factor, smoothing, attract
-        losses, statistics, pulls, dkeys = torch.ops.kdfast.info_nce(*tensors, *options, row_weights, reduction == "sum")
+        losses, statistics, pulls, dkeys = torch.ops.kdfast.info_nce(*tensors, *options, row_weights, reduction == "sum", want_scale)
         hold = not (want_keys or want_bias)
         bank = (keys, bias, *rest)
         ctx.call = call
@@ -263,7 +263,7 @@ def _beside(spread: bool) -> int:
 
 def fake(
     query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, positive, columns, weights, include, mean, pull, products,
-    panels=None, keep_keys=False, factor=1.0, smoothing=0.0, attract=False, row_weights=None, sum=False,
+    panels=None, keep_keys=False, factor=1.0, smoothing=0.0, attract=False, row_weights=None, sum=False, want_scale=False,
 ):  # fmt: skip
     made = partial(query.new_empty, dtype=torch.float32)
     batch = query.shape[:-1] if query.dim() == 3 else (1, *query.shape[:-1])

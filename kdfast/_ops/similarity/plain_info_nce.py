@@ -119,6 +119,7 @@ class InfoNceLoss(PlainFunction):
         losses, *kept = torch.ops.kdfast.info_nce(
             query, keys, scale, None, *rules, positive, columns, None, True, call.reduced, call.pull, call.products, None,
             want_keys and call.pull, call.factor, call.smoothing, call.attract, row_weights, call.reduction == "sum",
+            want_scale,
         )  # fmt: skip
         ctx.call, ctx.want = call, (want_query, want_keys, want_scale, False, want_positive)
         bank = keys, None, *rest
