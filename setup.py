@@ -83,7 +83,7 @@ def cuda_module(torch, cpp_extension, include: str):
     if reason is not None:
         give_up("kdfast._C_cuda", reason)
         return None
-    nvcc = ["-O3", *ARCHITECTURES]
+    nvcc = ["-O3", f"--threads={len(ARCHITECTURES)}", *ARCHITECTURES]
     return cpp_extension.CUDAExtension(
         "kdfast._C_cuda",
         [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cuda/**/*.c*")) if path.suffix in (".cpp", ".cu")],

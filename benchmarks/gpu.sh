@@ -1,15 +1,25 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command of at most LIMIT seconds (590): build, benchmarks, tests, doctor, memory checker, the most
-# valuable first. A step ends at its share of the limit, whatever happens in it, and one that fails does not stop the others. Results go to
-# OUT, or to a folder of benchmarks/results named after the day and the commit (COMMIT, where the tree is no checkout): summary.md, cuda.csv,
-# cuda.json, cuda.md and log.txt, each whole at any time.
+# Everything that needs a GPU, in one command of at most LIMIT seconds (590), the most valuable first: gpu.sh [PART...], the parts being
+# build, bench, tests, doctor, memcheck, and racecheck, which takes part only where it is named. A part ends at its share of the limit, whatever
+# happens in it, and one that fails does not stop the others; named alone it has all of the limit, and what was built before stays. FAMILIES
+# are those that bench measures. Results go to OUT, or to a folder of benchmarks/results named after the day and the commit (COMMIT, where the
+# tree is no checkout): summary.md, cuda.csv, cuda.json, cuda.md and log.txt, each whole at any time; to OUT also the modules that were built.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 limit=${LIMIT:-590}
 COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
 out=${OUT:-benchmarks/results/$(date +%F)-$COMMIT}
-export COMMIT PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+read -ra families <<<"${FAMILIES:-similarity sinkhorn triplet knn gather methods}"
+declare -A share=([build]=28 [bench]=39 [tests]=19 [doctor]=6 [memcheck]=7 [racecheck]=7)
+parts=("$@")
+((${#parts[@]})) || parts=(build bench tests doctor memcheck)
+all=1  # the hundredth left is the report's
+for part in "${parts[@]}"; do
+  [[ -v share[$part] ]] || { echo "no part is called $part: there are ${!share[*]}" >&2; exit 2; }
+  all=$((all + share[$part]))
+done
+export COMMIT PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 failed=0
@@ -44,9 +54,9 @@ report() {
   for log in "$logs"/*.log; do printf '== %s\n' "$(basename "$log" .log)" && cat "$log"; done | write log.txt
 }
 
-run() {  # NAME PERCENT COMMAND...: until that share of the limit, then it gets `signal`, and `grace` seconds to end
-  local name=$1 left=$((limit * $2 / 100 - SECONDS)) start=$SECONDS status
-  shift 2
+run() {  # NAME COMMAND...: until second `until`, then it gets `signal`, and `grace` seconds to end
+  local name=$1 left=$((until - SECONDS)) start=$SECONDS status
+  shift
   ((left > 0)) || left=1
   timeout -s "${signal:-TERM}" -k "${grace:-3}" "$left" "$@" >"$logs/$name.log" 2>&1
   status=$?
@@ -66,32 +76,62 @@ conclude() {  # NAME STATUS
   report
 }
 
-step() {  # NAME PERCENT COMMAND...
+step() {  # NAME COMMAND...
   run "$@"
   conclude "$1" $?
 }
 
-families=(similarity sinkhorn triplet knn gather methods)
-# what Triton and Inductor compile needs nothing of the modules that are being built
-run build 28 "$python" setup.py -q build_ext --inplace &
-build=$!
-run compile 28 env KDFAST_NO_EXT=1 nice "$python" -m kdfast bench "${families[@]}" --device cuda --compile-only --seconds $((limit * 27 / 100)) &
-compile=$!
-wait $build
-conclude build $?
-wait $compile
-conclude compile $?
+at_most() {  # SECONDS less than are left, at least 1
+  echo $((until - SECONDS > $1 ? until - SECONDS - $1 : 1))
+}
 
-until=$((limit * 66 / 100))
-step bench 68 "$python" -m kdfast bench "${families[@]}" --device cuda --seconds $((until > SECONDS ? until - SECONDS : 1)) --output "$out"
-parallel=()
-"$python" -c "import xdist" 2>/dev/null && parallel=(-n "$(nproc)")  # most of their time goes to compiling
-# each test is named as it ends, for one that does not heed an interruption takes the summary with it
-signal=INT grace=15 step tests 86 "$python" -m pytest -vv --tb=short -p no:cacheprovider "${parallel[@]}" tests/test_triton_gpu.py tests/test_cuda{,_similarity}_gpu.py \
-  tests/test_triton_{similarity,pairs,wide,triplet,triplet_dense,triplet_mining,relations,knn,gather,sinkhorn,sinkhorn_plan,sinkhorn_adjoint}.py tests/test_cuda_{similarity,sinkhorn*}.py
-step doctor 92 "$python" -m kdfast doctor
-if command -v compute-sanitizer >/dev/null; then
-  step memcheck 99 compute-sanitizer --error-exitcode 1 "$python" -m kdfast doctor
-fi
+build() {  # what Triton and Inductor compile needs nothing of the modules that are being built
+  run build "$python" setup.py -q build_ext --inplace &
+  local built=$!
+  run compile env KDFAST_NO_EXT=1 nice "$python" -m kdfast bench "${families[@]}" --device cuda --compile-only --seconds "$(at_most 6)" &
+  local compiled=$!
+  wait $built
+  local status=$?
+  conclude build $status
+  [[ $status != 0 || -z ${OUT:-} ]] || cp kdfast/_C*.so "$out"
+  wait $compiled
+  conclude compile $?
+}
+
+bench() {
+  step bench "$python" -m kdfast bench "${families[@]}" --device cuda --seconds "$(at_most 12)" --output "$out"
+}
+
+plugin() {  # MODULE OPTION...: those options of pytest, where its plugin is here
+  "$python" -c "import $1" 2>/dev/null && printf '%s\n' "${@:2}"
+}
+
+tests() {  # most of their time goes to compiling; one that hangs ends its process, which is replaced
+  local options=()
+  mapfile -t options < <(plugin xdist -n "$(nproc)" && plugin pytest_timeout --timeout=120 --timeout-method=thread)
+  # each test is named as it ends, for one that does not heed an interruption takes the summary with it
+  OMP_NUM_THREADS=1 signal=INT grace=15 step tests "$python" -m pytest -vv --tb=short -p no:cacheprovider "${options[@]}" \
+    tests/test_triton_gpu.py tests/test_cuda{,_similarity}_gpu.py \
+    tests/test_triton_{similarity,pairs,wide,distillation,triplet,triplet_dense,triplet_mining,relations,knn,gather,sinkhorn,sinkhorn_plan,sinkhorn_adjoint}.py \
+    tests/test_cuda_{similarity,sinkhorn*}.py
+}
+
+doctor() {
+  step doctor "$python" -m kdfast doctor
+}
+
+# Without PyTorch's pool every tensor is memory of its own, which nothing beyond its end belongs to.
+memcheck() { sanitize memcheck; }
+racecheck() { sanitize racecheck; }
+sanitize() {  # TOOL
+  command -v compute-sanitizer >/dev/null || return
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1" compute-sanitizer --tool "$1" --error-exitcode 1 "$python" -m kdfast doctor
+}
+
+shared=0
+for part in "${parts[@]}"; do
+  shared=$((shared + share[$part])) until=$((limit * shared / all))
+  $part
+done
 tail -n 60 "$out/summary.md"
 exit $failed

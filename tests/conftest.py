@@ -25,6 +25,17 @@ def poisoned_allocations():
 
 
 @pytest.fixture(autouse=True)
+def gpu_in_order():
+    """After a kernel's fault nothing else runs on a GPU in its process: under pytest-xdist another takes its place."""
+    yield
+    if torch.cuda.is_initialized() and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
+@pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
 

@@ -41,28 +41,34 @@ def test_what_has_no_shapes_for_a_gpu_is_not_planned(monkeypatch):
     assert gpu.plan({"knn": ["search"]}, "quick") == []
 
 
-def answer(task: gpu.Task) -> list[Row]:
+def answer(task: gpu.Task, tell) -> list[Row]:
+    tell("kdfast")
     return rows_of(task)
 
 
-def fail(task: gpu.Task) -> list[Row]:
+def fail(task: gpu.Task, tell) -> list[Row]:
     raise torch.OutOfMemoryError("too much\nand more")
 
 
-def die(task: gpu.Task) -> list[Row]:
+def die(task: gpu.Task, tell) -> list[Row]:
+    tell("eager")
     os._exit(7)
 
 
-def hang(task: gpu.Task) -> list[Row]:
+def hang(task: gpu.Task, tell) -> list[Row]:
+    tell("kdfast")
     time.sleep(60)
 
 
-def test_a_worker_outlives_its_processes():
+def test_a_worker_outlives_its_processes(monkeypatch):
     worker, later = gpu.Worker(), time.monotonic() + 600
     try:
-        assert worker.ask(answer, TASK, until=later) == (rows_of(TASK), None)
-        assert worker.ask(die, TASK, until=later) == ([], "the process ended with exit code 7")
+        assert worker.ask(answer, TASK, until=later) == (rows_of(TASK), None, False)
+        assert worker.ask(die, TASK, until=later) == ([], "the process ended with exit code 7, in the call of eager", False)
         assert worker.ask(hang, TASK, until=time.monotonic() + 0.2)[1].startswith("no answer within 0 s")
+        monkeypatch.setattr(gpu, "OWN_LIMIT", 0.1)
+        rows, problem, hung = worker.ask(hang, TASK, until=later)
+        assert not rows and problem.endswith("in the call of kdfast") and hung
     finally:
         worker.stop()
 
@@ -70,9 +76,9 @@ def test_a_worker_outlives_its_processes():
 def test_what_a_question_raises_is_answered():
     here, there = multiprocessing.Pipe()
     threading.Thread(target=gpu._serve, args=(there,), daemon=True).start()
-    for function, expected in ((fail, ([], "OutOfMemoryError: too much")), (answer, (rows_of(TASK), None))):
+    for function, *expected in ((fail, ([], "OutOfMemoryError: too much")), (answer, "kdfast", (rows_of(TASK), None))):
         here.send((function, TASK))
-        assert here.recv() == expected
+        assert [here.recv() for _ in expected] == expected
 
 
 class Asked:
@@ -85,10 +91,10 @@ class Asked:
         self.left -= 1
         if self.left < 0:
             time.sleep(max(0.0, until - time.monotonic()))
-            return [], "no answer within 0 s"
+            return gpu.Answer([], "no answer within 0 s")
         if task.name == "lse" and function is gpu._measure:
-            return [], "RuntimeError: CUDA error"
-        return rows_of(task), None
+            return gpu.Answer([], "RuntimeError: CUDA error")
+        return gpu.Answer(rows_of(task), None)
 
     def stop(self):
         pass
@@ -111,6 +117,25 @@ def test_results_are_written_whatever_fails(monkeypatch, tmp_path, capsys):
     assert text.startswith("gpu some GPU, driver 1.2, commit abc, date 2026-01-02\n")
     assert "| kdfast | 2 ms | 2 ms | 1.00 | 500 | 1.0 | 1e-06 | |" in text and "| other | | | | | | | not installed" in text
     assert "the GPU's time, caches flushed" in capsys.readouterr().out
+
+
+def test_what_hangs_goes_last(monkeypatch, tmp_path):
+    """Of a family and dtype in which kdfast has hung, the other comparisons come after all else, and it is not asked again."""
+    asked = []
+
+    class Hanging(Asked):
+        def ask(self, function, task, *, until):
+            asked.append(task.name)
+            return gpu.Answer([], "no answer", hung=True) if task.name in ("lse", "clip") else gpu.Answer(rows_of(task), None)
+
+    monkeypatch.setattr(gpu, "Worker", lambda: Hanging(9))
+    monkeypatch.setattr(report, "gpu_facts", lambda: FACTS)
+    of = {name: TASK._replace(family="similarity", name=name, shape=(4, 5, 6)) for name in ("lse", "second", "clip")}
+    of["clip"] = of["clip"]._replace(shape=(4, 5))
+    half = of["lse"]._replace(name="queue", dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="2 of 5"):
+        gpu.run([of["lse"], of["clip"], of["second"], half, TASK], tmp_path)
+    assert asked == ["lse", "queue", "search", "clip", "second"]
 
 
 def test_a_comparison_by_several_clocks(monkeypatch):
@@ -146,8 +171,9 @@ def test_a_comparison_by_several_clocks(monkeypatch):
     assert [(row.peer, row.clock) for row in rows] == [(p, c) for c in ("cuda", "wall") for p in ("kdfast", "eager", "of a GPU")]
     assert built == ["kdfast", "of a GPU"]
     assert rows[0].flop_rate == 16e3 and rows[0].extra_bytes == 5 and rows[0].fma_rate is None and rows[1].note.startswith("OutOfMemory")
-    own = runner.compare("fake", "some", (8,), torch.float32, "quick", device, own=True)
-    assert [row.peer for row in own] == ["kdfast", "eager"] * 2
+    told = []
+    own = runner.compare("fake", "some", (8,), torch.float32, "quick", device, own=True, tell=told.append)
+    assert [row.peer for row in own] == ["kdfast", "eager"] * 2 and told == ["kdfast", "eager"]
 
 
 def test_places_are_kept():

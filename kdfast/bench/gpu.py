@@ -1,8 +1,9 @@
 """`kdfast bench --device cuda`: within a time limit, whatever happens to a kernel.
 
 Comparisons run one after another in a worker process. One that fails, or takes too long, costs its own rows: the worker, whose GPU context
-may be lost, is replaced, and the comparison repeated with kdfast and the plain formula alone. The first shapes of all cases come before any
-second one, and results are written as they come.
+may be lost, is replaced, and the comparison repeated with kdfast and the plain formula alone; but where kdfast itself hangs, its family's
+others in that dtype, which may hang too, wait until all else is measured. The first shapes of all cases come before any second one, and
+results are written as they come.
 """
 
 import multiprocessing
@@ -18,6 +19,7 @@ from . import devices, measure, registry, report, runner
 from .runner import Row
 
 LIMIT = 90.0  # seconds of a comparison
+OWN_LIMIT = 40.0  # of those until kdfast's first result, which it has checked before any other call begins
 WORKERS = 12  # processes that compile, each with a context on the GPU
 
 
@@ -61,14 +63,17 @@ def run(tasks: list[Task], output: Path, seconds: float | None = None) -> list[P
     try:
         while left and time.monotonic() < until:
             task = left[0]
-            found, problem = worker.ask(_measure, task, until=until)
+            found, problem, hung = worker.ask(_measure, task, until=until)
             if problem is not None and time.monotonic() < until:
                 failed.append(f"{task}: {problem}")
                 print(failed[-1], end="\n\n", flush=True)
-                found, _ = worker.ask(_measure_own, task, until=until)
+                if hung:
+                    left.sort(key=lambda other, like=task: (other.family, other.dtype) == (like.family, like.dtype))
+                else:
+                    found, *_ = worker.ask(_measure_own, task, until=until)
             elif problem is not None:
                 break
-            left.pop(0)
+            left.remove(task)
             if found:
                 rows += found
                 print(report.table(found), end="\n\n", flush=True)
@@ -93,24 +98,39 @@ def compile_all(tasks: Iterable[Task], seconds: float | None = None) -> None:
         print(f"{sum(result.ready() for result in waiting)} of {len(waiting)} comparisons compiled")
 
 
+class Answer(NamedTuple):
+    rows: list[Row]
+    problem: str | None
+    hung: bool = False  # in kdfast's own call
+
+
 class Worker:
     """A process that answers one question at a time, and is started anew where the last answer was a problem."""
 
     def __init__(self) -> None:
         self._process = self._pipe = None
 
-    def ask(self, function: Callable[[Task], list[Row]], task: Task, *, until: float) -> tuple[list[Row], str | None]:
-        """`function(task)` and None, or ([], the problem)."""
+    def ask(self, function: Callable[..., list[Row]], task: Task, *, until: float) -> Answer:
+        """`function(task, tell)` in the process: its rows, or the problem. It tells whose call it begins."""
         if self._process is None:
             self._start()
-        limit = max(0.0, min(LIMIT, until - time.monotonic()))
+        asked = time.monotonic()
+        answer, peer, ends = None, "", min(asked + LIMIT, until)
         try:
             self._pipe.send((function, task))
-            answer = self._pipe.recv() if self._pipe.poll(limit) else ([], f"no answer within {limit:.0f} s")
+            while answer is None:
+                if not self._pipe.poll(max(0.0, ends - time.monotonic())):
+                    waited = time.monotonic() - asked
+                    answer = Answer([], f"no answer within {waited:.0f} s{peer and ', in the call of ' + peer}", hung=peer == _own(task))
+                elif isinstance(told := self._pipe.recv(), str):
+                    peer = told
+                    ends = min(asked + LIMIT, until, time.monotonic() + (OWN_LIMIT if peer == _own(task) else LIMIT))
+                else:
+                    answer = Answer(*told)
         except (EOFError, OSError):
             self._process.join()
-            answer = [], f"the process ended with exit code {self._process.exitcode}"
-        if answer[1] is not None:
+            answer = Answer([], f"the process ended with exit code {self._process.exitcode}{peer and ', in the call of ' + peer}")
+        if answer.problem is not None:
             self.stop()
         return answer
 
@@ -136,19 +156,24 @@ def _serve(pipe) -> None:
         except EOFError:  # the other end has gone
             return
         try:
-            answer = function(task), None
+            answer = function(task, pipe.send), None
         except Exception as problem:  # a kernel may do anything to its process
             answer = [], f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"
         pipe.send(answer)
 
 
-def _measure(task: Task) -> list[Row]:
+def _own(task: Task) -> str:
+    """The name of kdfast's own call."""
+    return registry.cases_of(task.family)[task.name].peers[0].name
+
+
+def _measure(task: Task, tell: Callable[[str], None]) -> list[Row]:
     torch.cuda.empty_cache()
-    return runner.compare(*task, device=devices.CUDA)
+    return runner.compare(*task, device=devices.CUDA, tell=tell)
 
 
-def _measure_own(task: Task) -> list[Row]:
-    return runner.compare(*task, device=devices.CUDA, own=True)
+def _measure_own(task: Task, tell: Callable[[str], None]) -> list[Row]:
+    return runner.compare(*task, device=devices.CUDA, own=True, tell=tell)
 
 
 def _call_once(task: Task) -> None:
@@ -164,4 +189,13 @@ def _call_once(task: Task) -> None:
             torch.cuda.synchronize()
         except Exception as problem:
             print(f"{task}, {peer.name}: {type(problem).__name__}", flush=True)
+            _end_where_the_gpu_is_lost()
         torch.cuda.empty_cache()
+
+
+def _end_where_the_gpu_is_lost() -> None:
+    """After a kernel's fault nothing else runs in its process: the pool starts another."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        os._exit(1)

@@ -1,7 +1,7 @@
 """Runs a case: correctness first, then time by each of the device's clocks, then memory."""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -72,9 +72,16 @@ def comparisons(case: Case, level: str, device: str) -> list[tuple[tuple[int, ..
 
 
 def compare(
-    family: str, name: str, shape: tuple[int, ...], dtype: torch.dtype, level: str, device: Device = devices.CPU, own: bool = False
+    family: str,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    level: str,
+    device: Device = devices.CPU,
+    own: bool = False,
+    tell: Callable[[str], None] = lambda peer: None,
 ) -> list[Row]:
-    """The rows of one shape and dtype. `own`: kdfast and the plain formula alone."""
+    """The rows of one shape and dtype. `own`: kdfast and the plain formula alone. `tell`: hears whose first call comes next."""
     case = registry.cases_of(family)[name]
     inputs = devices.place(case.inputs(shape, dtype), device.name)
     reference = case.reference(inputs)
@@ -84,7 +91,7 @@ def compare(
     rows: list[Row] = []
     for threads, clocks in device.turns():
         with measure.threads(threads):
-            peers = [_check(case, peer, inputs, reference, allowed, level) for peer in chosen]
+            peers = [_check(case, peer, inputs, reference, allowed, level, tell) for peer in chosen]
             for clock in clocks:
                 rows += _timed_by(clock, threads, peers, about, case.flop and case.flop(shape), device.budget[level])
     measured = {row.peer for row in rows if row.median is not None}
@@ -134,10 +141,13 @@ def missing(peer: Peer, level: str) -> str | None:
     return peer.missing() or ("not under --quick" if level == "quick" and not peer.quick else None)
 
 
-def _check(case: Case, peer: Peer, inputs, reference: tuple[Tensor, ...], allowed: float, level: str) -> Checked:
+def _check(
+    case: Case, peer: Peer, inputs, reference: tuple[Tensor, ...], allowed: float, level: str, tell: Callable[[str], None]
+) -> Checked:
     reason = missing(peer, level)
     if reason:
         return Checked(peer, None, note=reason)
+    tell(peer.name)
     try:
         call = peer.build(inputs)
         result = call()
