@@ -123,7 +123,9 @@ const char* launch(void (*kernel)(Params), const Launch& how, const Params& para
     config.attrs = &cluster, config.numAttrs = how.cluster > 1 ? 1 : 0;
     error = cudaLaunchKernelEx(&config, kernel, params);
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or PyTorch would report it once more, of its next launch
+  return cudaGetErrorString(error);
 }
 
 }  // namespace kdfast
