@@ -35,7 +35,7 @@ def compiled(kernel, arch: int, dtype: torch.dtype, tmp_path, **flags) -> Code:
     weights = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[part.format.weights]
     options = {**part.options, "COUNTED": False, "FACTORS": False, "WIDTH": 128, **flags}
     if kernel is kernels.weighted_sums:
-        options |= {"DOT": DOT[part.format.weights][0], "DEPTH": min(part.tiles.depth, 128 // part.format.weights.itemsize)}
+        options |= {"DOT": DOT[part.format.weights][0], "DEPTH": part.depth_of_sums(part.format.weights)}
     if kernel is wide_kernels.wide_weights:
         options |= {"EVEN_VALUES": True, "DOT_VALUES": DOT[part.format.weights][0]}
     warps = options.pop("num_warps")
@@ -95,6 +95,7 @@ def test_exact_products_of_float32(precision, tmp_path):
         (wide_kernels.wide_probabilities, {"POOLED": True}),
         (wide_kernels.wide_weights, {"WITH_H": False, "BY_SCALE": True, "PLAIN": False, "WANT_BIAS": True}),
         (kernels.weighted_sums, {"TRANSPOSED": False, "ADD": True, "FACTORS": True}),
+        (kernels.weighted_sums, {"TRANSPOSED": True, "ADD": True, "FACTORS": False}),
     ):
         code = compiled(kernel, 90, torch.float32, tmp_path, **flags, **more)
         assert code.stack == 0 and code.has("HGMMA" if precision == "bf16x3" else "FFMA")

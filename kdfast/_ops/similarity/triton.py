@@ -1,7 +1,7 @@
 """impl="triton": the ops of cpu.py with the same schemas, in torch.ops.kdfast_triton: tile sizes, launches, registration.
 
-triton_kernels.py has the kernels. They serve rows of up to 1 KB (on small GPUs 256 bytes); wider ones, and exact products of float32, go
-slab by slab (triton_wide.py).
+triton_kernels.py has the kernels. They serve rows of up to 512 bytes (on small GPUs 256), as they are multiplied; wider ones, and exact
+products of float32, go slab by slab (triton_wide.py).
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from ..._core import triton_runtime as runtime
 from . import cpu, triton_wide
 from .triton_formats import KERNELS, PRECISIONS, missing, refuses
 
-MAX_BYTES, MAX_BYTES_SMALL = 1024, 256  # of a row here, the second where runtime.is_small: wider tiles exceed shared memory
+MAX_BYTES, MAX_BYTES_SMALL = 512, 256  # of a row here, the second where runtime.is_small: wider tiles spill, or exceed shared memory
 
 
 __all__ = ["KERNELS", "forward", "grad_keys", "grad_rows", "missing", "refuses", "tiles"]
@@ -28,29 +28,38 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def in_slabs(query: Tensor, values: Tensor | None, precision: int) -> bool:
+def operands(dtype: torch.dtype, small_weights: bool) -> torch.dtype:
+    """What rows of `dtype` take the room of here: float16 has none for weights that carry an upstream gradient, which tf32 has."""
+    return torch.float32 if dtype == torch.float16 and small_weights else dtype
+
+
+def in_slabs(query: Tensor, values: Tensor | None, precision: int, *, small_weights: bool) -> bool:
     """Whether rows are too wide for a tile of their sums, or exact products of float32, by whole rows here, would spill kilobytes."""
     exact = query.dtype == torch.float32 and precision in (KERNELS.products["ieee"], KERNELS.products["bf16x3"])
     most = MAX_BYTES_SMALL if runtime.is_small(runtime.architecture(query.device.index or 0)) else MAX_BYTES
-    return exact or max(query.shape[2], 0 if values is None else values.shape[2]) * query.element_size() > most
+    widest = max(query.shape[2], 0 if values is None else values.shape[2])
+    return exact or widest * operands(query.dtype, small_weights).itemsize > most
 
 
-def tiles(width: int, dtype: torch.dtype, streams: int, arch: int) -> Tiles:
+def tiles(width: int, dtype: torch.dtype, streams: int, arch: int, sums: int = 0) -> Tiles:
     """For operands of `width` (a power of two) in `dtype`, `streams` matrices of them passing by, on a GPU of capability `arch`.
 
     The sums of a tile's rows stay in registers, rows x width floats: 64 to 128 of the 255 of a thread; scores and weights take as many
     more (all of them before Hopper, whose matrix instructions read operands from shared memory: float32 has fewer rows there). There lie
     what stays, and two stages of what passes by: 96 to 192 KB; on small GPUs, whose rows are narrow here (MAX_BYTES_SMALL), at most 85.
+    `sums`: where keys stay and queries pass by, the width of all sums of a key, of it and of its value.
     """
     if runtime.INTERPRETED:
         return Tiles(32, 32, 4, 1)
     wide = dtype == torch.float32
     most = 128 if wide and arch < 90 and streams < 3 else 256  # with three, fewer rows spill more
-    rows = 128 if width * (1 + wide) <= most else 64
-    columns = 128 if width <= 128 else 64 if width <= 256 else 32
+    rows = 128 if max(sums, width) * (1 + wide) <= most else 64
+    columns = 128 if width <= 128 else 64
     if wide or streams > 1 or arch < 90 or runtime.is_small(arch):
         columns //= 2
-    return Tiles(rows, max(16, columns), 8, 2)
+    if sums > width or (wide and (sums or streams > 2)):
+        columns = min(columns, 32)
+    return Tiles(rows, columns, 8, 2)
 
 
 class Launch(NamedTuple):
@@ -68,16 +77,18 @@ class Launch(NamedTuple):
 
 
 def prepare(
-    query, keys, values, scale, bias, query_labels, key_labels, key_index, limit, valid, precision, *, streams: int, small_weights: bool
-) -> Launch:
-    """`streams` matrices pass by beside what stays; `small_weights`: the products' weights carry an upstream gradient."""
+    query, keys, values, scale, bias, query_labels, key_labels, key_index, limit, valid, precision, *, streams: int, small_weights: bool,
+    of_keys: bool = False, of_values: bool = False,
+) -> Launch:  # fmt: skip
+    """`streams` matrices pass by beside what stays; `small_weights`: the products' weights carry an upstream gradient; `of_keys`,
+    `of_values`: what there are sums of, where queries pass by."""
     import triton.language as tl
 
     rows, width = query.shape[1:]
     value_width = width if values is None else values.shape[2]
     of_width, of_value = runtime.power_of_two(width), runtime.power_of_two(value_width)
     half = query.dtype == torch.float16
-    if half:  # it has no room for weights that carry an upstream gradient, which tf32 has
+    if half:
         dot = tl.float32 if small_weights else tl.float16
     else:
         dot = tl.bfloat16 if query.dtype == torch.bfloat16 or precision == KERNELS.products["bf16"] else tl.float32
@@ -91,7 +102,10 @@ def prepare(
     }  # fmt: skip
     given = (bias, query_labels, key_labels, key_index, limit, valid)
     terms = tuple(scale if x is None else x for x in given)  # what is not there is never read
-    shape = tiles(max(of_width, of_value), query.dtype, streams, runtime.architecture(query.device.index or 0))
+    shape = tiles(
+        max(of_width, of_value), operands(query.dtype, small_weights), streams, runtime.architecture(query.device.index or 0),
+        of_keys * of_width + of_values * of_value,
+    )  # fmt: skip
     sizes = (rows, keys.shape[1], width, value_width, *strides)
     return Launch(shape, terms, sizes, constants)
 
@@ -113,7 +127,7 @@ def forward(
     precision: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As cpu.forward."""
-    if in_slabs(query, values, precision):
+    if in_slabs(query, values, precision, small_weights=False):
         return triton_wide.forward(
             query, keys, scale, bias, start_logit, values, start_value, query_labels, key_labels, key_index, limit, valid, pooled, precision
         )
@@ -168,7 +182,7 @@ def grad_rows(
     precision: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As cpu.grad_rows."""
-    if in_slabs(query, values, precision):
+    if in_slabs(query, values, precision, small_weights=h is not None):
         return triton_wide.grad_rows(
             slope, h, lse, lse_low, query, keys, scale, bias, values, query_labels, key_labels, key_index, limit, valid,
             precision,
@@ -215,7 +229,7 @@ def grad_keys(
     precision: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As cpu.grad_keys."""
-    if in_slabs(query, values, precision):
+    if in_slabs(query, values, precision, small_weights=True):
         return triton_wide.grad_keys(
             slope, h, lse, lse_low, query, keys, scale, bias, values, query_labels, key_labels, key_index, limit, valid,
             want_keys, want_bias, want_values, precision,
@@ -224,7 +238,7 @@ def grad_keys(
 
     launch = prepare(
         query, keys, values, scale, bias, query_labels, key_labels, key_index, limit, valid, precision,
-        streams=2 + (h is not None), small_weights=True,
+        streams=2 + (h is not None), small_weights=True, of_keys=want_keys or want_bias, of_values=want_values,
     )  # fmt: skip
     t = launch.tiles
     launch = launch._replace(tiles=t._replace(rows=t.columns, columns=t.rows))  # columns stay, rows stream by

@@ -160,6 +160,11 @@ class Part(NamedTuple):
         columns = column_tiles * self.tiles.columns
         return columns, row_tiles * self.tiles.rows * columns
 
+    def depth_of_sums(self, weights: torch.dtype) -> int:
+        """Of their products with rows: fp16 rows may have weights twice as wide; FMA units' operands of longer steps would spill."""
+        most = 16 if weights == torch.float32 and self.format.precision == "ieee" else 128 // weights.itemsize
+        return min(self.tiles.depth, most)
+
     def weights(self) -> Tensor:
         columns, entry = self.leading
         return self.x.new_empty((len(self.x), entry // columns, columns), dtype=self.format.weights)
@@ -222,8 +227,8 @@ def add_products(
     from .triton_pairs_kernels import weighted_sums
 
     (entries, count, width), inner = out.shape, values.shape[1]
-    rows, columns, depth, warps, stages = part.tiles
-    depth = min(depth, 128 // weights.itemsize)  # fp16 rows may have weights twice as wide
+    rows, columns, _, warps, stages = part.tiles
+    depth = part.depth_of_sums(weights.dtype)
     high, wide = columns if transposed else rows, min(rows, runtime.power_of_two(width))
     programs = -(-width // wide) * -(-count // high) * entries
     splits = runtime.splits(programs, inner, depth, out.device)
