@@ -108,6 +108,31 @@ struct Launch {
   void* stream;
 };
 
+inline cudaLaunchConfig_t config_of(const Launch& how, cudaLaunchAttribute& cluster) {
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = unsigned(how.cluster), cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(how.blocks)), config.blockDim = dim3(unsigned(how.threads));
+  config.dynamicSmemBytes = size_t(how.shared_bytes), config.stream = static_cast<cudaStream_t>(how.stream);
+  config.attrs = &cluster, config.numAttrs = how.cluster > 1 ? 1 : 0;
+  return config;
+}
+
+// How many clusters of such blocks the current device runs at a time, as registers, shared memory and its groups of multiprocessors allow.
+template <class Params>
+int resident(void (*kernel)(Params), const Launch& how) {
+  int count = 0;
+  if (how.cluster > 1) {
+    cudaLaunchAttribute cluster{};
+    const cudaLaunchConfig_t config = config_of(how, cluster);
+    cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+  } else {
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, how.threads, size_t(how.shared_bytes));
+    count *= processors();
+  }
+  return count > 0 ? count : 1;
+}
+
 // Null, or what went wrong.
 template <class Params>
 const char* launch(void (*kernel)(Params), const Launch& how, const Params& params) {
@@ -115,12 +140,7 @@ const char* launch(void (*kernel)(Params), const Launch& how, const Params& para
   if (how.shared_bytes > (48 << 10)) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared_bytes));
   if (error == cudaSuccess) {
     cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = unsigned(how.cluster), cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(how.blocks)), config.blockDim = dim3(unsigned(how.threads));
-    config.dynamicSmemBytes = size_t(how.shared_bytes), config.stream = static_cast<cudaStream_t>(how.stream);
-    config.attrs = &cluster, config.numAttrs = how.cluster > 1 ? 1 : 0;
+    const cudaLaunchConfig_t config = config_of(how, cluster);
     error = cudaLaunchKernelEx(&config, kernel, params);
   }
   if (error == cudaSuccess) return nullptr;

@@ -282,6 +282,13 @@ struct Launch {
   void* stream;
 };
 
+// Of a multiprocessor's 2048 threads: it has registers for all.
+template <class Params>
+int resident(void (*)(Params), const Launch& how) {
+  const int count = 2048 / how.threads * processors() / how.cluster;
+  return count > 0 ? count : 1;
+}
+
 template <class Params>
 const char* launch(void (*kernel)(Params), const Launch& how, const Params& params) {
   if (how.blocks < 1 || how.blocks > INT32_MAX || how.threads < 1) return "invalid configuration argument";  // as the CUDA runtime has it

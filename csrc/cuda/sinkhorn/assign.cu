@@ -133,7 +133,10 @@ __global__ void __launch_bounds__(256) merge_kernel(const SinkhornAssign p) {
 
 }  // namespace
 
-bool sinkhorn_assign_plan(SinkhornAssign& params) { return share_rows(params.scores, params.batch); }
+bool sinkhorn_assign_plan(SinkhornAssign& params) {
+  const auto kernel = params.codes ? assign_kernel<Pass::kCodes> : params.v == nullptr ? assign_kernel<Pass::kColumnLse> : assign_kernel<Pass::kColumnSums>;
+  return share_rows(params.scores, params.batch, kernel);
+}
 
 const char* sinkhorn_assign(const SinkhornAssign& params, void* stream) {
   const SinkhornRows& rows = params.scores;

@@ -119,16 +119,20 @@ class RowPairs {
   }
 };
 
-// Sets how blocks share rows, and how many ranges of rows fill the GPU; false where there are too many columns.
-inline bool share_rows(SinkhornRows& rows, int64_t batch) {
+// Sets how blocks share rows, and how many ranges of rows `kernel` has at work at a time, each to its end: more of them would be more sums to
+// join, and a last round that leaves most of the GPU idle. False where there are too many columns.
+template <class Params>
+bool share_rows(SinkhornRows& rows, int64_t batch, void (*kernel)(Params)) {
   const int64_t columns = rows.columns, of_block = int64_t(RowPairs::kThreads) * RowPairs::kWidth;
   rows.cluster = int((columns + of_block - 1) / of_block);
+  if (rows.cluster > RowPairs::kCluster) return false;
   const int64_t share = (columns + rows.cluster - 1) / rows.cluster, threads = (share + RowPairs::kWidth - 1) / RowPairs::kWidth;
   rows.threads = int((threads + 31) / 32 * 32);
-  const int64_t blocks = 2048 / rows.threads * int64_t(processors()) / rows.cluster, pairs = (rows.rows + RowPairs::kRows - 1) / RowPairs::kRows;
-  const int64_t wanted = blocks / batch, parts = wanted < pairs ? wanted : pairs;
+  const int64_t pairs = (rows.rows + RowPairs::kRows - 1) / RowPairs::kRows;
+  const int64_t wanted = resident(kernel, Launch{rows.cluster, rows.threads, RowPairs::kSharedBytes, rows.cluster, nullptr}) / batch;
+  const int64_t parts = wanted < pairs ? wanted : pairs;
   rows.parts = int(parts < 1 ? 1 : parts);
-  return rows.cluster <= RowPairs::kCluster;
+  return true;
 }
 
 }  // namespace kdfast

@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(256) totals_kernel(const SinkhornStreamed p) {
 
 }  // namespace
 
-bool sinkhorn_streamed_plan(SinkhornStreamed& params) { return share_rows(params.cost, params.batch); }
+bool sinkhorn_streamed_plan(SinkhornStreamed& params) { return share_rows(params.cost, params.batch, stream_kernel<false>); }
 
 const char* sinkhorn_streamed(SinkhornStreamed params, void* stream) {
   const SinkhornRows& cost = params.cost;
