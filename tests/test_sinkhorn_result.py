@@ -128,6 +128,20 @@ def test_potentials_changed_in_place(name):
 
 
 @every_impl
+@pytest.mark.parametrize("grad", ["envelope", "unrolled"])
+def test_plans_of_what_was_changed_in_place(impl, grad):
+    """A plan is made when it is asked for, of what is there by then: a changed one had the marginals of no problem."""
+    cost, v = torch.rand(5, 4), torch.rand(5)
+    r = sinkhorn(cost, grad=grad, impl=impl)
+    plan = r.plan()
+    torch.testing.assert_close(r.apply_t(v), plan.mT @ v)
+    cost.mul_(2)
+    for name, arguments in (("plan", ()), ("apply", (torch.rand(4),)), ("apply_t", (v,))):
+        with pytest.raises(RuntimeError, match=rf"changed in place: call {name}\(\) before"):
+            getattr(r, name)(*arguments)
+
+
+@every_impl
 def test_inference_tensors(impl):
     with torch.inference_mode():
         r = sinkhorn(torch.rand(5, 4), impl=impl)

@@ -52,9 +52,9 @@ def _at_first_reading(make):
 class SinkhornResult:
     """The plan is P_ij = a_i b_j exp((f_i + g_j - C_ij)/epsilon); potentials are free up to one constant a problem when balanced.
 
-    Statistics are float32 (float64 for float64 inputs). What is differentiable is said by `grad` of kdfast.ops.sinkhorn. transport_cost
-    and error may take a pass over the cost when first read: inputs or potentials that were changed in place by then raise RuntimeError. A
-    sequence too, of f, g, value, transport_cost, epsilon, iterations, error, converged and state.
+    Statistics are float32 (float64 for float64 inputs). What is differentiable is said by `grad` of kdfast.ops.sinkhorn. plan(), apply(),
+    apply_t(), and transport_cost and error when first read, take a pass over the cost: inputs or potentials that were changed in place by
+    then raise RuntimeError. A sequence too, of f, g, value, transport_cost, epsilon, iterations, error, converged and state.
     """
 
     def __init__(self, state: PlanState, value: Tensor | None, marginals: tuple[Tensor, ...]):
@@ -132,6 +132,7 @@ class SinkhornResult:
 
     def plan(self) -> Tensor:
         """P [*B, n, m]; this is where a tensor of that size is made."""
+        self._unchanged("call plan()")
         p, f, g, batch, grad, (kept_rows, kept_cols), *_ = self.state
         if grad in ("implicit", "unrolled") and graph.followed(f, g, *p[:6]):
             plan = dense_plan(p, f, g)
@@ -173,9 +174,14 @@ class SinkhornResult:
     def _marginals(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(row, col, transport, error) of a Solution, where the solver has not given them."""
         p, f, g, *_ = self.state
-        if self._versions is not None and _versions(self.state) != self._versions:
-            raise RuntimeError("inputs or potentials of the solve were changed in place: read its transport_cost and error before that")
+        self._unchanged("read its transport_cost and error")
         return graph.applied(autograd.Marginals, f, g, *p.split)
+
+    def _unchanged(self, early: str) -> None:
+        """Raises RuntimeError where something a pass reads is no longer what was solved; `early` is what to do before."""
+        now = _versions(self.state)
+        if None not in (now, self._versions) and now != self._versions:
+            raise RuntimeError(f"inputs or potentials of the solve were changed in place: {early} before that")
 
     @property
     def _proximal(self) -> bool:
@@ -193,6 +199,7 @@ class SinkhornResult:
         return values
 
     def _product(self, v: Tensor, *, transpose: bool) -> Tensor:
+        self._unchanged("call apply_t()" if transpose else "call apply()")
         p, f, g, batch, grad, inside, *_ = self.state
         checks.alike("v", checks.floating("v", v), "the plan", p.a, dtype=False)
         size = (p.a if transpose else p.b).shape[1]
