@@ -98,7 +98,7 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "float? rho_a, float? rho_b, Tensor f, Tensor g) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "sinkhorn_plan(Tensor? cost, Tensor? x, Tensor? y, Tensor a, Tensor b, Tensor epsilon, Tensor? rows, Tensor? cols, str metric, "
-      "float? rho_a, float? rho_b, Tensor? f, Tensor? g, Tensor? weight, Tensor? slope, bool over_cost, bool sum, "
+      "float? rho_a, float? rho_b, Tensor? f, Tensor? g, Tensor? weight, Tensor? slope, bool sum, "
       "int begin, int end) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "sinkhorn_product(Tensor? cost, Tensor? x, Tensor? y, Tensor a, Tensor b, Tensor epsilon, Tensor? rows, Tensor? cols, str metric, "
@@ -106,7 +106,10 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def(
       "sinkhorn_replay(Tensor? cost, Tensor? x, Tensor? y, Tensor a, Tensor b, Tensor epsilon, Tensor? rows, Tensor? cols, str metric, "
       "float? rho_a, float? rho_b, Tensor g, Tensor history_f, Tensor history_g, Tensor done, Tensor to_f, Tensor to_g, bool to_epsilon, "
-      "int iterations, float? tol, str method, float? anneal_start, float? anneal_factor) -> (Tensor, Tensor, Tensor, Tensor)");
+      "int iterations, float? tol, str method, float? anneal_start, float? anneal_factor) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sinkhorn_pull(Tensor? cost, Tensor? x, Tensor? y, Tensor a, Tensor b, Tensor epsilon, Tensor? rows, Tensor? cols, str metric, "
+      "float? rho_a, float? rho_b, Tensor f, Tensor g, Tensor weight, Tensor? slope) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("sinkhorn_assign(Tensor scores, Tensor? v, Tensor inverse_epsilon, bool codes) -> Tensor");
   m.def("sinkhorn_codes(Tensor scores, Tensor inverse_epsilon, int iterations) -> Tensor");
   m.def("sinkhorn_normalize(Tensor logits, Tensor? gradient, int iterations, float eps) -> Tensor");

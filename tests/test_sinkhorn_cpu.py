@@ -262,7 +262,7 @@ def test_the_operator_checks_its_arguments(change, message):
     potentials = (torch.rand(1, 3), torch.rand(1, 4))
     torch.library.opcheck(torch.ops.kdfast.sinkhorn_marginals.default, (*list(arguments.values())[:11], *potentials))
     for slope in (None, torch.ones(1)):
-        rows = (torch.rand(1, 3), torch.rand(1, 4), torch.ones(1), slope, False, False, 1, 3)
+        rows = (torch.rand(1, 3), torch.rand(1, 4), torch.ones(1), slope, False, 1, 3)
         torch.library.opcheck(torch.ops.kdfast.sinkhorn_plan.default, (*list(arguments.values())[:11], *rows))
     with pytest.raises(RuntimeError, match=message):
         torch.ops.kdfast.sinkhorn_solve(**(arguments | change))

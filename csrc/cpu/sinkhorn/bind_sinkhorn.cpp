@@ -154,8 +154,12 @@ Measured sinkhorn_marginals(const OptionalTensor& cost, const OptionalTensor& x,
 
 // ---- reverse through the iterations -----------------------------------------------------------------------------------
 
-int64_t replay_workspace(const SinkhornProblem<float>& p, int64_t workers) { return kdfast::cpu_kernels().sinkhorn_replay_workspace(p, workers); }
-int64_t replay_workspace(const SinkhornProblem<double>& p, int64_t workers) { return kdfast::cpu_kernels().sinkhorn_replay_workspace_double(p, workers); }
+int64_t replay_workspace(const SinkhornProblem<float>& p, const SinkhornReplay<float>& r, int64_t workers) {
+  return kdfast::cpu_kernels().sinkhorn_replay_workspace(p, r, workers);
+}
+int64_t replay_workspace(const SinkhornProblem<double>& p, const SinkhornReplay<double>& r, int64_t workers) {
+  return kdfast::cpu_kernels().sinkhorn_replay_workspace_double(p, r, workers);
+}
 void replay_one(const SinkhornProblem<float>& p, const SinkhornReplay<float>& r, const SinkhornTeam& t, float* work) {
   kdfast::cpu_kernels().sinkhorn_replay(p, r, t, work);
 }
@@ -163,14 +167,13 @@ void replay_one(const SinkhornProblem<double>& p, const SinkhornReplay<double>& 
   kdfast::cpu_kernels().sinkhorn_replay_double(p, r, t, work);
 }
 
-using Replayed = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Replayed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class Real>
 Replayed replay(const Problems<Real>& problems, const Tensor& a, const Tensor& g0, const Tensor& history_f, const Tensor& history_g, const Tensor& done,
                 const Tensor& to_f, const Tensor& to_g, bool to_epsilon, const SinkhornSchedule& schedule) {
   const auto [batch, n, m] = std::tuple(problems.batch, problems.n, problems.m);
   const int64_t steps = schedule.iterations;
-  STD_TORCH_CHECK(problems.first.metric == SinkhornMetric::kGiven, "the replay needs a given cost");
   check("done", done, ScalarType::Long, {batch});
   const int64_t* const counts = data<int64_t>(done);
   SinkhornReplay<Real> first{};
@@ -183,21 +186,30 @@ Replayed replay(const Problems<Real>& problems, const Tensor& a, const Tensor& g
     Tensor out = kept_output(a, shape, scalar_type<Real>());
     return problems.rows == nullptr ? out : torch::stable::zero_(out);  // padding
   };
-  Tensor cost = reals({batch, n, m}), da = reals({batch, n}), db = reals({batch, m}), depsilon = reals({batch});
-  const Replayed out{cost, da, db, depsilon};
+  const bool given = problems.first.metric == SinkhornMetric::kGiven;
+  const int64_t width = problems.first.width;
+  Tensor cost = given ? reals({batch, n, m}) : reals({0});
+  Tensor dx = given ? reals({0}) : reals({batch, n, width}), dy = given ? reals({0}) : reals({batch, m, width});
+  Tensor da = reals({batch, n}), db = reals({batch, m}), depsilon = reals({batch});
+  const Replayed out{cost, dx, dy, da, db, depsilon};
   if (batch == 0) return out;
   const Division division(batch, n, m, 2 * steps);
   const SinkhornTeam team{division.team, run_team};
-  const int64_t space = replay_workspace(problems.first_padded(), team.size);
-  Tensor work = torch::stable::new_empty(a, {division.workers * space});
-  Real *const scratch = values<Real>(work), *const to_cost = values<Real>(cost), *const to_a = values<Real>(da), *const to_b = values<Real>(db);
-  Real* const to_eps = values<Real>(depsilon);
+  const int64_t space = replay_workspace(problems.first_padded(), first, team.size);
+  const Workspace<Real> work(division.workers * space);
+  Real *const scratch = work.data(), *const to_cost = values<Real>(cost), *const to_a = values<Real>(da), *const to_b = values<Real>(db);
+  Real *const to_eps = values<Real>(depsilon), *const to_x = values<Real>(dx), *const to_y = values<Real>(dy);
   for_each_task(division.workers, batch, [&](int64_t worker, int64_t i) {
     SinkhornReplay<Real> r = first;
     r.done = counts[i];
     r.start_g += i * m, r.history_f += i * steps * n, r.history_g += i * steps * m, r.to_f += i * n, r.to_g += i * m;
-    r.cost = to_cost + i * n * m, r.cost_stride = m, r.a = to_a + i * n, r.b = to_b + i * m, r.epsilon = to_eps + i;
-    if (r.done == 0) std::fill_n(r.cost, n * m, Real(0));
+    r.a = to_a + i * n, r.b = to_b + i * m, r.epsilon = to_eps + i;
+    if (given) {
+      r.cost = to_cost + i * n * m, r.cost_stride = m;
+      if (r.done == 0) std::fill_n(r.cost, n * m, Real(0));
+    } else {
+      r.x = to_x + i * n * width, r.y = to_y + i * m * width;
+    }
     replay_one(problems.at(i), r, team, scratch + worker * space);
   });
   return out;
@@ -228,7 +240,7 @@ using Planned = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class Real>
 Planned plan(const Problems<Real>& problems, const Tensor& a, const OptionalTensor& f, const OptionalTensor& g, const OptionalTensor& weight,
-             const OptionalTensor& slope, bool over_cost, bool sum, int64_t begin, int64_t end) {
+             const OptionalTensor& slope, bool sum, int64_t begin, int64_t end) {
   const auto [batch, n, m] = std::tuple(problems.batch, problems.n, problems.m);
   STD_TORCH_CHECK(0 <= begin && begin <= end && end <= n, "begin and end must be in order within ", n, " rows, got ", begin, " and ", end);
   STD_TORCH_CHECK(f.has_value() == g.has_value() && f.has_value() == weight.has_value(), "f, g and weight must be given together");
@@ -263,7 +275,7 @@ Planned plan(const Problems<Real>& problems, const Tensor& a, const OptionalTens
       SinkhornPlan<Real> s{};
       s.begin = std::min(p.n, begin + part * rows / parts), s.end = std::min(p.n, begin + (part + 1) * rows / parts);
       if (f) s.f = from_f + i * n, s.g = from_g + i * m, s.weight = double(weights[i]);
-      s.over_cost = over_cost, s.add = sum && (i > 0 || problems.rows != nullptr);
+      s.add = sum && (i > 0 || problems.rows != nullptr);
       s.out = to + ((sum ? 0 : i) * rows + s.begin - begin) * m, s.out_stride = m;
       if (slope) {
         const int64_t share = part * batch + i;
@@ -284,11 +296,11 @@ Planned plan(const Problems<Real>& problems, const Tensor& a, const OptionalTens
 
 Planned sinkhorn_plan(const OptionalTensor& cost, const OptionalTensor& x, const OptionalTensor& y, const Tensor& a, const Tensor& b, const Tensor& epsilon,
                       const OptionalTensor& rows, const OptionalTensor& cols, std::string metric, std::optional<double> rho_a, std::optional<double> rho_b,
-                      const OptionalTensor& f, const OptionalTensor& g, const OptionalTensor& weight, const OptionalTensor& slope, bool over_cost, bool sum,
+                      const OptionalTensor& f, const OptionalTensor& g, const OptionalTensor& weight, const OptionalTensor& slope, bool sum,
                       int64_t begin, int64_t end) {
   if (a.scalar_type() == ScalarType::Double)
-    return plan<double>({cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b}, a, f, g, weight, slope, over_cost, sum, begin, end);
-  return plan<float>({cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b}, a, f, g, weight, slope, over_cost, sum, begin, end);
+    return plan<double>({cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b}, a, f, g, weight, slope, sum, begin, end);
+  return plan<float>({cost, x, y, a, b, epsilon, rows, cols, metric, rho_a, rho_b}, a, f, g, weight, slope, sum, begin, end);
 }
 
 }  // namespace

@@ -42,7 +42,7 @@ struct SinkhornSolution {
   int64_t history_f_stride, history_g_stride;
 };
 
-// The gradient through the first `done` iterations of a schedule, the cost given, from upstream [n], [m] of the last potentials.
+// The gradient through the first `done` iterations of a schedule from upstream [n], [m] of the last potentials.
 template <class Real>
 struct SinkhornReplay {
   SinkhornSchedule schedule;
@@ -53,6 +53,7 @@ struct SinkhornReplay {
   bool to_epsilon;
   Real *cost, *a, *b, *epsilon;  // gradients; of the cost untouched where nothing was done
   int64_t cost_stride;
+  Real *x, *y;  // gradients in points [n, width], [m, width], in place of the cost's
 };
 
 // Rows of (weight + slope C_ij) P_ij, P_ij = a_i b_j E_ij at some potentials; f null: of the cost.
@@ -128,12 +129,17 @@ struct SinkhornGradientKernels {
   int64_t (*sinkhorn_plan_workspace_double)(const SinkhornProblem<double>&);
   void (*sinkhorn_plan)(const SinkhornProblem<float>&, const SinkhornPlan<float>&, float* workspace);
   void (*sinkhorn_plan_double)(const SinkhornProblem<double>&, const SinkhornPlan<double>&, double* workspace);
+  // The gradient in points that rows of a plan, its `out` null, are in their cost: rows begin ... end of that in x, and what they add to that in y [m, width].
+  int64_t (*sinkhorn_pull_workspace)(const SinkhornProblem<float>&);
+  int64_t (*sinkhorn_pull_workspace_double)(const SinkhornProblem<double>&);
+  void (*sinkhorn_pull)(const SinkhornProblem<float>&, const SinkhornPlan<float>&, float* x, float* y, float* workspace);
+  void (*sinkhorn_pull_double)(const SinkhornProblem<double>&, const SinkhornPlan<double>&, double* x, double* y, double* workspace);
   int64_t (*sinkhorn_product_workspace)(const SinkhornProblem<float>&);
   int64_t (*sinkhorn_product_workspace_double)(const SinkhornProblem<double>&);
   void (*sinkhorn_product)(const SinkhornProblem<float>&, const SinkhornProduct<float>&, float* workspace);
   void (*sinkhorn_product_double)(const SinkhornProblem<double>&, const SinkhornProduct<double>&, double* workspace);
-  int64_t (*sinkhorn_replay_workspace)(const SinkhornProblem<float>&, int64_t workers);
-  int64_t (*sinkhorn_replay_workspace_double)(const SinkhornProblem<double>&, int64_t workers);
+  int64_t (*sinkhorn_replay_workspace)(const SinkhornProblem<float>&, const SinkhornReplay<float>&, int64_t workers);
+  int64_t (*sinkhorn_replay_workspace_double)(const SinkhornProblem<double>&, const SinkhornReplay<double>&, int64_t workers);
   void (*sinkhorn_replay)(const SinkhornProblem<float>&, const SinkhornReplay<float>&, const SinkhornTeam&, float* workspace);
   void (*sinkhorn_replay_double)(const SinkhornProblem<double>&, const SinkhornReplay<double>&, const SinkhornTeam&, double* workspace);
 };

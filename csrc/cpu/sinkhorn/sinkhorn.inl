@@ -117,9 +117,9 @@ class SinkhornSolver {
       *out.error = Real(marginals(out));
       return;
     }
-    scales_ = w_.kernel != nullptr && p_.m > 0 && p_.rho_a == 0 && p_.rho_b == 0 && schedule_.tol < 0 && out.history_f == nullptr;
-    stores_ = schedule_.method == SinkhornMethod::kKernel || scales_;
-    const bool proximal = schedule_.method == SinkhornMethod::kProximal;
+    const bool proximal = schedule_.method == SinkhornMethod::kProximal, log = schedule_.method == SinkhornMethod::kLog;
+    stores_ = !proximal && w_.kernel != nullptr && p_.m > 0 && !(log && schedule_.tol >= 0);  // its last iteration is of the costs, whichever that is
+    scales_ = stores_ && p_.rho_a == 0 && p_.rho_b == 0;
     int64_t done = 0;
     for (int64_t t = 1; t <= schedule_.iterations; ++t) {
       const double before = epsilon_;
@@ -127,9 +127,13 @@ class SinkhornSolver {
       set_epsilon(epsilon_at(p_.epsilon, schedule_, t));
       if (proximal) extrapolate(start_weights(schedule_, t));
       iterate(t == 1 || epsilon_ != before, schedule_.iterations - t);
-      if (!proximal && schedule_.tol >= 0 && t > 1 && before == p_.epsilon && error_ <= schedule_.tol) break;
+      if (!proximal && schedule_.tol >= 0 && t > 1 && before == p_.epsilon && error_ <= schedule_.tol) {
+        scaled_ = false;
+        break;
+      }
       if (!scaled_) advance();
       ++done;
+      if (schedule_.tol >= 0 || out.history_f != nullptr) settle();  // potentials are asked for
       if (out.history_f != nullptr) record(out, t - 1);
     }
     finish_columns();
@@ -158,7 +162,7 @@ class SinkhornSolver {
   bool keep_ = false;        // this sweep stores its exponentials
   bool kernel_ok_ = false;   // the stored kernel serves the current potentials
   bool stores_ = false;      // exponentials are stored where iterations follow that use them
-  bool scales_ = false;      // of iterations before the last nothing is asked for but what the last one starts from
+  bool scales_ = false;      // iterations before the last are products and divisions
   bool scaled_ = false;      // f and g are older than the last iteration, which left row sums in new_f and factors of columns in scale
   bool backward_ = true;     // this sweep starts at the last row: what the one before read last is still in cache
   bool doubtful_ = false;    // a sum of stored entries went out of range
@@ -217,7 +221,7 @@ class SinkhornSolver {
       if (!doubtful_) return;
     }
     settle();
-    if (!fresh && kernel_ok_ && !scale && !log) {
+    if (!fresh && kernel_ok_ && !scale && (!log || left > 0)) {
       sweep(Form::kStored);
       if (!doubtful_ && drift() < kDrift) return;
     }
@@ -301,7 +305,19 @@ class SinkhornSolver {
     Real *const columns = w_.columns + worker * w_.worker_columns, *const share = w_.shares + worker * kShare;
     const int64_t begin = first_row(worker), end = first_row(worker + 1);
     const ScaledRows<Real> rows{w_.kernel, w_.m, p_.m, begin, end, backward_, w_.a, w_.scale, w_.new_f, columns, columns + w_.m};
-    share[0] = 0, share[1] = scale_rows<kGroup>(rows, group()) ? 0 : 1;
+    share[1] = scale_rows<kGroup>(rows, group()) ? 0 : 1;
+    share[0] = schedule_.tol < 0 ? Real(0) : scaled_error(begin, end);
+  }
+
+  // The error of rows' marginals before a scaling of them, which left their sums in new_f.
+  Real scaled_error(int64_t begin, int64_t end) const {
+    V error = {};
+    each_vector<Real, 1>(end - begin, [&](int64_t r, int, int64_t count) {
+      const int64_t i = begin + r;
+      const V before = exp2(multiply_add(splat(k_), load_count<Real>(w_.f + i, count), -load_count<Real>(w_.stored_u + i, count)));
+      error += load_count<Real>(w_.a + i, count) * magnitude(before * load_count<Real>(w_.new_f + i, count) - 1);
+    });
+    return sum_lanes(error);
   }
 
   // Weighs a worker's rows, a group at a time, each while one before is added to the worker's column sums.
@@ -515,14 +531,13 @@ class SinkhornSolver {
   const SinkhornSolution<Real>* out_ = nullptr;
 };
 
-// The problem, with a given cost where that of its points is kept.
-template <class Real>
-SinkhornProblem<Real> keep_cost(const SinkhornProblem<Real>& p, const SinkhornTeam& team, const SinkhornArrays<Real>& arrays) {
-  if (!SinkhornArrays<Real>::keeps_cost(p)) return p;
+// The problem of points with a given cost, formed from them in arrays.kept [n, arrays.m]; PointSums are made in arrays.points.
+template <class Real, class Arrays>
+SinkhornProblem<Real> keep_cost(const SinkhornProblem<Real>& p, const SinkhornTeam& team, const Arrays& arrays) {
   struct Rows {
     const SinkhornProblem<Real>& p;
     const PointSums<Real> points;
-    const SinkhornArrays<Real>& arrays;
+    const Arrays& arrays;
     int64_t workers;
   } rows{p, PointSums<Real>(p, arrays.points), arrays, team.size};
   team.run(team.size, [](void* self, int64_t worker) {
@@ -546,7 +561,7 @@ template <class Real>
 void sinkhorn_solve(const SinkhornProblem<Real>& p, const SinkhornSchedule& schedule, const SinkhornTeam& team, const SinkhornSolution<Real>& out, Real* work) {
   SinkhornArrays<Real> arrays;
   arrays.place(p, schedule.method, team.size, work);
-  const SinkhornProblem<Real> q = keep_cost(p, team, arrays);
+  const SinkhornProblem<Real> q = SinkhornArrays<Real>::keeps_cost(p) ? keep_cost(p, team, arrays) : p;
   with_cost_type<Real>(q, [&](auto element) { SinkhornSolver<Real, decltype(element)>(q, schedule, team, arrays).solve(out); });
 }
 

@@ -73,19 +73,27 @@ inline void plan_row(const SinkhornPlan<Real>& plan, const CostRows<Real, T>& ro
   }
 }
 
-template <class Real, class T>
-void plan_rows(const SinkhornProblem<Real>& p, const SinkhornPlan<Real>& plan, Real* work) {
-  const FlushDenormals flush;
-  PlanArrays<Real> w;
-  w.place(p, work);
-  const PointSums<Real> points(p, w.points);
-  const Real k = Real(kBitsPerNat / p.epsilon);
+template <class Real>
+inline Real bits_of(const SinkhornProblem<Real>& p) {
+  return Real(kBitsPerNat / p.epsilon);
+}
+
+template <class Real>
+void begin_plan(const SinkhornProblem<Real>& p, const SinkhornPlan<Real>& plan, const PlanArrays<Real>& w) {
+  const Real k = bits_of(p);
   const bool moments = plan.row != nullptr;  // columns without weight have them too
   for (int64_t j = 0; j < w.m && plan.f != nullptr; ++j) {
     w.b[j] = j < p.m ? p.b[j] : Real(0);
     w.exponent[j] = w.b[j] > 0 || (moments && j < p.m) ? k * plan.g[j] : Real(-__builtin_inf());
     w.columns[j] = w.chunk[j] = 0;
   }
+}
+
+// Rows begin ... end; returns their steepness, in bits.
+template <class Real, class T>
+double plan_rows(const SinkhornProblem<Real>& p, const SinkhornPlan<Real>& plan, const PointSums<Real>& points, const PlanArrays<Real>& w) {
+  const Real k = bits_of(p);
+  const bool moments = plan.row != nullptr;
   const bool far = !moments && !plan.add && (plan.end - plan.begin) * p.m * int64_t(sizeof(Real)) > kFarBytes;
   int64_t stride = 0;
   double steepness = 0;
@@ -112,15 +120,27 @@ void plan_rows(const SinkhornProblem<Real>& p, const SinkhornPlan<Real>& plan, R
     }
   }
   if (far) store_fence();
-  if (!moments) return;
-  add_chunk(w.columns, w.chunk, w.m);
+  if (moments) add_chunk(w.columns, w.chunk, w.m);
+  return steepness;
+}
+
+template <class Real>
+void finish_moments(const SinkhornProblem<Real>& p, const SinkhornPlan<Real>& plan, const PlanArrays<Real>& w, double steepness) {
   __builtin_memcpy(plan.col, w.columns, size_t(p.m) * sizeof(Real));
   *plan.steepness = Real(steepness / kBitsPerNat);
 }
 
 template <class Real>
 void sinkhorn_plan(const SinkhornProblem<Real>& p, const SinkhornPlan<Real>& plan, Real* work) {
-  with_cost_type<Real>(p, [&](auto element) { plan_rows<Real, decltype(element)>(p, plan, work); });
+  const FlushDenormals flush;
+  PlanArrays<Real> w;
+  w.place(p, work);
+  const PointSums<Real> points(p, w.points);
+  begin_plan(p, plan, w);
+  with_cost_type<Real>(p, [&](auto element) {
+    const double steepness = plan_rows<Real, decltype(element)>(p, plan, points, w);
+    if (plan.row != nullptr) finish_moments(p, plan, w, steepness);
+  });
 }
 
 }  // namespace

@@ -1,35 +1,49 @@
-// Reverse through the iterations of one problem from their potentials (the equations: kdfast/_ops/sinkhorn/README.md, "One iteration").
+// Reverse through the iterations of one problem from their potentials, the cost of points formed and kept (the equations:
+// kdfast/_ops/sinkhorn/README.md, "One iteration").
 //
 // Step t, with E_ij = 2^(k (f_i + g_j/lambda_b - C_ij)) and R_ij = 2^(k (f_i/lambda_a + start_j - C_ij)), cotangents F and G:
 //
 //   y = lambda_b G / (E^T a),   h = E y,   x = lambda_a (F - a h) / (R b),   dC_ij += a_i y_j E_ij + b_j x_i R_ij,   G <- -b R^T x
 //
 // R's rows are normalised, so that where no column moved far R is E with its columns rescaled, and so, with its rows rescaled, is the E
-// of the step before, whose E^T a is summed on the way: one pass and one exponential an entry a step. dC of many steps is E times a
-// product of low rank, sum_s left_is right_sj, and is formed once for all steps near one reference.
+// of the step before, whose E^T a is summed on the way: one pass and one exponential an entry a step, or none, where the step that is the
+// reference has stored its E. dC of many steps is E times a product of low rank, sum_s left_is right_sj, and is formed once for all steps near
+// one reference.
 //
 // The gradient in epsilon is what these two summands of dC make with log E and log R once columns of the one and rows of the other
 // are normalised: small numbers, where sums of potentials and costs would cancel.
 #pragma once
 
 #include "sinkhorn/sinkhorn.inl"
+#include "sinkhorn/sinkhorn_pull.inl"
+#include "sinkhorn/sinkhorn_replay_rows.inl"
 
 namespace {
 
 using kdfast::SinkhornReplay;
 
 constexpr int64_t kRank = 64;  // rows of `right` at most: two a step
+constexpr int64_t kStoredBytes = 1 << 20;         // of exponentials that are stored, half of L2: a given cost is to take no scratch of its size;
+constexpr int64_t kStoredOfPoints = 64 << 20;     // points have theirs formed anyway
 
 // The arrays of one replay, columns padded to whole panels, rows to whole groups.
 template <class Real>
 struct ReplayArrays {
   int64_t n, m;
-  Real *b, *y, *start, *shift, *scale, *weighted_scale, *exponent, *row_exponent, *to_g, *older, *sums, *through, *back_exponent, *back_scale, *reference_g, *right;
-  Real *to_f, *h, *u, *moved, *back_u, *back_a, *reference_f, *left;
+  Real *b, *y, *start, *shift, *scale, *weighted_scale, *exponent, *row_exponent;
+  Real *to_g, *older, *sums, *back_exponent, *back_scale, *reference_g, *lift, *right;
+  Real *to_f, *h, *u, *moved, *back_u, *back_a, *reference_f, *x, *left;
   Real *columns, *entries, *shares;
+  Real* kernel;                              // [n, m] or null
+  Real *kept, *gradient, *points, *pulled;   // of points: their cost [n, m], the gradient in it, and what these, and that in y, are made from
   int64_t worker_columns, worker_entries;
 
-  int64_t place(const SinkhornProblem<Real>& p, int64_t workers, Real* work) {
+  // Whether the exponentials of one step serve others: the same for the largest of several problems and any of them.
+  static bool stores(const SinkhornProblem<Real>& p, const SinkhornReplay<Real>& r) {
+    return r.schedule.iterations > 1 && !r.to_epsilon && p.rho_a == 0;
+  }
+
+  int64_t place(const SinkhornProblem<Real>& p, const SinkhornReplay<Real>& r, int64_t workers, Real* work) {
     n = round_up(p.n, 16), m = round_up(p.m, kPanelWidth<Real>);
     worker_columns = 3 * m, worker_entries = (kTogether + 1) * m;
     int64_t used = 0;
@@ -39,50 +53,19 @@ struct ReplayArrays {
       return at;
     };
     b = take(m), y = take(m), start = take(m), shift = take(m), scale = take(m), weighted_scale = take(m), exponent = take(m), row_exponent = take(m);
-    to_g = take(m), older = take(m), sums = take(m), through = take(m), back_exponent = take(m), back_scale = take(m), reference_g = take(m), right = take(kRank * m);
-    to_f = take(n), h = take(n), u = take(n), moved = take(n), back_u = take(n), back_a = take(n), reference_f = take(n), left = take(n * kRank);
+    to_g = take(m), older = take(m), sums = take(m), back_exponent = take(m), back_scale = take(m);
+    reference_g = take(m), lift = take(m), right = take(kRank * m);
+    to_f = take(n), h = take(n), u = take(n), moved = take(n), back_u = take(n), back_a = take(n), reference_f = take(n), x = take(n), left = take(n * kRank);
     columns = take(workers * worker_columns), entries = take(workers * worker_entries), shares = take(workers * kShare);
+    const bool formed = p.metric != SinkhornMetric::kGiven;
+    const int64_t stored = stores(p, r) ? smaller(p.n * m, (formed ? kStoredOfPoints : kStoredBytes) / int64_t(sizeof(Real))) : 0;
+    kernel = take(stored);
+    if (stored == 0 || stored < p.n * m) kernel = nullptr;
+    kept = take(formed ? p.n * m : 0), gradient = take(formed ? p.n * PointPull<Real>::stride(p) : 0);
+    points = take(PointSums<Real>::space(p)), pulled = take(formed ? workers * PointPull<Real>::space(p) : 0);
     return used;
   }
 };
-
-// Sums of rows of exponentials.
-template <class Real>
-struct RowSums {
-  Real with_y[kTogether], with_weight[kTogether], steep_y[kTogether], steep_weight[kTogether];  // sum_j e_j y_j, e_j weight_j, and times log2 e_j
-};
-
-// e_rj = 2^(u_r + x_j) bounded, rows vector by vector as in WeightedRows, and their sums from `first` on; with kSteep those with exponents too.
-template <int kRows, bool kSteep, class Real, class T>
-inline void weigh_pair(const CostRows<Real, T>& rows, const Real* u, const Real* y, const Real* weight, Real* e, int64_t first, RowSums<Real>* sums) {
-  using V = VecOf<Real>;
-  const V most = splat(Real(kLargestExponent)), least = splat(Real(kLeastExponent));
-  V lanes[(kSteep ? 4 : 2) * kRows] = {}, shift[kRows];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) shift[r] = splat(u[r]);
-  each_vector<Real, 1>(rows.m, [&](int64_t j, int, int64_t count) {
-    const V first = load(y + j), second = load(weight + j);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      __builtin_prefetch(rows.c + (r + kRows) * rows.stride + j);  // of the rows after these
-      const V given = rows.at(r, j, count, shift[r]), t = given > most ? most : given, x = exp2(t);
-      store(e + kRows * j + r * kWidth<Real>, x);
-      lanes[r] = multiply_add(x, first, lanes[r]);
-      lanes[kRows + r] = multiply_add(x, second, lanes[kRows + r]);
-      if constexpr (kSteep) {
-        const V xt = x * larger(least, t);
-        lanes[2 * kRows + r] = multiply_add(xt, first, lanes[2 * kRows + r]);
-        lanes[3 * kRows + r] = multiply_add(xt, second, lanes[3 * kRows + r]);
-      }
-    }
-  });
-  Real totals[16];
-  sum_lanes_of(lanes, (kSteep ? 4 : 2) * kRows, totals);
-  for (int64_t r = 0; r < kRows; ++r) {
-    sums->with_y[first + r] = totals[r], sums->with_weight[first + r] = totals[kRows + r];
-    sums->steep_y[first + r] = kSteep ? totals[2 * kRows + r] : Real(0), sums->steep_weight[first + r] = kSteep ? totals[3 * kRows + r] : Real(0);
-  }
-}
 
 template <class Real, class T>
 class SinkhornReplayer {
@@ -93,6 +76,7 @@ class SinkhornReplayer {
   void run() {
     const FlushDenormals flush;
     apart_ = p_.rho_a > 0;
+    for (int64_t i = 0; i < w_.n; ++i) w_.back_a[i] = 0;
     for (int64_t i = 0; i < p_.n; ++i) {
       w_.to_f[i] = r_.to_f[i], r_.a[i] = 0;
       apart_ |= !(p_.a[i] > 0);
@@ -127,6 +111,8 @@ class SinkhornReplayer {
   bool summed_ = false;      // sums hold E^T a of the step
   bool carries_ = false;     // this step sums those of the one before
   bool written_ = false;     // something is in the gradient
+  bool stored_ = false;      // the kernel is stored: exponentials at the reference
+  bool keeps_ = false;       // this step stores it
   int64_t rank_ = 0;         // rows of right in use, at exponents reference_f and reference_g
 
   // Whether |shift(j, count)|, a vector, stays below kDrift in 0 ... size; NaN does not.
@@ -157,13 +143,16 @@ class SinkhornReplayer {
 
     if (!summed_) {
       run_team<&SinkhornReplayer::sum_columns>();
-      for (int64_t j = 0; j < w_.m; ++j) w_.sums[j] = total(0, j);
+      for (int64_t j = 0; j < w_.m; j += kW) store(w_.sums + j, total(0, j));
     }
+    keeps_ = w_.kernel != nullptr && !stored_ && rank_ == 0 && t > 1 && !far_ && !apart_;
+    const bool reads = stored_ && !far_;
     Real *const with_y = w_.right + rank_ * w_.m, *const with_scale = with_y + w_.m;
     for (int64_t j = 0; j < w_.m; j += kW) {
       const V moved = exp2(load(w_.exponent + j) - load(w_.reference_g + j)), sum = load(w_.sums + j);
       const V y = sum == V{} ? V{} : damp_b_ * load(w_.to_g + j) / larger(sum, splat(Real(1e-30)));
       store(w_.y + j, y);
+      store(w_.lift + j, reads ? moved : V{} + 1);
       store(with_y + j, moved * y);
       store(with_scale + j, moved * load(w_.weighted_scale + j));
     }
@@ -171,7 +160,12 @@ class SinkhornReplayer {
       store(w_.moved + i, load_count<Real>(p_.a + i, count) > V{} ? exp2(load(w_.u + i) - load(w_.reference_f + i)) : V{});
     });
     rank_ += 2;
-    run_team<&SinkhornReplayer::pull>();
+    if (reads) {
+      run_team<&SinkhornReplayer::pull_stored>();
+    } else {
+      run_team<&SinkhornReplayer::pull>();
+    }
+    stored_ |= keeps_;
     return finish(start, r_.schedule.method == SinkhornMethod::kProximal ? 1 / double(t) : double(epsilon_ == p_.epsilon));
   }
 
@@ -209,12 +203,14 @@ class SinkhornReplayer {
 
   // Makes room in the product, and these potentials its reference where they left the one there is.
   void refer(bool fresh) {
-    if (!fresh && rank_ > 0 && rank_ + 2 <= kRank && near(p_.n, [&](int64_t i, int64_t count) { return shift_of_row(i, count, w_.u, w_.reference_f); }) &&
-        near(p_.m, [&](int64_t j, int64_t count) { return shift_of_column(j, count, w_.exponent, w_.reference_g); }))
-      return;
+    const bool close = !fresh && rank_ > 0 && near(p_.n, [&](int64_t i, int64_t count) { return shift_of_row(i, count, w_.u, w_.reference_f); }) &&
+                       near(p_.m, [&](int64_t j, int64_t count) { return shift_of_column(j, count, w_.exponent, w_.reference_g); });
+    if (close && rank_ + 2 <= kRank) return;
     if (rank_ > 0) add_product();
+    if (close && stored_) return;
+    stored_ = false;
     copy(w_.reference_f, w_.u, p_.n);
-    copy(w_.reference_g, w_.exponent, w_.m);
+    for (int64_t j = 0; j < w_.m; ++j) w_.reference_g[j] = j < p_.m ? w_.exponent[j] : Real(0);  // from which padding differs by -infinity
     reference_k_ = k_;
   }
 
@@ -222,7 +218,9 @@ class SinkhornReplayer {
   V shift_of_row(int64_t i, int64_t count, const Real* to, const Real* from) const {
     return load_count<Real>(p_.a + i, count) > V{} ? load(to + i) - load(from + i) : V{};
   }
-  static V shift_of_column(int64_t j, int64_t count, const Real* to, const Real* from) { return load_count<Real>(to + j, count) - load_count<Real>(from + j, count); }
+  static V shift_of_column(int64_t j, int64_t count, const Real* to, const Real* from) {
+    return load_count<Real>(to + j, count) - load_count<Real>(from + j, count);
+  }
 
   // Whether the column sums of the step before can be had from this one's entries, and what takes them there.
   void carry(int64_t t) {
@@ -245,28 +243,29 @@ class SinkhornReplayer {
 
   static void copy(Real* to, const Real* from, int64_t count) { __builtin_memcpy(to, from, size_t(count) * sizeof(Real)); }
 
-  Real total(int64_t which, int64_t j) const {
-    Real sum = 0;
-    for (int64_t worker = 0; worker < team_.size; ++worker) sum += w_.columns[worker * w_.worker_columns + which * w_.m + j];
+  V total(int64_t which, int64_t j) const {
+    V sum = {};
+    for (int64_t worker = 0; worker < team_.size; ++worker) sum += load(w_.columns + worker * w_.worker_columns + which * w_.m + j);
     return sum;
   }
 
   // The gradients in weights and epsilon, and the cotangents of the step before.
   double finish(const StartWeights& start, double share) {
     const double out = r_.to_epsilon ? share * to_epsilon() : 0;
-    for (int64_t j = 0; j < w_.m; ++j) {
-      w_.through[j] = w_.scale[j] * total(0, j) + total(2, j);
-      if (carries_) w_.sums[j] = w_.back_scale[j] * total(1, j);
-    }
+    const V zero = {}, epsilon = splat(Real(epsilon_)), now = splat(Real(start.now)), older = splat(Real(start.older));
     summed_ = carries_;
-    const Real epsilon = Real(epsilon_), now = Real(start.now), older = Real(start.older);
-    for (int64_t i = 0; i < p_.n; ++i) r_.a[i] -= epsilon * w_.h[i], w_.to_f[i] = 0;
-    for (int64_t j = 0; j < p_.m; ++j) {
-      const Real back = w_.b[j] == 0 ? Real(0) : -w_.b[j] * w_.through[j];  // through may have overflowed where there is no weight
-      r_.b[j] -= epsilon * w_.through[j];
-      w_.to_g[j] = w_.older[j] + now * back;
-      w_.older[j] = older * back;
-    }
+    each_vector<Real, 1>(p_.m, [&](int64_t j, int, int64_t count) {
+      const V b = load(w_.b + j), lift = load(w_.lift + j), through = multiply_add(load(w_.scale + j) * lift, total(0, j), total(2, j));
+      const V back = b == zero ? zero : -b * through;  // through may have overflowed where there is no weight
+      if (carries_) store(w_.sums + j, load(w_.back_scale + j) * lift * total(1, j));
+      store_count(r_.b + j, load_count<Real>(r_.b + j, count) - epsilon * through, count);
+      store_count(w_.to_g + j, multiply_add(now, back, load(w_.older + j)), count);
+      store_count(w_.older + j, older * back, count);
+    });
+    each_vector<Real, 1>(p_.n, [&](int64_t i, int, int64_t count) {
+      store_count(r_.a + i, load_count<Real>(r_.a + i, count) - epsilon * load(w_.h + i), count);
+      store(w_.to_f + i, zero);
+    });
     return out;
   }
 
@@ -278,7 +277,7 @@ class SinkhornReplayer {
       if (w_.sums[j] == 0) continue;  // a constant
       const double sum = double(w_.sums[j]) < 1e-30 ? 1e-30 : double(w_.sums[j]);
       steepness -= double(damp_b_) * double(w_.to_g[j]) * __builtin_log2(sum);
-      if (!far_) steepness += double(w_.b[j]) * double(w_.scale[j]) * double(total(0, j)) * double(w_.shift[j]);
+      if (!far_) steepness += double(w_.b[j]) * double(w_.scale[j]) * double(total(0, j)[0]) * double(w_.shift[j]);
       with_g += double(w_.to_g[j]) * double(g_[j]);
     }
     for (int64_t i = 0; i < p_.n; ++i) with_f += (double(w_.to_f[i]) - double(p_.a[i]) * double(w_.h[i])) * double(f_[i]);
@@ -310,7 +309,8 @@ class SinkhornReplayer {
 
   void pull(int64_t worker) {
     const FlushDenormals flush;
-    Real *const columns = w_.columns + worker * w_.worker_columns, *const e = w_.entries + worker * w_.worker_entries, *const own = e + kTogether * w_.m;
+    Real *const columns = w_.columns + worker * w_.worker_columns, *const entries = w_.entries + worker * w_.worker_entries;
+    Real* const own = entries + kTogether * w_.m;
     for (int64_t j = 0; j < 3 * w_.m; ++j) columns[j] = 0;
     double steepness = 0;
     const int64_t end = first_row(worker + 1);
@@ -319,6 +319,7 @@ class SinkhornReplayer {
       Real slopes[kTogether];
       RowSums<Real> sums;
       const CostRows<Real, T> costs = rows_at(i, w_.exponent);
+      Real* const e = keeps_ ? w_.kernel + i * w_.m : entries;
       each_rows(rows, [&](int64_t r, auto together) {
         constexpr int kRows = decltype(together)::value;
         if (r_.to_epsilon) {
@@ -342,6 +343,20 @@ class SinkhornReplayer {
       if (carries_) add_rows(WeightedRows<Real>{e, w_.m, w_.back_a + i, columns + w_.m}, rows, p_.m);
     }
     w_.shares[worker * kShare] = Real(steepness);
+  }
+
+  // The same of stored exponentials, every row with a weight and no column moved far.
+  void pull_stored(int64_t worker) {
+    const FlushDenormals flush;
+    Real *const columns = w_.columns + worker * w_.worker_columns, *const with_y = w_.right + (rank_ - 2) * w_.m;
+    for (int64_t j = 0; j < 3 * w_.m; ++j) columns[j] = 0;
+    const int64_t begin = first_row(worker), end = first_row(worker + 1);
+    step_stored<Real>({w_.kernel, w_.m, p_.m, begin, end, with_y, with_y + w_.m, w_.moved, p_.a, w_.to_f, w_.back_a, damp_a_, w_.h, w_.x, columns,
+                       columns + w_.m});
+    for (int64_t i = begin; i < end; ++i) {
+      w_.left[i * kRank + rank_ - 2] = p_.a[i] * w_.moved[i];
+      w_.left[i * kRank + rank_ - 1] = w_.x[i] * w_.moved[i];
+    }
   }
 
   // x_i, given sum_j b_j R_ij; where nothing is summed the potential is a constant
@@ -420,8 +435,14 @@ class SinkhornReplayer {
       for (int v = 0; v < kVecs; ++v) {
         const int64_t at = j + v * kW, count = smaller(kW, p_.m - at);
         if (count <= 0) continue;
-        const V t = rows.at(r, at, count, splat(w_.reference_f[i + r]));
-        const V out = exp2(t > most ? most : t) * sum[r][v];
+        V e;
+        if (stored_) {
+          e = load(w_.kernel + i * w_.m + kRows * at + r * kW);
+        } else {
+          const V t = rows.at(r, at, count, splat(w_.reference_f[i + r]));
+          e = exp2(t > most ? most : t);
+        }
+        const V out = e * sum[r][v];
         store_count(to + at, written_ ? out + load_count<Real>(to + at, count) : out, count);
       }
     }
@@ -429,15 +450,56 @@ class SinkhornReplayer {
 };
 
 template <class Real>
-int64_t sinkhorn_replay_workspace(const SinkhornProblem<Real>& p, int64_t workers) {
-  return ReplayArrays<Real>{}.place(p, workers, nullptr);
+int64_t sinkhorn_replay_workspace(const SinkhornProblem<Real>& p, const SinkhornReplay<Real>& replay, int64_t workers) {
+  return ReplayArrays<Real>{}.place(p, replay, workers, nullptr);
+}
+
+// From the gradient in the cost `q` has kept to that in the points of `p`.
+template <class Real>
+void pull_to_points(const SinkhornProblem<Real>& p, const SinkhornProblem<Real>& q, const SinkhornReplay<Real>& replay, const SinkhornTeam& team,
+                    const ReplayArrays<Real>& arrays) {
+  using Pull = PointPull<Real>;
+  struct Rows {
+    const SinkhornProblem<Real>&p, &q;
+    const SinkhornReplay<Real>& r;
+    const ReplayArrays<Real>& w;
+    const PointSums<Real> points;
+    int64_t workers;
+  } rows{p, q, replay, arrays, PointSums<Real>(p, arrays.points), team.size};
+  team.run(team.size, [](void* self, int64_t worker) {
+    const FlushDenormals flush;
+    const Rows& s = *static_cast<Rows*>(self);
+    Pull pull(s.p, s.points, s.w.pulled + worker * Pull::space(s.p));
+    const int64_t end = (worker + 1) * s.p.n / s.workers, stride = Pull::stride(s.p);
+    for (int64_t i = worker * s.p.n / s.workers, rows = 0; i < end; i += rows) {
+      rows = smaller(Pull::tile(s.p), end - i);
+      Real* const w = s.w.gradient + i * stride;
+      Pull::pad(s.p, w, rows);
+      for (int64_t r = 0; r < rows && s.p.metric == SinkhornMetric::kEuclidean; ++r) {
+        const Real* const c = static_cast<const Real*>(s.q.cost) + (i + r) * s.q.cost_stride;
+        for (int64_t j = 0; j < s.p.m; ++j) w[r * stride + j] = c[j] > 0 ? w[r * stride + j] / c[j] : Real(0);
+      }
+      pull.add(w, i, rows, s.r.x);
+    }
+    if (s.workers == 1) pull.finish(s.r.y);
+  }, &rows);
+  if (team.size == 1) return;
+  for (int64_t j = 0; j < Pull::space(p); ++j)
+    for (int64_t worker = 1; worker < team.size; ++worker) arrays.pulled[j] += arrays.pulled[worker * Pull::space(p) + j];
+  Pull::finish(p, arrays.pulled, replay.y);
 }
 
 template <class Real>
 void sinkhorn_replay(const SinkhornProblem<Real>& p, const SinkhornReplay<Real>& replay, const SinkhornTeam& team, Real* work) {
   ReplayArrays<Real> arrays;
-  arrays.place(p, team.size, work);
-  with_cost_type<Real>(p, [&](auto element) { SinkhornReplayer<Real, decltype(element)>(p, replay, team, arrays).run(); });
+  arrays.place(p, replay, team.size, work);
+  const bool formed = p.metric != SinkhornMetric::kGiven;
+  const SinkhornProblem<Real> q = formed && replay.done > 0 ? keep_cost(p, team, arrays) : p;
+  SinkhornReplay<Real> r = replay;
+  if (formed) r.cost = arrays.gradient, r.cost_stride = PointPull<Real>::stride(p);
+  with_cost_type<Real>(q, [&](auto element) { SinkhornReplayer<Real, decltype(element)>(q, r, team, arrays).run(); });
+  if (formed && r.done > 0) return pull_to_points(p, q, r, team, arrays);
+  if (formed) __builtin_memset(r.x, 0, size_t(p.n * p.width) * sizeof(Real)), __builtin_memset(r.y, 0, size_t(p.m * p.width) * sizeof(Real));
 }
 
 }  // namespace

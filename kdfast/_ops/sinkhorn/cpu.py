@@ -9,7 +9,7 @@ from kdfast._core import extension
 
 from . import adjoint
 from .adjoint import Moments, Pulled
-from .geometry import Gradients, Problem, blocks, damping, pull_slopes, row_tiles
+from .geometry import Gradients, Problem, blocks, damping, row_tiles
 from .portable import Schedule, Solution, effective_epsilon
 
 #: What normalize takes: sixteen such matrices and their gradients stay in L2.
@@ -49,7 +49,7 @@ def marginals(p: Problem, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor,
 
 def costs(p: Problem, begin: int, end: int) -> Tensor:
     """C[:, begin:end] [B, r, m] of points, to the bit as every kernel forms it."""
-    return torch.ops.kdfast.sinkhorn_plan(*_fields(p), None, None, None, None, False, False, begin, end)[0]
+    return torch.ops.kdfast.sinkhorn_plan(*_fields(p), None, None, None, None, False, begin, end)[0]
 
 
 def plan_gradient(p: Problem, f: Tensor, g: Tensor, w0: Tensor, w1: Tensor | None) -> Moments:
@@ -57,17 +57,8 @@ def plan_gradient(p: Problem, f: Tensor, g: Tensor, w0: Tensor, w1: Tensor | Non
     if p.cost is not None:
         gradient, *moments = _plan(p, f, g, w0, w1, 0, p.a.shape[1], total=p.cost.dim() == 2)
         return Moments(gradient.to(p.cost.dtype), p.a.new_empty(0), p.a.new_empty(0), *moments)
-    dx, dy = torch.empty_like(p.x), torch.zeros_like(p.y)
-    row, col, steepness = (torch.zeros_like(t) if w1 is not None else t.new_empty(0) for t in (p.a, p.b, p.epsilon))
-    with torch.autocast("cpu", enabled=False):
-        for block, rows, q, (slopes, *moments) in _plan_tiles(p, f, g, w0, w1, over_cost=p.metric == "euclidean"):
-            dx[block, rows], to_y = pull_slopes(q, rows, slopes)
-            dy[block] += to_y
-            if w1 is not None:
-                row[block, rows] = moments[0]
-                col[block] += moments[1]
-                steepness[block] += moments[2]
-    return Moments(p.a.new_empty(0), dx, dy, row, col, steepness)
+    arguments = (None if t is None else t.contiguous() for t in (f, g, w0, w1))
+    return Moments(p.a.new_empty(0), *torch.ops.kdfast.sinkhorn_pull(*_fields(p), *arguments))
 
 
 def plan(p: Problem, f: Tensor, g: Tensor) -> Tensor:
@@ -79,7 +70,7 @@ def apply_plan(p: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> 
     """adjoint.apply_plan."""
     out = v.new_zeros(*(p.b if transpose else p.a).shape, v.shape[-1])
     with torch.autocast("cpu", enabled=False):
-        for block, rows, _, (plan, *_moments) in _plan_tiles(p, f, g, torch.ones_like(p.epsilon), None):
+        for block, rows, plan in _plan_tiles(p, f, g):
             if transpose:
                 out[block] += plan.mT @ v[block, rows]
             else:
@@ -98,22 +89,20 @@ def replay(
     to_epsilon: bool,
     schedule: Schedule,
 ) -> Pulled:
-    """adjoint.replay, with a cost; and of points where theirs may be formed."""
+    """adjoint.replay, of points where their cost may be formed."""
     per_problem = (g0, history_f, history_g, done, to_f, to_g)
-    if p.cost is not None and p.cost.dim() == 3:
-        cost, a, b, epsilon = _replayed(p, *per_problem, to_epsilon, schedule)
-        return Pulled(cost.to(p.cost.dtype), *(a.new_empty(0) for _ in "xy"), a, b, epsilon)
-    rows = p.a.shape[1]
-    if p.cost is None and rows * p.b.shape[1] > FORMED:
+    if p.cost is None and p.a.shape[1] * p.b.shape[1] > FORMED:
         return adjoint.replay(p, *per_problem, to_epsilon, schedule)
+    if p.cost is None or p.cost.dim() == 3:
+        pulled = Pulled(*_replayed(p, *per_problem, to_epsilon, schedule))
+        return pulled if p.cost is None else pulled._replace(cost=pulled.cost.to(p.cost.dtype))
     parts, pieces = Gradients(p), []
     for lo, hi in blocks(p):
-        block, q = slice(lo, hi), p.part(lo, hi)
-        c = q.cost if q.cost is not None else costs(q, 0, rows)
-        given = q._replace(cost=c.expand(len(q.a), *c.shape[-2:]), x=None, y=None, metric="given")
-        w, *rest = _replayed(given, *(t[block] for t in per_problem), to_epsilon, schedule)
+        block = slice(lo, hi)
+        given = p.part(lo, hi)._replace(cost=p.cost.expand(hi - lo, *p.cost.shape))
+        w, _, _, *rest = _replayed(given, *(t[block] for t in per_problem), to_epsilon, schedule)
         with torch.autocast("cpu", enabled=False):
-            parts.add(q, block, slice(0, rows), w, c)
+            parts.add(p, block, slice(None), w, p.cost)
         pieces.append(rest)
     return Pulled(*parts.outputs(p), *(torch.cat(part) for part in zip(*pieces, strict=True)))
 
@@ -151,7 +140,7 @@ def _product(p: Problem, f: Tensor, g: Tensor, *arguments: Tensor) -> Tensor:
     return torch.ops.kdfast.sinkhorn_product(*_fields(p), f, g, *(t.contiguous() for t in arguments))
 
 
-def _replayed(p: Problem, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _replayed(p: Problem, *arguments) -> tuple[Tensor, ...]:
     *tensors, to_epsilon, schedule = arguments
     return torch.ops.kdfast.sinkhorn_replay(*_fields(p), *(t.contiguous() for t in tensors), to_epsilon, *schedule)
 
@@ -173,13 +162,12 @@ def normalize(logits: Tensor, gradient: Tensor | None, iters: int, eps: float) -
     return torch.ops.kdfast.sinkhorn_normalize(logits.contiguous(), None if gradient is None else gradient.contiguous(), iters, eps)
 
 
-def _plan_tiles(p: Problem, f: Tensor, g: Tensor, weight: Tensor, slope: Tensor | None, *, over_cost: bool = False):
-    """(problems, rows, these problems, _plan there) in pieces that stay in cache."""
+def _plan_tiles(p: Problem, f: Tensor, g: Tensor):
+    """(problems, rows, the plan there) in pieces that stay in cache."""
     for lo, hi in blocks(p):
         block, q = slice(lo, hi), p.part(lo, hi)
-        per_problem = [None if t is None else t[block] for t in (f, g, weight, slope)]
         for rows in row_tiles(q):
-            yield block, rows, q, _plan(q, *per_problem, rows.start, rows.stop, over_cost=over_cost)
+            yield block, rows, _plan(q, f[block], g[block], torch.ones_like(q.epsilon), None, rows.start, rows.stop)[0]
 
 
 def _plan(
@@ -191,13 +179,12 @@ def _plan(
     begin: int,
     end: int,
     *,
-    over_cost: bool = False,
     total: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows of (weight + slope C) P [B, r, m], over C where asked, or their sum over the problems [r, m]; with a slope then
+    """Rows of (weight + slope C) P [B, r, m], or their sum over the problems [r, m]; with a slope then
     the moments of adjoint.Moments over these rows."""
     arguments = (None if t is None else t.contiguous() for t in (f, g, weight, slope))
-    return torch.ops.kdfast.sinkhorn_plan(*_fields(p), *arguments, over_cost, total, begin, end)
+    return torch.ops.kdfast.sinkhorn_plan(*_fields(p), *arguments, total, begin, end)
 
 
 def _fields(p: Problem) -> tuple:
@@ -222,7 +209,7 @@ def _marginals_shapes(cost, x, y, a, b, epsilon, *rest) -> tuple[Tensor, Tensor,
 
 
 def _plan_shapes(cost, x, y, a, b, epsilon, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    slope, _, total, begin, end = rest[-5:]
+    slope, total, begin, end = rest[-4:]
     moments = ((b.shape[0], end - begin), b.shape, epsilon.shape)
     return (
         b.new_empty(*(() if total else b.shape[:1]), end - begin, b.shape[1]),
@@ -234,8 +221,18 @@ def _product_shapes(cost, x, y, a, b, *rest) -> Tensor:
     return torch.empty_like(b)
 
 
-def _replay_shapes(cost, x, y, a, b, epsilon, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return a.new_empty(*a.shape, b.shape[1]), torch.empty_like(a), torch.empty_like(b), torch.empty_like(epsilon)
+def _pulled_shapes(x: Tensor | None, y: Tensor | None, a: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(a.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, y))
+
+
+def _pull_shapes(cost, x, y, a, b, epsilon, *rest) -> tuple[Tensor, ...]:
+    moments = (t.new_empty(0 if rest[-1] is None else t.shape) for t in (a, b, epsilon))
+    return *_pulled_shapes(x, y, a), *moments
+
+
+def _replay_shapes(cost, x, y, a, b, epsilon, *rest) -> tuple[Tensor, ...]:
+    to_cost = a.new_empty(0) if cost is None else a.new_empty(*a.shape, b.shape[1])
+    return to_cost, *_pulled_shapes(x, y, a), torch.empty_like(a), torch.empty_like(b), torch.empty_like(epsilon)
 
 
 def assign_shapes(scores: Tensor, v, inverse: Tensor, codes: bool) -> Tensor:
@@ -268,6 +265,7 @@ if missing() is None:
     torch.library.register_fake("kdfast::sinkhorn_marginals", _marginals_shapes)
     torch.library.register_fake("kdfast::sinkhorn_plan", _plan_shapes)
     torch.library.register_fake("kdfast::sinkhorn_product", _product_shapes)
+    torch.library.register_fake("kdfast::sinkhorn_pull", _pull_shapes)
     torch.library.register_fake("kdfast::sinkhorn_replay", _replay_shapes)
     torch.library.register_fake("kdfast::sinkhorn_assign", assign_shapes)
     torch.library.register_fake("kdfast::sinkhorn_codes", _codes_shapes)

@@ -137,7 +137,7 @@ def exponential(p: Problem, f: Tensor, g: Tensor, c: Tensor, eps: Tensor) -> Ten
         eps = eps.contiguous()
         ones = [t.new_ones(t.shape) for t in (f, g, eps)]
         source = (c, None, None, *ones[:2], eps, None, None, "given", None, None)
-        return torch.ops.kdfast.sinkhorn_plan(*source, f.contiguous(), g.contiguous(), ones[2], None, False, False, 0, f.shape[1])[0]
+        return torch.ops.kdfast.sinkhorn_plan(*source, f.contiguous(), g.contiguous(), ones[2], None, False, 0, f.shape[1])[0]
     inverse = 1 / eps[:, None]
     e = torch.addcmul((g * inverse)[:, None], c, -inverse[..., None])
     return e.add_((f * inverse)[..., None]).clamp_(max=MAX_EXPONENT).exp_()
