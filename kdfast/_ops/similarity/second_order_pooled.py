@@ -48,21 +48,21 @@ def second_order_of_pooled(
     level = above_nothing(lse), lse_low
     means = _row_means(logits, tangent, direction, start, values, level)
 
-    # with w = h.v and eta = h.(tangent of v), both about a row's mean: c = g + w, phi = mean of c rate + eta
+    # A = p (c (rate - mean rate) + eta - phi), with c = g + h.v less its mean, eta = h.(tangent of v) and phi their mean
     mean_w = (h * pooled).sum(-1)
-    phi = (g - mean_w) * means.rate + (h * (means.rate_value + means.value_tangent)).sum(-1)
+    dh = means.rate_value - means.rate[..., None] * pooled + means.value_tangent
+    phi = (h * dh).sum(-1)
     dbias = lse.new_zeros(scores.keys.shape[:2]) if want_bias else None
     dvalues = lse.new_zeros(values.shape) if want_values else None
 
     def weigh(b, r, c, score, rate):
-        p, rate = _softmax(logits, level, b, r, c, score), _rate(tangent, b, c, rate)
-        w = torch.bmm(h[b, r], scores.column_tile(values, b, c).mT) - mean_w[b, r, None]
-        slope = w + g[b, r, None]
-        inner = slope * rate - phi[b, r, None] - w * means.rate[b, r, None]
+        p, rate = _softmax(logits, level, b, r, c, score), _rate(tangent, b, c, rate).sub_(means.rate[b, r, None])
+        slope = torch.bmm(h[b, r], scores.column_tile(values, b, c).mT).add_((g - mean_w)[b, r, None])
+        inner = slope * rate - phi[b, r, None]
         if tangent.values is not None:
             inner.baddbmm_(h[b, r], tangent.values[b, c].to(p.dtype).mT)
         if want_values:
-            dvalues[b, c].baddbmm_((p * (rate - means.rate[b, r, None])).mT, h[b, r])
+            dvalues[b, c].baddbmm_((p * rate).mT, h[b, r])
         weight_a, weight_b = p * inner, p * slope
         if want_bias:
             dbias[b, c] += weight_a.sum(1)
@@ -74,12 +74,13 @@ def second_order_of_pooled(
     dstart_logit = dstart_value = None
     if start is not None:
         w0, eta0 = (h * start.value).sum(-1) - mean_w, (h * start.value_tangent).sum(-1)
-        dstart_logit = start.weight * ((g + w0) * start.rate + eta0 - phi - means.rate * w0)
+        rate0 = start.rate - means.rate
+        dstart_logit = start.weight * ((g + w0) * rate0 + eta0 - phi)
         if start_value is not None:
-            dstart_value = (start.weight * (start.rate - means.rate))[..., None] * h
+            dstart_value = (start.weight * rate0)[..., None] * h
     return Derivatives(
         g=means.rate,
-        h=means.rate_value - means.rate[..., None] * pooled + means.value_tangent,
+        h=dh,
         query=scale[..., None] * rows_a + sigma[..., None] * rows_b,
         keys=dkeys,
         scale=(q * rows_a + u * rows_b).sum(-1),
