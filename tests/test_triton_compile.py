@@ -82,6 +82,11 @@ def test_gradients_of_what_is_pooled_of_values_fit(name, dtype, value_width, tmp
     assert code.stack == 0 or (name == "grad_keys" and (dtype, value_width) != (torch.bfloat16, 128) and code.stack < 300)
 
 
+def test_three_streams_of_tf32_fit_before_hopper(tmp_path):
+    made = constants(kernels.grad_rows, 80, 128, torch.float32, everything=False, with_h=True, value_width=128)
+    assert Code(kernels.grad_rows, 80, torch.float32, *made, tmp_path).shared <= SHARED_MEMORY[80]
+
+
 @NAMES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("with_values", [False, True], ids=["keys", "values"])

@@ -52,7 +52,7 @@ def tiles(width: int, dtype: torch.dtype, streams: int, arch: int, sums: int = 0
     if runtime.INTERPRETED:
         return Tiles(32, 32, 4, 1)
     wide = dtype == torch.float32
-    most = 128 if wide and arch < 90 and streams < 3 else 256  # with three, fewer rows spill more
+    most = 128 if wide and arch < 90 and (streams < 3 or not sums) else 256  # keys of three streams: fewer of them spill more
     rows = 128 if max(sums, width) * (1 + wide) <= most else 64
     columns = 128 if width <= 128 else 64
     if wide or streams > 1 or arch < 90 or runtime.is_small(arch):
