@@ -37,10 +37,10 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "info_nce_grad(Tensor g, Tensor statistics, Tensor pull, Tensor query, Tensor keys, Tensor? scale, Tensor? bias, "
       "Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, Tensor? columns, bool want_query, "
       "bool want_keys, bool want_scale, bool want_bias, bool want_positive, int precision, Tensor? kept_keys=None, float factor=1.0, "
-      "bool spread=False, bool attract=False, bool include_positive=True) -> Tensor[]");
+      "bool spread=False, bool attract=False, bool include_positive=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "info_nce_grad_rows(Tensor g, Tensor? statistics, Tensor pull, Tensor query, Tensor? scale, bool want_query, bool want_scale, "
-      "bool want_positive, float factor=1.0, bool spread=False) -> Tensor[]");
+      "bool want_positive, float factor=1.0, bool spread=False) -> (Tensor, Tensor, Tensor)");
   m.def(
       "info_nce_second(Tensor g, Tensor? query_direction, Tensor? keys_direction, Tensor? scale_direction, Tensor? positive_direction, "
       "Tensor statistics, Tensor pull, Tensor query, Tensor keys, Tensor? scale, Tensor? bias, Tensor? query_labels, Tensor? key_labels, "
@@ -63,16 +63,17 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "sigmoid_gradients(Tensor g, Tensor x, Tensor y, Tensor scale, Tensor shift, Tensor positive, bool want_x, bool want_y, int precision) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "matching_loss(Tensor x, Tensor? y, Tensor scale, Tensor? shift, Tensor? labels, bool mean, bool keep_x, bool keep_y, int precision, "
-      "bool rows_alone=False, float smoothing=0.0, Tensor? row_weights=None, bool sum=False) -> (Tensor, Tensor, Tensor, Tensor)");
+      "matching_loss(Tensor x, Tensor? y, Tensor? scale, Tensor? shift, Tensor? labels, bool mean, bool keep_x, bool keep_y, int precision, "
+      "bool rows_alone=False, float smoothing=0.0, float factor=1.0, bool include=True, Tensor? row_weights=None, "
+      "bool sum=False) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "matching_loss_grad(Tensor g, Tensor statistics, Tensor x, Tensor? y, Tensor scale, Tensor? shift, Tensor? labels, "
+      "matching_loss_grad(Tensor g, Tensor statistics, Tensor x, Tensor? y, Tensor? scale, Tensor? shift, Tensor? labels, "
       "bool want_x, bool want_y, bool want_scale, bool want_shift, int precision, bool rows_alone=False, "
-      "float smoothing=0.0) -> Tensor[]");
+      "float smoothing=0.0, float factor=1.0) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("unit_length(Tensor x) -> (Tensor, Tensor)");
   m.def("unit_length_grad(Tensor dy, Tensor x, Tensor norm) -> Tensor");
   m.def("sup_con(Tensor x, Tensor scale, Tensor labels, bool mean, int precision) -> (Tensor, Tensor)");
-  m.def("sup_con_grad(Tensor g, Tensor statistics, Tensor x, Tensor scale, Tensor labels, bool want_x, bool want_scale, int precision) -> Tensor[]");
+  m.def("sup_con_grad(Tensor g, Tensor statistics, Tensor x, Tensor scale, Tensor labels, bool want_x, bool want_scale, int precision) -> (Tensor, Tensor)");
   m.def("bank_panels(Tensor storage) -> Tensor");
   m.def("bank_in_step(Tensor storage, Tensor panels) -> bool");
   m.def(

@@ -40,12 +40,15 @@ FORMS = {
     "classes attract": (with_bank("bank", "temperature", **CLASSES, same_class="positive"), True),
     "classes attract beside": (with_bank("positive", "bank", "temperature", **CLASSES, same_class="positive"), True),
     "own row": (with_bank("positive", "bank", "temperature", own_index=OWN), True),
-    "decoupled": (with_bank("positive", "bank", "temperature", include_positive=False, **ALL_ALIKE), False),
-    "decoupled targets": (with_bank("bank", "temperature", include_positive=False, targets=TARGETS, **ALL_ALIKE), False),
+    "decoupled": (with_bank("positive", "bank", "temperature", include_positive=False, **ALL_ALIKE), True),
+    "decoupled targets": (with_bank("bank", "temperature", include_positive=False, targets=TARGETS, **ALL_ALIKE), True),
+    "decoupled attraction": (with_bank("bank", "temperature", include_positive=False, same_class="positive", **ALL_ALIKE), True),
     "margin": (with_bank("positive", "bank", "temperature", false_negative_margin=0.1), False),
     "in batch": (with_bank("positive", "temperature"), True),
     "in batch, smoothed": (with_bank("positive", "temperature", label_smoothing=0.2), True),
     "in batch, classes": (with_bank("positive", "temperature", query_labels=LABELS), True),
+    "in batch, decoupled": (with_bank("positive", "temperature", query_labels=torch.arange(ROWS) // 8, include_positive=False), True),
+    "in batch, alone": (with_bank("positive", "temperature", query_labels=torch.ones(ROWS).long(), include_positive=False), True),
     "in batch, classes attract": (with_bank("positive", "temperature", query_labels=LABELS, same_class="positive"), True),
     "clip": (lambda x, **more: clip_loss(x["query"], x["positive"], 1 / x["temperature"], **more), True),
     "clip, smoothed": (lambda x, **more: clip_loss(x["query"], x["positive"], 1 / x["temperature"], label_smoothing=0.2, **more), True),
@@ -196,9 +199,11 @@ def test_the_ops_are_described_to_the_compiler(weight):
         rows = query, keys, None, None, None, None, columns, None, None, None, columns, None
         given = *rows, True, mean, True, 0, None, True, 2.0, 0.0, False, weight, summed
         torch.library.opcheck(torch.ops.kdfast.info_nce.default, given)
-        given = query, query.clone(), torch.tensor(2.0), None, None, mean, False, False, 0, True, 0.1, weight, summed
-        torch.library.opcheck(torch.ops.kdfast.matching_loss.default, given)
-        _, statistics, *_ = torch.ops.kdfast.matching_loss(*given)
-        g = torch.rand(()) if mean else torch.rand(4)
-        options = True, True, True, False, 0, True, 0.1
-        torch.library.opcheck(torch.ops.kdfast.matching_loss_grad.default, (g, statistics, *given[:5], *options))
+        for scale, keep, smoothing, include in ((torch.tensor(2.0), False, 0.1, True), (None, False, 0.0, False), (None, True, 0.0, False)):
+            given = query, query.clone(), scale, None, None, mean, keep, keep, 0, True, smoothing, 3.0, include, weight, summed
+            torch.library.opcheck(torch.ops.kdfast.matching_loss.default, given)
+            _, statistics, *_ = torch.ops.kdfast.matching_loss(*given)
+            if not (keep and mean):
+                g = torch.rand(()) if mean else torch.rand(4)
+                options = True, True, scale is not None, False, 0, True, smoothing, 3.0
+                torch.library.opcheck(torch.ops.kdfast.matching_loss_grad.default, (g, statistics, *given[:5], *options))

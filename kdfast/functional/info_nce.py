@@ -86,20 +86,20 @@ def info_nce(
     Source: van den Oord et al. 2018, eq. 4; He et al. 2020 (MoCo), eq. 1.
     """
     usual = positive_weights is bank_bias is false_negative_margin is group is precision is impl is None
-    usual = usual and include_positive is True and type(normalize) is bool and type(label_smoothing) is float
+    usual = usual and type(include_positive) is bool and type(normalize) is bool and type(label_smoothing) is float
     if usual and same_class in ("exclude", "positive"):
         labels, attract, skipped = (query_labels, bank_labels), same_class == "positive", (bank_valid, own_index)
-        given = query, positive, bank, temperature, targets, label_smoothing, labels, attract, normalize, *skipped, weight, reduction
-        loss = plain_info_nce.info_nce_loss(*given)
+        options = label_smoothing, labels, attract, include_positive, normalize, *skipped, weight, reduction
+        loss = plain_info_nce.info_nce_loss(query, positive, bank, temperature, targets, *options)
         if loss is not None:
             return loss
     p = _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bias, bank_valid, own_index, normalize, group)
     _check_options(p, targets, positive_weights, same_class, false_negative_margin, include_positive, label_smoothing, reduction)
     paired = bank is group is positive_weights is false_negative_margin is None and (own_index is None or own_index is True)
-    if paired and same_class == "exclude" and include_positive and query.dim() == positive.dim() == 2 and len(query):
+    if paired and same_class == "exclude" and query.dim() == positive.dim() == 2 and len(query):
         scale = inverse("temperature", temperature, p.query)
         options = dict(reduction=reduction, weight=weight, precision=precision, impl=impl)
-        loss = paired_rows(p.query, p.rows, scale, p.query_labels, smoothing=float(label_smoothing), **options)
+        loss = paired_rows(p.query, p.rows, scale, p.query_labels, smoothing=float(label_smoothing), include=include_positive, **options)
         if loss is not None:
             return loss
     return prepared_loss(

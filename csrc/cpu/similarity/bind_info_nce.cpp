@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -163,7 +162,7 @@ struct Backward {
   const Tensor query, scale, pull, g;
   InfoNceParams p;
   InfoNceGradients d{};
-  OptionalTensor dquery, dscale, dpositive;
+  Tensor dquery, dscale, dpositive;
 
   Backward(const Tensor& upstream, const OptionalTensor& statistics, const Tensor& pulls, const Tensor& queries, const OptionalTensor& scales,
            bool want_query, bool want_scale, bool want_positive, double factor, bool spread)
@@ -186,11 +185,11 @@ struct Backward {
     d.dpositive = wanted(dpositive, want_positive, {p.batch, p.rows, p.positives, p.width});
   }
 
-  float* wanted(OptionalTensor& x, bool want, std::vector<int64_t> shape) const {
-    if (!want) return nullptr;
-    if (!batch.given) shape.erase(shape.begin());
-    x = output(query, shape);
-    return floats_of(*x);
+  // Memory for a gradient, in a tensor that is [0] where it is not wanted.
+  float* wanted(Tensor& x, bool want, std::vector<int64_t> shape) const {
+    if (want && !batch.given) shape.erase(shape.begin());
+    x = output(query, want ? shape : std::vector<int64_t>{0});
+    return want ? floats_of(x) : nullptr;
   }
 
   void run() const {
@@ -198,34 +197,28 @@ struct Backward {
   }
 };
 
-std::vector<Tensor> those_wanted(std::initializer_list<const OptionalTensor*> gradients) {
-  std::vector<Tensor> found;
-  for (const OptionalTensor* x : gradients)
-    if (x->has_value()) found.push_back(**x);
-  return found;
-}
-
-// The gradients of query, scale and positive that are wanted. Without statistics there are no positives, and `pull` is all that pulls a query.
-std::vector<Tensor> info_nce_grad_rows(const Tensor& g, const OptionalTensor& statistics, const Tensor& pull, const Tensor& query,
-                                       const OptionalTensor& scale, bool want_query, bool want_scale, bool want_positive, double factor,
-                                       bool spread) {
+// The gradients of query, scale and positive, [0] where not wanted. Without statistics there are no positives, and `pull` is all that pulls a query.
+std::tuple<Tensor, Tensor, Tensor> info_nce_grad_rows(const Tensor& g, const OptionalTensor& statistics, const Tensor& pull, const Tensor& query,
+                                                      const OptionalTensor& scale, bool want_query, bool want_scale, bool want_positive,
+                                                      double factor, bool spread) {
   const Backward back(g, statistics, pull, query, scale, want_query, want_scale, want_positive, factor, spread);
   back.run();
-  return those_wanted({&back.dquery, &back.dscale, &back.dpositive});
+  return {back.dquery, back.dscale, back.dpositive};
 }
 
-// The gradients that are wanted, in the order of query, keys, scale, bias, positive, with a leading batch dimension where the arguments have one.
-std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& statistics, const Tensor& pull, const Tensor& query, const Tensor& keys,
-                                  const OptionalTensor& scale, const OptionalTensor& bias, const OptionalTensor& query_labels,
-                                  const OptionalTensor& key_labels, const OptionalTensor& key_index, const OptionalTensor& limit,
-                                  const OptionalTensor& valid, const OptionalTensor& columns, bool want_query, bool want_keys,
-                                  bool want_scale, bool want_bias, bool want_positive, int64_t precision,
-                                  const OptionalTensor& kept_keys, double factor, bool spread, bool attract, bool include_positive) {
+// The gradients of query, keys, scale, bias and positive, with a leading batch dimension where the arguments have one; [0] where not wanted.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_grad(
+    const Tensor& g, const Tensor& statistics, const Tensor& pull, const Tensor& query, const Tensor& keys, const OptionalTensor& scale,
+    const OptionalTensor& bias, const OptionalTensor& query_labels, const OptionalTensor& key_labels, const OptionalTensor& key_index,
+    const OptionalTensor& limit, const OptionalTensor& valid, const OptionalTensor& columns, bool want_query, bool want_keys, bool want_scale,
+    bool want_bias, bool want_positive, int64_t precision, const OptionalTensor& kept_keys, double factor, bool spread, bool attract,
+    bool include_positive) {
   Backward back(g, statistics, pull, query, scale, want_query, want_scale, want_positive, factor, spread);
   const Batch& batch = back.batch;
   InfoNceParams& p = back.p;
   InfoNceGradients& d = back.d;
-  OptionalTensor dkeys, dbias, dlse;
+  Tensor dkeys = output(query, {0}), dbias = output(query, {0});
+  OptionalTensor dlse;
   const bool kept = kept_keys.has_value() && kept_keys->numel() > 0;
   if ((want_keys && !kept) || want_bias) {
     dlse = output(query, {p.batch, p.rows});
@@ -264,9 +257,9 @@ std::vector<Tensor> info_nce_grad(const Tensor& g, const Tensor& statistics, con
       kdfast::cpu_kernels().info_nce_grad_candidates(p, d);
     }
   }
-  if (!batch.given && dkeys.has_value() && dkeys->dim() == 3) dkeys = torch::stable::squeeze(*dkeys, 0);
-  if (!batch.given && dbias.has_value()) dbias = torch::stable::squeeze(*dbias, 0);
-  return those_wanted({&back.dquery, &dkeys, &back.dscale, &dbias, &back.dpositive});
+  if (!batch.given && dkeys.dim() == 3) dkeys = torch::stable::squeeze(dkeys, 0);
+  if (!batch.given && dbias.dim() == 2) dbias = torch::stable::squeeze(dbias, 0);
+  return {back.dquery, dkeys, back.dscale, dbias, back.dpositive};
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <tuple>
 #include <vector>
@@ -41,8 +42,8 @@ std::vector<float> mean_row(kdfast::Matrix x, int64_t rows, int64_t width, const
   return mean;
 }
 
-MatchingCall matching_call(const Tensor& x, const OptionalTensor& y, const Tensor& scale, const OptionalTensor& shift, const OptionalTensor& labels,
-                           int64_t precision, bool rows_alone, double smoothing) {
+MatchingCall matching_call(const Tensor& x, const OptionalTensor& y, const OptionalTensor& scale, const OptionalTensor& shift,
+                           const OptionalTensor& labels, int64_t precision, bool rows_alone, double smoothing, double factor) {
   STD_TORCH_CHECK(x.dim() == 2, "x must have 2 dimensions, got ", x.dim());
   STD_TORCH_CHECK(y.has_value() || x.size(0) % 2 == 0, "x must hold as many rows of one view as of the other, got ", x.size(0));
   STD_TORCH_CHECK(!shift.has_value() || (y.has_value() && !labels.has_value()), "shift needs y, and no labels");
@@ -55,7 +56,7 @@ MatchingCall matching_call(const Tensor& x, const OptionalTensor& y, const Tenso
   Matching& m = call.m;
   m.rows = rows, m.width = width, m.views = !y.has_value();
   m.x = row_matrix("x", x, {rows, width}), m.y = row_matrix("y", other, {rows, width});
-  m.scale = *packed<float>("scale", scale, {});
+  m.scale = scale.has_value() ? *packed<float>("scale", *scale, {}) : float(factor);
   call.of_rows.assign(size_t(rows), m.scale);
   if (shift.has_value()) call.of_rows.resize(size_t(2 * rows), *packed<float>("shift", *shift, {}));
   if (!labels.has_value()) {
@@ -137,42 +138,64 @@ void finish(const MatchingCall& call, const Backward& back, MatchingGradients d)
 // What the scale's gradient is, of the rows' terms: with two views the sums held every pair twice.
 float of_scale(const MatchingCall& call, const float* terms) { return float((call.m.views ? 0.5 : 1) * total(terms, call.m.rows)); }
 
+// The losses of rows, reduced.
+struct Losses {
+  const Reduction& reduction;
+  bool include;  // whether a match is in its denominator
+  mutable std::vector<float> factors;
+
+  const float* data() const { return factors.empty() ? nullptr : factors.data(); }
+
+  // From both sides' statistics; of rows alone there is one.
+  void find(const MatchingCall& call, float* row, float* column, float* losses) const {
+    const int64_t rows = call.m.rows;
+    kdfast::cpu_kernels().matching_losses(
+        call.m, {include, call.sides(), {row, column}, {row + rows, column + rows}, losses, {row + 2 * rows, column + 2 * rows}});
+    const auto empty = [&](int64_t i) { return !include && row[i] == -std::numeric_limits<float>::infinity(); };
+    factors = reduction.factors(rows, [&](int64_t i) { return !empty(i); });
+    for (int64_t i = 0; i < rows; ++i)
+      if (empty(i)) losses[i] = 0;
+  }
+};
+
 // The losses of few_pairs, and from the same scores the gradients for an upstream of 1 of their mean, each times its factor: dx and dy, where there is
-// memory for them, and [2] those of scale and shift.
-void kept_matching(const MatchingCall& call, const float* factors, float* losses, float* dx, float* dy, float* of_scalars) {
+// memory for them, and [2] those of scale and shift, where wanted.
+void kept_matching(const MatchingCall& call, const Losses& of_rows, float* losses, float* dx, float* dy, bool want_scalars, float* of_scalars) {
   const int64_t rows = call.m.rows, sides = call.sides();
   std::vector<float> statistics(std::max<int64_t>(1, sides) * kStatistics * rows, 0.0f), dscale(rows, 0.0f), of_pairs(2 * rows, 0.0f);
   float *const row = statistics.data(), *const weights = of_pairs.data() + rows;
-  PairSums sums{dx, dy, call.sigmoid() ? weights : nullptr, of_pairs.data(), 0};
+  PairSums sums{dx, dy, call.sigmoid() ? weights : nullptr, want_scalars ? of_pairs.data() : nullptr, 0};
   const Backward back(call, row);
   const float one = 1;
   if (call.sigmoid()) {
-    back.set(&one, 0, 1 / float(rows), factors);
+    back.set(&one, 0, 1 / float(rows), of_rows.data());
     kept_sigmoid_sums(call.p, losses, back.row_g, sums);
     of_scalars[1] = float(total(weights, rows));
   } else {
     float* const column = row + (sides - 1) * kStatistics * rows;
     kept_symmetric_sums(call.p, row, row + rows, sides == 2 ? column : nullptr, column + rows, [&] {
-      kdfast::cpu_kernels().matching_losses(call.m, {sides, {row, column}, {row + rows, column + rows}, losses, {row + 2 * rows, column + 2 * rows}});
-      back.set(&one, 0, 1 / float(rows), factors);
-      sums.level = level_of(call, row);
+      of_rows.find(call, row, column, losses);
+      back.set(&one, 0, 1 / float(rows), of_rows.data());
+      if (want_scalars) sums.level = level_of(call, row);
     }, back.upstream(), sums);
     of_scalars[1] = 0;
   }
-  finish(call, back, {back.pull, sums.scores, sums.level, dx, dy, dx, dy, dscale.data(), true});
+  finish(call, back, {back.pull, sums.scores, sums.level, dx, dy, dx, dy, want_scalars ? dscale.data() : nullptr, true});
   of_scalars[0] = of_scale(call, dscale.data());
 }
 
 // Losses or their mean or sum, and what matching_loss_grad needs: statistics, and the rows' factors where they have any. For the mean of few_pairs, where gradients are asked for, these for an
 // upstream of 1 instead: [2] those of scale and shift, then x's and y's where they are asked for; else [0].
-std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const OptionalTensor& y, const Tensor& scale, const OptionalTensor& shift,
-                                                         const OptionalTensor& labels, bool mean, bool keep_x, bool keep_y, int64_t precision,
-                                                         bool rows_alone, double smoothing, const OptionalTensor& row_weights, bool sum) {
-  const MatchingCall call = matching_call(x, y, scale, shift, labels, precision, rows_alone, smoothing);
+std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const OptionalTensor& y, const OptionalTensor& scale,
+                                                         const OptionalTensor& shift, const OptionalTensor& labels, bool mean, bool keep_x, bool keep_y,
+                                                         int64_t precision, bool rows_alone, double smoothing, double factor, bool include,
+                                                         const OptionalTensor& row_weights, bool sum) {
+  STD_TORCH_CHECK(include || (rows_alone && smoothing == 0), "without the match in its denominator there are rows_alone and no smoothing");
+  const MatchingCall call = matching_call(x, y, scale, shift, labels, precision, rows_alone, smoothing, factor);
   const int64_t rows = call.m.rows, sides = call.sides();
   const Reduction reduction{mean, mean && sum, row_weights.has_value() ? packed<float>("row_weights", *row_weights, {rows}) : nullptr};
-  const std::vector<float> factors = reduction.factors(rows, [](int64_t) { return true; });
-  const bool weighted = !factors.empty();
+  const bool weighted = row_weights.has_value() || reduction.sum || !include;
+  Losses of_rows{reduction, include, call.sigmoid() ? reduction.factors(rows, [](int64_t) { return true; }) : std::vector<float>()};
   const bool kept = mean && (keep_x || keep_y) && kdfast::few_pairs(rows, rows, call.m.width);
   std::vector<float> row_losses(mean ? rows : 0, 0.0f);
   const Tensor loss = mean ? output(x, {}) : output(x, {rows}), statistics = kept ? output(x, {2}) : output(x, {sides * kStatistics + weighted, rows});
@@ -180,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const 
   const auto kept_sums = [&](bool keep) { return kept && keep ? output(x, {rows, call.m.width}) : output(x, {0}); };
   const Tensor dx = kept_sums(keep_x), dy = kept_sums(keep_y);
   if (kept) {
-    kept_matching(call, weighted ? factors.data() : nullptr, losses, data_of(keep_x, dx), data_of(keep_y, dy), floats_of(statistics));
+    kept_matching(call, of_rows, losses, data_of(keep_x, dx), data_of(keep_y, dy), scale.has_value() || shift.has_value(), floats_of(statistics));
   } else if (call.sigmoid()) {
     sigmoid_losses(call.p, losses);
   } else {
@@ -193,19 +216,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const 
       float* const of_columns = sides == 2 ? column : unused.data();
       symmetric_log_sums(call.p, row, row + rows, of_columns, of_columns + rows);
     }
-    kdfast::cpu_kernels().matching_losses(call.m, {sides, {row, column}, {row + rows, column + rows}, losses, {row + 2 * rows, column + 2 * rows}});
+    of_rows.find(call, row, column, losses);
   }
-  for (int64_t i = 0; i < rows && weighted; ++i) losses[i] *= factors[i];
-  if (weighted && !kept) std::copy(factors.begin(), factors.end(), floats_of(statistics) + sides * kStatistics * rows);
+  const float* const factors = of_rows.data();
+  for (int64_t i = 0; i < rows && factors != nullptr; ++i) losses[i] *= factors[i];
+  for (int64_t i = 0; i < rows && weighted && !kept; ++i) floats_of(statistics)[sides * kStatistics * rows + i] = factors != nullptr ? factors[i] : 1;
   if (mean) *floats_of(loss) = mean_of(losses, rows);
   return {loss, statistics, dx, dy};
 }
 
-// The gradients that are wanted, in the order of x, y, scale, shift, where the forward pass has not left them.
-std::vector<Tensor> matching_loss_grad(const Tensor& g, const Tensor& statistics, const Tensor& x, const OptionalTensor& y, const Tensor& scale,
-                                       const OptionalTensor& shift, const OptionalTensor& labels, bool want_x, bool want_y, bool want_scale,
-                                       bool want_shift, int64_t precision, bool rows_alone, double smoothing) {
-  const MatchingCall call = matching_call(x, y, scale, shift, labels, precision, rows_alone, smoothing);
+// The gradients of x, y, scale and shift, [0] where not wanted, where the forward pass has not left them.
+std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss_grad(const Tensor& g, const Tensor& statistics, const Tensor& x, const OptionalTensor& y,
+                                                              const OptionalTensor& scale, const OptionalTensor& shift,
+                                                              const OptionalTensor& labels, bool want_x, bool want_y, bool want_scale,
+                                                              bool want_shift, int64_t precision, bool rows_alone, double smoothing, double factor) {
+  const MatchingCall call = matching_call(x, y, scale, shift, labels, precision, rows_alone, smoothing, factor);
   const Matching& m = call.m;
   const int64_t rows = m.rows;
   const bool mean = g.dim() == 0;
@@ -219,23 +244,18 @@ std::vector<Tensor> matching_loss_grad(const Tensor& g, const Tensor& statistics
   const Tensor x_sums = zeros(x, want_x, {rows, m.width}), y_sums = zeros(x, want_y, {rows, m.width});
   std::vector<float> weights(call.sigmoid() ? rows : 0, 0.0f), scores(want_scale ? rows : 0, 0.0f), dscale(scores);
   float* const to_scores = want_scale ? scores.data() : nullptr;
-  const PairSums sums{data_of(want_x, x_sums), data_of(want_y, y_sums), call.sigmoid() ? weights.data() : nullptr, to_scores, level_of(call, of_rows)};
+  const PairSums sums{data_of(want_x, x_sums), data_of(want_y, y_sums), call.sigmoid() ? weights.data() : nullptr, to_scores, want_scale ? level_of(call, of_rows) : 0};
   call.sigmoid() ? sigmoid_sums(call.p, back.row_g, sums) : symmetric_sums(call.p, back.upstream(), sums);
 
-  std::vector<Tensor> found;
-  const auto made = [&](bool want, const Tensor& of) -> void* {
-    if (!want) return nullptr;
-    found.push_back(x.scalar_type() == ScalarType::Float ? of : output(x, {rows, m.width}, x.scalar_type()));
-    return found.back().mutable_data_ptr();
+  const auto made = [&](bool want, const Tensor& of) {
+    return !want || x.scalar_type() == ScalarType::Float ? of : output(x, {rows, m.width}, x.scalar_type());
   };
-  void *const dx = made(want_x, x_sums), *const dy = made(want_y, y_sums);
-  finish(call, back, {back.pull, to_scores, sums.level, sums.x_sums, sums.y_sums, dx, dy, want_scale ? dscale.data() : nullptr, false});
-  const auto add_scalar = [&](bool want, float value) {
-    if (want) found.push_back(filled(x, {}, value));
-  };
-  add_scalar(want_scale, want_scale ? of_scale(call, dscale.data()) : 0);
-  add_scalar(want_shift, float(total(weights.data(), int64_t(weights.size()))));
-  return found;
+  const auto memory = [](bool want, const Tensor& of) { return want ? of.mutable_data_ptr() : nullptr; };
+  const Tensor dx = made(want_x, x_sums), dy = made(want_y, y_sums);
+  finish(call, back, {back.pull, to_scores, sums.level, sums.x_sums, sums.y_sums, memory(want_x, dx), memory(want_y, dy),
+                      want_scale ? dscale.data() : nullptr, false});
+  const Tensor of_all = want_scale ? filled(x, {}, of_scale(call, dscale.data())) : output(x, {0});
+  return {dx, dy, of_all, want_shift ? filled(x, {}, total(weights.data(), int64_t(weights.size()))) : output(x, {0})};
 }
 
 }  // namespace

@@ -63,9 +63,9 @@ std::tuple<Tensor, Tensor> sup_con(const Tensor& x, const Tensor& scale, const T
   return {value, statistics};
 }
 
-// The gradients that are wanted, in the order of x, scale.
-std::vector<Tensor> sup_con_grad(const Tensor& g, const Tensor& statistics, const Tensor& x, const Tensor& scale, const Tensor& labels, bool want_x,
-                                 bool want_scale, int64_t precision) {
+// The gradients of x and scale, [0] where not wanted.
+std::tuple<Tensor, Tensor> sup_con_grad(const Tensor& g, const Tensor& statistics, const Tensor& x, const Tensor& scale, const Tensor& labels,
+                                        bool want_x, bool want_scale, int64_t precision) {
   const SupConCall call = sup_con_call(x, scale, labels, precision);
   const int64_t rows = call.p.rows, width = call.p.width;
   const bool mean = g.dim() == 0;
@@ -84,20 +84,15 @@ std::vector<Tensor> sup_con_grad(const Tensor& g, const Tensor& statistics, cons
   symmetric_sums(call.p, {row_g, lse, lse + rows, row_g, lse, lse + rows, call.classes, call.classes, pull, pull},
                  {data_of(want_x, sums), nullptr, nullptr, scores, level_of(lse, call.p.scale, rows, rows)});
 
-  std::vector<Tensor> found;
-  if (want_x) found.push_back(x.scalar_type() == ScalarType::Float ? sums : output(x, {rows, width}, x.scalar_type()));  // floats in place
+  const Tensor dx = !want_x || x.scalar_type() == ScalarType::Float ? sums : output(x, {rows, width}, x.scalar_type());  // floats in place
   if (want_x) {
-    const kdfast::MatchingGradients d{floats_of(no_match), nullptr, 0, floats_of(sums), nullptr, found[0].mutable_data_ptr(), nullptr, nullptr, false};
+    const kdfast::MatchingGradients d{floats_of(no_match), nullptr, 0, floats_of(sums), nullptr, dx.mutable_data_ptr(), nullptr, nullptr, false};
     const int64_t workers = workers_for(double(rows) * double(width) * 4);
     for_each_task(workers, workers, [&](int64_t, int64_t t) {
       kdfast::cpu_kernels().matching_gradients(m, d, t * rows / workers, (t + 1) * rows / workers);
     });
   }
-  if (want_scale) {
-    found.push_back(output(x, {}));
-    *floats_of(found.back()) = float(sum_of(scores, rows) / 2);  // the sums hold every pair twice
-  }
-  return found;
+  return {dx, want_scale ? filled(x, {}, sum_of(scores, rows) / 2) : output(x, {0})};  // the sums hold every pair twice
 }
 
 }  // namespace

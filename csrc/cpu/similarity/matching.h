@@ -20,9 +20,10 @@ struct Matching {
   int64_t partner(int64_t i) const { return !views ? i : i < rows / 2 ? i + rows / 2 : i - rows / 2; }
 };
 
-// loss_i: the mean over sides of log(1 + e^(lse_i + low_i - scale x_i.y_partner)) and, with smoothing, what this adds; slopes: its derivatives in
-// the lse_i. [rows] each.
+// loss_i: the mean over sides of log(1 + e^(lse_i + low_i - scale x_i.y_partner)) or, the match not in its denominator, of the exponent; with
+// smoothing, what this adds; slopes: its derivatives in the lse_i. [rows] each.
 struct MatchingLosses {
+  bool include;
   int64_t sides;  // 1 or 2
   const float *lse[2], *low[2];
   float* losses;

@@ -4,7 +4,7 @@
 // With the sums over the other pairs (symmetric.inl) and pull_i = g_i times the sum of the slopes,
 //   dx_i = s (sum_j W_ij y_j - pull_i y_i),   dy_i = sum_j W_ji s x_j - pull_i s x_i,
 //   ds = sum_i (sum_j W_ij x_i.y_j - pull_i x_i.y_i) = sum_i (sum_j W_ij (x_i.y_j - l) - pull_i (x_i.y_i - l)),
-// whatever the level l: the W add up to what the pull_i do.
+// whatever the level l: the W add up to what the pull_i do. Without the match in the denominator the loss is the mean of lse_i - z_i, the slope 1.
 //
 // Of label smoothing a share `a` of each side's target is spread over its N candidates, which adds a s (x_i.y_i - r x_i.Y - c y_i.X) to loss_i: Y and X
 // are the mean rows, r and c the shares of the rows' and of the columns' side. So no score is formed; g_i a is taken off pull_i and, with
@@ -40,8 +40,8 @@ void matching_losses_of(const Matching& m, const MatchingLosses& out, const T* x
     }
     Vec losses = load(more);
     for (int64_t side = 0; side < out.sides; ++side) {
-      Vec slopes;
-      losses += share * softplus_of(load(gaps[side]), &slopes);
+      Vec slopes = splat(1.0f);
+      losses += share * (out.include ? softplus_of(load(gaps[side]), &slopes) : load(gaps[side]));
       store_some(out.slopes[side] + row, share * slopes, count);
     }
     store_some(out.losses + row, losses, count);

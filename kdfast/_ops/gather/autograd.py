@@ -161,10 +161,8 @@ class RowStatistic(Function):
             if _version(bank) != ctx.version:
                 raise RuntimeError("the bank was changed in place after the forward: differentiating twice needs it as it was")
         scores = GatherScores.apply(query, bank, index, ctx.impl)
-        if torch.is_grad_enabled():
-            weights = grad * statistics.of_scores(scores, offset, shift)[1]
-        else:
-            weights = statistics.replace_scores(scores, offset, shift)[1].mul_(grad)
+        slopes = statistics.of_scores if torch.is_grad_enabled() else statistics.replace_scores
+        weights = grad * slopes(scores, offset, shift)[1]  # not in place: of many at once, a gradient has more than there is room for
         d_query, d_bank = _sums(ctx.needs_input_grad[:2], weights, query, bank, index, ctx.impl)
         return None if d_query is None else _of_admitted(d_query, offset), d_bank, *(None,) * 5
 

@@ -224,8 +224,8 @@ def _gradients(call, want, versions, g, student, scale, start_logit, slope, diff
         inputs = _for_kernel(student, keys, scale, *fixed)
         dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(g, log_sums, *inputs, call.products, *call[-2:]).to(keys.dtype)
     rows = g, None, difference, student, scale
-    found = iter(torch.ops.kdfast.info_nce_grad_rows(*rows, want_student, want_scale, False, call.factor))
-    return next(found).to(student.dtype) if want_student else None, dkeys, next(found) if want_scale else None, dstart
+    dstudent, dscale, _ = torch.ops.kdfast.info_nce_grad_rows(*rows, want_student, want_scale, False, call.factor)
+    return dstudent.to(student.dtype) if want_student else None, dkeys, dscale if want_scale else None, dstart
 
 
 def of_kept_keys(g: Tensor, kept_keys: Tensor, student: Tensor, keys: Tensor) -> Tensor:

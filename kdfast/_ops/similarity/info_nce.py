@@ -232,10 +232,12 @@ def _gradients(
         found = torch.ops.kdfast.info_nce_grad(g, statistics, pulls, *tensors, *want, call.products, dkeys, call.factor, *kind)
     else:  # nothing of the bank
         of_rows = want_query, want_scale, want_positive
-        found = torch.ops.kdfast.info_nce_grad_rows(g, statistics, pulls, query, scale, *of_rows, call.factor, call.spread)
-    found = iter(found)
+        dquery, dscale, dpositive = torch.ops.kdfast.info_nce_grad_rows(
+            g, statistics, pulls, query, scale, *of_rows, call.factor, call.spread
+        )
+        found = dquery, None, dscale, None, dpositive
     inputs = (query, keys, scale, bias, positive)
-    return tuple([_like(next(found), x) if wanted else None for x, wanted in zip(inputs, want, strict=True)])
+    return tuple([_like(grad, x) if wanted else None for grad, x, wanted in zip(found, inputs, want, strict=True)])
 
 
 def _folded(spec: Spec, query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, *rows) -> tuple:
@@ -288,7 +290,7 @@ def _info_nce_grad_fake(
     bank = (lead[0], keys.shape[-2])
     shapes = ((*lead, width), (*bank, width), lead, bank, (*lead, copies - _beside(spread), width))
     want = (want_query, want_keys, want_scale, want_bias, want_positive)
-    return [statistics.new_empty(shape[query.dim() == 2 :]) for shape, wanted in zip(shapes, want, strict=True) if wanted]
+    return tuple([statistics.new_empty(shape[query.dim() == 2 :] if wanted else (0,)) for shape, wanted in zip(shapes, want, strict=True)])
 
 
 def _grad_rows_fake(g, statistics, pull, query, scale, want_query, want_scale, want_positive, factor=1.0, spread=False):
@@ -296,7 +298,7 @@ def _grad_rows_fake(g, statistics, pull, query, scale, want_query, want_scale, w
     copies = 0 if statistics is None else len(statistics) - _beside(spread)
     shapes = ((*rows, width), rows, (*rows, copies, width))
     wanted = (want_query, want_scale, want_positive)
-    return [query.new_empty(shape, dtype=torch.float32) for shape, want in zip(shapes, wanted, strict=True) if want]
+    return tuple([query.new_empty(shape if want else (0,), dtype=torch.float32) for shape, want in zip(shapes, wanted, strict=True)])
 
 
 if cpu.missing() is None:

@@ -58,17 +58,18 @@ def _of_matches(call, needs, of_x, of_y, of_scale, g, x, y, scale):
         labels, match = own % half if call.labels is None else call.labels, own.roll(half)
     else:
         labels, match = own if call.labels is None else call.labels, own
-    factor, of_scale = scale.item(), None if of_scale is None else of_scale.expand(len(x))
+    factor = call.factor if scale is None else scale.item()
+    of_scale = None if of_scale is None else of_scale.expand(len(x))
     rules = labels, labels, None, None, None
     reduced = call.reduced, True, call.products, None, False, factor, 0.0, False, call.weight, call.reduction == "sum"
 
     def side(g, q, k, of_q, of_k, need_keys):
         """Gradients in g, q, k and scale."""
         positives, options = (None, match[:, None]), (call.products, factor)
-        _, statistics, pulls, _ = torch.ops.kdfast.info_nce(q, k, None, None, *rules, *positives, None, True, *reduced)
+        _, statistics, pulls, _ = torch.ops.kdfast.info_nce(q, k, None, None, *rules, *positives, None, call.include, *reduced)
         dg, dq, dk, dscale, _ = torch.ops.kdfast.info_nce_second(
-            g, of_q, of_k, of_scale, None, statistics, pulls, q, k, None, None, *rules, *positives, True, need_g, need_keys, need_scale,
-            False, *options,
+            g, of_q, of_k, of_scale, None, statistics, pulls, q, k, None, None, *rules, *positives, call.include, need_g, need_keys,
+            need_scale, False, *options,
         )  # fmt: skip
         return dg, dq, dk, dscale.sum()
 

@@ -48,21 +48,22 @@ class Call(NamedTuple):
     rows_alone: bool = False  # the rows' side instead of the mean of both
     smoothing: float = 0.0  # this much of each side's target is spread evenly over its candidates
     weight: Tensor | None = None  # [N] float32, of the losses
+    include: bool = True  # whether a match is in its denominator; else the rows' side alone
+    factor: float = 1.0  # the scale, where it is no tensor
 
     @property
     def reduced(self) -> bool:
         return self.reduction != "none"
 
     @property
-    def further(self) -> tuple:
-        """Options that only the CPU's ops know, where there are any."""
-        return (self.rows_alone, self.smoothing) if self.rows_alone or self.smoothing else ()
+    def options(self) -> tuple:
+        """What both CPU ops are told of these; Triton's know the whole mean and the losses alone."""
+        return (self.rows_alone, self.smoothing, self.factor) if self.kernels is cpu.KERNELS else ()
 
     @property
-    def more_losses(self) -> tuple:
-        """The same of the op that has the losses."""
-        weighted = self.weight is not None or self.reduction == "sum"
-        return (self.rows_alone, self.smoothing, self.weight, self.reduction == "sum") if weighted else self.further
+    def of_losses(self) -> tuple:
+        """The same, and what the first one alone is told."""
+        return (*self.options, self.include, self.weight, self.reduction == "sum") if self.kernels is cpu.KERNELS else ()
 
 
 def clip_rows(x: Tensor, y: Tensor, scale: float | Tensor, *, smoothing: float = 0.0, **options) -> Tensor:
@@ -85,8 +86,12 @@ def paired_rows(
     precision: str | None,
     impl: str | None,
     smoothing: float = 0.0,
+    include: bool = True,
 ) -> Tensor | None:
-    """As `clip_rows`, of the rows' side alone. labels: int64 [N], of equal ones pairs are left out. None where no kernel serves it."""
+    """As `clip_rows`, of the rows' side alone. labels: int64 [N], of equal ones pairs are left out. None where no kernel serves it.
+
+    include: whether a match is in its denominator; if not, rows of which nothing is there do not count.
+    """
     if transformed() or impl not in (None, "cpu") or _of_rows(scale) or y.dtype != x.dtype or (smoothing and labels is not None):
         return None
     compute = how_to_compute(x, precision)
@@ -94,7 +99,7 @@ def paired_rows(
         return None
     products = cpu.product_number(compute.products, x)
     weight = row_weights(weight, x.shape[:1], torch.float32, x.device)
-    call = Call(labels, reduction, torch.is_grad_enabled(), precision, impl, cpu.KERNELS, products, True, smoothing, weight)
+    call = Call(labels, reduction, torch.is_grad_enabled(), precision, impl, cpu.KERNELS, products, True, smoothing, weight, include)
     return fused_losses(call, x, y, scale, None)
 
 
@@ -135,7 +140,7 @@ def _losses(
     fused = chosen == "cpu" or (chosen == "triton" and shift is None and not smoothing)
     if not fused or transformed() or _of_rows(scale) or _of_rows(shift):
         return _definition(call, x, y, scale, shift)
-    if chosen == "triton" and call.more_losses:
+    if chosen == "triton" and (weight is not None or reduction == "sum"):
         losses = fused_losses(call._replace(reduction="none", weight=None), x, y, scale, shift)
         return reduce_rows(losses, weight=weight, reduction=reduction)
     return fused_losses(call, x, y, scale, shift)
@@ -147,7 +152,11 @@ def fused_losses(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor,
     x, y = x.contiguous(), None if y is None else y.contiguous()
     call = call if call.weight is None or call.weight.is_contiguous() else call._replace(weight=call.weight.contiguous())
     device = x.device
-    return MatchingLoss.run(call, x, y, _scalar(scale, device), None if shift is None else _scalar(shift, device))
+    if call.kernels is cpu.KERNELS and not isinstance(scale, Tensor):
+        call, scale = call._replace(factor=float(scale)), None
+    else:
+        scale = _scalar(scale, device)
+    return MatchingLoss.run(call, x, y, scale, None if shift is None else _scalar(shift, device))
 
 
 def _of_rows(x: float | Tensor | None) -> bool:
@@ -164,8 +173,9 @@ def _scalar(x: float | Tensor, device: torch.device) -> Tensor:
     return x.to(device, torch.float32) if isinstance(x, Tensor) else torch.scalar_tensor(x, dtype=torch.float32, device=device)
 
 
-def _definition(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor, shift: float | Tensor | None) -> Tensor:
+def _definition(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor | None, shift: float | Tensor | None) -> Tensor:
     """In PyTorch's operations around the pass over all pairs, for any device and transform, and for derivatives of the second order."""
+    scale = call.factor if scale is None else scale
     labels, precision, impl, rows_alone = call.labels, call.precision, call.impl, call.rows_alone
     own = torch.arange(len(x), device=x.device)
     if shift is not None:
@@ -195,9 +205,8 @@ class MatchingLoss(PlainFunction):
     def forward(ctx, call, x, y, scale, shift):
         _, want_x, want_y, want_scale, _ = ctx.needs_input_grad
         keep = call.grad and (want_x or want_scale), call.grad and want_y
-        losses, *found = call.kernels.ops.matching_loss(
-            x, y, scale, shift, call.labels, call.reduced, *keep, call.products, *call.more_losses
-        )
+        options = call.labels, call.reduced, *keep, call.products, *call.of_losses
+        losses, *found = call.kernels.ops.matching_loss(x, y, scale, shift, *options)
         ctx.call, ctx.versions = call, _versions((call.labels, call.weight))
         ctx.save_for_backward(*found, x, y, scale, shift)
         ctx.set_materialize_grads(False)
@@ -242,22 +251,26 @@ def _gradients(call, want, g, statistics, kept_x, kept_y, *inputs) -> tuple[Tens
     if kept_x.numel() or kept_y.numel():
         kept = kept_x, kept_y, *(statistics if want[2] or want[3] else (None, None))
         return tuple([_like(unit * g, x) if wanted else None for unit, x, wanted in zip(kept, inputs, want, strict=True)])
-    options = *want, call.products, *call.further
-    found = iter(call.kernels.ops.matching_loss_grad(g.contiguous(), statistics, *inputs, call.labels, *options))
-    return tuple([next(found) if wanted else None for wanted in want])
+    options = call.labels, *want, call.products, *call.options
+    found = call.kernels.ops.matching_loss_grad(g.contiguous(), statistics, *inputs, *options)
+    return tuple([grad if wanted else None for grad, wanted in zip(found, want, strict=True)])
 
 
 def _loss_fake(
-    x, y, scale, shift, labels, mean, keep_x, keep_y, products, rows_alone=False, smoothing=0.0, row_weights=None, sum=False
+    x, y, scale, shift, labels, mean, keep_x, keep_y, products, rows_alone=False, smoothing=0.0, factor=1.0, include=True, row_weights=None,
+    sum=False,
 ):  # fmt: skip
+    made = partial(x.new_empty, dtype=torch.float32)
     kept = mean and (keep_x or keep_y) and extension.load("_C")[0].few_pairs(len(x), *x.shape)
-    statistics = (0 if shift is not None else 3 if y is None or rows_alone else 6) + (row_weights is not None or (mean and sum))
-    gradients = (scale.new_empty(x.shape if kept and keep else (0,)) for keep in (keep_x, keep_y))
-    return scale.new_empty(() if mean else x.shape[:1]), scale.new_empty((2,) if kept else (statistics, len(x))), *gradients
+    weighted = row_weights is not None or (mean and sum) or not include
+    statistics = (0 if shift is not None else 3 if y is None or rows_alone else 6) + weighted
+    gradients = (made(x.shape if kept and keep else (0,)) for keep in (keep_x, keep_y))
+    return made(() if mean else x.shape[:1]), made((2,) if kept else (statistics, len(x))), *gradients
 
 
 def _grad_fake(g, statistics, x, y, scale, shift, labels, *want_and_products):
-    return [torch.empty_like(t) for t, wanted in zip((x, y, scale, shift), want_and_products[:4], strict=True) if wanted]
+    shapes = (torch.empty_like(x), torch.empty_like(x), *(x.new_empty((), dtype=torch.float32) for _ in range(2)))
+    return tuple([like if want else x.new_empty(0, dtype=torch.float32) for like, want in zip(shapes, want_and_products[:4], strict=True)])
 
 
 if cpu.missing() is None:

@@ -110,7 +110,7 @@ class DistillationLosses(PlainFunction):
         if want_student:
             dstudent = _like(found[0], student)
         if want_scale:
-            dscale = through_inverse(found[-1], temperature)
+            dscale = through_inverse(found[1], temperature)
         if want_start:
             dstudent += _through_dot((g / len(student) if call.mean else g) * slope, call, own)
         if want_keys and kept_keys.numel() > 0:

@@ -23,6 +23,7 @@ def info_nce_loss(
     smoothing: float,
     labels: tuple[Tensor | None, Tensor | None],
     attract: bool,
+    include: bool,
     normalize: bool,
     valid: int | None,
     own: Tensor | bool | None,
@@ -55,7 +56,7 @@ def info_nce_loss(
         labelled, key_labels = key_labels is None and whole_index(query_labels, count), query_labels
     else:
         labelled = keys is bank and whole_index(query_labels, count) and whole_index(key_labels, len(keys))
-    if not labelled or (smoothing and (attract or (bank is None and query_labels is not None))):
+    if not labelled or (smoothing and (attract or not include or (bank is None and query_labels is not None))):
         return None
     if bank is None:
         if valid is not None or not (own is None or own is True):
@@ -75,10 +76,10 @@ def info_nce_loss(
         query, positive = unit_length(query), None if positive is None else unit_length(positive)
         keys = positive if bank is None else unit_length(keys)
     if bank is None and not attract:
-        return paired_loss(query, positive, number, temperature, query_labels, smoothing, weight, reduction)
+        return paired_loss(query, positive, number, temperature, query_labels, smoothing, include, weight, reduction)
     learnt = None if number is temperature and not by_row else temperature
     pull = torch.is_grad_enabled() and (query.requires_grad or (learnt is not None and learnt.requires_grad))
-    call = _call(count, query.dtype, reduction, pull, 1.0 if by_row else 1.0 / number, smoothing, attract)
+    call = _call(count, query.dtype, include, reduction, pull, 1.0 if by_row else 1.0 / number, smoothing, attract)
     index = None if own is None else own.unsqueeze(1)
     if targets is None:  # within a batch a sample's own positive is of its class as others' are
         beside = None if bank is None else positive
@@ -91,10 +92,10 @@ def info_nce_loss(
 
 
 @functools.lru_cache
-def _call(count: int, dtype: torch.dtype, reduction: str, pull: bool, factor: float, smoothing: float, attract: bool) -> info_nce.Call:
+def _call(count: int, dtype: torch.dtype, include: bool, reduction: str, pull: bool, factor: float, smoothing: float, attract: bool):
     products = PRODUCTS[dtype]
     spec = Spec("cpu", Compute(dtype, products), torch.Size((count,)), (1, count))
-    return info_nce.Call(spec, True, reduction, pull, cpu.KERNELS.products[products], factor, smoothing, attract)
+    return info_nce.Call(spec, include, reduction, pull, cpu.KERNELS.products[products], factor, smoothing, attract)
 
 
 def _index(own, count: int, rows: int) -> bool:
@@ -117,7 +118,7 @@ class InfoNceLoss(PlainFunction):
         columns, _, row_weights, *rules = rest
         scale = None if temperature is None or temperature.dim() == 0 else temperature.reciprocal()
         losses, *kept = torch.ops.kdfast.info_nce(
-            query, keys, scale, None, *rules, positive, columns, None, True, call.reduced, call.pull, call.products, None,
+            query, keys, scale, None, *rules, positive, columns, None, call.include, call.reduced, call.pull, call.products, None,
             want_keys and call.pull, call.factor, call.smoothing, call.attract, row_weights, call.reduction == "sum",
             want_scale,
         )  # fmt: skip
@@ -130,8 +131,10 @@ class InfoNceLoss(PlainFunction):
     @staticmethod
     def backward(ctx, g):
         call, want = ctx.call, ctx.want
-        *kept, query, positive, temperature, scale = ctx.saved_tensors[:7]
-        bank, versions = (ctx.saved_tensors[7:], None) if ctx.held is None else ctx.held
+        statistics, pulls, dkeys, query, positive, temperature, scale, *bank = ctx.saved_tensors
+        kept, versions = (statistics, pulls, dkeys), None
+        if ctx.held is not None:
+            bank, versions = ctx.held
         if torch.is_grad_enabled():
             scale = None if temperature is None else temperature.reciprocal().expand(len(query)).contiguous()
             dquery, dkeys, dscale, _, dpositive = info_nce.Gradients.apply(call, want, versions, g, *kept, query, scale, positive, *bank)

@@ -20,7 +20,7 @@ def matching_loss(
     numbers = (usual(scale) or scalar(scale)) and (shift is None or (type(shift) is float and abs(shift) <= 1e3) or scalar(shift))
     if not (numbers and plain(x, y) and x.shape == y.shape and reducible(reduction, weight, len(x))):
         return None
-    return matching.fused_losses(_call(x, None, reduction, False, smoothing, weight), x, y, scale, shift)
+    return matching.fused_losses(_call(x, None, reduction, weight, smoothing, False), x, y, scale, shift)
 
 
 def paired_loss(
@@ -30,14 +30,17 @@ def paired_loss(
     temperature: float | Tensor,
     labels: Tensor | None,
     smoothing: float,
+    include: bool,
     weight: Tensor | None,
     reduction: str,
 ) -> Tensor:
     """`paired_rows` of x and y [N, D] that are plain, reduced. `number`: the temperature's."""
     scale = 1.0 / number if number is temperature else temperature.reciprocal()
-    return matching.fused_losses(_call(x, labels, reduction, True, smoothing, weight), x, y, scale, None)
+    return matching.fused_losses(_call(x, labels, reduction, weight, smoothing, True, include), x, y, scale, None)
 
 
-def _call(x: Tensor, labels: Tensor | None, reduction: str, rows_alone: bool, smoothing: float, weight: Tensor | None) -> matching.Call:
-    products = cpu.product_number(None, x)
-    return matching.Call(labels, reduction, torch.is_grad_enabled(), None, None, cpu.KERNELS, products, rows_alone, smoothing, weight)
+def _call(
+    x: Tensor, labels: Tensor | None, reduction: str, weight: Tensor | None, smoothing: float, rows_alone: bool, include: bool = True
+) -> matching.Call:
+    grad, products = torch.is_grad_enabled(), cpu.product_number(None, x)
+    return matching.Call(labels, reduction, grad, None, None, cpu.KERNELS, products, rows_alone, smoothing, weight, include)

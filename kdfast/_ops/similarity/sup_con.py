@@ -123,8 +123,8 @@ class SupConGradients(Function):
 
 def _gradients(call, want, g, statistics, x, scale) -> tuple[Tensor | None, ...]:
     """The gradients of <g, losses> in (x, scale), None where not wanted."""
-    found = iter(call.kernels.ops.sup_con_grad(g.contiguous(), statistics, x, scale, call.labels, *want, call.products))
-    return tuple([next(found) if wanted else None for wanted in want])
+    found = call.kernels.ops.sup_con_grad(g.contiguous(), statistics, x, scale, call.labels, *want, call.products)
+    return tuple([grad if wanted else None for grad, wanted in zip(found, want, strict=True)])
 
 
 def _sup_con_fake(x, scale, labels, mean, products):
@@ -132,7 +132,7 @@ def _sup_con_fake(x, scale, labels, mean, products):
 
 
 def _sup_con_grad_fake(g, statistics, x, scale, labels, want_x, want_scale, products):
-    return [torch.empty_like(t) for t, wanted in ((x, want_x), (scale, want_scale)) if wanted]
+    return torch.empty_like(x) if want_x else scale.new_empty(0), scale.new_empty(() if want_scale else 0)
 
 
 if cpu.missing() is None:

@@ -58,8 +58,8 @@ def matching_loss_grad(
     want_scale: bool,
     want_shift: bool,
     precision: int,
-) -> list[Tensor]:
-    """The gradients in x, y and scale that are wanted; g is [N], or [] of the mean."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients in x, y, scale and shift, [0] where not wanted; g is [N], or [] of the mean."""
     lse, low, share = statistics
     slopes = (g / len(x) if g.dim() == 0 else g) * share / len(share)  # [sides, N]
     of_rows, pairs = scale.expand(1, len(x)).contiguous(), _pairs(x, y, labels)
@@ -73,12 +73,11 @@ def matching_loss_grad(
     pulled = slopes[0] + (slopes[0].roll(len(x) // 2) if y is None else slopes[1])
     found = []
     for want, total, others, like in ((want_x, dx, matches, x), (want_y, dy, x, y)):
-        if want:
-            found.append(total[0].addcmul_((scale * pulled)[:, None], others.float(), value=-1).to(like.dtype))
-    if want_scale:
-        of_matches = (pulled * dot(x, matches)).sum()
-        found.append((moment.sum() - of_matches) / (2 if y is None else 1))  # a pair of two views is counted from either
-    return found
+        of_rows = total[0].addcmul_((scale * pulled)[:, None], others.float(), value=-1).to(like.dtype) if want else scale.new_empty(0)
+        found.append(of_rows)
+    of_matches = (pulled * dot(x, matches)).sum()
+    of_scale = (moment.sum() - of_matches) / (2 if y is None else 1)  # a pair of two views is counted from either
+    return *found, of_scale if want_scale else scale.new_empty(0), scale.new_empty(0)
 
 
 def _pairs(x: Tensor, y: Tensor | None, labels: Tensor | None) -> Tensor:
@@ -100,7 +99,8 @@ def _loss_fake(x, y, scale, shift, labels, mean, *_):
 
 
 def _grad_fake(g, statistics, x, y, scale, shift, labels, *want_and_precision):
-    return [torch.empty_like(t) for t, wanted in zip((x, y, scale, shift), want_and_precision[:4], strict=True) if wanted]
+    want = want_and_precision[:4]
+    return tuple([torch.empty_like(t) if wanted else scale.new_empty(0) for t, wanted in zip((x, y, scale, shift), want, strict=True)])
 
 
 runtime.register("matching_loss", matching_loss, _loss_fake)

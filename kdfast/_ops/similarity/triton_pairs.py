@@ -185,8 +185,8 @@ def classes_of(labels: Tensor) -> Tensor:
 
 def sup_con_grad(
     g: Tensor, statistics: Tensor, x: Tensor, scale: Tensor, labels: Tensor, want_x: bool, want_scale: bool, precision: int
-) -> list[Tensor]:
-    """The gradients in x and scale that are wanted; g is [N], or [] of the mean."""
+) -> tuple[Tensor, Tensor]:
+    """The gradients in x and scale, [0] where not wanted; g is [N], or [] of the mean."""
     lse, low, share = statistics[:, None].unbind()
     counted = share > 0
     g = torch.where(counted, g / counted.sum().clamp(min=1) if g.dim() == 0 else g, 0.0)
@@ -194,8 +194,8 @@ def sup_con_grad(
     dx, _, _, moment = pair_gradients(
         sides, sides, of_rows, None, None, classes_of(labels), share, side, side, want_x, False, precision, half=True
     )
-    found = [dx[0].to(x.dtype)] if want_x else []
-    return [*found, moment.sum() / 2] if want_scale else found  # a pair's weight is that of both of its rows
+    of_scale = moment.sum() / 2  # a pair's weight is that of both of its rows
+    return dx[0].to(x.dtype) if want_x else scale.new_empty(0), of_scale if want_scale else scale.new_empty(0)
 
 
 # ---- shapes for the compiler --------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def _sup_con_fake(x, scale, labels, mean, _):
 
 
 def _sup_con_grad_fake(g, statistics, x, scale, labels, want_x, want_scale, _):
-    return [torch.empty_like(t) for t, wanted in ((x, want_x), (scale, want_scale)) if wanted]
+    return torch.empty_like(x) if want_x else scale.new_empty(0), scale.new_empty(() if want_scale else 0)
 
 
 for _name, _function, _fake in (
