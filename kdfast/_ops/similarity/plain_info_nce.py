@@ -106,6 +106,9 @@ def _index(own, count: int, rows: int) -> bool:
     return first.item() >= -1 and last.item() < rows
 
 
+_QUERY_ALONE = (True, False, False, False, False)
+
+
 class InfoNceLoss(PlainFunction):
     """InfoNCE of query and positive [N, D] against keys [M, D]. A scalar `temperature` has the call's factor; [N]: it has not.
 
@@ -138,6 +141,15 @@ class InfoNceLoss(PlainFunction):
         if torch.is_grad_enabled():
             scale = None if temperature is None else temperature.reciprocal().expand(len(query)).contiguous()
             dquery, dkeys, dscale, _, dpositive = info_nce.Gradients.apply(call, want, versions, g, *kept, query, scale, positive, *bank)
+        elif call.reduced and scale is None and want == _QUERY_ALONE and query.dtype == torch.float32:
+            return (
+                None,
+                (pulls * (g * (1 / len(query)) * call.factor)).view(query.shape),
+                None,
+                None,
+                None,
+                None,
+            )  # no op, and none of its tensors
         else:
             dquery, dkeys, dscale, _, dpositive = info_nce._gradients(call, want, versions, g, *kept, query, scale, positive, *bank)
         return None, dquery, dkeys, dpositive, None if dscale is None else through_inverse(dscale, temperature), None

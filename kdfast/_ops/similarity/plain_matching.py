@@ -35,12 +35,20 @@ def paired_loss(
     reduction: str,
 ) -> Tensor:
     """`paired_rows` of x and y [N, D] that are plain, reduced. `number`: the temperature's."""
-    scale = 1.0 / number if number is temperature else temperature.reciprocal()
-    return matching.fused_losses(_call(x, labels, reduction, weight, smoothing, True, include), x, y, scale, None)
+    scale = None if number is temperature else temperature.reciprocal()
+    call = _call(x, labels, reduction, weight, smoothing, True, include, 1.0 / number)
+    return matching.MatchingLoss.run(call, x.contiguous(), y.contiguous(), scale, None)
 
 
 def _call(
-    x: Tensor, labels: Tensor | None, reduction: str, weight: Tensor | None, smoothing: float, rows_alone: bool, include: bool = True
+    x: Tensor,
+    labels: Tensor | None,
+    reduction: str,
+    weight: Tensor | None,
+    smoothing: float,
+    rows_alone: bool,
+    include: bool = True,
+    factor: float = 1.0,
 ) -> matching.Call:
     grad, products = torch.is_grad_enabled(), cpu.product_number(None, x)
-    return matching.Call(labels, reduction, grad, None, None, cpu.KERNELS, products, rows_alone, smoothing, weight, include)
+    return matching.Call(labels, reduction, grad, None, None, cpu.KERNELS, products, rows_alone, smoothing, weight, include, factor)
