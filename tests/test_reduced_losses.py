@@ -158,6 +158,25 @@ def test_the_first_rows_of_a_bank(taken, labelled):
     torch.testing.assert_close(losses[0], alone)
 
 
+@pytest.mark.parametrize("impl", [None, "cpu"])
+@pytest.mark.parametrize("form", ["in batch", "in batch, attracting", "with a bank"])
+def test_classes_and_weights_lie_in_memory_as_they_like(form, impl):
+    inputs = problem()
+    bank = inputs["bank"] if form == "with a bank" else None
+    more = {"same_class": "positive"} if form == "in batch, attracting" else {}
+    call = partial(info_nce, inputs["query"], inputs["positive"], bank, temperature=0.3, impl=impl, **more)
+    leaves = [inputs["query"], inputs["positive"]]
+    for lie in (lambda x: torch.stack([x, x], 1)[:, 0], lambda x: x[:1].expand(x.shape)):
+        given = {"query_labels": lie(LABELS), "weight": lie(weights("weights") + 1)}
+        given |= {} if bank is None else {"bank_labels": lie(KEY_LABELS)}
+        results = []
+        for kept in (given, {name: x.contiguous() for name, x in given.items()}):
+            loss = call(**kept)
+            first = torch.autograd.grad(loss, leaves, create_graph=True)
+            results.append((loss, *first, *torch.autograd.grad(sum(x.square().sum() for x in first), leaves)))
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("form", ["positive", "in batch", "clip", "classes attract"])
 def test_weights_may_change_before_the_backward_and_not_before_a_second_one(form):
     call, _ = FORMS[form]
@@ -169,6 +188,15 @@ def test_weights_may_change_before_the_backward_and_not_before_a_second_one(form
     assert torch.equal(torch.autograd.grad(changed, inputs["query"])[0], expected)
     with pytest.raises(RuntimeError, match="double backward"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("rows", [9, 200])  # gradients that come with the losses, and those that read the labels again
+def test_classes_within_a_batch_are_not_to_change_before_the_backward(rows):
+    query, positive, labels = torch.randn(rows, 32, requires_grad=True), torch.randn(rows, 32), torch.arange(rows) % 4
+    loss = info_nce(query, positive, query_labels=labels)
+    labels.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("weight", [torch.ones(ROWS - 1), torch.ones(ROWS, dtype=torch.complex64), 1.0], ids=["short", "complex", "float"])

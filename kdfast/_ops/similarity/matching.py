@@ -150,7 +150,9 @@ def fused_losses(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor,
     """By the call's kernels, outside transforms; scale and shift are floats or 0-d."""
     # made contiguous here, not within: what a Function saves must be what it was given, or the second derivative misses it
     x, y = x.contiguous(), None if y is None else y.contiguous()
-    call = call if call.weight is None or call.weight.is_contiguous() else call._replace(weight=call.weight.contiguous())
+    if not all([t is None or t.is_contiguous() for t in (call.labels, call.weight)]):
+        labels, weight = (None if t is None else t.contiguous() for t in (call.labels, call.weight))
+        call = call._replace(labels=labels, weight=weight)
     device = x.device
     if call.kernels is cpu.KERNELS and not isinstance(scale, Tensor):
         call, scale = call._replace(factor=float(scale)), None
@@ -208,7 +210,7 @@ class MatchingLoss(PlainFunction):
         options = call.labels, call.reduced, *keep, call.products, *call.of_losses
         losses, *found = call.kernels.ops.matching_loss(x, y, scale, shift, *options)
         ctx.call, ctx.versions = call, _versions((call.labels, call.weight))
-        ctx.save_for_backward(*found, x, y, scale, shift)
+        ctx.save_for_backward(*found, x, y, scale, shift, call.labels)  # labels so that what is changed in place is noticed
         ctx.set_materialize_grads(False)
         return losses
 
@@ -217,9 +219,10 @@ class MatchingLoss(PlainFunction):
         if g is None:
             return (None,) * 5
         call, want = ctx.call, ctx.needs_input_grad[1:]
+        *saved, _ = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return None, *MatchingGradients.apply(call, want, ctx.versions, g, *ctx.saved_tensors)
-        return None, *_gradients(call, want, g, *ctx.saved_tensors)
+            return None, *MatchingGradients.apply(call, want, ctx.versions, g, *saved)
+        return None, *_gradients(call, want, g, *saved)
 
 
 class MatchingGradients(Function):

@@ -142,14 +142,8 @@ class InfoNceLoss(PlainFunction):
             scale = None if temperature is None else temperature.reciprocal().expand(len(query)).contiguous()
             dquery, dkeys, dscale, _, dpositive = info_nce.Gradients.apply(call, want, versions, g, *kept, query, scale, positive, *bank)
         elif call.reduced and scale is None and want == _QUERY_ALONE and query.dtype == torch.float32:
-            return (
-                None,
-                (pulls * (g * (1 / len(query)) * call.factor)).view(query.shape),
-                None,
-                None,
-                None,
-                None,
-            )  # no op, and none of its tensors
+            dquery = (pulls * (g * (1 / len(query)) * call.factor)).view(query.shape)  # no op, and none of its tensors
+            return None, dquery, None, None, None, None
         else:
             dquery, dkeys, dscale, _, dpositive = info_nce._gradients(call, want, versions, g, *kept, query, scale, positive, *bank)
         return None, dquery, dkeys, dpositive, None if dscale is None else through_inverse(dscale, temperature), None

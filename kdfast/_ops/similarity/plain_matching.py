@@ -36,6 +36,7 @@ def paired_loss(
 ) -> Tensor:
     """`paired_rows` of x and y [N, D] that are plain, reduced. `number`: the temperature's."""
     scale = None if number is temperature else temperature.reciprocal()
+    labels = None if labels is None else labels.contiguous()
     call = _call(x, labels, reduction, weight, smoothing, True, include, 1.0 / number)
     return matching.MatchingLoss.run(call, x.contiguous(), y.contiguous(), scale, None)
 
