@@ -184,8 +184,9 @@ void kept_matching(const MatchingCall& call, const Losses& of_rows, float* losse
   of_scalars[0] = of_scale(call, dscale.data());
 }
 
-// Losses or their mean or sum, and what matching_loss_grad needs: statistics, and the rows' factors where they have any. For the mean of few_pairs, where gradients are asked for, these for an
-// upstream of 1 instead: [2] those of scale and shift, then x's and y's where they are asked for; else [0].
+// Losses or their mean or sum, and what matching_loss_grad needs: statistics, and the rows' factors where they have any. For the mean or sum of
+// few_pairs, where gradients are asked for, these for an upstream of 1 instead: [2] those of scale and shift, then x's and y's where they are
+// asked for; else [0].
 std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const OptionalTensor& y, const OptionalTensor& scale,
                                                          const OptionalTensor& shift, const OptionalTensor& labels, bool mean, bool keep_x, bool keep_y,
                                                          int64_t precision, bool rows_alone, double smoothing, double factor, bool include,
@@ -244,7 +245,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss_grad(const Tensor& g, c
   const Tensor x_sums = zeros(x, want_x, {rows, m.width}), y_sums = zeros(x, want_y, {rows, m.width});
   std::vector<float> weights(call.sigmoid() ? rows : 0, 0.0f), scores(want_scale ? rows : 0, 0.0f), dscale(scores);
   float* const to_scores = want_scale ? scores.data() : nullptr;
-  const PairSums sums{data_of(want_x, x_sums), data_of(want_y, y_sums), call.sigmoid() ? weights.data() : nullptr, to_scores, want_scale ? level_of(call, of_rows) : 0};
+  const float level = want_scale ? level_of(call, of_rows) : 0;
+  const PairSums sums{data_of(want_x, x_sums), data_of(want_y, y_sums), call.sigmoid() ? weights.data() : nullptr, to_scores, level};
   call.sigmoid() ? sigmoid_sums(call.p, back.row_g, sums) : symmetric_sums(call.p, back.upstream(), sums);
 
   const auto made = [&](bool want, const Tensor& of) {

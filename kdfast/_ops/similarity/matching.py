@@ -38,7 +38,7 @@ impls.register(
 class Call(NamedTuple):
     """What a call is beside its differentiable tensors x, y, scale and shift."""
 
-    labels: Tensor | None  # int64 [2N] of two views: pairs of equal labels are left out; None: those of a sample
+    labels: Tensor | None  # int64 [N] of rows alone, [2N] of two views: pairs of equal labels are left out; None: those of a sample
     reduction: str  # of the losses
     grad: bool  # whether gradients may be asked for
     precision: str | None
