@@ -128,10 +128,12 @@ inline void weigh_costs(const CostRows<Real, T>& rows, const Real* u, const Real
   for (int r = 0; r < kRows; ++r) sums[r] = sum[r][0] + sum[r][1];
 }
 
-// The same of exponentials that are stored, and any v in place of b. Two vectors' work in L1 is all there is to a step, so nothing else may be:
-// sums set to 0 as one array would live in memory, and where integers wrap around (-fwrapv) `j + step <= m` bounds no loop.
-template <int kRows, bool kAdd, class Real>
-inline __attribute__((always_inline)) void weigh_stored(const Real* e, const Real* v, int64_t m, const WeightedRows<Real>& old, VecOf<Real>* sums) {
+// The same of exponentials that are stored, and any v in place of b; as many entries from `next` on are fetched into L2. Two vectors' work
+// in L1 is all there is to a step, so nothing else may be: sums set to 0 as one array would live in memory, and where integers wrap around
+// (-fwrapv) `j + step <= m` bounds no loop.
+template <int kRows, bool kAdd, bool kFetch = false, class Real>
+inline __attribute__((always_inline)) void weigh_stored(const Real* e, const Real* v, int64_t m, const WeightedRows<Real>& old, VecOf<Real>* sums,
+                                                        const Real* next = nullptr) {
   VecOf<Real> sum[kRows][2], weight[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
@@ -144,6 +146,7 @@ inline __attribute__((always_inline)) void weigh_stored(const Real* e, const Rea
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       if constexpr (kAdd) column = multiply_add(load(old.e + kRows * j + r * kWidth<Real>), weight[r], column);
+      if constexpr (kFetch) __builtin_prefetch(next + kRows * j + r * kWidth<Real>, 0, 2);
       sum[r][lane] = multiply_add(load(e + kRows * j + r * kWidth<Real>), scale, sum[r][lane]);
     }
     if constexpr (kAdd) store(old.columns + j, column);

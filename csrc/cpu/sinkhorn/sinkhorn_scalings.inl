@@ -9,6 +9,7 @@ namespace {
 
 // e^20: farther from 1 than this, what underflowed when K was stored may count (sinkhorn.inl, kDrift).
 constexpr double kDrifted = 4.85165195e8;
+constexpr int64_t kNearBytes = 1 << 20;  // more of K do not stay in L2: rows to come are fetched into it
 constexpr int kNarrow = 8;  // vectors of columns whose sums stay in registers
 
 // Rows begin ... end of K [rows, width], taken together as weigh_costs stored them, and what a pass over them is given and forms.
@@ -71,6 +72,7 @@ void scale_wide(const ScaledRows<Real>& k, int64_t step) {
   VecOf<Real> lanes[kGroup] = {};
   Real weights[2][kGroup] = {}, sums[kGroup];
   const int64_t groups = (k.end - k.begin + step - 1) / step;
+  const bool far = (k.end - k.begin) * k.width * int64_t(sizeof(Real)) > kNearBytes;
   const Real* before = nullptr;
   int64_t waiting = 0;  // rows of `before`
   for (int64_t q = 0; q < groups; ++q) {
@@ -83,8 +85,14 @@ void scale_wide(const ScaledRows<Real>& k, int64_t step) {
       for (int64_t r = 0; r < kGroup; ++r) other[r] = 0;
       old.e = e;
     }
+    const Real* const next = k.backward ? e - step * k.width : e + rows * k.width;  // past the ends too: a fetch cannot fault
     each_rows(rows, [&](int64_t r, auto together) {
-      weigh_stored<decltype(together)::value, true>(e + r * k.width, k.v, k.m, old.from(r), lanes + r);
+      constexpr int kRows = decltype(together)::value;
+      if (far) {
+        weigh_stored<kRows, true, true>(e + r * k.width, k.v, k.m, old.from(r), lanes + r, next + r * k.width);
+      } else {
+        weigh_stored<kRows, true>(e + r * k.width, k.v, k.m, old.from(r), lanes + r);
+      }
     });
     sum_lanes_of(lanes, rows, sums);
     for (int64_t r = 0; r < rows; ++r) k.s[i + r] = sums[r], weight[r] = k.a[i + r] / sums[r];
