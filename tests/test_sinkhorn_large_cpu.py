@@ -101,7 +101,8 @@ def test_large_codes(isa, dtype, n, k, iters):
         torch.testing.assert_close(codes, truth, rtol=1e-12, atol=0)
     else:
         naive = layers.published_assign(scores.float(), iters).double()
-        assert (codes.double() - truth).abs().max() <= 2 * (naive - truth).abs().max() + 4 * torch.finfo(torch.float32).eps * truth.max()
+        ulps = 12 if isa == "base" else 4  # exponents, up to 30, are rounded twice there, once in the formula
+        assert (codes.double() - truth).abs().max() <= 2 * (naive - truth).abs().max() + ulps * torch.finfo(torch.float32).eps * truth.max()
     assert torch.equal(codes, again)
 
 
