@@ -142,12 +142,12 @@ float of_scale(const MatchingCall& call, const float* terms) { return float((cal
 struct Losses {
   const Reduction& reduction;
   bool include;  // whether a match is in its denominator
-  mutable std::vector<float> factors;
+  std::vector<float> factors;
 
   const float* data() const { return factors.empty() ? nullptr : factors.data(); }
 
   // From both sides' statistics; of rows alone there is one.
-  void find(const MatchingCall& call, float* row, float* column, float* losses) const {
+  void find(const MatchingCall& call, float* row, float* column, float* losses) {
     const int64_t rows = call.m.rows;
     kdfast::cpu_kernels().matching_losses(
         call.m, {include, call.sides(), {row, column}, {row + rows, column + rows}, losses, {row + 2 * rows, column + 2 * rows}});
@@ -160,7 +160,7 @@ struct Losses {
 
 // The losses of few_pairs, and from the same scores the gradients for an upstream of 1 of their mean, each times its factor: dx and dy, where there is
 // memory for them, and [2] those of scale and shift, where wanted.
-void kept_matching(const MatchingCall& call, const Losses& of_rows, float* losses, float* dx, float* dy, bool want_scalars, float* of_scalars) {
+void kept_matching(const MatchingCall& call, Losses& of_rows, float* losses, float* dx, float* dy, bool want_scalars, float* of_scalars) {
   const int64_t rows = call.m.rows, sides = call.sides();
   std::vector<float> statistics(std::max<int64_t>(1, sides) * kStatistics * rows, 0.0f), dscale(rows, 0.0f), of_pairs(2 * rows, 0.0f);
   float *const row = statistics.data(), *const weights = of_pairs.data() + rows;
