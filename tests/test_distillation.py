@@ -116,6 +116,50 @@ def test_losses_have_the_digits_of_a_sum_over_the_columns(how, impl, divergence,
         assert (losses == 0).all()
 
 
+@pytest.mark.parametrize("impl", [None, "cpu", "torch"])
+@pytest.mark.parametrize("keys", [70, 600], ids=["few pairs", "more"])
+@pytest.mark.parametrize("nothing", [False, True], ids=["all rows count", "some admit nothing"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weights_and_reductions_of_the_rows_that_count(reduction, weighted, nothing, keys, impl):
+    unit = lambda *shape: F.normalize(torch.randn(*shape), dim=-1)
+    student, bank, teacher, teacher_bank = unit(N, DS), unit(keys, DS), unit(N, DT), unit(keys, DT)
+    own, weight = torch.randint(-1, keys, (N,)), torch.rand(N) if weighted else None
+    bias = torch.randn(keys)
+    if nothing:
+        own, bias = torch.arange(N) % 3, torch.full((keys,), -torch.inf)  # a third of the rows have their own, the one there is
+        bias[0] = 0
+    upstream = torch.linspace(-1, 2, N) if reduction == "none" else torch.tensor(1.5)
+
+    def ours(student, bank):
+        given = dict(student_temperature=0.2, teacher_temperature=0.1, own_index=own, weight=weight, reduction=reduction, impl=impl)
+        return similarity_distillation(student, teacher, BiasedBank(bank, bias), teacher_bank, **given)
+
+    def definition(student, bank):
+        out = (torch.arange(keys) == own[:, None]) | (bias == -torch.inf)
+        sides = (student, bank, 0.2), (teacher.to(student.dtype), teacher_bank.to(student.dtype), 0.1)
+        z, t = ((q @ k.T / tau + bias).masked_fill(out, -1e9).log_softmax(1) for q, k, tau in sides)
+        counted = (~out).any(1)
+        losses = torch.where(counted, -(t.exp() * z).sum(1), 0) * (1 if weight is None else weight)
+        total = counted.sum() if weight is None else (weight * counted).sum()
+        return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / total}[reduction]
+
+    def derivatives(loss, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (student, bank)]
+        value = loss(*leaves)
+        first = torch.autograd.grad(value, leaves, upstream.to(value.dtype), create_graph=True)
+        once = torch.autograd.grad(loss(*leaves), leaves, upstream.to(value.dtype))
+        second = torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
+        return value.detach(), *(x.detach() for x in first), *once, *second
+
+    found = (derivatives(loss, dtype) for loss, dtype in ((ours, torch.float32), (definition, torch.float32), (definition, torch.float64)))
+    for mine, its, wanted in zip(*found, strict=True):
+        if nothing:  # the others have one candidate, and lose nothing
+            assert mine.abs().max() < 1e-5
+        else:
+            assert_as_good_as(mine, its, wanted)
+
+
 @pytest.mark.parametrize("wanted", ["student", "student_bank", "student_positive", "student_temperature"])
 def test_one_gradient_at_a_time(wanted):
     d = {k: v.detach().requires_grad_(k == wanted) for k, v in data().items()}

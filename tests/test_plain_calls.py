@@ -211,6 +211,45 @@ def test_distillation_of_rows_and_their_sum(taken, reduction, own, bank_grad, dt
 
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("bank_grad", [False, True], ids=["bank", "bank-grad"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_distillation_with_what_rows_may_have_of_their_own(taken, reduction, bank_grad, dtype):
+    """Weights, own rows and temperatures, alone and together; the bits, and the second derivatives, of the general way."""
+    student, keys = matrices((9, 6), (17, 6), dtype=dtype)
+    teacher, teacher_keys = ((x.detach() * 0.7 + 0.1).to(dtype) for x in (student, keys))
+    keys.requires_grad_(bank_grad)
+    mine, theirs = (0.1 + torch.rand(9)).requires_grad_(), 0.1 + torch.rand(9)
+    forms = dict(weight=torch.rand(9)), dict(own_index=torch.arange(9) - 1), dict(student_temperature=mine, teacher_temperature=theirs)
+    upstream = torch.linspace(-1, 2, 9) if reduction == "none" else torch.tensor(1.5)
+    for more in (*forms, forms[0] | forms[1] | forms[2]):
+        inputs = [student, *([keys] if bank_grad else []), *([mine] if "student_temperature" in more else [])]
+        given = dict(student_temperature=0.2, teacher_temperature=0.1, reduction=reduction) | more
+        call = partial(similarity_distillation, student, teacher, keys, teacher_keys, **given)
+        losses = [call(impl=impl) for impl in (None, "cpu")]
+        assert torch.equal(*losses)
+        for x, y in zip(*(torch.autograd.grad(loss, inputs, upstream) for loss in losses), strict=True):
+            assert torch.equal(x, y)
+        both = [torch.autograd.grad(call(impl=impl), inputs, upstream, create_graph=True) for impl in (None, "cpu")]
+        torch.testing.assert_close(*[torch.autograd.grad(sum(x.square().sum() for x in grads), inputs) for grads in both])
+    assert taken == [True] * 8
+
+
+def test_distillation_from_a_bank_that_is_not_full(taken):
+    student, teacher, rows = matrices((9, 6), (9, 6), (20, 6))
+    bank = QueueBank(40, 6)
+    bank.push(rows.detach())
+    given = dict(student_temperature=0.2, teacher_temperature=0.1, own_index=torch.arange(9))
+    call = partial(similarity_distillation, student, teacher.detach(), **given)
+    same_bits(call(bank), call(bank, impl="cpu"), [student])
+    same_bits(call(bank.keys, bank_valid=20), call(bank, impl="cpu"), [student])
+    assert taken == [True, True]
+    with pytest.raises(ValueError, match="bank_valid"):
+        similarity_distillation(student, teacher.detach(), bank.keys, bank_valid=41, **given)
+    with pytest.raises(IndexError, match="own_index"):
+        similarity_distillation(student, teacher.detach(), bank.keys, **(given | dict(own_index=torch.full((9,), 40))))
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
 def test_wasserstein_dependency(taken, dtype):
     query, positive, keys = matrices((9, 6), (9, 6), (17, 6), dtype=dtype)
     bank = QueueBank(17, 6)

@@ -57,11 +57,11 @@ def similarity_distillation(
 
     Raises: ValueError, TypeError naming the argument. Source: Fang et al. 2021 (SEED), eq. 5; Koohpayegani et al. 2020 (CompRess).
     """
-    whole_bank = student_positive is teacher_positive is bank_valid is own_index is None and type(own) is bool
-    usual = weight is precision is impl is None and normalize is False
-    if whole_bank and usual and reduction in REDUCTIONS and divergence in ("ce", "kl"):
+    usual = student_positive is teacher_positive is precision is impl is None and type(own) is bool and normalize is False
+    if usual and divergence in ("ce", "kl"):
         sides, temperatures = (student, student_bank, teacher, teacher_bank), (student_temperature, teacher_temperature)
-        if (loss := plain_distillation.distillation_losses(*sides, *temperatures, divergence == "kl", own, reduction)) is not None:
+        options = divergence == "kl", own, bank_valid, own_index, weight, reduction
+        if (loss := plain_distillation.distillation_losses(*sides, *temperatures, *options)) is not None:
             return loss
     checks.rows("student", student, ndim=2)
     checks.rows("teacher", teacher, ndim=2)
@@ -89,8 +89,6 @@ def similarity_distillation(
         keys, teacher_keys = normalized(keys), None if shared else normalized(teacher_keys)
 
     own_column = own_columns(own_index, student, keys.shape[0])
-    excluded = any(x is not None for x in (valid, given.bias, own_column))
-    mean = reduction == "mean" and weight is None and not excluded and rows > 0
     sharp = any((type(t) is float or isinstance(t, Real)) and t < 1e-3 for t in (student_temperature, teacher_temperature))
     with torch.autocast(student.device.type, enabled=False) if sharp else contextlib.nullcontext():
         precision = "ieee" if sharp and precision is None else precision
@@ -100,7 +98,7 @@ def similarity_distillation(
         start = None
         if student_positive is not None:
             start = per_row(s) * dot(student, student_positive), per_row(t) * dot(teacher, teacher_positive)
-        losses, lse = distillation_rows(
+        return distillation_rows(
             student,
             keys,
             teacher,
@@ -112,13 +110,11 @@ def similarity_distillation(
             key_index=None if own_column is None else own_column[:, None],
             valid=valid,
             kl=divergence == "kl",
-            mean=mean,
+            weight=weight,
+            reduction=reduction,
             precision=precision,
             impl=impl,
         )
-    if mean:
-        return losses
-    return reduce_rows(losses, counted=lse != -torch.inf if excluded else None, weight=weight, reduction=reduction)
 
 
 def wasserstein_dependency(

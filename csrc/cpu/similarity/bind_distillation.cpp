@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "similarity/bind_pairs.h"
+#include "similarity/bind_reduction.h"
 
 namespace {
 
@@ -96,25 +97,57 @@ void run(const DistillationParams& p) {
   });
 }
 
-// few_distilled_pairs, whose valid columns are `columns`.
-void run_kept(DistillationParams p, int64_t columns, int64_t precision) {
+// few_distilled_pairs, whose valid columns are `columns`; between() sets the factors.
+template <class Between>
+void run_kept(DistillationParams p, int64_t columns, int64_t precision, Between between) {
   for (SimilarityParams* side : {&p.student, &p.teacher}) {
     side->columns = columns;
     side->precision = precision_for_rows(precision_of(precision), std::min(side->rows, columns), kPairRowsOnVectors);
   }
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const Workspace<float> workspace = product_workspace(kernels.kept_distillation_workspace(p));
-  kernels.kept_distillation(p, workspace.data());
+  auto step = [&] {
+    leave_vectors();
+    between();
+  };
+  kernels.kept_distillation(p, {[](void* f) { (*static_cast<decltype(step)*>(f))(); }, &step}, workspace.data());
   leave_vectors();
 }
 
+// What losses are reduced with (bind_reduction.h), over the rows that admit something.
+struct ReducedRows {
+  const Reduction reduction;
+  const DistillationParams& p;
+  float* const factors;  // [rows], those of log_sums; null: all are 1
+
+  bool counts(int64_t i) const { return p.log_sums[i] != -std::numeric_limits<float>::infinity(); }
+
+  // The losses' factors, and theirs on the losses and on what the start's logits pull.
+  void take() const {
+    if (factors == nullptr) return;
+    const int64_t rows = p.student.rows;
+    const std::vector<float> found = reduction.factors(rows, [&](int64_t i) { return counts(i); });
+    for (int64_t i = 0; i < rows; ++i) {
+      factors[i] = found.empty() ? 1 : found[i];
+      p.loss[i] = counts(i) ? factors[i] * p.loss[i] : 0;
+      p.log_sums[4 * rows + i] *= factors[i];
+    }
+  }
+
+  void take_differences() const {
+    for (int64_t i = 0, width = p.student.width; factors != nullptr && i < p.student.rows; ++i)
+      for (int64_t d = 0; d < width; ++d) p.difference[i * width + d] *= factors[i];
+  }
+};
+
 // Losses or their mean, difference, log_sums, and the keys' gradient for an upstream of 1 of every loss: where it is asked for, with the mean,
-// and the pairs are few; else [0], and similarity_distillation_grad_keys forms it.
+// and the pairs are few; else [0], and similarity_distillation_grad_keys forms it. Where losses are weighted or may not count, log_sums has
+// their factors too, a row more, and all gradients are of what is returned.
 std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distillation(
     const Tensor& student, const Tensor& keys, const Tensor& teacher, const Tensor& teacher_keys, const OptionalTensor& scale,
     const OptionalTensor& teacher_scale, const OptionalTensor& bias, const OptionalTensor& start_logit, const OptionalTensor& teacher_start_logit,
     const OptionalTensor& key_index, const OptionalTensor& valid, int64_t precision, bool kl, bool mean, bool keep_keys,
-    double factor, double teacher_factor) {
+    double factor, double teacher_factor, const OptionalTensor& row_weights, bool sum) {
   const Tensor s = scale_of(scale, factor, student), t = scale_of(teacher_scale, teacher_factor, teacher);
   DistillationParams p = parameters(student, keys, teacher, teacher_keys, s, t, bias, key_index, valid, precision);
   STD_TORCH_CHECK(start_logit.has_value() == teacher_start_logit.has_value(), "start_logit and teacher_start_logit come together");
@@ -123,7 +156,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distillation(
   p.teacher.start_logit = row_data<float>("teacher_start_logit", teacher_start_logit, {rows});
 
   const auto made = [&](const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); };
-  const Tensor loss = output(student, {rows}), difference = output(student, {rows, p.student.width}), log_sums = output(student, {5, rows});
+  const bool factored = row_weights.has_value() || sum || bias.has_value() || key_index.has_value() || valid.has_value();
+  const Tensor loss = output(student, {rows}), difference = output(student, {rows, p.student.width});
+  const Tensor log_sums = output(student, {factored ? 6 : 5, rows});
   p.kl = kl, p.loss = made(loss), p.difference = made(difference), p.log_sums = made(log_sums);
   const int64_t count = p.student.columns, columns = valid_columns(p.student, 0), width = p.student.width;
   // where the losses have upstream gradients of their own, so do the keys' sums: similarity_distillation_grad_keys has the passes' scores
@@ -133,10 +168,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distillation(
     p.dkeys = made(dkeys);
     std::fill(p.dkeys + columns * width, p.dkeys + count * width, 0.0f);
   }
+  const Reduction reduction{mean, sum, row_data<float>("row_weights", row_weights, {rows})};
+  const ReducedRows reduced{reduction, p, factored ? p.log_sums + 5 * rows : nullptr};
   if (few && columns > 0) {
-    run_kept(p, columns, precision);
+    p.factors = reduced.factors;
+    run_kept(p, columns, precision, [&] { reduced.take(); });
   } else if (rows > 0) {
     run(p);
+    reduced.take();
+    reduced.take_differences();
   }
   if (!mean) return {loss, difference, log_sums, dkeys};
   const Tensor value = output(student, {});
@@ -153,9 +193,16 @@ Tensor similarity_distillation_grad_keys(const Tensor& g, const Tensor& log_sums
   const Tensor s = scale_of(scale, factor, student), t = scale_of(teacher_scale, teacher_factor, teacher);
   const DistillationParams p = parameters(student, keys, teacher, teacher_keys, s, t, bias, key_index, valid, precision);
   const int64_t rows = p.student.rows, count = p.student.columns, width = p.student.width, columns = valid_columns(p.student, 0);
-  const Tensor of_rows = g.dim() == 0 ? filled(g, {rows}, *packed<float>("g", g, {}) / float(rows)) : g;
+  const bool factored = log_sums.size(0) > 5;
+  const float* const levels = row_data<float>("log_sums", log_sums, {factored ? 6 : 5, rows});
+  Tensor of_rows = g;
+  if (g.dim() == 0 || factored) {
+    const float* const given = g.dim() == 0 ? packed<float>("g", g, {}) : row_data<float>("g", g, {rows});
+    of_rows = output(g, {rows});
+    for (int64_t i = 0; i < rows; ++i)
+      floats_of(of_rows)[i] = (g.dim() == 0 ? *given / float(rows) : given[i]) * (factored ? levels[5 * rows + i] : 1);
+  }
   const float* const upstream = row_data<float>("g", of_rows, {rows});
-  const float* const levels = row_data<float>("log_sums", log_sums, {5, rows});
   const Tensor dkeys = output(keys, {count, width});
   float* const out = static_cast<float*>(dkeys.mutable_data_ptr());
   std::fill(out + columns * width, out + count * width, 0.0f);

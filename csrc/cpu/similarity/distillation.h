@@ -16,6 +16,7 @@ struct DistillationParams {
   float* difference;  // [rows, width]: sum_j (p^S_ij - p^T_ij) k^S_j
   float* log_sums;    // [5, rows]: lse of the student, the digits it has no room for, the same of the teacher; p^S - p^T of the start
   float* dkeys;       // [columns, width]: for kept_distillation alone; null: not wanted
+  const float* factors;  // [rows], of the losses' gradients: for kept_distillation alone; null: 1
 };
 
 // Pairs whose scores are kept from the mean of the losses to the gradients: few_pairs on both sides. Fewer rows or keys yet are multiplied
@@ -62,7 +63,8 @@ struct DistillationKernels {
   int64_t (*distillation_grad_workspace)(const DistillationParams&, int64_t keys);  // floats, for tasks up to this size
   void (*distillation_grad)(const DistillationParams&, const DistillationGradTask&, float* workspace);
   int64_t (*kept_distillation_workspace)(const DistillationParams&);
-  void (*kept_distillation)(const DistillationParams&, float* workspace);  // of few_distilled_pairs: all of the call
+  // Of few_distilled_pairs, all of the call. `between` is called with the losses known, before their factors are read.
+  void (*kept_distillation)(const DistillationParams&, const Step& between, float* workspace);
 };
 
 }  // namespace kdfast

@@ -15,6 +15,7 @@ namespace {
 struct DistilledPairs {
   static constexpr bool kKnowsIdle = false;
   const DistillationParams& p;
+  const kdfast::Step& between;
   Rows teacher;
   Panels teacher_keys;  // where there are two banks
   Tile teacher_scores;  // from then on weights
@@ -52,10 +53,12 @@ struct DistilledPairs {
                  return weigh_row<Float32Product>(scores, nullptr, block.padded, level);
                });
     p.kl ? weigh_teacher<true>(block, w.tile) : weigh_teacher<false>(block, w.tile);
+    for (int64_t i = 0; i < count; ++i) finish_loss(p, i, softmaxes.row(i));
+    between.take(between.context);
     for (int64_t i = 0; i < count; ++i) {
       const DistilledRow row = softmaxes.row(i);
-      share[i] = float(row.share()), teacher_share[i] = float(row.teacher_share());
-      finish_loss(p, i, row);
+      const double factor = p.factors == nullptr ? 1 : double(p.factors[i]);
+      share[i] = float(factor * row.share()), teacher_share[i] = float(factor * row.teacher_share());
     }
   }
 
@@ -129,13 +132,13 @@ inline PairParams student_pairs(const DistillationParams& p) {
 int64_t kept_distillation_workspace(const DistillationParams& p) {
   return scratch_words(p.student.precision, [&](auto product) {
     Arena arena{nullptr};
-    DistilledPairs weights{p};
+    DistilledPairs weights{p, kdfast::Step{}};
     KeptDistillation(product, student_pairs(p), {p.difference, p.dkeys, nullptr}, weights, arena);
     return arena.words;
   });
 }
 
-void kept_distillation(const DistillationParams& p, float* workspace) {
+void kept_distillation(const DistillationParams& p, const kdfast::Step& between, float* workspace) {
   const SimilarityParams& t = p.teacher;
   PairParams pairs = student_pairs(p);
   const PairTask all{0, 0, pairs.rows, 0, pairs.columns};
@@ -144,7 +147,7 @@ void kept_distillation(const DistillationParams& p, float* workspace) {
     pairs.precision = Precision::kFloat32Vectors;  // which holds the teacher's operands too
   with_holding_product(pairs, all, [&](auto product) {
     Arena arena{workspace};
-    DistilledPairs weights{p};
+    DistilledPairs weights{p, between};
     KeptDistillation w(product, pairs, out, weights, arena);
     take_gradients(product, pairs, all, out, w, weights);
   });

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..._core import extension, impls
+from ..._core import dtypes, extension, impls
 from ..._core.recording import recorded
+from ..._core.reduction import reduce_rows, row_weights
 from . import cpu, distillation_values, triton_distillation
 from .apply import streaming_softmax
 from .arguments import Compute, how_to_compute, key_bias, prefix_length, problem, row_parameter
@@ -54,18 +55,23 @@ class Fixed(NamedTuple):
     bias: Tensor | None  # [M], of both sides
     key_index: Tensor | None  # [N, E], -1 none
     valid: Tensor | None  # []
+    weight: Tensor | None  # [N], of the losses
 
 
 class Call(NamedTuple):
     """What a call is told beside its tensors."""
 
     kl: bool
-    mean: bool  # the mean of the losses instead of them
+    reduction: str  # as reduce_rows has it, over the rows that admit something
     precision: str | None
     impl: str | None
     products: int  # the kernel's number for how both sides' products are formed
     factor: float = 1.0  # the scale of every row, where there is no tensor of them
     teacher_factor: float = 1.0
+
+    @property
+    def reduced(self) -> bool:
+        return self.reduction != "none"
 
 
 def distillation_rows(
@@ -81,11 +87,12 @@ def distillation_rows(
     key_index: Tensor | None = None,
     valid: int | Tensor | None = None,
     kl: bool = False,
-    mean: bool = False,
+    weight: Tensor | None = None,
+    reduction: str = "none",
     precision: str | None = None,
     impl: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """(losses [N]; the student's lse [N] without gradient) or, with `mean`, (their mean, None). A row that admits nothing has lse -inf.
+) -> Tensor:
+    """The losses [N], weighted and reduced over the rows that admit something.
 
     student [N, Ds], keys [M, Ds], teacher [N, Dt], teacher_keys [M, Dt] or None for `keys`; the sides may differ in dtype. `start` = logits
     [N] of one more candidate, student's and teacher's. key_index [N, E]: columns left out, -1 none. The teacher's rows and keys get
@@ -104,18 +111,22 @@ def distillation_rows(
         None if bias is None else key_bias(bias, student, keys),
         key_index,
         None if valid is None else prefix_length(valid, student, keys, []),
+        row_weights(weight, student.shape[:1], dtypes.accumulator(torch.promote_types(ours.dtype, theirs.dtype)), student.device),
     )
     products = min(cpu.product_number(ours.products, student), cpu.product_number(theirs.products, teacher))  # the finer
-    call = Call(kl, mean, precision, impl, products)
+    call = Call(kl, reduction, precision, impl, products)
     inputs = (student, keys, row_parameter("scale", scale, student), logit, *fixed)
     transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     if chosen == "cpu" and not transforms and not recorded(fixed.scale, teacher_logit, bias):
-        found = Distillation.apply(call, *inputs)
-        return (found, None) if mean else (found[0], found[1][0])
+        return Distillation.apply(call, *inputs)
     losses, lse = _composed(call, *inputs)
     kernel = chosen == "triton" and not transforms
-    losses = with_values(losses, _values(call, kernel, ours, theirs, *inputs))
-    return (losses.mean(), None) if mean else (losses, lse.detach())
+    return _reduced(call, fixed, with_values(losses, _values(call, kernel, ours, theirs, *inputs)), lse.detach())
+
+
+def _reduced(call: Call, fixed: Fixed, losses: Tensor, lse: Tensor) -> Tensor:
+    excluded = any(x is not None for x in (fixed.bias, fixed.key_index, fixed.valid))
+    return reduce_rows(losses, counted=lse != -torch.inf if excluded else None, weight=fixed.weight, reduction=call.reduction)
 
 
 def _values(call: Call, kernel: bool, ours: Compute, theirs: Compute, *inputs) -> Tensor:
@@ -177,7 +188,8 @@ def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Te
 
 
 class Distillation(Function):
-    """The losses' mean by the fused pass; or losses [N], and [5, N]: lse of student and teacher, each with its low digits, and slopes."""
+    """The losses, reduced, by the fused pass. Of its log_sums [5 or 6, N], lse of student and teacher, each with its low digits, and
+    slopes, the sixth are the losses' factors."""
 
     @staticmethod
     def forward(ctx, call, student, keys, scale, start_logit, *fixed):
@@ -186,8 +198,9 @@ class Distillation(Function):
         starts = tuple(None if x is None else x.contiguous() for x in (start_logit, f.start_logit))
         ctx.call, ctx.want = call, ctx.needs_input_grad[1:5]
         losses, difference, log_sums, kept_keys = torch.ops.kdfast.similarity_distillation(
-            *inputs[:7], *starts, *inputs[7:], call.products, call.kl, call.mean, ctx.want[1], call.factor, call.teacher_factor
-        )
+            *inputs[:7], *starts, *inputs[7:], call.products, call.kl, call.reduced, ctx.want[1], call.factor, call.teacher_factor,
+            f.weight, call.reduction == "sum",
+        )  # fmt: skip
         slope = None if start_logit is None else log_sums[4]
         rows, bank, hold = (student, scale, start_logit, slope, difference, log_sums, kept_keys), (keys, *fixed), not ctx.want[1]
         ctx.versions = None
@@ -196,20 +209,14 @@ class Distillation(Function):
         elif hold:
             ctx.versions = _versions(bank)
         _keep(ctx, rows, bank, hold)
-        ctx.set_materialize_grads(False)
-        if call.mean:
-            return losses
-        ctx.mark_non_differentiable(log_sums)
-        return losses, log_sums
+        return losses
 
     @staticmethod
-    def backward(ctx, g, *_):
-        if g is None:
-            return (None,) * 12
+    def backward(ctx, g):
         rows, bank = _kept(ctx, 7)
         record = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         run = Gradients.apply if record else _gradients
-        return (None, *run(ctx.call, ctx.want, ctx.versions, g.contiguous(), *rows, *bank), *(None,) * 7)
+        return (None, *run(ctx.call, ctx.want, ctx.versions, g.contiguous(), *rows, *bank), *(None,) * len(Fixed._fields))
 
 
 def _gradients(call, want, versions, g, student, scale, start_logit, slope, difference, log_sums, kept_keys, keys, *fixed):
@@ -217,7 +224,7 @@ def _gradients(call, want, versions, g, student, scale, start_logit, slope, diff
     want_student, want_keys, want_scale, want_start = want
     dkeys = dstart = None
     if want_start:
-        dstart = (g / student.shape[0] if call.mean else g) * slope
+        dstart = (g / student.shape[0] if call.reduced else g) * slope
     if want_keys and kept_keys.numel() > 0:
         dkeys = of_kept_keys(g, kept_keys, student, keys)
     elif want_keys:
@@ -254,11 +261,10 @@ class Gradients(Function):
         keys, *fixed = bank
 
         def definition(*inputs):
-            losses, _ = _composed(ctx.call, *inputs, *fixed)
-            return losses.mean() if ctx.call.mean else losses
+            return _reduced(ctx.call, Fixed(*fixed), *_composed(ctx.call, *inputs, *fixed))
 
         dg, dstudent, dkeys, dscale, dstart = SecondOrder.apply(definition, ctx.want, *cotangents, g, student, keys, scale, start_logit)
-        return None, None, None, dg, dstudent, dscale, dstart, *(None,) * 4, dkeys, *(None,) * 7
+        return None, None, None, dg, dstudent, dscale, dstart, *(None,) * 4, dkeys, *(None,) * len(Fixed._fields)
 
 
 def _for_kernel(student, keys, scale, *fixed):
@@ -271,11 +277,12 @@ def _for_kernel(student, keys, scale, *fixed):
 
 def _fake(
     student, keys, teacher, teacher_keys, scale, teacher_scale, bias, start_logit, teacher_start_logit, key_index, valid, products,
-    kl=False, mean=False, keep_keys=False, factor=1.0, teacher_factor=1.0,
+    kl=False, mean=False, keep_keys=False, factor=1.0, teacher_factor=1.0, row_weights=None, sum=False,
 ):  # fmt: skip
     count, width = student.shape
     kept = mean and keep_keys and extension.load("_C")[0].few_distilled_pairs(count, *keys.shape, teacher.shape[1])
-    shapes = () if mean else (count,), (count, width), (5, count), keys.shape if kept else (0,)
+    factored = sum or any(x is not None for x in (row_weights, bias, key_index, valid))
+    shapes = () if mean else (count,), (count, width), (6 if factored else 5, count), keys.shape if kept else (0,)
     return tuple(student.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 

@@ -25,6 +25,17 @@ def rows_of(bank) -> Tensor | None:
     return given.rows if given.valid is given.bias is given.panels is None else None
 
 
+def filled_rows(bank, valid) -> tuple[Tensor | None, int | None]:
+    """`rows_of`, and how many of them exist (None: all): as given or, of a QueueBank on the CPU that is not full, as it says."""
+    if type(bank) in _TYPES or not hasattr(bank, "as_rows"):
+        return bank, valid
+    given = bank_protocol.unpack(bank, valid=valid)
+    count = given.valid
+    if type(count) is Tensor and count.is_cpu and count.dim() == 0 and not transformed():
+        count = count.item()
+    return (given.rows if given.bias is given.panels is None else None), count
+
+
 def number_of(x):
     """A scalar's number; anything else as it is."""
     return x.item() if scalar(x) else x
@@ -61,6 +72,14 @@ def whole_rows(x, count: int) -> bool:
 
 def reducible(reduction, weight: Tensor | None, count: int) -> bool:
     return reduction in REDUCTIONS and (weight is None or (whole_rows(weight, count) and not weight.requires_grad))
+
+
+def indexes_rows(x, count: int, rows: int) -> bool:
+    """Whether it names one of so many rows, or -1, for each of a count."""
+    if not whole_index(x, count):
+        return False
+    first, last = x.aminmax()
+    return first.item() >= -1 and last.item() < rows
 
 
 def _dense_matrix(x: Tensor) -> bool:

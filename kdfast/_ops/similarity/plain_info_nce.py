@@ -9,7 +9,7 @@ from . import cpu, info_nce
 from .apply import PlainFunction
 from .arguments import Compute, Spec
 from .autograd import _versions
-from .plain import PRODUCTS, number_of, plain, reducible, rows_of, usual, whole_index, whole_rows
+from .plain import PRODUCTS, indexes_rows, number_of, plain, reducible, rows_of, usual, whole_index, whole_rows
 from .plain_matching import paired_loss
 from .unit_length import unit_length
 
@@ -62,7 +62,7 @@ def info_nce_loss(
         if valid is not None or not (own is None or own is True):
             return None
         own = None
-    elif not (own is None or _index(own, count, len(keys))):
+    elif not (own is None or indexes_rows(own, count, len(keys))):
         return None
     elif valid is not None:
         if keys is not bank or type(valid) is not int or not 0 < valid <= len(keys) or keys.requires_grad:
@@ -96,14 +96,6 @@ def _call(count: int, dtype: torch.dtype, include: bool, reduction: str, pull: b
     products = PRODUCTS[dtype]
     spec = Spec("cpu", Compute(dtype, products), torch.Size((count,)), (1, count))
     return info_nce.Call(spec, include, reduction, pull, cpu.KERNELS.products[products], factor, smoothing, attract)
-
-
-def _index(own, count: int, rows: int) -> bool:
-    """Whether it names a row of the bank, or -1, for each query."""
-    if not whole_index(own, count):
-        return False
-    first, last = own.aminmax()
-    return first.item() >= -1 and last.item() < rows
 
 
 _QUERY_ALONE = (True, False, False, False, False)
