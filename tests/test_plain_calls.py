@@ -7,7 +7,7 @@ import torch
 
 from kdfast import QueueBank
 from kdfast._core import impls
-from kdfast._ops.similarity import cpu, plain_distillation, plain_info_nce, plain_matching
+from kdfast._ops.similarity import cpu, plain_distillation, plain_info_nce, plain_matching, plain_wasserstein
 from kdfast.functional import clip_loss, info_nce, siglip_loss, similarity_distillation, wasserstein_dependency
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None or impls.DEFAULT is not None, reason="only the compiled kernels have a short way")
@@ -31,7 +31,7 @@ def taken(monkeypatch):
     watch(plain_info_nce, "info_nce_loss")
     watch(plain_distillation, "distillation_losses")
     watch(plain_matching, "matching_loss")
-    watch(plain_distillation, "wasserstein_mean")
+    watch(plain_wasserstein, "wasserstein_losses")
     return seen
 
 
@@ -250,34 +250,64 @@ def test_distillation_from_a_bank_that_is_not_full(taken):
 
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
-def test_wasserstein_dependency(taken, dtype):
-    query, positive, keys = matrices((9, 6), (9, 6), (17, 6), dtype=dtype)
-    bank = QueueBank(17, 6)
-    bank.push(keys.detach().float())
-    given = positive.detach(), bank.keys.to(dtype)
-    wide = query.detach().double().requires_grad_()
-    expected = ((wide @ given[1].double().T).mean(-1) - (wide * given[0]).sum(-1)).mean() / 0.2
-    (slope,) = torch.autograd.grad(expected, wide)
-    losses = [wasserstein_dependency(query, *given, temperature=0.2)]
-    if dtype == torch.float32:
-        losses.append(wasserstein_dependency(query, given[0], bank, temperature=0.2))
-    for loss in losses:
-        assert loss.dtype == torch.float32
-        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
-        upstream = torch.tensor(3.0, requires_grad=True)
-        (first,) = torch.autograd.grad(upstream * loss, query, create_graph=True)
-        assert first.dtype == dtype
-        torch.testing.assert_close(first.double(), 3 * slope, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
-        (second,) = torch.autograd.grad(first.float().sum(), upstream)
-        torch.testing.assert_close(second.double(), slope.sum(), rtol=1e-2, atol=1e-5)
-    assert taken == [True] * len(losses)
-    learnt = [x.clone().requires_grad_() for x in given]
-    torch.testing.assert_close(losses[0], wasserstein_dependency(query, *learnt, temperature=0.2), rtol=1e-5, atol=1e-5)
-    assert taken[len(losses) :] == [False]
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("form", ["", "weight", "bank_valid", "own_index", "labels", "normalize", "temperature", "all"])
+def test_wasserstein_dependency(taken, form, reduction, dtype):
+    """Values, gradients and second derivatives against the formula in float64."""
+    matrices_ = matrices((9, 6), (9, 6), (17, 6), dtype=dtype)
+    tau = torch.tensor(0.2, requires_grad=True)
+    labels = torch.arange(9) % 4, torch.arange(17) % 5
+    options = dict(weight=torch.rand(9), bank_valid=12, own_index=torch.arange(9), normalize=True)
+    given = {k: v for k, v in options.items() if form in (k, "all")}
+    given |= dict(query_labels=labels[0], bank_labels=labels[1]) if form in ("labels", "all") else {}
+    upstream = torch.linspace(-1, 2, 9) if reduction == "none" else torch.tensor(1.5)
+
+    def definition(query, positive, bank, tau):
+        if "normalize" in given:
+            query, positive, bank = (torch.nn.functional.normalize(x, dim=1) for x in (query, positive, bank))
+        admitted = torch.ones(9, 17, dtype=torch.bool)
+        admitted[:, given.get("bank_valid", 17) :] = False
+        admitted &= (labels[0][:, None] != labels[1]) | ("query_labels" not in given)
+        admitted &= (torch.arange(9)[:, None] != torch.arange(17)) | ("own_index" not in given)
+        losses = (((query @ bank.T) * admitted).sum(1) / admitted.sum(1) - (query * positive).sum(1)) / tau
+        weight = given.get("weight", torch.ones(9))
+        return {"none": weight * losses, "sum": (weight * losses).sum(), "mean": (weight * losses).sum() / weight.sum()}[reduction]
+
+    def derivatives(loss, leaves, tau):
+        value = loss(*leaves, tau)
+        leaves = [*leaves, tau] if tau.requires_grad else leaves
+        first = torch.autograd.grad(value, leaves, upstream.to(value.dtype), create_graph=True)
+        once = torch.autograd.grad(loss(*leaves[:3], tau), leaves, upstream.to(value.dtype))
+        return value, *once, *torch.autograd.grad(sum(x.double().square().sum() for x in first), leaves)
+
+    learnt = form in ("temperature", "all")
+    ours = lambda *x: wasserstein_dependency(*x[:3], temperature=x[3] if learnt else 0.2, reduction=reduction, **given)
+    wide = [x.detach().double().requires_grad_() for x in (*matrices_, tau)]
+    found = derivatives(ours, matrices_, tau if learnt else tau.detach())
+    wanted = derivatives(definition, wide[:3], wide[3] if learnt else wide[3].detach())
+    assert found[0].dtype == torch.float32 and all(x.dtype == y.dtype for x, y in zip(found[1:4], matrices_, strict=True))
+    for got, truth in zip(found, wanted, strict=True):
+        assert (got - truth).abs().max() <= 16 * torch.finfo(dtype).eps * truth.abs().max().clamp(min=1)
+    assert taken == [True, True]
+
+
+def test_wasserstein_dependency_of_banks_and_of_bad_input(taken):
+    query, positive, keys = matrices((9, 6), (9, 6), (17, 6))
+    bank = QueueBank(40, 6)
+    bank.push(keys.detach())
+    given = dict(temperature=0.2, own_index=torch.arange(9))
+    keys = bank.keys[:17].clone()  # of unit length
+    expected = wasserstein_dependency(query, positive, keys, **given)
+    torch.testing.assert_close(wasserstein_dependency(query, positive, bank, **given), expected)
+    assert taken == [True, True]
+    torch.testing.assert_close(wasserstein_dependency(query, positive, keys, temperature=0.2, own_index=True), expected)  # the general way
+    assert taken == [True, True, False]
     with pytest.raises(ValueError, match="positive must have shape"):
         wasserstein_dependency(query, positive[:3], keys, temperature=0.2)
     with pytest.raises((TypeError, ValueError), match="temperature"):
-        wasserstein_dependency(query, *given, temperature=0.0)
+        wasserstein_dependency(query, positive, keys, temperature=0.0)
+    with pytest.raises(IndexError, match="own_index"):
+        wasserstein_dependency(query, positive, keys, temperature=0.2, own_index=torch.full((9,), 17))
 
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)

@@ -9,7 +9,7 @@ from torch import Tensor
 from .._core import bank_protocol, checks, dtypes
 from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
-from .._ops.similarity import plain_distillation
+from .._ops.similarity import plain_distillation, plain_wasserstein
 from .._ops.similarity.arguments import rounded
 from .._ops.similarity.distillation import distillation_rows
 from .._ops.similarity.positives import dot, per_row
@@ -144,10 +144,9 @@ def wasserstein_dependency(
 
     Raises: ValueError, TypeError naming the argument. Source: Ozair et al. 2019, eq. 4; Chen et al. 2021 (WCoRD), eq. 8.
     """
-    whole_bank = query_labels is bank_labels is bank_valid is own_index is weight is None
-    if whole_bank and reduction == "mean" and normalize is False:
-        loss = plain_distillation.wasserstein_mean(query, positive, bank, temperature)
-        if loss is not None:
+    if type(normalize) is bool:
+        options = temperature, (query_labels, bank_labels), bank_valid, own_index, normalize, weight, reduction
+        if (loss := plain_wasserstein.wasserstein_losses(query, positive, bank, *options)) is not None:
             return loss
     checks.rows("query", query, ndim=2)
     checks.exact_shape("positive", checks.floating("positive", positive), tuple(query.shape))

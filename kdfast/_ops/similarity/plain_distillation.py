@@ -1,6 +1,6 @@
-"""The short way of plain calls of distillation's losses and of the Wasserstein dependency (plain.py).
+"""The short way of plain calls of distillation's losses (plain.py).
 
-The Functions are those of distillation.py with nothing but what a plain call has. The ops are the same; a second derivative is left to the
+The Function is that of distillation.py with nothing but what a plain call has. The ops are the same; a second derivative is left to the
 general Functions. A bank without gradient is held by reference there and here.
 """
 
@@ -11,7 +11,7 @@ from . import cpu, distillation
 from .apply import PlainFunction
 from .autograd import _versions
 from .info_nce import _like
-from .plain import filled_rows, indexes_rows, number_of, plain, reducible, rows_of, usual, whole_rows
+from .plain import filled_rows, indexes_rows, number_of, plain, reducible, usual, whole_rows
 from .plain_info_nce import through_inverse
 from .positives import dot
 
@@ -76,16 +76,6 @@ def distillation_losses(
     return DistillationLosses.run(call, student, keys, teacher, other, own, learnt, rest)
 
 
-def wasserstein_mean(query: Tensor, positive: Tensor, bank, temperature: float) -> Tensor | None:
-    """The mean of query_i.(mean of the bank's rows - positive_i) / temperature, of query and positive [N, D] and a bank [M, D]."""
-    keys = rows_of(bank)
-    if not (plain(query, positive, keys) and positive.shape == query.shape and keys.shape[1] == query.shape[1] and usual(temperature)):
-        return None
-    if torch.is_grad_enabled() and (positive.requires_grad or keys.requires_grad):
-        return None
-    return WassersteinMean.run(query, positive, keys, 1.0 / temperature)
-
-
 class DistillationLosses(PlainFunction):
     """The losses, reduced, of student [N, Ds] and keys [M, Ds] under teacher [N, Dt] and teacher_keys [M, Dt], None: keys.
 
@@ -145,23 +135,6 @@ class DistillationLosses(PlainFunction):
             dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(g, log_sums, *both, *rules, call.products, *factors)
             dkeys = _like(dkeys, keys)
         return None, dstudent, dkeys, None, None, None, dscale, None
-
-
-class WassersteinMean(PlainFunction):
-    """The mean over rows of factor query_i.(mean of keys - positive_i), whose gradient is the queries' alone."""
-
-    @staticmethod
-    def forward(ctx, query, positive, keys, factor):
-        pull = keys.mean(0, dtype=torch.float32) - positive
-        pull *= factor / len(query)
-        ctx.dtype = query.dtype
-        ctx.save_for_backward(pull)
-        return (query * pull).sum()
-
-    @staticmethod
-    def backward(ctx, g):
-        (pull,) = ctx.saved_tensors
-        return (pull * g).to(ctx.dtype), None, None, None
 
 
 def _own_logits(call: distillation.Call, student: Tensor, teacher: Tensor, teacher_scale: Tensor | None) -> tuple[Tensor, Tensor]:
