@@ -112,7 +112,7 @@ tests() {  # most of their time goes to compiling; one that hangs ends its proce
   # each test is named as it ends, for one that does not heed an interruption takes the summary with it
   OMP_NUM_THREADS=1 signal=INT grace=15 step tests "$python" -m pytest -vv --tb=short -p no:cacheprovider "${options[@]}" \
     tests/test_triton_gpu.py tests/test_cuda{,_similarity}_gpu.py \
-    tests/test_triton_{similarity,pairs,wide,distillation,triplet,triplet_dense,triplet_mining,relations,knn,gather,sinkhorn,sinkhorn_plan,sinkhorn_adjoint}.py \
+    tests/test_triton_{similarity,pairs,attraction,wide,distillation,triplet,triplet_dense,triplet_mining,relations,knn,gather,sinkhorn,sinkhorn_plan,sinkhorn_adjoint}.py \
     tests/test_cuda_{similarity,sinkhorn*}.py
 }
 

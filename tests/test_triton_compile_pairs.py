@@ -12,6 +12,7 @@ if triton_runtime.INTERPRETED:
 
 from triton_code import DOT, MATRIX_INSTRUCTION, SHARED_MEMORY, Code
 
+from kdfast._ops.similarity import triton_attraction_kernels as class_kernels
 from kdfast._ops.similarity import triton_pairs_kernels as kernels
 from kdfast._ops.similarity import triton_slabs as launches
 from kdfast._ops.similarity import triton_wide_kernels as wide_kernels
@@ -86,6 +87,18 @@ def test_softmax_of_wide_rows(arch, dtype, terms, tmp_path):
     assert_in_registers(compiled(wide_kernels.wide_probabilities, arch, dtype, tmp_path, POOLED=True, **flags), arch)
     flags |= {"WITH_H": terms, "narrow": terms, "BY_SCALE": True, "PLAIN": False, "WANT_BIAS": terms}
     assert_in_registers(compiled(wide_kernels.wide_weights, arch, dtype, tmp_path, **flags), arch)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [(80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float32), (100, torch.bfloat16), (120, torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize("terms", [False, True], ids=["scores", "every term"])
+def test_attraction_within_classes(arch, dtype, terms, tmp_path):
+    flags = {"BIASED": terms, "COUNTED": terms, "INDICES": 2 if terms else 0, "INCLUDED": not terms, "narrow": True}
+    assert_in_registers(compiled(class_kernels.class_statistics, arch, dtype, tmp_path, **flags), arch)
+    assert_in_registers(compiled(class_kernels.class_weights, arch, dtype, tmp_path, WANTED=True, **flags), arch)
 
 
 @pytest.mark.parametrize("precision", ["ieee", "bf16x3"])

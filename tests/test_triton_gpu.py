@@ -54,6 +54,17 @@ def sup_con(i):
     return loss_and_gradient(functional.sup_con(i["q"], i["labels"], temperature=0.1, impl="triton"), i["q"])
 
 
+def attracted(i):
+    """A bank with and without gradient, and a temperature for each row."""
+    q, bank, options = i["q"], i["bank"].clone().requires_grad_(), {"query_labels": i["labels"], "bank_labels": i["bank_labels"]}
+    losses = [
+        functional.info_nce(q, q.detach(), b, same_class="positive", temperature=9.0, impl="triton", **options) for b in (bank, i["bank"])
+    ]
+    temperature = i["cost"].flatten()[:N] + 0.1
+    losses.append(functional.sup_con(q, i["labels"], temperature=temperature, impl="triton"))
+    return (*(loss.detach() for loss in losses), *torch.autograd.grad(sum(losses), (q, bank)))
+
+
 def distillation(i):
     sides = (i["q"], i["q"].detach(), i["bank"], i["bank"])
     loss = functional.similarity_distillation(*sides, student_temperature=9.0, teacher_temperature=4.0, divergence="kl", impl="triton")
@@ -121,7 +132,7 @@ def potentials(i):
 
 
 KERNELS = [
-    *(info_nce, wide, distillation, matched, views, sup_con, triplet, dense, pairs, relations, extrema, knn, sampled, sinkhorn),
+    *(info_nce, wide, distillation, matched, views, sup_con, attracted, triplet, dense, pairs, relations, extrema, knn, sampled, sinkhorn),
     potentials,
 ]
 CASES = pytest.mark.parametrize("case", KERNELS, ids=lambda c: c.__name__)
@@ -170,7 +181,7 @@ TARGETS = [
 ]
 
 
-@pytest.mark.parametrize("case", [wide, matched, views, sup_con], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("case", [wide, matched, views, sup_con, attracted], ids=lambda c: c.__name__)
 def test_slab_by_slab(case, monkeypatch):
     """As in one slab, which these sizes fit into."""
     i = inputs()

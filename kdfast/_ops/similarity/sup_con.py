@@ -15,6 +15,7 @@ from ..._core import impls
 from . import cpu, sup_con_values, triton_pairs
 from .apply import streaming_softmax, transformed
 from .arguments import how_to_compute, problem, rounded, row_parameter
+from .attraction import attracted_rows
 from .definition import SecondOrder, with_values
 from .exclusions import Rules
 from .passes import KERNELS
@@ -49,7 +50,11 @@ def sup_con_rows(
     chosen = impls.choose("sup_con", impl, device_type=x.device.type, dtype=compute.dtype)
     kernels = KERNELS.get(chosen, cpu.KERNELS)
     call = Call(labels, mean, precision, impl, kernels, cpu.product_number(compute.products, x, kernels))
-    if chosen not in KERNELS or transformed() or (isinstance(scale, Tensor) and scale.dim()):
+    of_rows = isinstance(scale, Tensor) and scale.dim() > 0
+    if of_rows and chosen == "triton" and not transformed():  # a pair's weights differ by side: rows beside a bank of them
+        losses, counted = _as_bank(call, x, scale)
+        losses = _mean(losses, counted) if mean else losses
+    elif chosen not in KERNELS or transformed() or of_rows:
         losses, counted = _definition(call, x, scale)
         exactly = torch.ops.kdfast_torch.sup_con_losses if torch.compiler.is_compiling() else sup_con_values.losses
         losses = with_values(losses, exactly(x.detach(), row_parameter("scale", scale, x).detach(), labels, compute.dtype))
@@ -59,6 +64,13 @@ def sup_con_rows(
         losses, statistics = SupCon.apply(call, x.contiguous(), scale)
         counted = statistics[2] > 0
     return losses, None if mean else counted
+
+
+def _as_bank(call: Call, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses and which of them count, of a scale for each row."""
+    (x,) = rounded(call.precision, x)
+    rules = Rules(call.labels, call.labels, torch.arange(len(x), device=x.device)[:, None])
+    return attracted_rows(problem(x, x, scale, None, None, None, rules, None, call.precision, call.impl), None, include=True)
 
 
 def _definition(call: Call, x: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
