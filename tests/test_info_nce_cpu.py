@@ -294,7 +294,7 @@ def test_opcheck(mean):
         check(torch.ops.kdfast.info_nce, forward(positive=POSITIVE, mean=mean, panels=None, keep_keys=True), lead)
         check(torch.ops.kdfast.info_nce_grad, backward(**(dict(g=torch.rand(())) if mean else {})), lead)
         if mean and not lead:
-            kept = dict(g=torch.rand(()), columns=None, want_bias=False, kept_keys=torch.rand(1, 3, 5))
+            kept = dict(g=torch.rand(()), columns=None, want_bias=False, kept_keys=torch.rand(3, 5))
             check(torch.ops.kdfast.info_nce_grad, backward(**kept), lead)
         check(torch.ops.kdfast.info_nce_grad, backward(pull=torch.empty(0), want_query=False, want_scale=False, want_keys=False), lead)
 
@@ -385,8 +385,8 @@ def test_bad_arguments(given, message):
         (dict(pull=torch.empty(0)), "pull must have 3 dimensions"),
         (dict(statistics=torch.rand(3, 1, 3)), "statistics has size"),
         (dict(columns=COLUMNS + 1), r"columns must be in \[-1, 3\)"),
-        (dict(kept_keys=torch.rand(1, 3, 5)), "kept for the mean"),
-        (dict(g=torch.rand(()), columns=None, want_bias=False, kept_keys=torch.rand(1, 2, 5)), "kept_keys has size"),
+        (dict(kept_keys=torch.rand(3, 5)), "kept for the mean"),
+        (dict(g=torch.rand(()), columns=None, want_bias=False, kept_keys=torch.rand(2, 5)), "kept_keys has size"),
     ],
 )
 def test_bad_arguments_of_the_gradient(given, message):

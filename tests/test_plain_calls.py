@@ -76,6 +76,33 @@ def test_info_nce_with_targets_and_label_smoothing(taken, named, bank_grad, dtyp
     assert taken == [True] * 4
 
 
+@pytest.mark.parametrize("bank_grad", [False, True], ids=["bank", "bank-grad"])
+@pytest.mark.parametrize("form", ["positive", "targets", "attraction", "smoothing", "a row left out"])
+def test_info_nce_with_a_bias(taken, form, bank_grad):
+    query, positive, bank = matrices((9, 6), (9, 6), (17, 6))
+    bank.requires_grad_(bank_grad)
+    bias = torch.randn(17)
+    bias[5] = -torch.inf
+    given = {"bank_bias": bias, "temperature": 0.3}
+    given |= {"targets": torch.arange(9) + 6} if form == "targets" else {} if form == "attraction" else {"positive": positive}
+    given |= {"label_smoothing": 0.2, "bank_bias": bias.nan_to_num(neginf=-3.0)} if form == "smoothing" else {}
+    given |= {"own_index": torch.arange(9)} if form == "a row left out" else {}
+    if form == "attraction":
+        given |= {
+            "same_class": "positive",
+            "query_labels": torch.arange(9) % 4,
+            "bank_labels": torch.arange(17) % 4,
+            "bank_bias": bias.exp(),
+        }
+    inputs = [x for x in (query, given.get("positive"), bank) if x is not None and x.requires_grad]
+    call = partial(info_nce, query, bank=bank, **given)
+    same_bits(call(), call(impl="cpu"), inputs)
+    both = [torch.autograd.grad(call(impl=impl), inputs, create_graph=True) for impl in (None, "cpu")]
+    second = [torch.autograd.grad(sum(x.square().sum() for x in grads), inputs) for grads in both]
+    torch.testing.assert_close(*second)
+    assert taken == [True] * 2
+
+
 @pytest.mark.parametrize("bank", [None, "fixed", "learnt"])
 @pytest.mark.parametrize("form", ["positive", "targets", "attraction", "attraction beside a positive"])
 @pytest.mark.parametrize("normalize", [False, True])
@@ -403,6 +430,9 @@ NOT_PLAIN = {
     "an extreme temperature": lambda q, p, b: info_nce(q, p, b, temperature=1e4),
     "no rows": lambda q, p, b: info_nce(q[:0], p[:0], b),
     "classes in int32": lambda q, p, b: info_nce(q, p, b, query_labels=torch.arange(4).int(), bank_labels=torch.arange(len(b)).int()),
+    "a bias with gradient": lambda q, p, b: info_nce(q, p, b, bank_bias=torch.zeros(len(b), requires_grad=True)),
+    "a bias in double": lambda q, p, b: info_nce(q, p, b, bank_bias=torch.zeros(len(b), dtype=torch.float64)),
+    "a bias and a part of a bank": lambda q, p, b: info_nce(q, p, b.detach(), bank_bias=torch.zeros(len(b)), bank_valid=3),
     "a subclass": lambda q, p, b: info_nce(q.as_subclass(type("Sub", (torch.Tensor,), {})), p, b),
 }
 

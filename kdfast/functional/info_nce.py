@@ -85,11 +85,11 @@ def info_nce(
 
     Source: van den Oord et al. 2018, eq. 4; He et al. 2020 (MoCo), eq. 1.
     """
-    usual = positive_weights is bank_bias is false_negative_margin is group is precision is impl is None
+    usual = positive_weights is false_negative_margin is group is precision is impl is None
     usual = usual and type(include_positive) is bool and type(normalize) is bool and type(label_smoothing) is float
     if usual and same_class in ("exclude", "positive"):
         labels, attract, skipped = (query_labels, bank_labels), same_class == "positive", (bank_valid, own_index)
-        options = label_smoothing, labels, attract, include_positive, normalize, *skipped, weight, reduction
+        options = label_smoothing, labels, attract, include_positive, normalize, *skipped, bank_bias, weight, reduction
         loss = plain_info_nce.info_nce_loss(query, positive, bank, temperature, targets, *options)
         if loss is not None:
             return loss

@@ -97,17 +97,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const T
   const OptionalTensor of_rows = batch.in(row_weights);
   const Reduction reduction{mean, mean && sum, row_data<float>("row_weights", of_rows, {p.batch, p.rows})};
 
-  Tensor losses = batch.given ? output(query, {p.batch, p.rows}) : output(query, {p.rows});
+  std::vector<float> of_mean(mean ? p.batch * p.rows : 0);
+  const Tensor losses = mean ? output(query, {}) : batch.given ? output(query, {p.batch, p.rows}) : output(query, {p.rows});
   const Tensor statistics = output(query, {kStatistics + p.positives + (smoothing > 0 || attract ? kSpread : 0), p.batch, p.rows});
-  const Tensor pull = want_pull ? output(query, {p.batch, p.rows, p.width}) : output(query, {0});
+  const Tensor pull = !want_pull ? output(query, {0}) : batch.given ? output(query, {p.batch, p.rows, p.width}) : output(query, {p.rows, p.width});
   const Statistics of(statistics, p.batch * p.rows, p.positives);
-  float* const out = floats_of(losses);
+  float* const out = mean ? of_mean.data() : floats_of(losses);
   const OptionalTensor labels = batch.in(query_labels), of_keys = batch.in(key_labels), index = batch.in(key_index);
   const OptionalTensor limits = batch.in(limit), prefix = batch.in(valid);
   const SimilarityParams bank = parameters(q, k, s, b, labels, of_keys, index, limits, prefix, want_pull, precision);
   const SimilarityParams softmax = attract && include_positive ? without_labels(bank) : bank;
   const bool keep = keep_keys && mean && want_pull && !batch.given && (include_positive || !attract) && few_pairs_of(softmax);
-  const Tensor kept = keep ? output(query, {1, k.size(1), p.width}) : output(query, {0});
+  const Tensor kept = keep ? output(query, {k.size(1), p.width}) : output(query, {0});
   const InfoNceRows rows{0, p.batch * p.rows, include_positive, of.lse, of.lse_low, out, of.slopes, want_pull ? floats_of(pull) : nullptr};
   const std::optional<Attraction> attraction = attract ? std::optional<Attraction>(std::in_place, p, bank) : std::nullopt;
   const auto attract_rows = [&] {
@@ -148,11 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const T
     if (smoothing > 0) spread_to_bank(p, bank, Keys::kOfOthers, d, of.e, floats_of(kept), nullptr);
     if (chosen.has_value()) kdfast::cpu_kernels().info_nce_grad_candidates(p, d);
   }
-  if (mean) {
-    const float value = mean_of(out, p.batch * p.rows);
-    losses = output(query, {});
-    *floats_of(losses) = value;
-  }
+  if (mean) *floats_of(losses) = mean_of(out, p.batch * p.rows);
   return {losses, statistics, pull, kept};
 }
 
@@ -229,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_grad(
   if (kept && want_keys) {
     STD_TORCH_CHECK(g.dim() == 0 && !want_bias, "the gradient of keys is kept for the mean of losses without a bias");
     const float upstream = d.factor * *d.g;
-    const float* const sums = packed<float>("kept_keys", *kept_keys, {1, keys.size(-2), p.width});
+    const float* const sums = packed<float>("kept_keys", *kept_keys, {keys.size(-2), p.width});
     float* const out = back.wanted(dkeys, true, {1, keys.size(-2), p.width});
     std::transform(sums, sums + kept_keys->numel(), out, [&](float x) { return upstream * x; });
   } else if (dlse.has_value()) {

@@ -158,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_second(
   t.factor = mean ? 1 / float(p.rows) : 1;
   t.include_positive = include_positive;
   t.lse = of.lse, t.lse_low = of.lse_low, t.slopes = of.slopes;
-  t.pull = packed<float>("pull", pull, {1, p.rows, p.width});
+  t.pull = packed<float>("pull", pull, {p.rows, p.width});
   t.query = direction_of("query_direction", of_query, p.rows * p.width);
   t.scale = row_data<float>("scale_direction", of_scale, {1, p.rows});
   const kdfast::Matrix of_bank = direction_of("keys_direction", of_keys, keys_count * p.width);

@@ -151,7 +151,7 @@ void info_nce_grad_rows(const InfoNceParams& p, const InfoNceGradients& d, int64
     for (int64_t i = begin; i < end; ++i) {
       const float* const pull = d.pull + i * p.width;
       const float g = upstream(d, i);
-      if (d.dquery != nullptr) scaled<false>(d.dquery + i * p.width, g * p.scale[i], pull, p.width);
+      if (d.dquery != nullptr) scaled<false>(d.dquery + i * p.width, d.g[i * d.g_stride] * (d.factor * p.scale[i]), pull, p.width);
       if (d.dscale != nullptr) d.dscale[i] = g * inner_product(queries + i * p.width, pull, p.width);
       float sum = 0;
       for (int64_t j = i * p.positives; j < (i + 1) * p.positives; ++j) {

@@ -272,12 +272,12 @@ def fake(
     copies = 0 if columns is None else columns.shape[-1]
     if positive is not None:
         copies = 1 if positive.dim() == query.dim() else positive.shape[-2]
-    statistics, pulls = made((_beside(smoothing > 0 or attract) + copies, *batch)), made((*batch, query.shape[-1]) if pull else (0,))
+    statistics, pulls = made((_beside(smoothing > 0 or attract) + copies, *batch)), made(query.shape if pull else (0,))
     indices = 0 if key_index is None else key_index.shape[-1]
     named = bias is limit is valid is None and (indices <= 1 if query_labels is None or attract else indices == 0)
     named = named and (include or not attract)
     kept = keep_keys and mean and pull and query.dim() == 2 and named and extension.load("_C")[0].few_pairs(len(query), *keys.shape)
-    return made(() if mean else query.shape[:-1]), statistics, pulls, made((1, *keys.shape) if kept else (0,))
+    return made(() if mean else query.shape[:-1]), statistics, pulls, made(keys.shape if kept else (0,))
 
 
 def _info_nce_grad_fake(

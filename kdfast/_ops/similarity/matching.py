@@ -21,7 +21,6 @@ from .arguments import how_to_compute, problem
 from .autograd import _versions
 from .definition import SecondOrder
 from .exclusions import SameLabel
-from .info_nce import _like
 from .passes import KERNELS
 from .positives import dot
 from .score_sums import score_sums
@@ -251,9 +250,12 @@ class MatchingGradients(Function):
 def _gradients(call, want, g, statistics, kept_x, kept_y, *inputs) -> tuple[Tensor | None, ...]:
     """The gradients of <g, losses> in (x, y, scale, shift), None where not wanted. kept_x, kept_y: those of x and y for g = 1, where the
     forward pass has left them, and statistics has the other two."""
+    want_x, want_y, want_scale, want_shift = want
     if kept_x.numel() or kept_y.numel():
-        kept = kept_x, kept_y, *(statistics if want[2] or want[3] else (None, None))
-        return tuple([_like(unit * g, x) if wanted else None for unit, x, wanted in zip(kept, inputs, want, strict=True)])
+        dx, dy = kept_x * g if want_x else None, kept_y * g if want_y else None
+        if inputs[0].dtype is not torch.float32:
+            dx, dy = (None if grad is None else grad.to(inputs[0].dtype) for grad in (dx, dy))
+        return dx, dy, statistics[0] * g if want_scale else None, statistics[1] * g if want_shift else None
     options = call.labels, *want, call.products, *call.options
     found = call.kernels.ops.matching_loss_grad(g.contiguous(), statistics, *inputs, *options)
     return tuple([grad if wanted else None for grad, wanted in zip(found, want, strict=True)])

@@ -52,12 +52,17 @@ def scalar(x) -> bool:
 def plain(*matrices: Tensor) -> bool:
     """Whether they are dense CPU matrices of one dtype, with something in them, that kernels are here for, outside modes and transforms."""
     first = matrices[0]
-    dtype = first.dtype if type(first) in _TYPES else None
-    if dtype not in cpu.DTYPES or impls.DEFAULT is not None or cpu.missing() is not None:
+    if type(first) not in _TYPES or first.dtype not in cpu.DTYPES or impls.DEFAULT is not None or cpu.missing() is not None:
         return False
     if transformed() or impls.forward_mode() or torch.is_autocast_enabled("cpu"):
         return False
-    return all([type(x) in _TYPES and x.dtype == dtype and _dense_matrix(x) for x in matrices])
+    dtype = first.dtype
+    for x in matrices:
+        if type(x) not in _TYPES or x.dtype is not dtype or not x.is_cpu or x.layout is not torch.strided or x.is_nested:
+            return False
+        if x.dim() != 2 or x.numel() == 0:
+            return False
+    return True
 
 
 def whole_index(x, count: int) -> bool:
@@ -80,7 +85,3 @@ def indexes_rows(x, count: int, rows: int) -> bool:
         return False
     first, last = x.aminmax()
     return first.item() >= -1 and last.item() < rows
-
-
-def _dense_matrix(x: Tensor) -> bool:
-    return x.is_cpu and x.layout == torch.strided and not x.is_nested and x.dim() == 2 and x.numel() > 0

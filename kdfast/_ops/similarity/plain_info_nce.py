@@ -27,6 +27,7 @@ def info_nce_loss(
     normalize: bool,
     valid: int | None,
     own: Tensor | bool | None,
+    bias: Tensor | None,
     weight: Tensor | None,
     reduction: str,
 ) -> Tensor | None:
@@ -36,6 +37,7 @@ def info_nce_loss(
     labels: int64 [N] and [M], None within a batch. Rows of the bank are left out for their class or, with `attract`, attract it, beside
     the positive or without one.
     valid: so many rows of a bank without gradient exist. own: int64 [N], a row of the bank that is left out; within a batch, True.
+    bias: [M], of the scores of a bank, without gradient.
     """
     keys = positive if bank is None else rows_of(bank)
     query_labels, key_labels = labels
@@ -45,7 +47,7 @@ def info_nce_loss(
         whole = targets is None and plain(query, positive, keys) and positive.shape == query.shape
     if not (whole and keys.shape[1] == query.shape[1] and 0 <= smoothing < 1):
         return None
-    count = len(query)
+    count = query.shape[0]
     if not reducible(reduction, weight, count):
         return None
     if targets is not None and (attract or own is not None or not whole_index(targets, count)):
@@ -59,11 +61,14 @@ def info_nce_loss(
     if not labelled or (smoothing and (attract or not include or (bank is None and query_labels is not None))):
         return None
     if bank is None:
-        if valid is not None or not (own is None or own is True):
+        if valid is not None or bias is not None or not (own is None or own is True):
             return None
         own = None
-    elif not (own is None or indexes_rows(own, count, len(keys))):
+    elif own is not None and not indexes_rows(own, count, len(keys)):
         return None
+    elif bias is not None:
+        if keys is not bank or valid is not None or not whole_rows(bias, len(keys)) or bias.requires_grad:
+            return None
     elif valid is not None:
         if keys is not bank or type(valid) is not int or not 0 < valid <= len(keys) or keys.requires_grad:
             return None
@@ -83,10 +88,10 @@ def info_nce_loss(
     index = None if own is None else own.unsqueeze(1)
     if targets is None:  # within a batch a sample's own positive is of its class as others' are
         beside = None if bank is None else positive
-        return InfoNceLoss.run(call, query, keys, beside, learnt, (None, None, weight, query_labels, key_labels, index, None, None))
+        return InfoNceLoss.run(call, query, keys, beside, learnt, (bias, None, None, weight, query_labels, key_labels, index, None, None))
     index = targets.unsqueeze(1)
     try:
-        return InfoNceLoss.run(call, query, keys, None, learnt, (index, None, weight, query_labels, key_labels, index, None, None))
+        return InfoNceLoss.run(call, query, keys, None, learnt, (bias, index, None, weight, query_labels, key_labels, index, None, None))
     except RuntimeError:  # the op has looked at the targets, where they may point
         return None
 
@@ -98,28 +103,26 @@ def _call(count: int, dtype: torch.dtype, include: bool, reduction: str, pull: b
     return info_nce.Call(spec, include, reduction, pull, cpu.KERNELS.products[products], factor, smoothing, attract)
 
 
-_QUERY_ALONE = (True, False, False, False, False)
-
-
 class InfoNceLoss(PlainFunction):
     """InfoNCE of query and positive [N, D] against keys [M, D]. A scalar `temperature` has the call's factor; [N]: it has not.
 
-    `rest` as of `InfoNceRows`. A bank without gradient is held by reference there and here.
+    `rest`: a bias, and as of `InfoNceRows`. A bank without gradient is held by reference there and here.
     """
 
     @staticmethod
     def forward(ctx, call, query, keys, positive, temperature, rest):
         _, want_query, want_keys, want_positive, want_scale, _ = ctx.needs_input_grad
-        columns, _, row_weights, *rules = rest
+        bias, columns, _, row_weights, *rules = rest
         scale = None if temperature is None or temperature.dim() == 0 else temperature.reciprocal()
         losses, *kept = torch.ops.kdfast.info_nce(
-            query, keys, scale, None, *rules, positive, columns, None, call.include, call.reduced, call.pull, call.products, None,
+            query, keys, scale, bias, *rules, positive, columns, None, call.include, call.reduced, call.pull, call.products, None,
             want_keys and call.pull, call.factor, call.smoothing, call.attract, row_weights, call.reduction == "sum",
             want_scale,
         )  # fmt: skip
         ctx.call, ctx.want = call, (want_query, want_keys, want_scale, False, want_positive)
-        bank = keys, None, *rest
+        bank = keys, *rest
         ctx.held = None if want_keys else (bank, _versions(bank))
+        ctx.left = call.reduced and scale is None and not want_scale and not want_positive and (not want_keys or kept[2].numel() > 0)
         ctx.save_for_backward(*kept, query, positive, temperature, scale, *(bank if want_keys else ()))
         return losses
 
@@ -127,18 +130,34 @@ class InfoNceLoss(PlainFunction):
     def backward(ctx, g):
         call, want = ctx.call, ctx.want
         statistics, pulls, dkeys, query, positive, temperature, scale, *bank = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        if ctx.left and not again:  # products of what is kept: no op is needed
+            dtype = query.dtype
+            of_query, of_keys = _shares(pulls.shape[0], call.factor)
+            dquery = pulls * (g * of_query)
+            dkeys = dkeys * (g * of_keys) if want[1] else None
+            if dtype is not torch.float32:
+                dquery, dkeys = dquery.to(dtype), None if dkeys is None else dkeys.to(dtype)
+            return None, dquery, dkeys, None, None, None
         kept, versions = (statistics, pulls, dkeys), None
         if ctx.held is not None:
             bank, versions = ctx.held
-        if torch.is_grad_enabled():
+        if again:
             scale = None if temperature is None else temperature.reciprocal().expand(len(query)).contiguous()
             dquery, dkeys, dscale, _, dpositive = info_nce.Gradients.apply(call, want, versions, g, *kept, query, scale, positive, *bank)
-        elif call.reduced and scale is None and want == _QUERY_ALONE and query.dtype == torch.float32:
-            dquery = (pulls * (g * (1 / len(query)) * call.factor)).view(query.shape)  # no op, and none of its tensors
-            return None, dquery, None, None, None, None
         else:
             dquery, dkeys, dscale, _, dpositive = info_nce._gradients(call, want, versions, g, *kept, query, scale, positive, *bank)
         return None, dquery, dkeys, dpositive, None if dscale is None else through_inverse(dscale, temperature), None
+
+
+@functools.lru_cache
+def _shares(count: int, factor: float) -> tuple[Tensor, Tensor]:
+    """What a mean's upstream is multiplied by, for what pulls the queries and for the keys, as the ops do it.
+
+    Tensors: a product with a number takes half as long again.
+    """
+    share = torch.ones((), dtype=torch.float32, device="cpu") / count
+    return share * torch.tensor(factor, dtype=torch.float32, device="cpu"), share
 
 
 def through_inverse(dscale: Tensor, temperature: Tensor) -> Tensor:

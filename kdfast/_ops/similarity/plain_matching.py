@@ -1,10 +1,12 @@
 """The short way of a plain call of losses of matching rows (plain.py)."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from . import cpu, matching
-from .plain import plain, reducible, scalar, usual
+from .plain import PRODUCTS, plain, reducible, scalar, usual
 
 
 def matching_loss(
@@ -51,5 +53,13 @@ def _call(
     include: bool = True,
     factor: float = 1.0,
 ) -> matching.Call:
-    grad, products = torch.is_grad_enabled(), cpu.product_number(None, x)
-    return matching.Call(labels, reduction, grad, None, None, cpu.KERNELS, products, rows_alone, smoothing, weight, include, factor)
+    call = _call_of(x.dtype, reduction, smoothing, torch.is_grad_enabled(), rows_alone, include, factor)
+    return call if labels is None and weight is None else call._replace(labels=labels, weight=weight)
+
+
+@functools.lru_cache
+def _call_of(
+    dtype: torch.dtype, reduction: str, smoothing: float, grad: bool, rows_alone: bool, include: bool, factor: float
+) -> matching.Call:
+    products = cpu.KERNELS.products[PRODUCTS[dtype]]
+    return matching.Call(None, reduction, grad, None, None, cpu.KERNELS, products, rows_alone, smoothing, None, include, factor)
