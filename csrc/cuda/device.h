@@ -122,15 +122,17 @@ inline cudaLaunchConfig_t config_of(const Launch& how, cudaLaunchAttribute& clus
 template <class Params>
 int resident(void (*kernel)(Params), const Launch& how) {
   int count = 0;
+  cudaError_t error = cudaSuccess;
   if (how.cluster > 1) {
     cudaLaunchAttribute cluster{};
     const cudaLaunchConfig_t config = config_of(how, cluster);
-    cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+    error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
   } else {
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, how.threads, size_t(how.shared_bytes));
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, how.threads, size_t(how.shared_bytes));
     count *= processors();
   }
-  return count > 0 ? count : 1;
+  if (error != cudaSuccess) cudaGetLastError();  // the launch will say what is wrong; PyTorch would report it of its next one too
+  return error == cudaSuccess && count > 0 ? count : 1;
 }
 
 // Null, or what went wrong.
