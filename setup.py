@@ -117,9 +117,10 @@ def extension() -> dict:
             target = Path(self.build_lib, "kdfast")
             for reason in REASONS.values():
                 Path(target, reason.name).unlink(missing_ok=True)  # of an earlier build in this tree
-            built, compiler = [], self.compiler
+            built, compiler, inplace = [], self.compiler, self.inplace
             for module in self.extensions:
-                self.extensions, self.compiler = [module], compiler  # run() puts an object in its name's place
+                # run() puts an object in the compiler's name's place, and one that fails leaves `inplace` off
+                self.extensions, self.compiler, self.inplace = [module], compiler, inplace
                 try:
                     super().run()
                     built.append(module)

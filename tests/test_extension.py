@@ -112,6 +112,33 @@ def test_the_cuda_toolkit_is_that_of_the_nvcc_on_the_path(tmp_path, monkeypatch)
     assert names["toolkit"](None) is None and names["toolkit"](str(tmp_path)) == str(tmp_path)
 
 
+@needs_extension
+def test_a_module_that_fails_does_not_keep_the_next_from_its_place(tmp_path, monkeypatch):
+    """`setup.py build_ext --inplace`, whose run() turns `inplace` off until it has ended."""
+    from setuptools import Distribution, Extension
+    from torch.utils import cpp_extension
+
+    given, seen = {}, []
+    monkeypatch.setattr(pytest.importorskip("setuptools"), "setup", lambda **arguments: given.update(arguments))
+    monkeypatch.delenv("KDFAST_NO_EXT", raising=False)
+    monkeypatch.delenv("KDFAST_REQUIRE_EXT", raising=False)
+    (tmp_path / "kdfast").mkdir()
+    exec(SETUP.read_text(), {"__file__": str(tmp_path / "setup.py")})
+    build = given["cmdclass"]["build_ext"](Distribution())
+
+    def run(self):
+        seen.append((self.extensions[0].name, self.inplace))
+        self.inplace = False
+        if len(seen) == 1:
+            raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(cpp_extension.BuildExtension, "run", run)
+    build.extensions = [Extension(name, []) for name in ("kdfast._C", "kdfast._C_cuda")]
+    build.inplace, build.build_lib = True, str(tmp_path / "lib")
+    build.run()
+    assert seen == [("kdfast._C", True), ("kdfast._C_cuda", True)]
+
+
 def test_fma_rate_measures_something_and_checks_its_arguments():
     assert _C.fma_rate("fp32", seconds=0.002) > 0.1
     assert _C.fma_rate("bf16", seconds=0.002, threads=2) > 0.1

@@ -148,6 +148,8 @@ struct MeasuredRow {
     return metric == KnnMetric::kEuclidean ? __builtin_sqrtf(squared) : squared;
   }
 };
+template <class T>
+MeasuredRow(const T*, int64_t, float) -> MeasuredRow<T>;
 
 // Cuts a list for the last time and asks for the first of its rows.
 inline void ready_row(const KnnRefineParams& p, int64_t row) {
