@@ -46,9 +46,10 @@ def test_reverse_iterations_stay_in_registers(source, arch, tmp_path):
     assert all(code.has(MATRIX_INSTRUCTION[arch]) for code in found) or source != "products"
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["products", "differences"])
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_products_with_what_is_stored_stay_in_registers(arch, tmp_path):
-    code = compiled(
-        kernels.matrix_products, "rows", arch, tmp_path, tiles=triton_plan.product_tiles(16), dtype=torch.bfloat16, CHUNK=triton_plan.CHUNK
-    )
-    assert code.has(MATRIX_INSTRUCTION[arch])
+def test_products_with_what_is_stored_stay_in_registers(arch, apart, tmp_path):
+    tiles, dtype = triton_plan.product_tiles(16), torch.float32 if apart else torch.bfloat16
+    made = {"APART": apart, "CHUNK": triton_plan.CHUNK}
+    code = compiled(kernels.matrix_products, "rows", arch, tmp_path, tiles=tiles, dtype=dtype, **made)
+    assert apart or code.has(MATRIX_INSTRUCTION[arch])

@@ -59,6 +59,7 @@ def check(source, plan=None, *, slack=1.0, only=(adjoint.replay, adjoint.implici
                 assert float((x.double() - y).abs().max()) <= at_most, (name, field)
 
 
+NEAR = torch.rand(1, 19, 7)
 SOURCES = {
     "cost": {"cost": torch.rand(1, 19, 37)},
     "one row": {"cost": torch.rand(2, 1, 3)},
@@ -66,6 +67,7 @@ SOURCES = {
     "transposed": {"cost": torch.rand(1, 37, 19).mT},
     "sqeuclidean": {"x": torch.rand(1, 19, 7), "y": torch.rand(1, 37, 7)},
     "euclidean": {"x": torch.rand(1, 19, 7), "y": torch.rand(1, 37, 7), "metric": "euclidean"},
+    "nearly meeting": {"x": NEAR, "y": torch.cat((NEAR + 1e-4 * torch.randn(1, 19, 7), torch.rand(1, 18, 7)), 1), "metric": "euclidean"},
     "few dimensions": {"x": torch.rand(1, 19, 2), "y": torch.rand(1, 37, 2)},
     "wide": {"x": 0.2 * torch.rand(1, 19, 70), "y": 0.2 * torch.rand(1, 37, 70)},
     "cosine": {"x": torch.randn(1, 19, 7), "y": torch.randn(1, 37, 7), "metric": "cosine"},

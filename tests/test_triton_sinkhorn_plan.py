@@ -36,12 +36,14 @@ def same(got, want, slack=1.0):
             torch.testing.assert_close(x.double(), y.double(), rtol=2e-5 * slack, atol=2e-5 * slack * float(y.abs().max()))
 
 
+NEAR = torch.rand(2, 19, 7)
 SOURCES = {
     "cost": {"cost": torch.rand(2, 19, 37)},
     "one cost for all": {"cost": torch.rand(19, 37)},
     "transposed": {"cost": torch.rand(2, 37, 19).mT},
     "sqeuclidean": {"x": torch.rand(2, 19, 7), "y": torch.rand(2, 37, 7)},
     "euclidean": {"x": torch.rand(2, 19, 7), "y": torch.rand(2, 37, 7), "metric": "euclidean"},
+    "nearly meeting": {"x": NEAR, "y": torch.cat((NEAR + 1e-4 * torch.randn(2, 19, 7), torch.rand(2, 18, 7)), 1), "metric": "euclidean"},
     "few dimensions": {"x": torch.rand(2, 19, 2), "y": torch.rand(2, 37, 2)},
     "wide": {"x": 0.2 * torch.rand(2, 19, 70), "y": 0.2 * torch.rand(2, 37, 70)},
     "cosine": {"x": torch.randn(2, 19, 7), "y": torch.randn(2, 37, 7), "metric": "cosine"},

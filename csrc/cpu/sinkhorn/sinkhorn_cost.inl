@@ -14,7 +14,7 @@ using kdfast::SinkhornProblem;
 
 template <class Real>
 constexpr int64_t kPanelWidth = kVecs * kWidth<Real>;
-constexpr int64_t kDirectWidth = 4;  // squared distances in so few dimensions are summed from differences: points may nearly meet
+constexpr int64_t kDirectWidth = 16;  // squared distances in so few dimensions are summed from differences: points may nearly meet
 constexpr int64_t kPointRows = 4;
 
 // What sums over d of products, or of squared differences, becomes.
@@ -27,8 +27,12 @@ struct PointSums {
     return p.metric == SinkhornMetric::kGiven ? 0 : round_up(p.m, kPanelWidth<Real>) * (p.width + 1);
   }
 
+  static bool from_differences(const SinkhornProblem<Real>& p) {
+    return p.metric == SinkhornMetric::kEuclidean || (p.metric == SinkhornMetric::kSquared && p.width <= kDirectWidth);
+  }
+
   PointSums(const SinkhornProblem<Real>& p, Real* work)
-      : difference(p.metric == SinkhornMetric::kEuclidean || (p.metric == SinkhornMetric::kSquared && p.width <= kDirectWidth)),
+      : difference(from_differences(p)),
         panels(work),
         y_squares(work + round_up(p.m, kPanelWidth<Real>) * p.width) {
     if (p.metric == SinkhornMetric::kGiven) return;

@@ -2,8 +2,9 @@
 //
 //   squared: dx_i = 2 (x_i sum_j W_ij - sum_j W_ij y_j), dy_j = 2 (y_j sum_i W_ij - sum_i W_ij x_i);  dot: dx_i = -sum_j W_ij y_j, dy_j likewise
 //
-// and euclidean as squared, without the 2, of W_ij / C_ij. Points y are read in the panels their costs are formed from, and what is summed for dy lies in
-// panels of the same kind, so that a point may have any number of coordinates.
+// and euclidean as squared, without the 2, of W_ij / C_ij. Where costs are made from differences so are these, dx_i = 2 sum_j W_ij (x_i - y_j): W/C of points
+// that nearly meet is as large as their difference is small, and either part's sum alone would round it away. Points y are read in the panels their costs
+// are formed from, and what is summed for dy lies in panels of the same kind, so that a point may have any number of coordinates.
 #pragma once
 
 #include "sinkhorn/sinkhorn_plan.inl"
@@ -32,13 +33,18 @@ class PointPull {
   }
 
   PointPull(const SinkhornProblem<Real>& p, const PointSums<Real>& points, Real* work)
-      : p_(p), panels_(points.panels), m_(round_up(p.m, kPanelWidth<Real>)), columns_(work), products_(work + m_) {
+      : p_(p), difference_(points.difference), panels_(points.panels), m_(round_up(p.m, kPanelWidth<Real>)), columns_(work), products_(work + m_) {
     for (int64_t j = 0; j < space(p); ++j) work[j] = 0;
   }
 
   // Rows i ... i + rows, at most kChunk, of W: dx, and their part of dy.
   void add(const Real* w, int64_t i, int64_t rows, Real* to_x) {
     const int64_t width = stride(p_);
+    if (difference_)
+      return each_rows(rows, [&](int64_t r, auto together) {
+        constexpr int kRows = decltype(together)::value;
+        each_coordinate([&](int64_t d, auto count) { pull_apart<kRows, decltype(count)::value>(w + r * width, width, i + r, d, to_x); });
+      });
     each_rows(rows, [&](int64_t r, auto together) {
       constexpr int kRows = decltype(together)::value;
       const Real* const from = w + r * width;
@@ -63,9 +69,12 @@ class PointPull {
   static void finish(const SinkhornProblem<Real>& p, const Real* work, Real* to_y) {
     constexpr int64_t kP = kPanelWidth<Real>;
     const Real* const products = work + round_up(p.m, kP);
+    const bool difference = PointSums<Real>::from_differences(p);
     for (int64_t j = 0; j < p.m; ++j)
-      for (int64_t d = 0; d < p.width; ++d)
-        to_y[j * p.width + d] = pulled(p, work[j], p.y[j * p.width + d], products[j / kP * kP * p.width + d * kP + j % kP]);
+      for (int64_t d = 0; d < p.width; ++d) {
+        const Real sum = products[j / kP * kP * p.width + d * kP + j % kP];
+        to_y[j * p.width + d] = difference ? -slope(p) * sum : pulled(p, work[j], p.y[j * p.width + d], sum);
+      }
   }
   void finish(Real* to_y) const { finish(p_, columns_, to_y); }
 
@@ -74,13 +83,15 @@ class PointPull {
   static constexpr int64_t kW = kWidth<Real>;
 
   const SinkhornProblem<Real>& p_;
+  bool difference_;
   const Real* panels_;
   int64_t m_;
-  Real *columns_, *products_;  // sum_i W_ij [m_], sum_i W_ij x_i [panel][width][lanes]
+  Real *columns_, *products_;  // of products sum_i W_ij [m_], and sum_i W_ij x_i, or of differences sum_i W_ij (x_i - y_j) [panel][width][lanes]
+
+  static Real slope(const SinkhornProblem<Real>& p) { return p.metric == SinkhornMetric::kEuclidean ? Real(1) : Real(2); }
 
   static Real pulled(const SinkhornProblem<Real>& p, Real total, Real point, Real product) {
-    if (p.metric == SinkhornMetric::kDot) return -product;
-    return (p.metric == SinkhornMetric::kEuclidean ? Real(1) : Real(2)) * (total * point - product);
+    return p.metric == SinkhornMetric::kDot ? -product : slope(p) * (total * point - product);
   }
 
   template <class F>
@@ -125,6 +136,43 @@ class PointPull {
         const int64_t at = (i + r) * p_.width + d + c;
         to_x[at] = pulled(p_, totals[r], p_.x[at], sums[r * kCount + c]);
       }
+  }
+
+  // The same from differences, which go to both sums.
+  template <int kRows, int kCount>
+  __attribute__((noinline)) void pull_apart(const Real* w, int64_t width, int64_t i, int64_t d, Real* to_x) const {
+    V acc[kRows * kCount];
+#pragma GCC unroll 16
+    for (int q = 0; q < kRows * kCount; ++q) acc[q] = V{};
+    const Real* const x = p_.x + i * p_.width + d;
+    for (int64_t j = 0; j < m_; j += kPanelWidth<Real>) {
+      const int64_t at = j * p_.width + d * kPanelWidth<Real>;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        V y[kCount], column[kCount];
+#pragma GCC unroll 4
+        for (int c = 0; c < kCount; ++c) {
+          y[c] = load(panels_ + at + c * kPanelWidth<Real> + v * kW);
+          column[c] = load(products_ + at + c * kPanelWidth<Real> + v * kW);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          const V weight = load(w + r * width + j + v * kW);
+#pragma GCC unroll 4
+          for (int c = 0; c < kCount; ++c) {
+            const V apart = splat(x[r * p_.width + c]) - y[c];
+            acc[r * kCount + c] = multiply_add(weight, apart, acc[r * kCount + c]);
+            column[c] = multiply_add(weight, apart, column[c]);
+          }
+        }
+#pragma GCC unroll 4
+        for (int c = 0; c < kCount; ++c) store(products_ + at + c * kPanelWidth<Real> + v * kW, column[c]);
+      }
+    }
+    Real sums[16];
+    sum_lanes_of(acc, kRows * kCount, sums);
+    for (int r = 0; r < kRows; ++r)
+      for (int c = 0; c < kCount; ++c) to_x[(i + r) * p_.width + d + c] = slope(p_) * sums[r * kCount + c];
   }
 
   // products_cj += sum_r w_rj x_rc over one panel.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdfast._core import checks, dtypes
 
-from .geometry import Problem
+from .geometry import Problem, from_differences
 from .portable import Schedule
 
 METRICS = ("sqeuclidean", "euclidean", "cosine")
@@ -174,11 +174,14 @@ def _uniform(count: int, size: int, length: Tensor | None, dtype, device) -> Ten
 
 
 def _points(x: Tensor, y: Tensor, rows, cols, metric: str, precision: str) -> tuple[Tensor, Tensor]:
-    """The points with padding zeroed, normalised (cosine) or centred: no cost depends on the centre, its rounding does."""
+    """The points with padding zeroed, normalised (cosine) or centred: no cost depends on the centre, its rounding does.
+
+    Differences are as exact as the points, unless these were rounded once more.
+    """
     x, y = _zeroed(x, y, rows, cols)
     if metric == "cosine":
         x, y = (torch.nn.functional.normalize(p, dim=-1) for p in (x, y))
-    else:
+    elif precision == "bf16" or not from_differences(metric, x.shape[-1]):
         centre = (_mean(x.detach(), rows) + _mean(y.detach(), cols)) / 2  # [B, 1, D]
         x, y = _zeroed(x - centre, y - centre, rows, cols)
     if precision == "bf16":

@@ -71,7 +71,7 @@ class EnvelopeValue(Function):
 
 def _dense_pull(p: Problem, w: Tensor, c: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if p.cost is None:
-        return None, *pull(p, slice(None), w, c)
+        return None, *pull(p, slice(None), w, c, graph=True)
     return (w.sum(0) if p.cost.dim() == 2 else w).to(p.cost.dtype), None, None
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 TILE = {"cpu": 2**18}
 TILE_ELSEWHERE = 2**25
 
-#: Squared distances in so few dimensions, where points nearly meet, are made from differences: slower than a product, but exact.
-DIRECT = 4
+#: Squared distances in so few dimensions, where points nearly meet, are made from differences, as distances are in any number.
+DIRECT = 16
 
 #: Times rho, the potential of a relaxed row or column that nothing is summed for (it is allowed no pair, or the other side has no
 #: mass): in place of infinity, exp(-this) of its weight is no mass, and exp(this) does not overflow.
@@ -27,7 +27,7 @@ class Problem(NamedTuple):
     """B problems. Everything but `cost` is float32 or float64, the working dtype."""
 
     cost: Tensor | None  # [B, n, m] or shared [n, m], any floating dtype; None: from points
-    x: Tensor | None  # [B, n, D], centred
+    x: Tensor | None  # [B, n, D], centred unless `direct`
     y: Tensor | None  # [B, m, D]
     a: Tensor  # [B, n]
     b: Tensor  # [B, m]
@@ -44,6 +44,11 @@ class Problem(NamedTuple):
         return self.a.device.type in READABLE
 
     @property
+    def direct(self) -> bool:
+        """Whether costs of points and gradients in them are made from differences."""
+        return self.x is not None and from_differences(self.metric, self.x.shape[-1])
+
+    @property
     def split(self) -> tuple:
         """The eight tensors, then the rest as one tuple: how an autograd Function takes a problem."""
         return *self[:8], self[8:]
@@ -58,6 +63,11 @@ class Problem(NamedTuple):
         if self.cost is not None and self.cost.dim() == 2:
             cut[0] = self.cost
         return Problem(*cut, *self[8:])
+
+
+def from_differences(metric: str, width: int) -> bool:
+    """Whether differences of points make costs and gradients: exact where these nearly meet, where products round as the points do."""
+    return metric == "euclidean" or (metric == "sqeuclidean" and width <= DIRECT)
 
 
 def damping(rho: float | None, eps: Tensor) -> Tensor | float:
@@ -131,28 +141,37 @@ def _point_costs(p: Problem, x: Tensor, y: Tensor) -> Tensor:
     """C [B, r, m] between x [B, r, D] and y [B, m, D], differentiable."""
     if p.metric == "dot":
         return 1 - x @ y.mT
-    if p.metric == "euclidean" or x.shape[-1] <= DIRECT:  # not through x.y, whose rounding is large beside a small distance
+    if p.direct:
         distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
         return distance if p.metric == "euclidean" else distance.square()
     squares = x.square().sum(-1)[..., None] + y.square().sum(-1)[:, None]
     return torch.baddbmm(squares, x, y.mT, alpha=-2).clamp_min(0)
 
 
-def pull(p: Problem, rows: slice, w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """(dx [B, r, D], dy [B, m, D]) of sum_ij w_ij C_ij over a tile, w [B, r, m], c its cost."""
-    if p.metric == "euclidean":  # grad |x - y| = (x - y)/|x - y|, taken as 0 at 0
-        apart = c > 0
-        w = torch.where(apart, w / torch.where(apart, c, torch.ones_like(c)), torch.zeros_like(w))
-    return pull_slopes(p, rows, w)
+def pull(p: Problem, rows: slice, w: Tensor, c: Tensor, *, graph: bool = False) -> tuple[Tensor, Tensor]:
+    """(dx [B, r, D], dy [B, m, D]) of sum_ij w_ij C_ij over a tile, w [B, r, m], c its cost.
 
-
-def pull_slopes(p: Problem, rows: slice, w: Tensor) -> tuple[Tensor, Tensor]:
-    """The same from w_ij, with metric "euclidean" w_ij / C_ij."""
+    With `graph` by what autograd differentiates, which would hold a tile for each coordinate: of many, by products.
+    """
     x, y = p.x[:, rows], p.y
     if p.metric == "dot":
         return -(w @ y), -(w.mT @ x)
-    scale = 1 if p.metric == "euclidean" else 2
+    if p.direct and not graph and x.device.type == "cpu":  # the backward of torch.cdist, which elsewhere forms [B, r, m, D]
+        distance, w = (c, w) if p.metric == "euclidean" else (c.sqrt(), 2 * w * c.sqrt())
+        dx = torch.ops.aten._cdist_backward(w.contiguous(), x, y, 2.0, distance)
+        return dx, torch.ops.aten._cdist_backward(w.mT.contiguous(), y, x, 2.0, distance.mT.contiguous())
+    scale = 2
+    if p.metric == "euclidean":  # grad |x - y| = (x - y)/|x - y|, taken as 0 at 0
+        apart, scale = c > 0, 1
+        w = torch.where(apart, w / torch.where(apart, c, torch.ones_like(c)), torch.zeros_like(w))
+    if p.direct and (x.shape[-1] <= DIRECT or not graph):
+        return scale * by_coordinates(w, x, y), scale * by_coordinates(w.mT, y, x)
     return scale * (w.sum(-1)[..., None] * x - w @ y), scale * (w.sum(-2)[..., None] * y - w.mT @ x)
+
+
+def by_coordinates(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """sum_j w_ij (x_i - y_j) [B, r, D] of w [B, r, m], a coordinate at a time."""
+    return torch.stack([(w * (a[..., None] - b[:, None])).sum(-1) for a, b in zip(x.unbind(-1), y.unbind(-1), strict=True)], -1)
 
 
 class Gradients:

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdfast._core import triton_runtime as runtime
 
 from . import portable
-from .geometry import DIRECT, Problem
+from .geometry import Problem
 from .portable import Schedule, Solution
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,9 +62,8 @@ class Step:
 
     def __init__(self, p: Problem):
         self.p, self.given = p, p.cost is not None
-        direct = not self.given and (p.metric == "euclidean" or (p.metric == "sqeuclidean" and p.x.shape[-1] <= DIRECT))
         self.flags = {
-            "GIVEN": self.given, "DIRECT": direct, "ROOT": p.metric == "euclidean", "DOT": p.metric == "dot",
+            "GIVEN": self.given, "DIRECT": p.direct, "ROOT": p.metric == "euclidean", "DOT": p.metric == "dot",
             "PADDED": self.given and p.rows is not None,
         }  # fmt: skip
         strides = p.cost.stride()[-2:] if self.given else (0, 0)

@@ -16,7 +16,7 @@ from .adjoint import Pulled
 from .geometry import Problem, blocks, damping, row_tiles
 from .portable import Schedule, effective_epsilon
 from .triton import Side, Step, in_parts, tiles
-from .triton_plan import CHUNK, from_products, product_tiles
+from .triton_plan import CHUNK, from_differences, from_products, product_tiles
 
 _PARTS = 3
 
@@ -135,13 +135,13 @@ def _of_points(p: Problem, at: _Iterations, x: Tensor, y: Tensor) -> tuple[Tenso
     dx, dy = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (p.x, p.y))
     for lo, hi in blocks(p):
         block, q = slice(lo, hi), p.part(lo, hi)
-        step, here, column_parts = Step(q), _Iterations(*(t[block].contiguous() for t in at)), in_parts(q.y, 16)
+        step, here = Step(q), _Iterations(*(t[block].contiguous() for t in at))
         for rows in row_tiles(q):
             w = q.a.new_empty(hi - lo, rows.stop - rows.start, q.b.shape[1])
             _entries(step, here, q.a.contiguous(), q.b.contiguous(), x[block].contiguous(), y[block].contiguous(), rows, w)
             of_rows = q.x[:, rows]
-            dx[block, rows] = from_products(q.metric, of_rows, *_products(w, column_parts, q.y.shape[-1]))
-            dy[block] += from_products(q.metric, q.y, *_products(w.mT, in_parts(of_rows, 16), q.y.shape[-1]))
+            dx[block, rows] = _pull(q, w, of_rows, q.y)
+            dy[block] += _pull(q, w.mT, q.y, of_rows)
     return q.a.new_empty(0), dx, dy
 
 
@@ -157,21 +157,23 @@ def _entries(step: Step, at: _Iterations, a: Tensor, b: Tensor, x: Tensor, y: Te
     )  # fmt: skip
 
 
-def _products(w: Tensor, parts: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """W v [B, r, width] and sum_j W_ij [B, r] of W [B, r, m] and v [B, m, width], which comes in parts."""
+def _pull(p: Problem, w: Tensor, points: Tensor, others: Tensor) -> Tensor:
+    """The gradient [B, r, D] in `points` of the sum of W C, W [B, r, m], with metric "euclidean" divided by the cost."""
     from . import triton_adjoint_kernels as kernels
 
-    t, chunk = product_tiles(16), min(CHUNK, runtime.power_of_two(parts.shape[-1]))
-    batch, size, others = w.shape
-    out, mass = w.new_empty(batch, size, parts.shape[-1]), w.new_empty(batch, size)
-    programs = -(-size // t.rows) * -(-parts.shape[-1] // chunk) * batch
+    points, apart = points.contiguous(), p.direct
+    values = others.contiguous() if apart else in_parts(others, 16)
+    t, chunk = product_tiles(16), min(CHUNK, runtime.power_of_two(values.shape[-1]))
+    batch, size, columns = w.shape
+    out, mass = w.new_empty(batch, size, values.shape[-1]), w.new_empty(batch, size)
+    programs = -(-size // t.rows) * -(-values.shape[-1] // chunk) * batch
     if programs:
         with torch.cuda.device_of(w):
             kernels.matrix_products[(programs,)](
-                w, parts, out, mass, *w.stride(), size, others, parts.shape[-1], CHUNK=chunk, ROWS=t.rows, COLUMNS=t.columns,
-                INTERPRETED=runtime.INTERPRETED, num_warps=t.warps,
+                w, points, values, out, mass, *w.stride(), size, columns, values.shape[-1], APART=apart, CHUNK=chunk,
+                ROWS=t.rows, COLUMNS=t.columns, INTERPRETED=runtime.INTERPRETED, num_warps=t.warps,
             )  # fmt: skip
-    return out[..., :width], mass
+    return from_differences(p.metric, out) if apart else from_products(p.metric, points, out[..., : points.shape[-1]], mass)
 
 
 def _sums(step: Step, mine: Side, others: Side, f: Tensor, g: Tensor, v: Tensor, active: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ import triton.language as tl
 from ..._core.triton_scores import weighted
 from .portable import TINY
 from .triton_kernels import costs, real_sizes
-from .triton_plan_kernels import exponents
+from .triton_plan_kernels import add_differences, exponents
 
 _TINY = tl.constexpr(TINY)
 
@@ -229,10 +229,13 @@ def adjoint_entries(
 
 @triton.jit
 def matrix_products(
-    matrix, values, out, mass, batch_stride, row_stride, column_stride, rows, columns, value_width,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr,
+    matrix, points, values, out, mass, batch_stride, row_stride, column_stride, rows, columns, value_width,
+    APART: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """sum_j W_ij v_j for v [B, 3, columns, value_width] in parts, out [B, rows, value_width], and sum_j W_ij, [B, rows], with W stored."""
+    """sum_j W_ij v_j for v [B, 3, columns, value_width] in parts, out [B, rows, value_width], and sum_j W_ij, [B, rows], with W stored.
+
+    APART: sum_j W_ij (x_i - v_j), of points x [B, rows, value_width], and v not in parts.
+    """
     row_tiles, chunks = tl.cdiv(rows, ROWS), tl.cdiv(value_width, CHUNK)
     program, first_row = tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles * ROWS
     b, first_width = (program // chunks).to(tl.int64), program % chunks * CHUNK
@@ -246,8 +249,12 @@ def matrix_products(
         inside = (row < rows)[:, None] & (first + tl.arange(0, COLUMNS) < columns)[None, :]
         w = tl.load(at, mask=inside, other=0.0)
         total += tl.sum(w, 1)
-        v = values + b * 3 * columns * value_width
-        acc = weighted(w, v, first, columns, value_width, first_width, acc, COLUMNS, CHUNK, INTERPRETED)
+        if APART:
+            x, y, column = points + b * rows * value_width, values + b * columns * value_width, first + tl.arange(0, COLUMNS)
+            acc = add_differences(w, x, y, row, rows, column, columns, value_width, first_width, acc, CHUNK)
+        else:
+            v = values + b * 3 * columns * value_width
+            acc = weighted(w, v, first, columns, value_width, first_width, acc, COLUMNS, CHUNK, INTERPRETED)
     d = first_width + tl.arange(0, CHUNK)
     to = out + (b * rows + row)[:, None] * value_width + d[None, :]
     tl.store(to, acc, mask=(row < rows)[:, None] & (d < value_width)[None, :])

@@ -59,10 +59,13 @@ def plan_gradient(p: Problem, f: Tensor, g: Tensor, w0: Tensor, w1: Tensor | Non
 
 
 def from_products(metric: str, points: Tensor, product: Tensor, mass: Tensor) -> Tensor:
-    """geometry.pull_slopes for one side's points [B, r, D], from W times the other's and W's sums [B, r]."""
-    if metric == "dot":
-        return -product
-    return (1 if metric == "euclidean" else 2) * (mass[..., None] * points - product)
+    """geometry.pull for one side's points [B, r, D], from W times the other's and W's sums [B, r]."""
+    return -product if metric == "dot" else 2 * (mass[..., None] * points - product)
+
+
+def from_differences(metric: str, product: Tensor) -> Tensor:
+    """The same from sums of W times differences; with metric "euclidean" W over the cost."""
+    return product if metric == "euclidean" else 2 * product
 
 
 class _Potentials:
@@ -97,26 +100,28 @@ class _Potentials:
         self._launch(kernels.row_moments, programs, t, mine, others, (self._weight(others),), (), tuple(found), ())
         return found[0], found[1]
 
-    def products(self, mine: Side, others: Side, v: Tensor, w0: Tensor, w1: Tensor | None, *, over_cost: bool = False):
-        """sum_j W_ij v_j [B, mine.size, d] for v [B, others.size, d], and sum_j W_ij, with W as plan_products has it."""
+    def products(self, mine: Side, others: Side, v: Tensor, w0: Tensor, w1: Tensor | None, *, over_cost=False, apart=False):
+        """sum_j W_ij v_j [B, mine.size, d] for v [B, others.size, d], and sum_j W_ij, with W as plan_products has it; or, `apart`, of
+        the differences of points from v, those of `others`."""
         from . import triton_plan_kernels as kernels
 
         batch, d = len(self.p.a), v.shape[-1]
-        values = in_parts(v, 16)
+        values = v if apart else in_parts(v, 16)
         out, mass = v.new_empty(batch, mine.size, values.shape[-1]), v.new_empty(batch, mine.size)
         t = product_tiles(self.width)
         chunk = min(CHUNK, runtime.power_of_two(values.shape[-1]))
         programs = -(-mine.size // t.rows) * -(-values.shape[-1] // chunk) * batch
         self._launch(
             kernels.plan_products, programs, t, mine, others, (self._weight(mine), self._weight(others)), (w0, w1),
-            (values, out, mass), (values.shape[-1],), SLOPED=w1 is not None, OVER_COST=over_cost, CHUNK=chunk,
+            (values, out, mass), (values.shape[-1],), SLOPED=w1 is not None, OVER_COST=over_cost, APART=apart, CHUNK=chunk,
         )  # fmt: skip
         return out[..., :d], mass
 
     def pulled(self, mine: Side, others: Side, w0: Tensor, w1: Tensor | None) -> Tensor:
         """The gradient of sum_ij W_ij C_ij in the points of `mine`, as geometry.pull has it."""
-        points, euclidean = self.of[id(mine)][0], self.p.metric == "euclidean"
-        return from_products(self.p.metric, points, *self.products(mine, others, self.of[id(others)][0], w0, w1, over_cost=euclidean))
+        points, euclidean, apart = self.of[id(mine)][0], self.p.metric == "euclidean", self.p.direct
+        made = self.products(mine, others, self.of[id(others)][0], w0, w1, over_cost=euclidean, apart=apart)
+        return from_differences(self.p.metric, made[0]) if apart else from_products(self.p.metric, points, *made)
 
     def _weight(self, side: Side) -> Tensor:
         return self.of[id(side)][2]

@@ -95,16 +95,28 @@ def row_moments(
 
 
 @triton.jit
+def add_differences(w, x, y, row, rows, column, columns, width, first_width, acc, CHUNK: tl.constexpr):
+    """acc [ROWS, CHUNK] + sum_j W_ij (x_i - y_j) in the coordinates from first_width on, of x [rows, width] and y [columns, width]."""
+    i, j = tl.minimum(row, rows - 1), tl.minimum(column, columns - 1)
+    for k in range(tl.minimum(CHUNK, width - first_width)):
+        d = first_width + k
+        apart = tl.load(x + i * width + d)[:, None] - tl.load(y + j * width + d)[None, :]
+        acc += tl.where((tl.arange(0, CHUNK) == k)[None, :], tl.sum(w * apart, 1)[:, None], 0.0)
+    return acc
+
+
+@triton.jit
 def plan_products(
     cost, x, y, x_square, y_square, f, g, row_weight, column_weight, epsilon, row_count, column_count, weight, slope, values, out, mass,
     batch_stride, row_stride, column_stride, rows, columns, width, value_width,
     GIVEN: tl.constexpr, DIRECT: tl.constexpr, ROOT: tl.constexpr, DOT: tl.constexpr, PADDED: tl.constexpr, SLOPED: tl.constexpr,
-    OVER_COST: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
-    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    OVER_COST: tl.constexpr, APART: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    PARTS: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """sum_j W_ij v_j for v [B, 3, columns, value_width] in parts, out [B, rows, value_width], and sum_j W_ij, [B, rows].
 
-    W = weight P, or SLOPED (weight + slope C) P; OVER_COST: over C, and 0 where that is 0.
+    W = weight P, or SLOPED (weight + slope C) P; OVER_COST: over C, and 0 where that is 0. APART, which costs are made DIRECT for:
+    sum_j W_ij (x_i - y_j).
     """
     row_tiles, chunks = tl.cdiv(rows, ROWS), tl.cdiv(value_width, CHUNK)
     program, first_row = tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles * ROWS
@@ -128,8 +140,13 @@ def plan_products(
             w = tl.where(c > 0, w / tl.where(c > 0, c, 1.0), 0.0)
         w = w * tl.load(column_weight + b * columns + column, mask=column < columns, other=0.0)[None, :]
         total += tl.sum(w, 1)
-        v = values + b * 3 * columns * value_width
-        acc = weighted(w, v, first, columns, value_width, first_width, acc, COLUMNS, CHUNK, INTERPRETED)
+        if APART:
+            acc = add_differences(
+                w, x + b * rows * width, y + b * columns * width, row, rows, column, columns, width, first_width, acc, CHUNK
+            )  # fmt: skip
+        else:
+            v = values + b * 3 * columns * value_width
+            acc = weighted(w, v, first, columns, value_width, first_width, acc, COLUMNS, CHUNK, INTERPRETED)
     a_i = tl.load(row_weight + b * rows + row, mask=row < rows, other=0.0)
     d = first_width + tl.arange(0, CHUNK)
     to = out + (b * rows + row)[:, None] * value_width + d[None, :]
