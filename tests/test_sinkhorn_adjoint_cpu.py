@@ -36,6 +36,36 @@ def test_unrolled(isa, n, m, iterations):
     close(unrolled(*(t.float() for t in given), epsilon=0.1, max_iters=iterations, impl="cpu"), truth, 1e-4)
 
 
+def test_unrolled_of_method_kernel_is_stored_whatever_its_size(isa):
+    """More than a megabyte: rows to come are fetched, four are added beside four that are summed."""
+    cost, a, b = torch.rand(1, 527, 530, dtype=torch.float64), weights(1, 527), weights(1, 530)
+    given = (cost, a, b, torch.randn(1, 527, dtype=torch.float64), torch.randn(1, 530, dtype=torch.float64))
+    options = {"epsilon": 0.1, "max_iters": 6, "method": "kernel"}
+    truth = unrolled(*given, **options, impl="torch")
+    close(unrolled(*given, **options, impl="cpu"), truth, 1e-9)
+    close(unrolled(*(t.float() for t in given), **options, impl="cpu"), truth, 1e-4)
+
+
+def test_unrolled_rounds_no_worse_than_autograd(isa):
+    """Weights' gradients are sums over forty steps: factors of rows and columns that do not cancel had them five times as far off."""
+    cost, a, b = torch.rand(16, 64, 64, dtype=torch.float32), *(weights(16, 64, dtype=torch.float32) for _ in range(2))
+    given = (cost, a, b, *torch.randn(2, 16, 64).unbind())
+    truth = unrolled(*(t.double() for t in given), epsilon=0.05, max_iters=40, impl="torch")
+    leaves = [t.detach().requires_grad_() for t in given[:3]]
+    f, g = logsumexp(*leaves, 0.05, 40)
+    naive, ours = torch.autograd.grad([f, g], leaves, given[3:]), unrolled(*given, epsilon=0.05, max_iters=40, impl="cpu")
+    for u, v, t in zip(ours, naive, truth, strict=True):
+        assert (u - t).norm() <= 2 * (v - t).norm() + 4 * torch.finfo(u.dtype).eps * t.norm()
+
+
+def logsumexp(cost, a, b, epsilon, iterations):
+    g = torch.zeros_like(b)
+    for _ in range(iterations):
+        f = -epsilon * torch.logsumexp((g[:, None] - cost) / epsilon + b.log()[:, None], -1)
+        g = -epsilon * torch.logsumexp((f[..., None] - cost) / epsilon + a.log()[..., None], -2)
+    return f, g
+
+
 @pytest.mark.parametrize("change", ["far", "annealed", "tol", "weightless", "relaxed columns"])
 def test_unrolled_where_stored_exponentials_do_not_serve(isa, change):
     """Potentials that move on, beyond what was stored or within a step; another epsilon; rows without weight."""

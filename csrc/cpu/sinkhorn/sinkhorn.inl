@@ -434,7 +434,7 @@ class SinkhornSolver {
       Real u[kGroup] = {}, mass[kGroup], cost[kGroup];
       for (int64_t r = 0; r < rows; ++r) u[r] = k_ * w_.f[i + r];
       each_rows(rows, [&](int64_t r, auto together) {
-        add_costs<decltype(together)::value, true>(costs.from(r), u + r, w_.b, w_.a + i + r, chunk, mass_lanes + r, cost_lanes + r);
+        add_costs<decltype(together)::value, true, Real>(costs.from(r), u + r, w_.b, w_.a + i + r, nullptr, chunk, mass_lanes + r, cost_lanes + r);
       });
       sum_lanes_of(mass_lanes, rows, mass);
       sum_lanes_of(cost_lanes, rows, cost);

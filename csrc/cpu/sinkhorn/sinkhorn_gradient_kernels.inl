@@ -2,7 +2,7 @@
 #include "sinkhorn/sinkhorn_plan.inl"
 #include "sinkhorn/sinkhorn_product.inl"
 #include "sinkhorn/sinkhorn_pull.inl"
-#include "sinkhorn/sinkhorn_replay.inl"
+#include "sinkhorn/sinkhorn_replay_problem.inl"
 
 namespace kdfast {
 extern const SinkhornGradientKernels KDFAST_UNIT(sinkhorn_gradient);

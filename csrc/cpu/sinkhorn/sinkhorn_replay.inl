@@ -6,8 +6,8 @@
 //   y = lambda_b G / (E^T a),   h = E y,   x = lambda_a (F - a h) / (R b),   dC_ij += a_i y_j E_ij + b_j x_i R_ij,   G <- -b R^T x
 //
 // R's rows are normalised, so that where no column moved far R is E with its columns rescaled, and so, with its rows rescaled, is the E
-// of the step before, whose E^T a is summed on the way: one pass and one exponential an entry a step, or none, where the step that is the
-// reference has stored its E. dC of many steps is E times a product of low rank, sum_s left_is right_sj, and is formed once for all steps near
+// of the step before, whose E^T a is summed on the way: one pass and one exponential an entry a step, or none, where the E of a reference is
+// stored. dC of many steps is E times a product of low rank, sum_s left_is right_sj, and is formed once for all steps near
 // one reference.
 //
 // The gradient in epsilon is what these two summands of dC make with log E and log R once columns of the one and rows of the other
@@ -16,6 +16,7 @@
 
 #include "sinkhorn/sinkhorn_replay_arrays.inl"
 #include "sinkhorn/sinkhorn_replay_rows.inl"
+#include "sinkhorn/sinkhorn_replay_stored.inl"
 
 namespace {
 
@@ -42,7 +43,7 @@ class SinkhornReplayer {
     }
     double to_epsilon = 0;
     for (int64_t t = r_.done; t > 0; --t) to_epsilon += step(t);
-    if (r_.done > 0) add_product();
+    if (rank_ > 0) add_product();
     *r_.epsilon = Real(to_epsilon);
   }
 
@@ -63,9 +64,8 @@ class SinkhornReplayer {
   bool summed_ = false;      // sums hold E^T a of the step
   bool carries_ = false;     // this step sums those of the one before
   bool written_ = false;     // something is in the gradient
-  bool stored_ = false;      // the kernel is stored: exponentials at the reference
-  bool keeps_ = false;       // this step stores it
-  int64_t rank_ = 0;         // rows of right in use, at exponents reference_f and reference_g
+  bool stored_ = false;      // exponentials at the reference are; moved, sums and a row of left are then the next step's
+  int64_t rank_ = 0;         // rows of left and right in use, at exponents reference_f and reference_g
 
   // Whether |shift(j, count)|, a vector, stays below kDrift in 0 ... size; NaN does not.
   template <class F>
@@ -86,38 +86,34 @@ class SinkhornReplayer {
     k_ = Real(kBitsPerNat / epsilon_);
     damp_a_ = Real(damping(p_.rho_a, epsilon_)), damp_b_ = Real(damping(p_.rho_b, epsilon_));
     f_ = r_.history_f + (t - 1) * r_.history_f_stride, g_ = r_.history_g + (t - 1) * r_.history_g_stride;
+    const bool more = t > 1 && epsilon_at(p_.epsilon, r_.schedule, t - 1) == epsilon_;
     const StartWeights start = start_weights(r_.schedule, t);
+    const Real* const previous = t > 1 ? g_ - r_.history_g_stride : r_.start_g;
+    if (stored_ && step_of_stored(previous, more)) return 0;
+    leave_stored();
     place_rows(f_, w_.u);
-    place_columns(t > 1 ? g_ - r_.history_g_stride : r_.start_g, start);
+    place_columns(previous, start);
     refer(epsilon_ != before);
-    carry(t);
-    if ((far_ || apart_) && !written_) clear();
-
-    if (!summed_) {
-      run_team<&SinkhornReplayer::sum_columns>();
-      for (int64_t j = 0; j < w_.m; j += kW) store(w_.sums + j, total(0, j));
+    if (w_.kernel != nullptr && rank_ == 0 && more && !far_ && !apart_) {
+      store_kernel();
+      if (step_of_stored(previous, more)) return 0;
+      leave_stored();
     }
-    keeps_ = w_.kernel != nullptr && !stored_ && rank_ == 0 && t > 1 && !far_ && !apart_;
-    const bool reads = stored_ && !far_;
+    carry(more);
+    if ((far_ || apart_) && !written_) clear();
+    if (!summed_) sum_columns<false>();
     Real *const with_y = w_.right + rank_ * w_.m, *const with_scale = with_y + w_.m;
     for (int64_t j = 0; j < w_.m; j += kW) {
-      const V moved = exp2(load(w_.exponent + j) - load(w_.reference_g + j)), sum = load(w_.sums + j);
-      const V y = sum == V{} ? V{} : damp_b_ * load(w_.to_g + j) / larger(sum, splat(Real(1e-30)));
+      const V moved = exp2(load(w_.exponent + j) - load(w_.reference_g + j)), y = slope_of_column(j);
       store(w_.y + j, y);
-      store(w_.lift + j, reads ? moved : V{} + 1);
       store(with_y + j, moved * y);
       store(with_scale + j, moved * load(w_.weighted_scale + j));
     }
     each_vector<Real, 1>(p_.n, [&](int64_t i, int, int64_t count) {
       store(w_.moved + i, load_count<Real>(p_.a + i, count) > V{} ? exp2(load(w_.u + i) - load(w_.reference_f + i)) : V{});
     });
+    run_team<&SinkhornReplayer::pull>();
     rank_ += 2;
-    if (reads) {
-      run_team<&SinkhornReplayer::pull_stored>();
-    } else {
-      run_team<&SinkhornReplayer::pull>();
-    }
-    stored_ |= keeps_;
     return finish(start, r_.schedule.method == SinkhornMethod::kProximal ? 1 / double(t) : double(epsilon_ == p_.epsilon));
   }
 
@@ -159,8 +155,6 @@ class SinkhornReplayer {
                        near(p_.m, [&](int64_t j, int64_t count) { return shift_of_column(j, count, w_.exponent, w_.reference_g); });
     if (close && rank_ + 2 <= kRank) return;
     if (rank_ > 0) add_product();
-    if (close && stored_) return;
-    stored_ = false;
     copy(w_.reference_f, w_.u, p_.n);
     for (int64_t j = 0; j < w_.m; ++j) w_.reference_g[j] = j < p_.m ? w_.exponent[j] : Real(0);  // from which padding differs by -infinity
     reference_k_ = k_;
@@ -175,8 +169,8 @@ class SinkhornReplayer {
   }
 
   // Whether the column sums of the step before can be had from this one's entries, and what takes them there.
-  void carry(int64_t t) {
-    carries_ = t > 1 && epsilon_at(p_.epsilon, r_.schedule, t - 1) == epsilon_;
+  void carry(bool more) {
+    carries_ = more;
     if (!carries_) return;
     const Real* const g = g_ - r_.history_g_stride;
     place_rows(f_ - r_.history_f_stride, w_.back_u);
@@ -207,9 +201,9 @@ class SinkhornReplayer {
     const V zero = {}, epsilon = splat(Real(epsilon_)), now = splat(Real(start.now)), older = splat(Real(start.older));
     summed_ = carries_;
     each_vector<Real, 1>(p_.m, [&](int64_t j, int, int64_t count) {
-      const V b = load(w_.b + j), lift = load(w_.lift + j), through = multiply_add(load(w_.scale + j) * lift, total(0, j), total(2, j));
+      const V b = load(w_.b + j), through = multiply_add(load(w_.scale + j), total(0, j), total(2, j));
       const V back = b == zero ? zero : -b * through;  // through may have overflowed where there is no weight
-      if (carries_) store(w_.sums + j, load(w_.back_scale + j) * lift * total(1, j));
+      if (carries_) store(w_.sums + j, load(w_.back_scale + j) * total(1, j));
       store_count(r_.b + j, load_count<Real>(r_.b + j, count) - epsilon * through, count);
       store_count(w_.to_g + j, multiply_add(now, back, load(w_.older + j)), count);
       store_count(w_.older + j, older * back, count);
@@ -244,8 +238,21 @@ class SinkhornReplayer {
   }
   int64_t first_row(int64_t worker) const { return worker * p_.n / team_.size; }
 
-  // E^T a
-  void sum_columns(int64_t worker) {
+  // y, of sums that are E^T a
+  V slope_of_column(int64_t j) const {
+    const V sum = load(w_.sums + j);
+    return sum == V{} ? V{} : damp_b_ * load(w_.to_g + j) / larger(sum, splat(Real(1e-30)));
+  }
+
+  // E^T a; with kKeep E is stored.
+  template <bool kKeep>
+  void sum_columns() {
+    run_team<&SinkhornReplayer::sum_rows<kKeep>>();
+    for (int64_t j = 0; j < w_.m; j += kW) store(w_.sums + j, total(0, j));
+  }
+
+  template <bool kKeep>
+  void sum_rows(int64_t worker) {
     const FlushDenormals flush;
     Real* const columns = w_.columns + worker * w_.worker_columns;
     for (int64_t j = 0; j < w_.m; ++j) columns[j] = 0;
@@ -254,7 +261,8 @@ class SinkhornReplayer {
       rows = smaller(kTogether, end - i);
       const CostRows<Real, T> costs = rows_at(i, w_.exponent);
       each_rows(rows, [&](int64_t r, auto together) {
-        add_costs<decltype(together)::value, false, Real>(costs.from(r), w_.u + i + r, w_.b, p_.a + i + r, columns, nullptr, nullptr);
+        Real* const e = kKeep ? w_.kernel + (i + r) * w_.m : nullptr;
+        add_costs<decltype(together)::value, false, Real>(costs.from(r), w_.u + i + r, w_.b, p_.a + i + r, e, columns, nullptr, nullptr);
       });
     }
   }
@@ -263,6 +271,7 @@ class SinkhornReplayer {
     const FlushDenormals flush;
     Real *const columns = w_.columns + worker * w_.worker_columns, *const entries = w_.entries + worker * w_.worker_entries;
     Real* const own = entries + kTogether * w_.m;
+    Real *const left_y = w_.left + rank_ * w_.n, *const left_scale = left_y + w_.n;
     for (int64_t j = 0; j < 3 * w_.m; ++j) columns[j] = 0;
     double steepness = 0;
     const int64_t end = first_row(worker + 1);
@@ -271,13 +280,12 @@ class SinkhornReplayer {
       Real slopes[kTogether];
       RowSums<Real> sums;
       const CostRows<Real, T> costs = rows_at(i, w_.exponent);
-      Real* const e = keeps_ ? w_.kernel + i * w_.m : entries;
       each_rows(rows, [&](int64_t r, auto together) {
         constexpr int kRows = decltype(together)::value;
         if (r_.to_epsilon) {
-          weigh_pair<kRows, true>(costs.from(r), w_.u + i + r, w_.y, w_.weighted_scale, e + r * w_.m, r, &sums);
+          weigh_pair<kRows, true>(costs.from(r), w_.u + i + r, w_.y, w_.weighted_scale, entries + r * w_.m, r, &sums);
         } else {
-          weigh_pair<kRows, false>(costs.from(r), w_.u + i + r, w_.y, w_.weighted_scale, e + r * w_.m, r, &sums);
+          weigh_pair<kRows, false>(costs.from(r), w_.u + i + r, w_.y, w_.weighted_scale, entries + r * w_.m, r, &sums);
         }
       });
       for (int64_t r = 0; r < rows; ++r) {
@@ -288,27 +296,13 @@ class SinkhornReplayer {
         if (a > 0) steepness += double(a) * double(sums.steep_y[r]);
         if (!apart) steepness += steepness_of(slopes[r], sums, r);
         if (apart) steepness += pull_apart(i + r, own, columns + 2 * w_.m);
-        w_.left[(i + r) * kRank + rank_ - 2] = a * w_.moved[i + r];
-        w_.left[(i + r) * kRank + rank_ - 1] = slopes[r] * w_.moved[i + r];
+        left_y[i + r] = a * w_.moved[i + r];
+        left_scale[i + r] = slopes[r] * w_.moved[i + r];
       }
-      add_rows(WeightedRows<Real>{e, w_.m, slopes, columns}, rows, p_.m);
-      if (carries_) add_rows(WeightedRows<Real>{e, w_.m, w_.back_a + i, columns + w_.m}, rows, p_.m);
+      add_rows(WeightedRows<Real>{entries, w_.m, slopes, columns}, rows, p_.m);
+      if (carries_) add_rows(WeightedRows<Real>{entries, w_.m, w_.back_a + i, columns + w_.m}, rows, p_.m);
     }
     w_.shares[worker * kShare] = Real(steepness);
-  }
-
-  // The same of stored exponentials, every row with a weight and no column moved far.
-  void pull_stored(int64_t worker) {
-    const FlushDenormals flush;
-    Real *const columns = w_.columns + worker * w_.worker_columns, *const with_y = w_.right + (rank_ - 2) * w_.m;
-    for (int64_t j = 0; j < 3 * w_.m; ++j) columns[j] = 0;
-    const int64_t begin = first_row(worker), end = first_row(worker + 1);
-    step_stored<Real>({w_.kernel, w_.m, p_.m, begin, end, with_y, with_y + w_.m, w_.moved, p_.a, w_.to_f, w_.back_a, damp_a_, w_.h, w_.x, columns,
-                       columns + w_.m});
-    for (int64_t i = begin; i < end; ++i) {
-      w_.left[i * kRank + rank_ - 2] = p_.a[i] * w_.moved[i];
-      w_.left[i * kRank + rank_ - 1] = w_.x[i] * w_.moved[i];
-    }
   }
 
   // x_i, given sum_j b_j R_ij; where nothing is summed the potential is a constant
@@ -338,6 +332,71 @@ class SinkhornReplayer {
     return steepness_of(x, sums, 0);
   }
 
+  // ---- steps on stored exponentials ---------------------------------------------------------------------------------------
+  //
+  // With K the reference's and factors moved_i and scale_j = 2^(how far exponents are from it) a step's E is moved_i K_ij but for what its columns are
+  // divided by, its R K_ij scale_j but for what its rows are.
+
+  void store_kernel() {
+    sum_columns<true>();
+    for (int64_t i = 0; i < p_.n; ++i) w_.moved[i] = 1, w_.left[i] = p_.a[i];
+    stored_ = true;
+  }
+
+  void leave_stored() {
+    if (!stored_) return;
+    if (rank_ > 0) add_product();
+    stored_ = summed_ = false;
+  }
+
+  // A step whose columns start from `previous`, where `more`, one of the same epsilon follows; or nothing, and false, where they moved too far.
+  bool step_of_stored(const Real* previous, bool more) {
+    if (rank_ + 2 > kRank) {
+      add_product();
+      copy(w_.left, w_.left + kRank * w_.n, p_.n);
+    }
+    const V k = splat(k_);
+    Real *const y = w_.right + rank_ * w_.m, *const start = y + w_.m;
+    const bool serves = near(p_.m, [&](int64_t j, int64_t count) {
+      const V shift = multiply_add(k, load_count<Real>(previous + j, count), -load_count<Real>(w_.reference_g + j, count)), factor = exp2(shift);
+      store(w_.scale + j, factor);
+      store(start + j, factor * load(w_.b + j));
+      store(y + j, slope_of_column(j));
+      return shift;
+    });
+    if (!serves) return false;
+    Real* const before = w_.left + (rank_ + 2) * w_.n;
+    for (int64_t i = 0; i < p_.n && !more; ++i) before[i] = 0;
+    const bool stays = more && near(p_.n, [&](int64_t i, int64_t count) {
+      const V f = load_count<Real>(f_ - r_.history_f_stride + i, count), shift = multiply_add(k, f, -load_count<Real>(w_.reference_f + i, count));
+      store(w_.back_moved + i, exp2(shift));
+      store(before + i, load_count<Real>(p_.a + i, count) * load(w_.back_moved + i));
+      return shift;
+    });
+    run_team<&SinkhornReplayer::step_rows>();
+    each_vector<Real, 1>(p_.m, [&](int64_t j, int, int64_t count) {
+      const V b = load(w_.b + j), through = load(w_.scale + j) * total(0, j), zero = {};
+      store_count(r_.b + j, load_count<Real>(r_.b + j, count) - splat(Real(epsilon_)) * through, count);
+      store_count(w_.to_g + j, b == zero ? zero : -b * through, count);
+      store(w_.sums + j, total(2, j));
+    });
+    each_vector<Real, 1>(p_.n, [&](int64_t i, int, int64_t count) {
+      store_count(r_.a + i, load_count<Real>(r_.a + i, count) - splat(Real(epsilon_)) * load(w_.moved + i) * load(w_.h + i), count);
+      store(w_.to_f + i, V{});
+    });
+    copy(w_.moved, w_.back_moved, p_.n);
+    rank_ += 2;
+    if (!stays) leave_stored();
+    return true;
+  }
+
+  void step_rows(int64_t worker) {
+    const FlushDenormals flush;
+    Real *const columns = w_.columns + worker * w_.worker_columns, *const y = w_.right + rank_ * w_.m, *const now = w_.left + rank_ * w_.n;
+    step_stored<Real>({w_.kernel, w_.m, p_.m, first_row(worker), first_row(worker + 1), y, y + w_.m, now, w_.to_f, now + 2 * w_.n, w_.h, now + w_.n, columns,
+                       columns + 2 * w_.m});
+  }
+
   // ---- the gradient in the cost -----------------------------------------------------------------------------------------
 
   Real reference_k_ = 0;
@@ -360,19 +419,28 @@ class SinkhornReplayer {
     for (int64_t i = first_row(worker), rows = 0; i < end; i += rows) {
       rows = smaller(kTogether, end - i);
       each_rows(rows, [&](int64_t r, auto together) {
-        for (int64_t j = 0; j < p_.m; j += kPanelWidth<Real>) multiply_tile<decltype(together)::value>(i + r, j);
+        constexpr int kRows = decltype(together)::value;
+        Real left[kRank * kRows];
+        for (int64_t s = 0; s < rank_; ++s) __builtin_memcpy(left + s * kRows, w_.left + s * w_.n + i + r, kRows * sizeof(Real));
+        for (int64_t j = 0; j < p_.m; j += kPanelWidth<Real>) {
+          if (stored_) {
+            multiply_tile<kRows, true>(i + r, j, left);
+          } else {
+            multiply_tile<kRows, false>(i + r, j, left);
+          }
+        }
       });
     }
   }
 
-  template <int kRows>
-  void multiply_tile(int64_t i, int64_t j) const {
+  template <int kRows, bool kStored>
+  void multiply_tile(int64_t i, int64_t j, const Real* left) const {
     V sum[kRows][kVecs] = {};
-    const Real *const left = w_.left + i * kRank, *right = w_.right + j;
+    const Real* right = w_.right + j;
     for (int64_t s = 0; s < rank_; ++s, right += w_.m) {
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const V factor = splat(left[r * kRank + s]);
+        const V factor = splat(left[s * kRows + r]);
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) sum[r][v] = multiply_add(factor, load(right + v * kW), sum[r][v]);
       }
@@ -388,7 +456,7 @@ class SinkhornReplayer {
         const int64_t at = j + v * kW, count = smaller(kW, p_.m - at);
         if (count <= 0) continue;
         V e;
-        if (stored_) {
+        if constexpr (kStored) {
           e = load(w_.kernel + i * w_.m + kRows * at + r * kW);
         } else {
           const V t = rows.at(r, at, count, splat(w_.reference_f[i + r]));
@@ -400,58 +468,5 @@ class SinkhornReplayer {
     }
   }
 };
-
-template <class Real>
-int64_t sinkhorn_replay_workspace(const SinkhornProblem<Real>& p, const SinkhornReplay<Real>& replay, int64_t workers) {
-  return ReplayArrays<Real>{}.place(p, replay, workers, nullptr);
-}
-
-// From the gradient in the cost `q` has kept to that in the points of `p`.
-template <class Real>
-void pull_to_points(const SinkhornProblem<Real>& p, const SinkhornProblem<Real>& q, const SinkhornReplay<Real>& replay, const SinkhornTeam& team,
-                    const ReplayArrays<Real>& arrays) {
-  using Pull = PointPull<Real>;
-  struct Rows {
-    const SinkhornProblem<Real>&p, &q;
-    const SinkhornReplay<Real>& r;
-    const ReplayArrays<Real>& w;
-    const PointSums<Real> points;
-    int64_t workers;
-  } rows{p, q, replay, arrays, PointSums<Real>(p, arrays.points), team.size};
-  team.run(team.size, [](void* self, int64_t worker) {
-    const FlushDenormals flush;
-    const Rows& s = *static_cast<Rows*>(self);
-    Pull pull(s.p, s.points, s.w.pulled + worker * Pull::space(s.p));
-    const int64_t end = (worker + 1) * s.p.n / s.workers, stride = Pull::stride(s.p);
-    for (int64_t i = worker * s.p.n / s.workers, rows = 0; i < end; i += rows) {
-      rows = smaller(Pull::tile(s.p), end - i);
-      Real* const w = s.w.gradient + i * stride;
-      Pull::pad(s.p, w, rows);
-      for (int64_t r = 0; r < rows && s.p.metric == SinkhornMetric::kEuclidean; ++r) {
-        const Real* const c = static_cast<const Real*>(s.q.cost) + (i + r) * s.q.cost_stride;
-        for (int64_t j = 0; j < s.p.m; ++j) w[r * stride + j] = c[j] > 0 ? w[r * stride + j] / c[j] : Real(0);
-      }
-      pull.add(w, i, rows, s.r.x);
-    }
-    if (s.workers == 1) pull.finish(s.r.y);
-  }, &rows);
-  if (team.size == 1) return;
-  for (int64_t j = 0; j < Pull::space(p); ++j)
-    for (int64_t worker = 1; worker < team.size; ++worker) arrays.pulled[j] += arrays.pulled[worker * Pull::space(p) + j];
-  Pull::finish(p, arrays.pulled, replay.y);
-}
-
-template <class Real>
-void sinkhorn_replay(const SinkhornProblem<Real>& p, const SinkhornReplay<Real>& replay, const SinkhornTeam& team, Real* work) {
-  ReplayArrays<Real> arrays;
-  arrays.place(p, replay, team.size, work);
-  const bool formed = p.metric != SinkhornMetric::kGiven;
-  const SinkhornProblem<Real> q = formed && replay.done > 0 ? keep_cost(p, team, arrays) : p;
-  SinkhornReplay<Real> r = replay;
-  if (formed) r.cost = arrays.gradient, r.cost_stride = PointPull<Real>::stride(p);
-  with_cost_type<Real>(q, [&](auto element) { SinkhornReplayer<Real, decltype(element)>(q, r, team, arrays).run(); });
-  if (formed && r.done > 0) return pull_to_points(p, q, r, team, arrays);
-  if (formed) __builtin_memset(r.x, 0, size_t(p.n * p.width) * sizeof(Real)), __builtin_memset(r.y, 0, size_t(p.m * p.width) * sizeof(Real));
-}
 
 }  // namespace

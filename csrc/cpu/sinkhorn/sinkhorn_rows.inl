@@ -13,6 +13,7 @@ constexpr double kTrusted = 0x1p100;  // sums outside [1/this, this] are redone
 constexpr double kLargestExponent = 115;  // 80 nats: pairs of zero weight exceed it
 constexpr double kLeastExponent = -1e4;   // 0 times which is 0
 constexpr int64_t kChunk = 128;  // rows whose columns are summed apart, for the sake of rounding
+constexpr int64_t kNearBytes = 1 << 20;  // more of stored exponentials do not stay in L2: rows to come are fetched into it
 constexpr int64_t kFarBytes = 4 << 20;  // results beyond this are written past the caches
 constexpr int kTogether = kLanes == 16 ? 4 : 2;  // rows in one loop, as registers allow
 
@@ -187,10 +188,11 @@ inline void add_rows(const WeightedRows<Real>& rows, int64_t count, int64_t m) {
   });
 }
 
-// Rows whose weights are known beforehand: columns_j += sum_r weight_r e_rj, e_rj = 2^(u_r + x_j) bounded. With kMoments also
-// sum_j b_j e_rj and sum_j b_j e_rj c_rj by lanes, where 0 times an infinite cost (a forbidden pair) is 0.
+// Rows whose weights are known beforehand: columns_j += sum_r weight_r e_rj, e_rj = 2^(u_r + x_j) bounded, and stored in e where that is given. With
+// kMoments also sum_j b_j e_rj and sum_j b_j e_rj c_rj by lanes, where 0 times an infinite cost (a forbidden pair) is 0.
 template <int kRows, bool kMoments, class Real, class T>
-inline void add_costs(const CostRows<Real, T>& rows, const Real* u, const Real* b, const Real* weight, Real* columns, VecOf<Real>* sums, VecOf<Real>* costs) {
+inline void add_costs(const CostRows<Real, T>& rows, const Real* u, const Real* b, const Real* weight, Real* e, Real* columns, VecOf<Real>* sums,
+                      VecOf<Real>* costs) {
   const VecOf<Real> most = splat(Real(kLargestExponent)), largest = splat(kLargestCost<Real>);
   VecOf<Real> sum[kRows], cost[kRows], shift[kRows], factor[kRows];
 #pragma GCC unroll 4
@@ -206,6 +208,7 @@ inline void add_costs(const CostRows<Real, T>& rows, const Real* u, const Real* 
       __builtin_prefetch(rows.c + (r + kRows) * rows.stride + j);  // of the rows after these
       const VecOf<Real> t = rows.at(r, j, count, shift[r]), x = exp2(t > most ? most : t);
       column = multiply_add(x, factor[r], column);
+      if (e != nullptr) store(e + kRows * j + r * kWidth<Real>, x);
       if constexpr (kMoments) {
         const VecOf<Real> mass = x * share, c = load_count<Real>(rows.c + r * rows.stride + j, count);
         sum[r] += mass;

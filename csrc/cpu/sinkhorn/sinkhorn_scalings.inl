@@ -9,7 +9,6 @@ namespace {
 
 // e^20: farther from 1 than this, what underflowed when K was stored may count (sinkhorn.inl, kDrift).
 constexpr double kDrifted = 4.85165195e8;
-constexpr int64_t kNearBytes = 1 << 20;  // more of K do not stay in L2: rows to come are fetched into it
 constexpr int kNarrow = 8;  // vectors of columns whose sums stay in registers
 
 // Rows begin ... end of K [rows, width], taken together as weigh_costs stored them, and what a pass over them is given and forms.
