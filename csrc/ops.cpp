@@ -20,10 +20,13 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "Tensor? bias, Tensor? values, Tensor? start_weight, Tensor? start_slope, Tensor? query_labels, Tensor? key_labels, Tensor? key_index, "
       "Tensor? limit, Tensor? valid, bool want_rows, bool want_keys, bool want_bias, bool want_values, int precision) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("pooled_softmax(Tensor query, Tensor keys, Tensor? values, float factor, bool keep, int precision) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "pooled_softmax_grad(Tensor? g, Tensor h, Tensor pooled, Tensor lse, Tensor lse_low, Tensor scores, Tensor query, Tensor keys, "
-      "Tensor? values, float factor, bool want_query, bool want_keys, bool want_values, int precision) -> (Tensor, Tensor, Tensor)");
+      "pooled_softmax(Tensor query, Tensor keys, Tensor? values, float factor, bool keep, int precision, Tensor? scale=None, "
+      "Tensor? bias=None, Tensor? query_labels=None, Tensor? key_labels=None) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "pooled_softmax_grad(Tensor? g, Tensor? h, Tensor pooled, Tensor lse, Tensor lse_low, Tensor scores, Tensor query, Tensor keys, "
+      "Tensor? values, float factor, bool want_query, bool want_keys, bool want_values, int precision, Tensor? scale=None, "
+      "Tensor? bias=None, Tensor? query_labels=None, Tensor? key_labels=None, bool want_bias=False) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "similarity_second(Tensor g, Tensor? query_direction, Tensor? keys_direction, Tensor? scale_direction, Tensor lse, Tensor lse_low, "
       "Tensor pooled, Tensor query, Tensor keys, Tensor scale, Tensor? bias, Tensor? query_labels, Tensor? key_labels, Tensor? key_index, "

@@ -8,7 +8,7 @@ from similarity_kernel_cases import DTYPES
 from kdfast._core import extension
 from kdfast._ops import similarity
 from kdfast._ops.similarity import plain_pooled, reference
-from kdfast.ops import similarity_softmax
+from kdfast.ops import KeyIndex, SameLabel, similarity_softmax
 
 _C, REASON = extension.load("_C")
 pytestmark = pytest.mark.skipif(_C is None, reason=str(REASON))
@@ -83,8 +83,15 @@ def test_calls_that_are_not_plain_are_left_to_the_general_way(monkeypatch):
     query, keys, values = matrices(20, 70, 16, 12)
     truth = reference.similarity_softmax(query, keys, values=values, scale=5.0)
     monkeypatch.setattr(plain_pooled.PooledSoftmax, "apply", lambda *args: pytest.fail("taken for a plain call"))
-    tensor = torch.tensor(5.0)
-    for options in ({"scale": tensor}, {"scale": 5.0, "valid": 70}, {"scale": 5.0, "impl": "cpu"}, {"scale": 5.0, "precision": "ieee"}):
+    count, wide = torch.tensor(70), torch.tensor(5.0, dtype=torch.float64)
+    for options in (
+        {"scale": wide},
+        {"valid": count},
+        {"impl": "cpu"},
+        {"precision": "ieee"},
+        {"exclude": (KeyIndex(torch.full((20,), -1)),)},
+    ):
+        options = {"scale": 5.0} | options
         torch.testing.assert_close(similarity_softmax(query, keys, values=values, **options), truth)
     nested = similarity_softmax(query[None], keys, values=values, scale=5.0)
     torch.testing.assert_close([x[0] for x in nested], list(truth))
@@ -115,6 +122,54 @@ def test_second_derivative(only_plain, width):
         assert_as_good_as(x, y, z)
 
 
+FORMS = {
+    "scale": lambda n, m: dict(scale=torch.tensor(5.0, requires_grad=True)),
+    "scales": lambda n, m: dict(scale=normal(n).mul(5).index_fill(0, torch.tensor([3]), 0.0).requires_grad_()),
+    "bias": lambda n, m: dict(scale=5.0, bias=normal(m).requires_grad_()),
+    "valid": lambda n, m: dict(scale=5.0, valid=m - 7),
+    "labels": lambda n, m: dict(scale=5.0, exclude=(SameLabel(torch.arange(n) % 5, torch.arange(m) % 7),)),
+    "nothing admitted": lambda n, m: dict(scale=5.0, exclude=(SameLabel(torch.arange(n) % 2, torch.zeros(m, dtype=torch.long)),)),
+    "all": lambda n, m: FORMS["scales"](n, m) | FORMS["bias"](n, m) | FORMS["labels"](n, m) | dict(valid=m - 7),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("given", [(True, True), (True, False), (False, True)], ids=["both", "lse", "pooled"])
+@pytest.mark.parametrize("width", [None, 12], ids=["values are keys", "values"])
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_plain_call_may_have_beside_matrices(monkeypatch, form, width, given, dtype):
+    """Both derivatives of every input that may have one: as the general way's, the first ones as good as the formula's."""
+    n, m = 20, 70
+    leaves, options = matrices(n, m, 16, width, dtype), FORMS[form](n, m)
+    upstream = normal(n), normal(n, width or 16)
+
+    def derivatives(op, leaves, options, dtype):
+        learnt = [x for x in (options.get("scale"), options.get("bias")) if isinstance(x, torch.Tensor)]
+        outputs = op(*leaves[:2], values=leaves[2] if width else None, **options)
+        terms = [(x[rows] * u[rows].to(x.dtype)).sum() for x, u, there in zip(outputs, upstream, given, strict=True) if there]
+        inputs = [*(leaves if given[1] else leaves[:2]), *learnt]
+        once = torch.autograd.grad(sum(terms), inputs, retain_graph=True)
+        first = torch.autograd.grad(sum(terms), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(x.to(torch.float64).square().sum() for x in first), inputs)
+        return [*(x[rows] for x in outputs), *once, *second]
+
+    def cast(x, dtype):
+        return x.detach().to(dtype).requires_grad_() if isinstance(x, torch.Tensor) and x.requires_grad else x
+
+    wide = [cast(x, torch.float64) for x in leaves], {k: cast(v, torch.float64) for k, v in options.items()}
+    rows = torch.isfinite(reference.similarity_softmax(*wide[0][:2], **wide[1])[0])
+    naive = leaves, {k: cast(v, dtype) for k, v in options.items()}
+    general = derivatives(similarity_softmax, leaves, options | dict(impl="cpu"), dtype)
+    monkeypatch.setattr(similarity, "problem", lambda *args: pytest.fail("took the general way"))
+    found = derivatives(similarity_softmax, leaves, options, dtype)
+    for ours, its in zip(found, general, strict=True):
+        close = 16 * torch.finfo(ours.dtype).eps
+        torch.testing.assert_close(ours, its, rtol=close, atol=close * float(its.abs().max()))
+    formulas = derivatives(reference.similarity_softmax, *naive, dtype), derivatives(reference.similarity_softmax, *wide, torch.float64)
+    for ours, its, truth in zip(found[: 2 + len(leaves)], *formulas, strict=False):
+        assert_as_good_as(ours, its, truth)
+
+
 def test_batched_upstream_gradients(only_plain):
     query, keys, values = leaves = matrices(20, 70, 16, 12)
     upstream = normal(3, 20, 12)
@@ -140,3 +195,8 @@ def test_opcheck():
             lse, pooled, lse_low, scores = torch.ops.kdfast.pooled_softmax(query, keys, v, 5.0, True, 0)
             args = torch.randn_like(lse), normal(len(query), width), pooled, lse, lse_low, scores, query, keys, v, 5.0
             torch.library.opcheck(torch.ops.kdfast.pooled_softmax_grad.default, (*args, True, True, v is not None, 0))
+            rules = torch.rand(len(query)), normal(len(keys)), torch.arange(len(query)) % 3, torch.arange(len(keys)) % 5
+            torch.library.opcheck(torch.ops.kdfast.pooled_softmax.default, (query, keys, v, 1.0, True, 0, *rules))
+            lse, pooled, lse_low, scores = torch.ops.kdfast.pooled_softmax(query, keys, v, 1.0, True, 0, *rules)
+            args = torch.randn_like(lse), None, pooled, lse, lse_low, scores, query, keys, v, 1.0, True, True, False, 0
+            torch.library.opcheck(torch.ops.kdfast.pooled_softmax_grad.default, (*args, *rules, True))

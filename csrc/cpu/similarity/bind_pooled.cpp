@@ -72,15 +72,15 @@ struct PooledGradients {
   Tensor rows, mean, keys, bias, values;
 };
 
-// What is wanted, with a leading batch dimension or, of a plain call, without; then rows are sum_j dz_ij s_i k_j.
+// What is wanted, with a leading batch dimension or, of a plain call, without. Rows are sum_j dz_ij k_j, times s_i where they are to be `scaled`.
 PooledGradients pooled_gradients(SimilarityParams p, const kdfast::PooledUpstream& upstream, const float* start_weight,
-                                 const float* start_slope, const Wanted& want, bool plain, const Tensor& like) {
+                                 const float* start_slope, const Wanted& want, bool plain, bool scaled, const Tensor& like) {
   const auto made = [&](bool wanted, std::vector<int64_t> shape) {
     if (!wanted) shape = {0};
     if (wanted && plain) shape.erase(shape.begin());
     return output(like, shape);
   };
-  const bool slopes = want.rows || want.keys || want.bias;
+  const bool slopes = want.rows || want.keys || want.bias, with_h = upstream.h.data != nullptr;
   PooledGradients d{made(want.rows, {p.batch, p.rows, p.width}), made(slopes, {p.batch, p.rows}),
                     made(want.keys, {p.batch, p.columns, p.width}), made(want.bias, {p.batch, p.columns}),
                     made(want.values, {p.batch, p.columns, p.pooled_width})};
@@ -100,7 +100,7 @@ PooledGradients pooled_gradients(SimilarityParams p, const kdfast::PooledUpstrea
 
   const double pairs = double(p.batch) * double(p.rows) * double(p.columns);
   const bool sums_values = p.values.data != nullptr ? want.values : want.keys;
-  const double of_keys = double(p.width) * (1 + want.rows + want.keys), of_values = double(p.pooled_width) * (slopes + sums_values);
+  const double of_keys = double(p.width) * (1 + want.rows + want.keys), of_values = double(p.pooled_width) * (slopes + sums_values) * with_h;
   const Rounds rounds(p, p.scores != nullptr ? 0 : pairs * (of_keys + of_values));
   const int64_t rows = p.batch * p.rows, all = rounds.copies * rows;
   const Tensor statistics = scratch(slopes ? all * (3 + 2 * kMostLargeShares + 1) : 0);
@@ -115,7 +115,7 @@ PooledGradients pooled_gradients(SimilarityParams p, const kdfast::PooledUpstrea
   if (!slopes) return d;
 
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
-  const PooledFinish finish{s, rounds.copies, start_weight, start_slope, plain, out, mean};
+  const PooledFinish finish{s, rounds.copies, start_weight, start_slope, scaled, out, mean};
   for_each_rows(rounds.workers, rows, [&](int64_t, int64_t begin, int64_t end) { kernels.pooled_finish_rows(p, finish, begin, end); });
   if (!want.keys && !want.bias) return d;
   for_each_rows(rounds.workers, p.columns, [&](int64_t, int64_t begin, int64_t end) {
@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_pooled_grad(
   const float* const weight = row_data<float>("start_weight", start_weight, {p.batch, p.rows});
   const float* const slope = row_data<float>("start_slope", start_slope, {p.batch, p.rows});
   const PooledGradients d = pooled_gradients(p, pooled_upstream(p, g, h, pooled, lse, lse_low), weight, slope,
-                                             {want_rows, want_keys, want_bias, want_values}, false, query);
+                                             {want_rows, want_keys, want_bias, want_values}, false, false, query);
   return {d.rows, d.mean, d.keys, d.bias, d.values};
 }
 
@@ -157,27 +157,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_pooled_grad(
 
 Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
-// A call of matrices and one scale, and the memory of what it points to.
+// A call of matrices, and the memory of what it points to. scale [N], or one number; bias [M]; labels [N] and [M], of which equal ones are left out.
 struct PlainCall {
   const Tensor query, keys, scale;
   const OptionalTensor values;
   SimilarityParams p{};
 
-  PlainCall(const Tensor& q, const Tensor& k, const OptionalTensor& v, double factor, int64_t precision)
-      : query(dense(q)), keys(dense(k)), scale(filled(q, {q.size(0)}, factor)), values(v.has_value() ? OptionalTensor(dense(*v)) : v) {
+  PlainCall(const Tensor& q, const Tensor& k, const OptionalTensor& v, double factor, int64_t precision, const OptionalTensor& scales,
+            const OptionalTensor& bias, const OptionalTensor& query_labels, const OptionalTensor& key_labels)
+      : query(dense(q)), keys(dense(k)), scale(scales.has_value() ? *scales : filled(q, {q.size(0)}, factor)),
+        values(v.has_value() ? OptionalTensor(dense(*v)) : v) {
     STD_TORCH_CHECK(q.dim() == 2 && k.dim() == 2 && (!v.has_value() || v->dim() == 2), "query, keys and values must have 2 dimensions");
     p.batch = 1, p.rows = q.size(0), p.columns = k.size(0), p.width = p.pooled_width = q.size(1);
     p.query = matrix_of("query", query, p.rows, p.width), p.keys = matrix_of("keys", keys, p.columns, p.width);
     if (v.has_value()) p.pooled_width = v->size(1), p.values = matrix_of("values", *values, p.columns, p.pooled_width);
     p.precision = precision_for_queries(precision_of(precision), p.rows, p.columns);
-    p.scale = floats_of(scale);
+    p.scale = packed<float>("scale", scale, {p.rows});
+    STD_TORCH_CHECK(query_labels.has_value() == key_labels.has_value(), "query_labels and key_labels come together");
+    p.bias = row_data<float>("bias", bias, {p.columns});
+    p.query_labels = row_data<int64_t>("query_labels", query_labels, {p.rows});
+    p.key_labels = row_data<int64_t>("key_labels", key_labels, {p.columns});
     p.pooled = true;
   }
   static kdfast::Matrix matrix_of(const char* name, const Tensor& x, int64_t rows, int64_t width) {
     check(name, x, x.scalar_type(), {rows, width});
     return matrix(name, x);
   }
-  bool few_pairs() const { return kdfast::few_pairs(p.rows, p.columns, std::max(p.width, p.pooled_width)); }
+  // few_pairs, with nothing in their logits but the scores, which are kept
+  bool few_pairs() const {
+    const bool bare = p.bias == nullptr && p.query_labels == nullptr;
+    return bare && kdfast::few_pairs(p.rows, p.columns, std::max(p.width, p.pooled_width));
+  }
 };
 
 // Room for what only fills a tile of any product, and rows that do not share sets of L1.
@@ -186,8 +196,10 @@ std::vector<int64_t> scores_shape(const SimilarityParams& p) { return {p.rows + 
 
 // lse [N], pooled [N, Dv], lse_low [N] and, where they are to be kept for the gradients and there are few_pairs, the scores; else [0].
 std::tuple<Tensor, Tensor, Tensor, Tensor> pooled_softmax(const Tensor& query, const Tensor& keys, const OptionalTensor& values,
-                                                          double factor, bool keep, int64_t precision) {
-  PlainCall call(query, keys, values, factor, precision);
+                                                          double factor, bool keep, int64_t precision, const OptionalTensor& scale,
+                                                          const OptionalTensor& bias, const OptionalTensor& query_labels,
+                                                          const OptionalTensor& key_labels) {
+  PlainCall call(query, keys, values, factor, precision, scale, bias, query_labels, key_labels);
   SimilarityParams& p = call.p;
   const Tensor lse = output(query, {p.rows}), pooled = output(query, {p.rows, p.pooled_width}), lse_low = output(query, {p.rows});
   if (!keep || !call.few_pairs()) {
@@ -208,12 +220,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pooled_softmax(const Tensor& query, c
   return {lse, pooled, lse_low, scores};
 }
 
-// The gradients of query, keys and values in floats; what is not wanted is [0].
-std::tuple<Tensor, Tensor, Tensor> pooled_softmax_grad(const OptionalTensor& g, const Tensor& h, const Tensor& pooled, const Tensor& lse,
-                                                       const Tensor& lse_low, const Tensor& scores, const Tensor& query, const Tensor& keys,
-                                                       const OptionalTensor& values, double factor, bool want_query, bool want_keys,
-                                                       bool want_values, int64_t precision) {
-  PlainCall call(query, keys, values, factor, precision);
+// The gradients of query (with a tensor of scales, without them), keys, values and bias in floats; what is not wanted is [0].
+std::tuple<Tensor, Tensor, Tensor, Tensor> pooled_softmax_grad(
+    const OptionalTensor& g, const OptionalTensor& h, const Tensor& pooled, const Tensor& lse, const Tensor& lse_low, const Tensor& scores,
+    const Tensor& query, const Tensor& keys, const OptionalTensor& values, double factor, bool want_query, bool want_keys, bool want_values,
+    int64_t precision, const OptionalTensor& scale, const OptionalTensor& bias, const OptionalTensor& query_labels,
+    const OptionalTensor& key_labels, bool want_bias) {
+  STD_TORCH_CHECK(h.has_value() || !want_values, "the gradient of values needs h");
+  PlainCall call(query, keys, values, factor, precision, scale, bias, query_labels, key_labels);
   SimilarityParams& p = call.p;
   if (scores.numel() > 0) {
     const std::vector<int64_t> shape = scores_shape(p);
@@ -221,14 +235,15 @@ std::tuple<Tensor, Tensor, Tensor> pooled_softmax_grad(const OptionalTensor& g, 
     p.scores = const_cast<float*>(packed<float>("scores", scores, {shape[0], shape[1]})), p.scores_stride = shape[1];
   }
   const OptionalTensor of_lse = g.has_value() ? OptionalTensor(dense(*g)) : g;
-  const Tensor of_pooled = dense(h);
+  const OptionalTensor of_pooled = h.has_value() ? OptionalTensor(dense(*h)) : h;
   kdfast::PooledUpstream u{};
   u.g = of_lse.has_value() ? packed<float>("g", *of_lse, {p.rows}) : nullptr;
-  u.h = {packed<float>("h", of_pooled, {p.rows, p.pooled_width}), kdfast::ElementType::kFloat32};
+  if (h.has_value()) u.h = {packed<float>("h", *of_pooled, {p.rows, p.pooled_width}), kdfast::ElementType::kFloat32};
   u.pooled = packed<float>("pooled", pooled, {p.rows, p.pooled_width});
   u.lse = packed<float>("lse", lse, {p.rows}), u.lse_low = packed<float>("lse_low", lse_low, {p.rows});
-  const PooledGradients d = pooled_gradients(p, u, nullptr, nullptr, {want_query, want_keys, false, want_values}, true, query);
-  return {d.rows, d.keys, d.values};
+  const Wanted want{want_query, want_keys, want_bias, want_values};
+  const PooledGradients d = pooled_gradients(p, u, nullptr, nullptr, want, true, !scale.has_value(), query);
+  return {d.rows, d.keys, d.values, d.bias};
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ namespace kdfast {
 // rounding errors and its own.
 struct PooledUpstream {
   const float* g;              // [batch, rows]; null: 0
-  Matrix h;                    // floats [batch, rows, pooled_width]
+  Matrix h;                    // floats [batch, rows, pooled_width]; null: 0
   const float* pooled;         // [batch, rows, pooled_width]
   const float *lse, *lse_low;  // [batch, rows]
 };

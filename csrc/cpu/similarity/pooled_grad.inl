@@ -56,13 +56,13 @@ struct PooledGradWorkspace {
   PooledGradWorkspace(Product product, const SimilarityParams& p, const PooledGradTask& t, int64_t row_count, int64_t columns,
                       Arena& arena) {
     const PooledSums& out = t.sums;
-    const bool other_values = p.values.data != nullptr, slopes = out.by_slopes();
+    const bool other_values = p.values.data != nullptr, slopes = out.by_slopes(), with_h = t.upstream.h.data != nullptr;
     rows = rows_at_once<Product>(p.width + p.pooled_width, row_count);
     block = smaller(kPairBlock<Product>, block_columns<Product>(columns, p.width > p.pooled_width ? p.width : p.pooled_width));
     group = smaller(kTransposedRows<Product>, round_up(rows, kPanel));
     if (p.scores == nullptr) queries.plan(product, rows, p.width, arena);
     sums.plan(out.rows != nullptr ? rows : 0, p.width, arena);
-    keys.panels.plan(product, p.width, block, p.scores == nullptr || (slopes && !other_values), out.rows != nullptr, arena);
+    keys.panels.plan(product, p.width, block, p.scores == nullptr || (with_h && slopes && !other_values), out.rows != nullptr, arena);
     tile.plan(product, kPairChunk<Product>, block, arena);
     h_tile.plan(product, kPairChunk<Product>, block, arena);
     terms.plan(block, arena);
@@ -71,10 +71,10 @@ struct PooledGradWorkspace {
     mean = arena.take(padded), g = arena.take(padded), scale = arena.take(padded);
     mass = arena.take(rows * kLanes), total = arena.take(rows * kLanes), rests = arena.take(2 * rows * kLanes);
     dbias = arena.take(out.dbias != nullptr ? block : 0);
-    if (slopes) upstream.plan(product, rows, p.pooled_width, arena);
-    if (slopes && other_values) values.panels.plan(product, p.pooled_width, block, true, false, arena);
+    if (with_h && slopes) upstream.plan(product, rows, p.pooled_width, arena);
+    if (with_h && slopes && other_values) values.panels.plan(product, p.pooled_width, block, true, false, arena);
     if (out.dkeys != nullptr) dkeys.plan(product, p.width, rows, group, block, arena);
-    if (sums_values(p, out)) dvalues.plan(product, p.pooled_width, rows, group, block, arena);
+    if (with_h && sums_values(p, out)) dvalues.plan(product, p.pooled_width, rows, group, block, arena);
   }
 
   static bool sums_values(const SimilarityParams& p, const PooledSums& out) {
@@ -96,6 +96,7 @@ struct PooledGradPass {
   const int64_t first, count;
 
   const PooledSums& out() const { return task.sums; }
+  bool with_h() const { return task.upstream.h.data != nullptr; }
   int64_t padded_rows() const { return round_up(count, Product::kRowMultiple); }
 
   void run() const {
@@ -117,7 +118,7 @@ struct PooledGradPass {
     if (i >= count) {
       w.multiplier[i] = 0, w.high[i] = kInfinity, w.low[i] = 0, w.mean[i] = 0, w.g[i] = 0;
       if (p.scores == nullptr) __builtin_memset(w.queries.at(i), 0, size_t(4 * w.queries.stride));
-      if (slopes) __builtin_memset(w.upstream.at(i), 0, size_t(4 * w.upstream.stride));
+      if (with_h() && slopes) __builtin_memset(w.upstream.at(i), 0, size_t(4 * w.upstream.stride));
       return;
     }
     const kdfast::PooledUpstream& u = task.upstream;
@@ -129,11 +130,13 @@ struct PooledGradPass {
       Packing<Product>::pack_row(p.query, row, p.width, p.scale[row] < 0, w.queries.at(i));
     if (!slopes) return;
     w.g[i] = u.g != nullptr ? u.g[row] : 0;
+    if (task.begins) out().large.count[row] = 0;
+    out().mean[row] = w.mean[i] = 0;
+    if (!with_h()) return;
     const int64_t width = p.pooled_width;
     const float *const h = static_cast<const float*>(u.h.data) + row * width, *const pooled = u.pooled + row * width;
     Vec mean = {};
     for (int64_t d = 0; d < width; d += kLanes) mean = multiply_add(load_row(h, d, width), load_row(pooled, d, width), mean);
-    if (task.begins) out().large.count[row] = 0;
     out().mean[row] = w.mean[i] = total(mean);
     Packing<Product>::pack_row(u.h, row, width, false, w.upstream.at(i));
   }
@@ -155,11 +158,13 @@ struct PooledGradPass {
   void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
     const bool slopes = out().by_slopes();
     score(block, row, rows);
-    if (slopes) {
+    const int64_t exist = smaller(rows, count - row);
+    if (slopes && with_h()) {
       const Panels& values = w.values.matrix.data != nullptr ? w.values.panels : w.keys.panels;
       score_rows(Product{}, w.upstream.at(row), w.upstream.stride, rows, values, block.padded, w.h_tile.scores(0), w.h_tile.stride);
+    } else if (slopes) {
+      for (int64_t i = 0; i < exist; ++i) __builtin_memset(w.h_tile.scores(i), 0, size_t(4 * block.padded));
     }
-    const int64_t exist = smaller(rows, count - row);
     for (int64_t i = 0; i < round_up(rows, 2 * kLanes); ++i) {
       if (i >= exist) {
         __builtin_memset(w.tile.scores(i), 0, size_t(4 * block.padded));
@@ -188,8 +193,10 @@ struct PooledGradPass {
       score_rows(Product{}, w.queries.at(row), w.queries.stride, rows, w.keys.panels, block.padded, w.tile.scores(0), w.tile.stride);
       return;
     }
-    for (int64_t i = 0; i < smaller(rows, count - row); ++i)
-      __builtin_memcpy(w.tile.scores(i), p.scores + (first + row + i) * p.scores_stride + block.first, size_t(4 * block.padded));
+    for (int64_t i = 0; i < smaller(rows, count - row); ++i) {  // the forward pass has left -inf beyond the columns that exist
+      __builtin_memcpy(w.tile.scores(i), p.scores + (first + row + i) * p.scores_stride + block.first, size_t(4 * block.columns));
+      __builtin_memset(w.tile.scores(i) + block.columns, 0, size_t(4 * (block.padded - block.columns)));
+    }
   }
 
   // Row `i` of the chunk's weights dz in place of its scores, and p in place of h.v; without slopes p alone.
@@ -294,7 +301,7 @@ void pooled_grad(const SimilarityParams& p, const PooledGradTask& task, float* w
     Arena arena{workspace};
     PooledGradWorkspace w(product, p, task, task.row_end - task.row_begin, task.column_end - task.column_begin, arena);
     w.keys.matrix = keys;
-    if (task.sums.by_slopes()) w.values.matrix = values;
+    if (task.upstream.h.data != nullptr && task.sums.by_slopes()) w.values.matrix = values;
     [[maybe_unused]] typename Product::Session session;
     for (int64_t row = task.row_begin; row < task.row_end; row += w.rows)
       PooledGradPass<Product>{p, task, w, first + row, smaller(w.rows, task.row_end - row)}.run();
@@ -302,7 +309,7 @@ void pooled_grad(const SimilarityParams& p, const PooledGradTask& task, float* w
   if (p.precision == Precision::kFloat32Rows) return run(RowProduct{});
   with_holding_product(p.precision, run, [&] {
     return all_finite(p.query, first + task.row_begin, first + task.row_end, p.width) &&
-           all_finite(task.upstream.h, first + task.row_begin, first + task.row_end, p.pooled_width) &&
+           (task.upstream.h.data == nullptr || all_finite(task.upstream.h, first + task.row_begin, first + task.row_end, p.pooled_width)) &&
            all_finite(keys, task.column_begin, task.column_end, p.width) &&
            (values.data == nullptr || all_finite(values, task.column_begin, task.column_end, p.pooled_width));
   });

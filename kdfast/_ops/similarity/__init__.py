@@ -69,8 +69,8 @@ def similarity_softmax(
 
     Source: the online softmax of Milakov and Gimelshein (2018), pooled in one pass as in FlashAttention (Dao et al., 2022).
     """
-    if bias is start is valid is precision is impl is None and exclude == ():
-        found = pooled_softmax(query, keys, values, scale)
+    if start is precision is impl is None:
+        found = pooled_softmax(query, keys, values, scale, bias, exclude, valid)
         if found is not None:
             return found
     spec, tensors = problem(query, keys, scale, values, bias, start, exclude, valid, precision, impl)
