@@ -4,14 +4,14 @@
 `student` and `teacher` are tensors, lists (layers, several teachers) or dicts (several values, or several views).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._core import checks
 from .._core.dtypes import accumulator
+from .._ops.similarity.unit_length import unit_length
 
 
 class DistillLoss(nn.Module):
@@ -64,7 +64,18 @@ class DistillLoss(nn.Module):
     def _report(self, **terms: Tensor) -> Tensor:
         """The sum of the terms, which become `.last`."""
         self.last = {name: value.detach() for name, value in terms.items()}
-        return sum(terms.values())
+        return total(terms.values())
+
+
+def total(terms: Iterable[Tensor]) -> Tensor:
+    """Their sum, which begins with the first: with a 0 it would be an operation more, and one of its gradient."""
+    terms = iter(terms)
+    return sum(terms, start=next(terms, 0))
+
+
+def mean_of(values: list[Tensor]) -> Tensor:
+    """The mean of 0-d tensors, a single one as it is."""
+    return values[0] if len(values) == 1 else torch.stack(values).mean()
 
 
 def bank_rows(bank) -> Tensor:
@@ -126,7 +137,7 @@ def vectors(x, name: str) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     """l2-normalised along the last dimension, in float32 (float64 for float64)."""
-    return F.normalize(x.to(accumulator(x.dtype)), dim=-1)
+    return unit_length(x.to(accumulator(x.dtype)))
 
 
 def without_autocast(x: Tensor) -> torch.autocast:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .._core import checks
 from ..functional import info_nce, mmd_rbf, sinkhorn_divergence, sup_con
 from ..projectors import Affine
-from .base import DistillLoss, bank_rows, check_queue, first, like_bank, unit, vectors
+from .base import DistillLoss, bank_rows, check_queue, first, like_bank, mean_of, unit, vectors
 from .kd import KD
 
 _SIGMAS = (0.001, 0.01, 0.05, 0.1, 0.2, 1.0, 2.0)
@@ -181,4 +181,4 @@ def _list(name: str, given) -> list:
 
 
 def _mean(values) -> Tensor:
-    return torch.stack(list(values)).mean()
+    return mean_of(list(values))

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from .._core import checks
 from ..features.capture import capture, main_output, read_spec, spec_keys
 from ..features.store import Features
-from .base import DistillLoss, broadcast_from_first_rank
+from .base import DistillLoss, broadcast_from_first_rank, mean_of, total
 
 _NOTHING = object()
 
@@ -166,13 +166,13 @@ class Distiller(nn.Module):
             if target is None:
                 raise ValueError("target must be given with task")
             outputs = list(student.values()) if isinstance(student, dict) else [student]
-            weighted["task"] = task_weight * torch.stack([task(main_output(one.output), target) for one in outputs]).mean()
+            weighted["task"] = task_weight * mean_of([task(main_output(one.output), target) for one in outputs])
         for name, term in self.terms.items():
             s = _each(student, lambda one, spec=term.specs[0]: read_spec(spec, one.output, one.values))
             t = self._of_teachers(term, teachers, index)
             known = {"index": index, "labels": labels} if isinstance(term.loss, DistillLoss) else {}
             weighted[name] = term.weight * term.loss(s, t, **known, **extra.get(name, {}))
-        return sum(weighted.values()), {name: value.detach() for name, value in weighted.items()}
+        return total(weighted.values()), {name: value.detach() for name, value in weighted.items()}
 
     def _run(self, x, teacher_input) -> tuple:
         """(passes of the student, [passes of each teacher, None for Features])."""

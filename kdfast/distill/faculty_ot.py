@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import ops
 from .._core import checks
 from .._core.dtypes import accumulator
-from .base import DistillLoss
+from .base import DistillLoss, mean_of
 from .pairs import pairs
 
 
@@ -39,7 +39,7 @@ class FacultyOT(DistillLoss):
 
     def forward(self, student, teacher, *, index=None, labels=None) -> Tensor:
         values = [self._transport(slot, s, t.detach()) for slot, s, t in pairs(student, teacher)]
-        return self._report(transport=torch.stack(values).mean())
+        return self._report(transport=mean_of(values))
 
     def _transport(self, slot: int, student: Tensor, teacher: Tensor) -> Tensor:
         b, a = ((x.to(accumulator(x.dtype)) / self.T).flatten(0, -2).softmax(1) for x in (student, teacher))

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from .._core import checks
 from ..projectors import KINDS, Projector
-from .base import DistillLoss, first
+from .base import DistillLoss, first, mean_of
 
 
 class PairLoss(DistillLoss):
@@ -46,7 +45,7 @@ class PairLoss(DistillLoss):
             values.append(compared if isinstance(compared, dict) else {type(self).__name__.lower(): compared})
         if not values:
             raise ValueError("student and teacher must hold a value each, got none")
-        return self._report(**{name: torch.stack([value[name] for value in values]).mean() for name in values[0]})
+        return self._report(**{name: mean_of([value[name] for value in values]) for name in values[0]})
 
     def _projected(self, slot: int, student, teacher) -> tuple:
         if not self.parts:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._core import checks
 from .._core.dtypes import accumulator
-from .base import DistillLoss, vectors, without_autocast
+from .base import DistillLoss, mean_of, vectors, without_autocast
 from .pairs import pairs
 
 
@@ -37,7 +37,7 @@ class SpectralTail(DistillLoss):
         checks.flag("center", center)
 
     def forward(self, student, teacher=None, *, index=None, labels=None) -> Tensor:
-        return self._report(spectral_tail=torch.stack([self._tail(x) for _, x, _ in pairs(student, student)]).mean())
+        return self._report(spectral_tail=mean_of([self._tail(x) for _, x, _ in pairs(student, student)]))
 
     def _tail(self, features: Tensor) -> Tensor:
         x = features.flatten(0, 1) if features.dim() == 3 else vectors(features, "student")  # [N, D]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .._core import checks, collectives
 from ..functional import sinkhorn_assign
-from .base import DistillLoss, check_queue, unit, vectors, without_autocast
+from .base import DistillLoss, check_queue, mean_of, unit, vectors, without_autocast
 
 
 class SwAV(DistillLoss):
@@ -71,7 +71,7 @@ class SwAV(DistillLoss):
             logits = {name: (z @ prototypes.t() / self.temperature).log_softmax(1) for name, z in seen.items()}
             codes = {name: self._codes(coded[name].detach(), prototypes.detach(), i) for i, name in enumerate(names)}
         swapped = [-(codes[i] * logits[v]).sum(1).mean() for i in names for v in seen if v != i]
-        loss = self._report(swav=torch.stack(swapped).mean())
+        loss = self._report(swav=mean_of(swapped))
         for bank, name in zip(self.banks, names, strict=False):
             self._update_bank(coded[name], bank=bank)
         return loss

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._core import checks, collectives
 from .._core.dtypes import accumulator
-from .base import DistillLoss, first, views
+from .base import DistillLoss, first, total, views
 
 
 class TWIST(DistillLoss):
@@ -37,9 +37,9 @@ class TWIST(DistillLoss):
         means = [_mean_over_ranks(x) for x in p]
         tiny = torch.finfo(means[0].dtype).tiny  # log 0 has no gradient
         return self._report(
-            consistency=(sum(cross) - sum(entropy)) / 2,
-            sharpness=(1 + self.sharpness) * sum(entropy) / 2,
-            diversity=self.diversity * sum((mean * mean.clamp(min=tiny).log()).sum() for mean in means) / 2,
+            consistency=(total(cross) - total(entropy)) / 2,
+            sharpness=(1 + self.sharpness) * total(entropy) / 2,
+            diversity=self.diversity * total((mean * mean.clamp(min=tiny).log()).sum() for mean in means) / 2,
         )
 
 
