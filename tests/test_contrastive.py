@@ -36,6 +36,22 @@ def test_nt_xent(views, labelled):
     torch.testing.assert_close(nt_xent(*views, labels=labels, reduction="none"), torch.stack(rows))
 
 
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_nt_xent_with_a_temperature_for_each_row(views, labelled, dtype):
+    labels = torch.tensor([0, 1, 0, 2, 1, 3]) if labelled else None
+    tau, weight = (0.3 + torch.rand(2 * N, dtype=torch.float64)).requires_grad_(), torch.rand(2 * N)
+    leaves = [*views, tau]
+    cast = [x.detach().to(dtype).requires_grad_() for x in leaves]
+    rows = nt_xent_rows(*views, tau[:, None], labels)
+    found = [nt_xent(*cast[:2], temperature=cast[2], labels=labels, **more) for more in ({}, {"weight": weight}, {"reduction": "none"})]
+    for ours, wanted in zip(found, (plain.reduced(rows), plain.reduced(rows, weight), torch.stack(rows)), strict=True):
+        torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=1e-6)
+        grads = [torch.autograd.grad(x.sum(), y, retain_graph=True) for x, y in ((ours, cast), (wanted, leaves))]
+        for mine, its in zip(*grads, strict=True):
+            torch.testing.assert_close(mine.double(), its, rtol=1e-4, atol=1e-5)
+
+
 def test_sup_con(views):
     x = views[0]
     labels = torch.tensor([0, 1, 0, 2, 1, 0])

@@ -191,11 +191,32 @@ def test_transforms_give_the_same():
     torch.testing.assert_close(torch.vmap(loss)(several), torch.stack([loss(one) for one in several]))
 
 
-def test_a_temperature_for_each_row():
-    x, _, labels = problem(12, 20)
+@DTYPES
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_temperature_for_each_row(reduction, weighted, dtype):
+    """Values and gradients, a row alone in its class among them."""
+    x, _, labels = problem(12, 20, dtype)
+    labels[3] = 7
+    weight, upstream = torch.rand(12) if weighted else None, torch.randn(12) if reduction == "none" else torch.tensor(1.5)
+
+    def definition(x, temperature):
+        losses = formula(x, (1 / temperature)[:, None], labels) * (1 if weight is None else weight)
+        total = ((torch.ones(12) if weight is None else weight) * (torch.arange(12) != 3)).sum()
+        return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / total}[reduction]
+
+    def ours(x, temperature):
+        return sup_con(x, labels, temperature=temperature, normalize=False, reduction=reduction, weight=weight)
+
+    def derivatives(loss, *leaves):
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        value = loss(*leaves)
+        return value.detach(), *torch.autograd.grad(value, leaves, upstream.to(value.dtype))
+
     temperature = 0.1 + torch.rand(12)
-    rows = sup_con(x, labels, temperature=temperature, normalize=False, reduction="none")
-    torch.testing.assert_close(rows, formula(x, (1 / temperature)[:, None], labels))
+    naive, truth = derivatives(definition, x, temperature), derivatives(definition, x.double(), temperature.double())
+    for mine, its, wanted in zip(derivatives(ours, x, temperature), naive, truth, strict=True):
+        assert_as_good_as(mine, its, wanted)
 
 
 def test_the_ops_are_described_to_the_compiler():

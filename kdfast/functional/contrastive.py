@@ -47,7 +47,8 @@ def nt_xent(
     n = view1.shape[0]
     if labels is not None:
         labels = checks.integral("labels", labels, shape=(n,), device=view1.device).repeat(2)
-    if group is None and n:
+    of_rows = isinstance(temperature, Tensor) and temperature.dim() > 0  # then a pair's weights differ by side: rows beside a bank of them
+    if group is None and n and not of_rows:
         options = dict(reduction=reduction, weight=weight, precision=precision, impl=impl)
         return view_rows(features, inverse("temperature", temperature, features), labels, **options)
     rows, row_labels, offset = features, labels, 0

@@ -14,10 +14,11 @@ from torch.autograd import Function
 from ..._core import impls
 from . import cpu, sup_con_values, triton_pairs
 from .apply import streaming_softmax, transformed
-from .arguments import how_to_compute, problem, rounded, row_parameter
+from .arguments import Problem, how_to_compute, problem, rounded, row_parameter
 from .attraction import attracted_rows
 from .definition import SecondOrder, with_values
 from .exclusions import Rules
+from .info_nce import Positives, info_nce_rows
 from .passes import KERNELS
 from .positives import dot
 
@@ -51,9 +52,14 @@ def sup_con_rows(
     kernels = KERNELS.get(chosen, cpu.KERNELS)
     call = Call(labels, mean, precision, impl, kernels, cpu.product_number(compute.products, x, kernels))
     of_rows = isinstance(scale, Tensor) and scale.dim() > 0
-    if of_rows and chosen == "triton" and not transformed():  # a pair's weights differ by side: rows beside a bank of them
-        losses, counted = _as_bank(call, x, scale)
-        losses = _mean(losses, counted) if mean else losses
+    if of_rows and chosen in ("cpu", "triton") and not transformed():  # a pair's weights differ by side: rows beside a bank of them
+        rows = _as_bank(call, x, scale)
+        if chosen == "cpu":
+            losses = info_nce_rows(rows, Positives(None, None, None, True), attract=True, reduction="mean" if mean else "none", weight=None)
+            counted = None if mean else _not_alone(labels)
+        else:
+            losses, counted = attracted_rows(rows, None, include=True)
+            losses = _mean(losses, counted) if mean else losses
     elif chosen not in KERNELS or transformed() or of_rows:
         losses, counted = _definition(call, x, scale)
         exactly = torch.ops.kdfast_torch.sup_con_losses if torch.compiler.is_compiling() else sup_con_values.losses
@@ -66,11 +72,17 @@ def sup_con_rows(
     return losses, None if mean else counted
 
 
-def _as_bank(call: Call, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses and which of them count, of a scale for each row."""
+def _as_bank(call: Call, x: Tensor, scale: Tensor) -> Problem:
+    """The rows, with a scale each, against a bank of them all."""
     (x,) = rounded(call.precision, x)
     rules = Rules(call.labels, call.labels, torch.arange(len(x), device=x.device)[:, None])
-    return attracted_rows(problem(x, x, scale, None, None, None, rules, None, call.precision, call.impl), None, include=True)
+    return problem(x, x, scale, None, None, None, rules, None, call.precision, call.impl)
+
+
+def _not_alone(labels: Tensor) -> Tensor:
+    """Whether each row has others of its class."""
+    _, place, count = labels.unique(return_inverse=True, return_counts=True)
+    return (count > 1)[place]
 
 
 def _definition(call: Call, x: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
