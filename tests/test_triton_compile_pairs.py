@@ -114,6 +114,20 @@ def test_exact_products_of_float32(precision, tmp_path):
         assert code.stack == 0 and code.has("HGMMA" if precision == "bf16x3" else "FFMA")
 
 
+@pytest.mark.parametrize("arch", [80, 120])
+def test_three_products_from_registers(arch, tmp_path):
+    """Of tiles as narrow as triton_slabs.parts makes them there."""
+    flags = {**dict.fromkeys(TERMS, False), "INDICES": 0, "precision": "bf16x3", "narrow": True}
+    for kernel, more in (
+        (wide_kernels.wide_probabilities, {"POOLED": True}),
+        (wide_kernels.wide_weights, {"WITH_H": False, "BY_SCALE": True, "PLAIN": False, "WANT_BIAS": False}),
+        (kernels.symmetric_statistics, {"CLASSES": False, "HALF": False}),
+        (kernels.symmetric_weights, {"CLASSES": False, "WANTED": True}),
+        (kernels.sigmoid_pairs, {"GRADIENT": True, "WANTED": True}),
+    ):
+        assert_in_registers(compiled(kernel, arch, torch.float32, tmp_path, **flags, **more), arch)
+
+
 def test_merging_statistics(tmp_path):
     for factors in (True, False):
         made = {"FACTORS": factors, "CLASSES": not factors, "PARTS": 32, "COUNT": 128}

@@ -172,7 +172,10 @@ class Part(NamedTuple):
 
 def parts(x: Tensor, y: Tensor, precision: int, most: int, *, narrow: bool = False, half: bool = False) -> Iterator[tuple[Slab, Part]]:
     """`half`: x [1, N, D] is y, and what is below the diagonal is left out."""
-    shape, format = tiles(x.dtype, narrow), format_of(x.dtype, precision)
+    format, arch = format_of(x.dtype, precision), runtime.architecture(x.device.index or 0)
+    # before Hopper operands are in registers, and those of three products would spill
+    in_registers = format.precision == "tf32x3" and (arch < 90 or runtime.is_small(arch))
+    shape = tiles(x.dtype, narrow or in_registers)
     for slab in cut_half(x.shape[1], most, shape) if half else cut(len(x), x.shape[1], y.shape[1], most, shape):
         yield slab, Part(*slab.of_rows(x), *slab.of_columns(y), shape, format)
 
