@@ -283,3 +283,15 @@ def test_logits_of_many_digits(isa):
         formula = (F.cross_entropy(z, own) + F.cross_entropy(z.T, own)) / 2
         grads[name] = torch.cat(torch.autograd.grad(clip_loss(*rows, 1.0, impl="cpu") if name == "got" else formula, rows))
     assert (grads["got"] - grads["exact"]).norm() <= 1e-6 * grads["exact"].norm()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 300])
+def test_scale_and_shift_of_sigmoid_pairs_that_fit(rows):
+    """A positive's slope is as small as its pair fits well: its gradients are that, not 0, nor what a negative's slope rounds by."""
+    x = F.normalize(torch.randn(rows, 24), dim=-1)
+    y, scalars = x.clone(), (torch.tensor(60.0, requires_grad=True), torch.tensor(-35.0, requires_grad=True))
+    found = torch.autograd.grad(siglip_loss(x.requires_grad_(), y, *scalars, impl="cpu"), scalars)
+    wide = [t.detach().double().requires_grad_() for t in scalars]
+    exact = torch.autograd.grad(sigmoid(x.detach().double(), y.double(), *wide).mean(), wide)
+    for ours, truth in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=2e-4, atol=0.0)

@@ -115,6 +115,7 @@ struct SigmoidWeights {
     const float of_positive = positive < 0 ? 0 : float(double(g[at]) * positive_pair(terms.logit(scores[positive])).slope);
     const Vec upstream = splat(g[at]);
     const float match = positive < 0 ? 0 : scores[positive] - out.level;
+    if (positive >= 0) exists[positive] = 0;  // as a negative it would weigh up to g, beside which what it weighs is lost
     Vec sum = {}, of_scores = {};
     for (int64_t j = 0; j < block.padded; j += kLanes) {
       const Vec score = load(scores + j);
@@ -126,9 +127,10 @@ struct SigmoidWeights {
       store(scores + j, weight);
     }
     if (positive >= 0) {
-      sum[0] += of_positive - scores[positive];
-      of_scores[0] += (of_positive - scores[positive]) * match;
+      sum[0] += of_positive;
+      of_scores[0] += of_positive * match;
       scores[positive] = of_positive;
+      exists[positive] = -1;
     }
     if (out.weights != nullptr) out.weights[at] += total(sum);
     if (out.scores != nullptr) out.scores[at] += total(of_scores);
