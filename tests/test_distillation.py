@@ -312,3 +312,25 @@ def test_float64_is_not_for_the_kernel():
     for d in (data(torch.float64), data(torch.float32, torch.float64)):
         with pytest.raises(ValueError, match="similarity_distillation"):
             similarity_distillation(**d, impl="cpu")
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-2])
+@pytest.mark.parametrize("prefix", [None, 41])
+def test_the_composition_over_keys_alike(noise, prefix):
+    """The gradient is of what keys differ in: rounding of what they have in common, 1e-6, does not show."""
+    key = F.normalize(torch.randn(1, DS), dim=-1)
+    keys = F.normalize(key + noise * torch.randn(M, DS), dim=-1)
+    student, teacher, teacher_keys = (F.normalize(torch.randn(n, d), dim=-1) for n, d in ((N, DS), (N, DT), (M, DT)))
+    if prefix is not None:
+        keys[prefix:] = torch.nan
+
+    def gradient(dtype):
+        leaf = student.to(dtype, copy=True).requires_grad_()
+        banks = (t[:prefix] if dtype == torch.float64 else t for t in (keys, teacher_keys))
+        bank, teacher_bank = (t.to(dtype) for t in banks)
+        valid = {} if prefix is None or dtype == torch.float64 else {"bank_valid": prefix}
+        options = dict(student_temperature=1 / 32, teacher_temperature=0.1, normalize=False, impl="torch", **valid)
+        return torch.autograd.grad(similarity_distillation(leaf, teacher.to(dtype), bank, teacher_bank, **options), leaf)[0]
+
+    exact = gradient(torch.float64)
+    assert float((gradient(torch.float32).double() - exact).abs().max()) < 1e-7

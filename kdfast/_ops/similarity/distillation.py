@@ -159,6 +159,8 @@ def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Te
     if not torch.is_autocast_enabled(student.device.type):
         operands = (x.to(wide) for x in operands)
     query, values, teacher, teacher_keys = operands
+    if how_to_compute(query, call.precision).dtype in (torch.float32, torch.float64):
+        values, start_logit = _centred(query, values, scale, start_logit, f.valid)
     rules = Rules(key_index=f.key_index)
 
     def softmax(query, keys, scale, values, start_logit, *, pool):
@@ -185,6 +187,20 @@ def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Te
         finite = torch.where(f.bias == -torch.inf, 0.0, f.bias)[:, None].to(wide)
         losses = losses - softmax(teacher, teacher_keys, f.scale, finite, f.start_logit, pool=True)[-1][:, 0]
     return losses, lse
+
+
+def _centred(query: Tensor, keys: Tensor, scale, start_logit: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Keys less their mean, and the start's logit less what that takes off a row's others: of keys nearly alike, O^S - O^T is then no
+    difference of what these have in common. The mean has so few bits that keys less it are rarely rounded."""
+    if valid is None:
+        mean = keys.detach().sum(0) / max(1, len(keys))
+    else:  # keys past it may be anything
+        counted = torch.arange(len(keys), device=keys.device) < valid
+        mean = torch.where(counted[:, None], keys.detach(), 0.0).sum(0) / valid.clamp(1, max(1, len(keys)))
+    mean = mean.bfloat16().to(keys.dtype)
+    if start_logit is not None:
+        start_logit = start_logit - scale * dot(query, mean)
+    return keys - mean, start_logit
 
 
 class Distillation(Function):
