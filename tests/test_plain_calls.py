@@ -261,6 +261,16 @@ def test_distillation_with_what_rows_may_have_of_their_own(taken, reduction, ban
     assert taken == [True] * 8
 
 
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+def test_distillation_under_a_sharp_teacher(taken, dtype):
+    student, keys = (torch.nn.functional.normalize(x.detach().float(), dim=1).to(dtype) for x in matrices((9, 6), (17, 6), dtype=dtype))
+    student.requires_grad_()
+    given = dict(student_temperature=0.2, teacher_temperature=1e-4, own=True)
+    losses = (similarity_distillation(student, student.detach().flip(0), keys, impl=impl, **given) for impl in (None, "cpu"))
+    same_bits(*losses, [student])
+    assert taken == [dtype == torch.float32]
+
+
 def test_distillation_from_a_bank_that_is_not_full(taken):
     student, teacher, rows = matrices((9, 6), (9, 6), (20, 6))
     bank = QueueBank(40, 6)

