@@ -73,7 +73,7 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def(
       "matching_loss_grad(Tensor g, Tensor statistics, Tensor x, Tensor? y, Tensor? scale, Tensor? shift, Tensor? labels, "
       "bool want_x, bool want_y, bool want_scale, bool want_shift, int precision, bool rows_alone=False, "
-      "float smoothing=0.0, float factor=1.0) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float smoothing=0.0, float factor=1.0, Tensor? kept_x=None, Tensor? table=None) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("unit_length(Tensor x) -> (Tensor, Tensor)");
   m.def("unit_length_grad(Tensor dy, Tensor x, Tensor norm) -> Tensor");
   m.def("sup_con(Tensor x, Tensor scale, Tensor labels, bool mean, int precision) -> (Tensor, Tensor)");

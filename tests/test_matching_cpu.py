@@ -227,11 +227,12 @@ def test_the_ops_are_described_to_the_compiler():
             for keep in ((True, given[0] is not None), (False, False)):
                 _, statistics, *kept = torch.ops.kdfast.matching_loss(x, *given, mean, *keep, 0)
                 torch.library.opcheck(torch.ops.kdfast.matching_loss, (x, *given, mean, *keep, 0))
-                if kept[0].numel():
+                if kept[0].numel() and mean:
                     continue
+                left = (False, 0.0, 1.0, *kept) if kept[0].numel() else ()  # what is kept of each row
                 g = torch.ones(()) if mean else torch.ones(6)
                 want = (True, given[0] is not None, True, given[2] is not None)
-                torch.library.opcheck(torch.ops.kdfast.matching_loss_grad, (g, statistics, x, *given, *want, 0))
+                torch.library.opcheck(torch.ops.kdfast.matching_loss_grad, (g, statistics, x, *given, *want, 0, *left))
     for mean in (True, False):
         given = y, scale, None, None
         for options in ((True,), (True, 0.1), (False, 0.1)):

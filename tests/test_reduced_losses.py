@@ -230,8 +230,8 @@ def test_the_ops_are_described_to_the_compiler(weight):
         for scale, keep, smoothing, include in ((torch.tensor(2.0), False, 0.1, True), (None, False, 0.0, False), (None, True, 0.0, False)):
             given = query, query.clone(), scale, None, None, mean, keep, keep, 0, True, smoothing, 3.0, include, weight, summed
             torch.library.opcheck(torch.ops.kdfast.matching_loss.default, given)
-            _, statistics, *_ = torch.ops.kdfast.matching_loss(*given)
+            _, statistics, *kept = torch.ops.kdfast.matching_loss(*given)
             if not (keep and mean):
                 g = torch.rand(()) if mean else torch.rand(4)
-                options = True, True, scale is not None, False, 0, True, smoothing, 3.0
+                options = True, True, scale is not None, False, 0, True, smoothing, 3.0, *(kept if keep else ())
                 torch.library.opcheck(torch.ops.kdfast.matching_loss_grad.default, (g, statistics, *given[:5], *options))

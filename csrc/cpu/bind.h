@@ -104,10 +104,11 @@ inline Tensor filled(const Tensor& like, const std::vector<int64_t>& shape, doub
   return made;
 }
 
-// A contiguous `x` as a batch of one.
-inline Tensor batch_of_one(const Tensor& x) {
+// A contiguous `x` as a batch of one, with `of_one` its elements as rows of one.
+inline Tensor batch_of_one(const Tensor& x, bool of_one = false) {
   std::vector<int64_t> sizes{1}, strides{x.numel()};
   for (int64_t d = 0; d < x.dim(); ++d) sizes.push_back(x.size(d)), strides.push_back(x.stride(d));
+  if (of_one) sizes.push_back(1), strides.push_back(1);
   AtenTensorHandle view;
   require_success("a view",  // 0: it is added to the offset of x
                   aoti_torch__reinterpret_tensor(x.get(), int64_t(sizes.size()), sizes.data(), strides.data(), 0, &view));

@@ -18,6 +18,7 @@ namespace kdfast {
   X(SimilarityKernels, similarity, isa)           \
   X(DistillationKernels, distillation, isa)       \
   X(PairsKernels, pairs, isa)                     \
+  X(TabledKernels, tabled, isa)                   \
   X(TangentKernels, tangent, isa)                 \
   X(PooledKernels, pooled, isa)                   \
   X(InfoNceKernels, info_nce, isa)                \

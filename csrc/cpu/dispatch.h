@@ -16,6 +16,7 @@
 #include "similarity/pairs.h"
 #include "similarity/pooled.h"
 #include "similarity/similarity.h"
+#include "similarity/tabled.h"
 #include "similarity/tangent.h"
 #include "similarity/unit_length.h"
 #include "sinkhorn/sinkhorn.h"
@@ -29,6 +30,7 @@ namespace kdfast {
 struct CpuKernels : SimilarityKernels,
                     DistillationKernels,
                     PairsKernels,
+                    TabledKernels,
                     TangentKernels,
                     PooledKernels,
                     InfoNceKernels,

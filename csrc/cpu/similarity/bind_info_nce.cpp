@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const T
                   "attraction needs query_labels, and no columns, weights, limit or smoothing");
   const Batch batch{query.dim() == 3};
   const Tensor q = batch.in(query), k = batch.in(keys), s = batch.scale(scale, factor, q);
-  const OptionalTensor b = batch.in(bias), given = batch.in(positive), chosen = batch.in(columns), w = batch.in(weights);
+  const OptionalTensor b = batch.in(bias), given = batch.in(positive), chosen = batch.named(columns), w = batch.in(weights);
   InfoNceParams p = rows_of(q, s);
   if (!attract || given.has_value()) take_positives(p, batch, given, chosen, k, b);
   p.weights = row_data<float>("weights", w, {p.batch, p.rows, p.positives});
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const T
   const Tensor pull = !want_pull ? output(query, {0}) : batch.given ? output(query, {p.batch, p.rows, p.width}) : output(query, {p.rows, p.width});
   const Statistics of(statistics, p.batch * p.rows, p.positives);
   float* const out = mean ? of_mean.data() : floats_of(losses);
-  const OptionalTensor labels = batch.in(query_labels), of_keys = batch.in(key_labels), index = batch.in(key_index);
+  const OptionalTensor labels = batch.in(query_labels), of_keys = batch.in(key_labels), index = batch.named(key_index);
   const OptionalTensor limits = batch.in(limit), prefix = batch.in(valid);
   const SimilarityParams bank = parameters(q, k, s, b, labels, of_keys, index, limits, prefix, want_pull, precision);
   const SimilarityParams softmax = attract && include_positive ? without_labels(bank) : bank;
@@ -234,7 +234,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_grad(
     for (int64_t i = 0; i < p.batch * p.rows && spread; ++i) d.dlse[i] = d.factor * d.g[i * d.g_stride] * of.of_lse[i];
     const Tensor k = batch.in(keys), lse = torch::stable::select(statistics, 0, 0);
     const OptionalTensor none, lse_low = torch::stable::select(statistics, 0, 1);
-    const OptionalTensor b = batch.in(bias), labels = batch.in(query_labels), of_keys = batch.in(key_labels), index = batch.in(key_index);
+    const OptionalTensor b = batch.in(bias), labels = batch.in(query_labels), of_keys = batch.in(key_labels), index = batch.named(key_index);
     const OptionalTensor limits = batch.in(limit), prefix = batch.in(valid);
     const bool exclude = !(attract && include_positive);
     const auto [all_keys, all_bias, no_values] =
@@ -248,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_grad(
       spread_to_bank(p, bank, attract ? Keys::kOfItsClass : Keys::kOfOthers, d, of.e, to_keys, to_bias);
     }
     if (columns.has_value()) {
-      const Tensor chosen = batch.in(*columns);
+      const Tensor chosen = *batch.named(columns);
       take_columns(p, chosen, k);
       d.dcandidates = to_keys, d.dbias = to_bias;
       kdfast::cpu_kernels().info_nce_grad_candidates(p, d);

@@ -16,6 +16,11 @@ struct Batch {
 
   Tensor in(const Tensor& x) const { return given ? x : batch_of_one(x.is_contiguous() ? x : torch::stable::contiguous(x)); }
   OptionalTensor in(const OptionalTensor& x) const { return x.has_value() ? OptionalTensor(in(*x)) : x; }
+  // Rows of the bank that each row names: without a batch [rows] is [rows, 1].
+  OptionalTensor named(const OptionalTensor& x) const {
+    if (given || !x.has_value() || x->dim() != 1) return in(x);
+    return batch_of_one(x->is_contiguous() ? *x : torch::stable::contiguous(*x), true);
+  }
   // The scale of every row: `factor` where there is no tensor of them.
   Tensor scale(const OptionalTensor& x, double factor, const Tensor& query) const {
     return x.has_value() ? in(*x) : filled(query, {query.size(0), query.size(1)}, factor);

@@ -158,35 +158,47 @@ struct Losses {
   }
 };
 
-// The losses of few_pairs, and from the same scores the gradients for an upstream of 1 of their mean, each times its factor: dx and dy, where there is
-// memory for them, and [2] those of scale and shift, where wanted.
-void kept_matching(const MatchingCall& call, Losses& of_rows, float* losses, float* dx, float* dy, bool want_scalars, float* of_scalars) {
+// What is kept of few_pairs: gradients of x and y, or in place of y's the table of weights that it is made of, where there is memory for them;
+// and of each row what it adds to those of scale (where wanted) and shift, and of Backward its pull and its spread.
+struct Kept {
+  float *dx, *dy, *table;
+  bool want_scalars;
+  std::vector<float> dscale, dshift, pull, spread;
+};
+
+// The losses of few_pairs, and `kept` from the same scores, for an upstream of `share` of every loss, each times its factor.
+void kept_matching(const MatchingCall& call, Losses& of_rows, float* losses, float share, Kept& kept) {
   const int64_t rows = call.m.rows, sides = call.sides();
-  std::vector<float> statistics(std::max<int64_t>(1, sides) * kStatistics * rows, 0.0f), dscale(rows, 0.0f), of_pairs(2 * rows, 0.0f);
-  float *const row = statistics.data(), *const weights = of_pairs.data() + rows;
-  PairSums sums{dx, dy, call.sigmoid() ? weights : nullptr, want_scalars ? of_pairs.data() : nullptr, 0};
+  std::vector<float> statistics(std::max<int64_t>(1, sides) * kStatistics * rows, 0.0f), scores(rows, 0.0f);
+  float* const row = statistics.data();
+  kept.dscale.resize(rows), kept.dshift.resize(rows);
+  PairSums sums{kept.dx, kept.dy, call.sigmoid() ? kept.dshift.data() : nullptr, kept.want_scalars ? scores.data() : nullptr, 0};
   const Backward back(call, row);
   const float one = 1;
   if (call.sigmoid()) {
-    back.set(&one, 0, 1 / float(rows), of_rows.data());
-    kept_sigmoid_sums(call.p, losses, back.row_g, sums);
-    of_scalars[1] = float(total(weights, rows));
+    back.set(&one, 0, share, of_rows.data());
+    kept_sigmoid_sums(call.p, losses, back.row_g, sums, kept.table);
   } else {
     float* const column = row + (sides - 1) * kStatistics * rows;
     kept_symmetric_sums(call.p, row, row + rows, sides == 2 ? column : nullptr, column + rows, [&] {
       of_rows.find(call, row, column, losses);
-      back.set(&one, 0, 1 / float(rows), of_rows.data());
-      if (want_scalars) sums.level = level_of(call, row);
-    }, back.upstream(), sums);
-    of_scalars[1] = 0;
+      back.set(&one, 0, share, of_rows.data());
+      if (kept.want_scalars) sums.level = level_of(call, row);
+    }, back.upstream(), sums, kept.table);
   }
-  finish(call, back, {back.pull, sums.scores, sums.level, dx, dy, dx, dy, want_scalars ? dscale.data() : nullptr, true});
-  of_scalars[0] = of_scale(call, dscale.data());
+  finish(call, back, {back.pull, sums.scores, sums.level, kept.dx, kept.dy, kept.dx, kept.dy, kept.want_scalars ? kept.dscale.data() : nullptr, true});
+  kept.pull.assign(back.pull, back.pull + rows), kept.spread.assign(back.spread, back.spread + rows);
 }
+
+// Rows' losses, of which a row's upstream is one for all that it weighs: of few_pairs a backward pass needs the products alone.
+bool is_by_row(const MatchingCall& call) { return call.sigmoid() || call.rows_alone; }
+
+constexpr int64_t kOfRow = 4;  // numbers that are kept of a row: what Kept has
 
 // Losses or their mean or sum, and what matching_loss_grad needs: statistics, and the rows' factors where they have any. For the mean or sum of
 // few_pairs, where gradients are asked for, these for an upstream of 1 instead: [2] those of scale and shift, then x's and y's where they are
-// asked for; else [0].
+// asked for; else [0]. For rows' losses of few_pairs that are is_by_row, for an upstream of 1 of every loss: [kOfRow, rows] in place of the
+// statistics, x's gradient, and the table of weights that y's is made of.
 std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const OptionalTensor& y, const OptionalTensor& scale,
                                                          const OptionalTensor& shift, const OptionalTensor& labels, bool mean, bool keep_x, bool keep_y,
                                                          int64_t precision, bool rows_alone, double smoothing, double factor, bool include,
@@ -197,14 +209,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const 
   const Reduction reduction{mean, mean && sum, row_weights.has_value() ? packed<float>("row_weights", *row_weights, {rows}) : nullptr};
   const bool weighted = row_weights.has_value() || reduction.sum || !include;
   Losses of_rows{reduction, include, call.sigmoid() ? reduction.factors(rows, [](int64_t) { return true; }) : std::vector<float>()};
-  const bool kept = mean && (keep_x || keep_y) && kdfast::few_pairs(rows, rows, call.m.width);
+  const bool kept = (mean || is_by_row(call)) && (keep_x || keep_y) && kdfast::few_pairs(rows, rows, call.m.width);
   std::vector<float> row_losses(mean ? rows : 0, 0.0f);
-  const Tensor loss = mean ? output(x, {}) : output(x, {rows}), statistics = kept ? output(x, {2}) : output(x, {sides * kStatistics + weighted, rows});
+  const Tensor loss = mean ? output(x, {}) : output(x, {rows});
+  const Tensor statistics = !kept ? output(x, {sides * kStatistics + weighted, rows}) : mean ? output(x, {2}) : output(x, {kOfRow, rows});
   float* const losses = mean ? row_losses.data() : floats_of(loss);
-  const auto kept_sums = [&](bool keep) { return kept && keep ? output(x, {rows, call.m.width}) : output(x, {0}); };
-  const Tensor dx = kept_sums(keep_x), dy = kept_sums(keep_y);
+  const auto kept_rows = [&](bool keep, int64_t width) { return kept && keep ? output(x, {rows, width}) : output(x, {0}); };
+  const Tensor dx = kept_rows(keep_x, call.m.width), dy = kept_rows(keep_y, mean ? call.m.width : rows);
   if (kept) {
-    kept_matching(call, of_rows, losses, data_of(keep_x, dx), data_of(keep_y, dy), scale.has_value() || shift.has_value(), floats_of(statistics));
+    Kept to{data_of(keep_x, dx), data_of(keep_y && mean, dy), data_of(keep_y && !mean, dy), scale.has_value() || shift.has_value(), {}, {}, {}, {}};
+    kept_matching(call, of_rows, losses, mean ? 1 / float(rows) : 1, to);
+    float* const found = floats_of(statistics);
+    if (mean) {
+      found[0] = of_scale(call, to.dscale.data()), found[1] = float(total(to.dshift.data(), rows));
+    } else {
+      float* at = found;
+      for (const std::vector<float>* numbers : {&to.dscale, &to.dshift, &to.pull, &to.spread}) at = std::copy(numbers->begin(), numbers->end(), at);
+    }
   } else if (call.sigmoid()) {
     sigmoid_losses(call.p, losses);
   } else {
@@ -226,16 +247,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const 
   return {loss, statistics, dx, dy};
 }
 
-// The gradients of x, y, scale and shift, [0] where not wanted, where the forward pass has not left them.
+// The gradients from what was kept of each row, x's in floats.
+std::tuple<Tensor, Tensor, Tensor, Tensor> kept_rows_grad(const MatchingCall& call, const Tensor& like, const float* g, const Tensor& of_rows,
+                                                          const Tensor& kept_x, const Tensor& table, bool want_x, bool want_y, bool want_scale,
+                                                          bool want_shift) {
+  const int64_t rows = call.m.rows, width = call.m.width;
+  const float *const dscale = packed<float>("statistics", of_rows, {kOfRow, rows}), *const dshift = dscale + rows;
+  const float *const pull = dshift + rows, *const spread = pull + rows;
+  const Tensor dx = want_x ? output(like, {rows, width}) : output(like, {0});
+  const Tensor dy = want_y ? output(like, {rows, width}, like.scalar_type()) : output(like, {0});
+  if (want_x) {
+    const float* const unit = packed<float>("kept_x", kept_x, {rows, width});
+    float* const out = floats_of(dx);
+    for (int64_t i = 0; i < rows; ++i) std::transform(unit + i * width, unit + (i + 1) * width, out + i * width, [&](float d) { return g[i] * d; });
+  }
+  if (want_y) {
+    const Tensor sums = output(like, {rows, width});
+    tabled_sums(call.p, packed<float>("table", table, {rows, rows}), g, floats_of(sums));
+    const Backward back(call, dscale);
+    for (int64_t i = 0; i < rows; ++i) back.pull[i] = g[i] * pull[i], back.spread[i] = g[i] * spread[i];
+    finish(call, back, {back.pull, nullptr, 0, nullptr, floats_of(sums), nullptr, dy.mutable_data_ptr(), nullptr, false});
+  }
+  const auto product = [&](bool want, const float* of_row) {
+    return want ? filled(like, {}, std::inner_product(g, g + rows, of_row, 0.0)) : output(like, {0});
+  };
+  return {dx, dy, product(want_scale, dscale), product(want_shift, dshift)};
+}
+
+// The gradients of x, y, scale and shift, [0] where not wanted, where the forward pass has not left them. kept_x and table: what it has left of
+// rows, with these as statistics.
 std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss_grad(const Tensor& g, const Tensor& statistics, const Tensor& x, const OptionalTensor& y,
                                                               const OptionalTensor& scale, const OptionalTensor& shift,
                                                               const OptionalTensor& labels, bool want_x, bool want_y, bool want_scale,
-                                                              bool want_shift, int64_t precision, bool rows_alone, double smoothing, double factor) {
+                                                              bool want_shift, int64_t precision, bool rows_alone, double smoothing, double factor,
+                                                              const OptionalTensor& kept_x, const OptionalTensor& table) {
+  STD_TORCH_CHECK(kept_x.has_value() == table.has_value(), "kept_x and table come together");
   const MatchingCall call = matching_call(x, y, scale, shift, labels, precision, rows_alone, smoothing, factor);
   const Matching& m = call.m;
   const int64_t rows = m.rows;
   const bool mean = g.dim() == 0;
-  const float* const upstream = mean ? packed<float>("g", g, {}) : packed<float>("g", g, {rows});
+  const float* const upstream = mean && !table.has_value() ? packed<float>("g", g, {}) : packed<float>("g", g, {rows});
+  if (table.has_value()) return kept_rows_grad(call, x, upstream, statistics, *kept_x, *table, want_x, want_y, want_scale, want_shift);
   const int64_t of_sides = call.sides() * kStatistics;
   const bool weighted = statistics.dim() == 2 && statistics.size(0) > of_sides;
   const float* const of_rows = packed<float>("statistics", statistics, {of_sides + weighted, rows});

@@ -263,17 +263,22 @@ def _beside(spread: bool) -> int:
     return 4 if spread else 2
 
 
+def _named(columns: Tensor | None, query: Tensor) -> int:
+    """How many rows of the bank each row names: with one, and no leading dimension, the last one may be left out."""
+    return 0 if columns is None else 1 if columns.dim() < query.dim() else columns.shape[-1]
+
+
 def fake(
     query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid, positive, columns, weights, include, mean, pull, products,
     panels=None, keep_keys=False, factor=1.0, smoothing=0.0, attract=False, row_weights=None, sum=False, want_scale=False,
 ):  # fmt: skip
     made = partial(query.new_empty, dtype=torch.float32)
     batch = query.shape[:-1] if query.dim() == 3 else (1, *query.shape[:-1])
-    copies = 0 if columns is None else columns.shape[-1]
+    copies = _named(columns, query)
     if positive is not None:
         copies = 1 if positive.dim() == query.dim() else positive.shape[-2]
     statistics, pulls = made((_beside(smoothing > 0 or attract) + copies, *batch)), made(query.shape if pull else (0,))
-    indices = 0 if key_index is None else key_index.shape[-1]
+    indices = _named(key_index, query)
     named = bias is limit is valid is None and (indices <= 1 if query_labels is None or attract else indices == 0)
     named = named and (include or not attract)
     kept = keep_keys and mean and pull and query.dim() == 2 and named and extension.load("_C")[0].few_pairs(len(query), *keys.shape)

@@ -62,7 +62,9 @@ class Call(NamedTuple):
     @property
     def of_losses(self) -> tuple:
         """The same, and what the first one alone is told."""
-        return (*self.options, self.include, self.weight, self.reduction == "sum") if self.kernels is cpu.KERNELS else ()
+        if self.kernels is not cpu.KERNELS:
+            return ()
+        return self.rows_alone, self.smoothing, self.factor, self.include, self.weight, self.reduction == "sum"
 
 
 def clip_rows(x: Tensor, y: Tensor, scale: float | Tensor, *, smoothing: float = 0.0, **options) -> Tensor:
@@ -249,16 +251,19 @@ class MatchingGradients(Function):
 
 def _gradients(call, want, g, statistics, kept_x, kept_y, *inputs) -> tuple[Tensor | None, ...]:
     """The gradients of <g, losses> in (x, y, scale, shift), None where not wanted. kept_x, kept_y: those of x and y for g = 1, where the
-    forward pass has left them, and statistics has the other two."""
+    forward pass has left them, and statistics has the other two; of losses that are not reduced, kept_y is the table for y's."""
     want_x, want_y, want_scale, want_shift = want
-    if kept_x.numel() or kept_y.numel():
+    kept = (kept_x, kept_y) if kept_x.numel() or kept_y.numel() else ()
+    if kept and call.reduced:
         dx, dy = kept_x * g if want_x else None, kept_y * g if want_y else None
         if inputs[0].dtype is not torch.float32:
             dx, dy = (None if grad is None else grad.to(inputs[0].dtype) for grad in (dx, dy))
         return dx, dy, statistics[0] * g if want_scale else None, statistics[1] * g if want_shift else None
-    options = call.labels, *want, call.products, *call.options
-    found = call.kernels.ops.matching_loss_grad(g.contiguous(), statistics, *inputs, *options)
-    return tuple([grad if wanted else None for grad, wanted in zip(found, want, strict=True)])
+    options = call.labels, *want, call.products, *call.options, *kept
+    dx, *found = call.kernels.ops.matching_loss_grad(g.contiguous(), statistics, *inputs, *options)
+    if dx.dtype is not inputs[0].dtype:
+        dx = dx.to(inputs[0].dtype)
+    return tuple([grad if wanted else None for grad, wanted in zip((dx, *found), want, strict=True)])
 
 
 def _loss_fake(
@@ -266,16 +271,23 @@ def _loss_fake(
     sum=False,
 ):  # fmt: skip
     made = partial(x.new_empty, dtype=torch.float32)
-    kept = mean and (keep_x or keep_y) and extension.load("_C")[0].few_pairs(len(x), *x.shape)
+    rows = len(x)
+    kept = (mean or shift is not None or rows_alone) and (keep_x or keep_y) and extension.load("_C")[0].few_pairs(rows, *x.shape)
     weighted = row_weights is not None or (mean and sum) or not include
     statistics = (0 if shift is not None else 3 if y is None or rows_alone else 6) + weighted
-    gradients = (made(x.shape if kept and keep else (0,)) for keep in (keep_x, keep_y))
-    return made(() if mean else x.shape[:1]), made((2,) if kept else (statistics, len(x))), *gradients
+    statistics = (statistics, rows) if not kept else (2,) if mean else (4, rows)
+    dx, dy = x.shape if kept and keep_x else (0,), (x.shape if mean else (rows, rows)) if kept and keep_y else (0,)
+    return made(() if mean else x.shape[:1]), made(statistics), made(dx), made(dy)
 
 
-def _grad_fake(g, statistics, x, y, scale, shift, labels, *want_and_products):
-    shapes = (torch.empty_like(x), torch.empty_like(x), *(x.new_empty((), dtype=torch.float32) for _ in range(2)))
-    return tuple([like if want else x.new_empty(0, dtype=torch.float32) for like, want in zip(shapes, want_and_products[:4], strict=True)])
+def _grad_fake(
+    g, statistics, x, y, scale, shift, labels, want_x, want_y, want_scale, want_shift, products, rows_alone=False, smoothing=0.0,
+    factor=1.0, kept_x=None, table=None,
+):  # fmt: skip
+    dx = torch.empty_like(x) if kept_x is None else torch.empty_like(x, dtype=torch.float32)
+    shapes = (dx, torch.empty_like(x), *(x.new_empty((), dtype=torch.float32) for _ in range(2)))
+    want = want_x, want_y, want_scale, want_shift
+    return tuple([like if want else x.new_empty(0, dtype=torch.float32) for like, want in zip(shapes, want, strict=True)])
 
 
 if cpu.missing() is None:

@@ -85,13 +85,12 @@ def info_nce_loss(
     learnt = None if number is temperature and not by_row else temperature
     pull = torch.is_grad_enabled() and (query.requires_grad or (learnt is not None and learnt.requires_grad))
     call = _call(count, query.dtype, include, reduction, pull, 1.0 if by_row else 1.0 / number, smoothing, attract)
-    index = None if own is None else own.unsqueeze(1)
     if targets is None:  # within a batch a sample's own positive is of its class as others' are
         beside = None if bank is None else positive
-        return InfoNceLoss.run(call, query, keys, beside, learnt, (bias, None, None, weight, query_labels, key_labels, index, None, None))
-    index = targets.unsqueeze(1)
+        return InfoNceLoss.run(call, query, keys, beside, learnt, (bias, None, None, weight, query_labels, key_labels, own, None, None))
+    rest = bias, targets, None, weight, query_labels, key_labels, targets, None, None
     try:
-        return InfoNceLoss.run(call, query, keys, None, learnt, (bias, index, None, weight, query_labels, key_labels, index, None, None))
+        return InfoNceLoss.run(call, query, keys, None, learnt, rest)
     except RuntimeError:  # the op has looked at the targets, where they may point
         return None
 
@@ -103,10 +102,14 @@ def _call(count: int, dtype: torch.dtype, include: bool, reduction: str, pull: b
     return info_nce.Call(spec, include, reduction, pull, cpu.KERNELS.products[products], factor, smoothing, attract)
 
 
+_NAMED = 2, 7  # of the bank's side, rows of it that are named
+
+
 class InfoNceLoss(PlainFunction):
     """InfoNCE of query and positive [N, D] against keys [M, D]. A scalar `temperature` has the call's factor; [N]: it has not.
 
-    `rest`: a bias, and as of `InfoNceRows`. A bank without gradient is held by reference there and here.
+    `rest`: a bias, and as of `InfoNceRows`, but for rows of the bank that are named, [N]. A bank without gradient is held by reference
+    there and here.
     """
 
     @staticmethod
@@ -143,6 +146,7 @@ class InfoNceLoss(PlainFunction):
         if ctx.held is not None:
             bank, versions = ctx.held
         if again:
+            bank = [x.unsqueeze(1) if i in _NAMED and x is not None else x for i, x in enumerate(bank)]
             scale = None if temperature is None else temperature.reciprocal().expand(len(query)).contiguous()
             dquery, dkeys, dscale, _, dpositive = info_nce.Gradients.apply(call, want, versions, g, *kept, query, scale, positive, *bank)
         else:
