@@ -121,9 +121,14 @@ def fused(options: Callable[[Inputs], dict], x: Inputs) -> Tensor:
 
 
 def form(
-    formula: Callable[[Inputs], Tensor], options: Callable[[Inputs], dict], leaves: int = 1, valid: Callable[[int], int] = whole
+    formula: Callable[[Inputs], Tensor],
+    options: Callable[[Inputs], dict],
+    leaves: int = 1,
+    valid: Callable[[int], int] = whole,
+    on_gpu: bool = False,
 ) -> Case:
-    """`options`: what info_nce is told for it, beside or instead of one positive, the bank and TAU. `valid`: of how many bank rows."""
+    """`options`: what info_nce is told for it, beside or instead of one positive, the bank and TAU. `valid`: of how many bank rows.
+    `on_gpu`: measured there too, where the other forms are the streaming softmax with a mask."""
 
     def of_tensors(loss: Callable[[Inputs], Tensor]) -> Callable[..., Tensor]:
         return lambda *tensors: loss(Inputs(*tensors))
@@ -137,6 +142,7 @@ def form(
             "quick": ((64, 256, 128),),
             "default": ((64, 256, 128), (1024, 16384, 128)),
             "full": ((64, 256, 128), (1024, 16384, 128), (256, 65536, 128)),
+            **({"cuda": ((4096, 65536, 128),)} if on_gpu else {}),
         },
         axes=INFO_NCE.axes,
         dtypes=INFO_NCE.dtypes,
@@ -158,6 +164,7 @@ FORMS = {
     "attraction": form(
         attraction,
         lambda x: {"positive": None, "query_labels": x.labels, "bank_labels": x.bank_labels, "same_class": "positive"},
+        on_gpu=True,
     ),
     "positives": form(several, lambda x: {"positive": x.positives}),
     "margin": form(margin, lambda x: {"false_negative_margin": MARGIN}),
