@@ -190,15 +190,12 @@ void kept_matching(const MatchingCall& call, Losses& of_rows, float* losses, flo
   kept.pull.assign(back.pull, back.pull + rows), kept.spread.assign(back.spread, back.spread + rows);
 }
 
-// Rows' losses, of which a row's upstream is one for all that it weighs: of few_pairs a backward pass needs the products alone.
-bool is_by_row(const MatchingCall& call) { return call.sigmoid() || call.rows_alone; }
-
 constexpr int64_t kOfRow = 4;  // numbers that are kept of a row: what Kept has
 
 // Losses or their mean or sum, and what matching_loss_grad needs: statistics, and the rows' factors where they have any. For the mean or sum of
 // few_pairs, where gradients are asked for, these for an upstream of 1 instead: [2] those of scale and shift, then x's and y's where they are
-// asked for; else [0]. For rows' losses of few_pairs that are is_by_row, for an upstream of 1 of every loss: [kOfRow, rows] in place of the
-// statistics, x's gradient, and the table of weights that y's is made of.
+// asked for; else [0]. For losses of few_pairs that are not reduced, where a row's upstream is one for all that it weighs: [kOfRow, rows] in
+// place of the statistics, x's gradient for an upstream of 1 of every loss, and the table of weights that y's is made of.
 std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const OptionalTensor& y, const OptionalTensor& scale,
                                                          const OptionalTensor& shift, const OptionalTensor& labels, bool mean, bool keep_x, bool keep_y,
                                                          int64_t precision, bool rows_alone, double smoothing, double factor, bool include,
@@ -209,7 +206,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const 
   const Reduction reduction{mean, mean && sum, row_weights.has_value() ? packed<float>("row_weights", *row_weights, {rows}) : nullptr};
   const bool weighted = row_weights.has_value() || reduction.sum || !include;
   Losses of_rows{reduction, include, call.sigmoid() ? reduction.factors(rows, [](int64_t) { return true; }) : std::vector<float>()};
-  const bool kept = (mean || is_by_row(call)) && (keep_x || keep_y) && kdfast::few_pairs(rows, rows, call.m.width);
+  const bool by_row = (call.sigmoid() || rows_alone) && precision_of(precision) != kdfast::Precision::kBFloat16;  // whose scores cost less than a table
+  const bool kept = (mean || by_row) && (keep_x || keep_y) && kdfast::few_pairs(rows, rows, call.m.width);
   std::vector<float> row_losses(mean ? rows : 0, 0.0f);
   const Tensor loss = mean ? output(x, {}) : output(x, {rows});
   const Tensor statistics = !kept ? output(x, {sides * kStatistics + weighted, rows}) : mean ? output(x, {2}) : output(x, {kOfRow, rows});

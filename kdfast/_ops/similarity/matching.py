@@ -272,7 +272,8 @@ def _loss_fake(
 ):  # fmt: skip
     made = partial(x.new_empty, dtype=torch.float32)
     rows = len(x)
-    kept = (mean or shift is not None or rows_alone) and (keep_x or keep_y) and extension.load("_C")[0].few_pairs(rows, *x.shape)
+    by_row = (shift is not None or rows_alone) and products != cpu.KERNELS.products["bf16"]
+    kept = (mean or by_row) and (keep_x or keep_y) and extension.load("_C")[0].few_pairs(rows, *x.shape)
     weighted = row_weights is not None or (mean and sum) or not include
     statistics = (0 if shift is not None else 3 if y is None or rows_alone else 6) + weighted
     statistics = (statistics, rows) if not kept else (2,) if mean else (4, rows)
