@@ -115,7 +115,8 @@ PooledGradients pooled_gradients(SimilarityParams p, const kdfast::PooledUpstrea
   if (!slopes) return d;
 
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
-  const PooledFinish finish{s, rounds.copies, start_weight, start_slope, scaled, out, mean};
+  const float* const key_mean = p.values.data == nullptr && start_slope == nullptr ? upstream.pooled : nullptr;
+  const PooledFinish finish{s, rounds.copies, start_weight, start_slope, scaled, key_mean, out, mean};
   for_each_rows(rounds.workers, rows, [&](int64_t, int64_t begin, int64_t end) { kernels.pooled_finish_rows(p, finish, begin, end); });
   if (!want.keys && !want.bias) return d;
   for_each_rows(rounds.workers, p.columns, [&](int64_t, int64_t begin, int64_t end) {

@@ -48,6 +48,7 @@ struct PooledFinish {
   int64_t parts;
   const float *start_weight, *start_slope;  // [batch, rows]: the start's p and its w; null: no start, 0
   bool scaled;                              // rows become sum_j dz_ij s_i k_j
+  const float* key_mean;                    // [batch, rows, width], sum_j p_ij k_j; null: not known
   float* rows;                              // [batch, rows, width], may be the first copy; null: not wanted
   float* mean;                              // [batch, rows], may be the first copy
 };

@@ -3,7 +3,8 @@
 //   sum_j dz_ij k_j,   dk_j = sum_i dz_ij s_i q_i,   db_j = sum_i dz_ij,   dv_j = sum_i p_ij h_i  (part of dk_j where values are the keys).
 //
 // Queries (and h) are the rows, keys (and values) the columns of stream.inl; weights are collected transposed as in pairs.inl. The mean is
-// known once a row is through: what it was off by is taken from the sums afterwards, for the candidates that hold a large share of the row.
+// known once a row is through: what it was off by, which is much where h.v is a product of bfloat16, is taken from the sums afterwards, in the row's with the
+// mean key where that is known, else for the candidates that hold a large share of the row.
 //
 // Included after an instruction set's header (isa/).
 #pragma once
@@ -336,6 +337,10 @@ void pooled_finish_rows(const SimilarityParams& p, const PooledFinish& f, int64_
       Vec sum = load_row(f.sums.rows + row * p.width, d, p.width);
       for (int64_t part = 1; part < f.parts; ++part) sum += load_row(f.sums.rows + (part * rows + row) * p.width, d, p.width);
       store_row(to, d, p.width, sum / splat(whole) * splat(factor));
+    }
+    if (f.key_mean != nullptr) {
+      add_scaled(to, -factor * off, f.key_mean + row * p.width, p.width);
+      continue;
     }
     with_elements(p.keys.from(row / p.rows * p.keys_batch_stride), [&](const auto* keys) {
       for (int64_t part = 0; part < f.parts; ++part)
