@@ -154,7 +154,7 @@ class SecondOrder(Function):
         else:  # in tiles of PyTorch's operations, whatever the implementation
             logits = make_logits(query, keys, scale, bias, *rules, compute.dtype)
             out = second_order_of_pooled(
-                logits, tangent, g, h, start_logit, start_value, values, lse, lse_low, pooled,
+                logits, tangent, g, h, start_logit, start_value, values, lse, lse_low,
                 want_keys=want_keys, want_bias=want_bias, want_values=want_values,
             )  # fmt: skip
         originals = (g, h, query, keys, scale, bias, start_logit, values, start_value)

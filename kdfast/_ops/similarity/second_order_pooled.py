@@ -15,6 +15,7 @@ class _Means(NamedTuple):
     """Softmax-weighted means over a row's candidates, the start included."""
 
     rate: Tensor  # [B, N]
+    value: Tensor  # [B, N, Dv]
     rate_value: Tensor  # [B, N, Dv] of rate x value
     value_tangent: Tensor  # [B, N, Dv] of the values' tangent
 
@@ -29,13 +30,14 @@ def second_order_of_pooled(
     values: Tensor | None,  # None: keys
     lse: Tensor,
     lse_low: Tensor,
-    pooled: Tensor,
     *,
     want_keys: bool,
     want_bias: bool,
     want_values: bool,
 ) -> Derivatives:
-    """One pass over the tiles for the sums, after one for the rows' means."""
+    """One pass over the tiles for the sums, after one for the rows' means, those of the values among them: slopes less a mean that another
+    kernel has of its own scores would not cancel.
+    """
     scores = logits.scores
     over_keys = values is None
     if over_keys:
@@ -46,11 +48,13 @@ def second_order_of_pooled(
     direction = scale[..., None] * u + sigma[..., None] * q
     start = _start(start_logit, start_value, tangent, lse, lse_low)
     level = above_nothing(lse), lse_low
-    means = _row_means(logits, tangent, direction, start, values, level)
+    means, mass = _row_means(logits, tangent, direction, start, values, level)
+    level = level[0], lse_low + torch.log(mass)
+    start = None if start is None else start._replace(weight=start.weight / mass)
 
     # A = p (c (rate - mean rate) + eta - phi), with c = g + h.v less its mean, eta = h.(tangent of v) and phi their mean
-    mean_w = (h * pooled).sum(-1)
-    dh = means.rate_value - means.rate[..., None] * pooled + means.value_tangent
+    mean_w = (h * means.value).sum(-1)
+    dh = means.rate_value - means.rate[..., None] * means.value + means.value_tangent
     phi = (h * dh).sum(-1)
     dbias = lse.new_zeros(scores.keys.shape[:2]) if want_bias else None
     dvalues = lse.new_zeros(values.shape) if want_values else None
@@ -120,15 +124,19 @@ def _rate(tangent: Tangent, b: slice, c: slice, rate: Tensor) -> Tensor:
     return rate if tangent.bias is None else rate.add_(tangent.bias[b, None, c])
 
 
-def _row_means(logits, tangent, direction, start, values, level) -> _Means:
-    rate = torch.zeros_like(level[0])
-    rate_value, value_tangent = (rate.new_zeros(*rate.shape, values.shape[-1]) for _ in range(2))
+def _row_means(logits, tangent, direction, start, values, level) -> tuple[_Means, Tensor]:
+    """The means, and what a row's p add up to, 1 for one that admits nothing: another kernel's lse is of scores that round otherwise."""
+    rate, mass = torch.zeros_like(level[0]), torch.zeros_like(level[0])
+    value, rate_value, value_tangent = (rate.new_zeros(*rate.shape, values.shape[-1]) for _ in range(3))
 
     def add(b, r, c, score, tile_rate):
         p = _softmax(logits, level, b, r, c, score)
+        mass[b, r] += p.sum(-1)
         weighted = p * _rate(tangent, b, c, tile_rate)
         rate[b, r] += weighted.sum(-1)
-        rate_value[b, r].baddbmm_(weighted, logits.scores.column_tile(values, b, c))
+        v = logits.scores.column_tile(values, b, c)
+        value[b, r].baddbmm_(p, v)
+        rate_value[b, r].baddbmm_(weighted, v)
         if tangent.values is not None:
             value_tangent[b, r].baddbmm_(p, tangent.values[b, c].to(p.dtype))
         return None, None
@@ -136,6 +144,9 @@ def _row_means(logits, tangent, direction, start, values, level) -> _Means:
     contract_tangent(logits.scores, add, direction, tangent.keys, want_rows=False, want_columns=False)
     if start is not None:
         rate = rate + start.weight * start.rate
+        value = value + start.weight[..., None] * start.value
         rate_value = rate_value + (start.weight * start.rate)[..., None] * start.value
         value_tangent = value_tangent + start.weight[..., None] * start.value_tangent
-    return _Means(rate, rate_value, value_tangent)
+        mass = mass + start.weight
+    mass = torch.where(mass == 0, 1.0, mass)
+    return _Means(rate / mass, value / mass[..., None], rate_value / mass[..., None], value_tangent / mass[..., None]), mass
