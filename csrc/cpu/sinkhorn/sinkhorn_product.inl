@@ -30,7 +30,6 @@ int64_t sinkhorn_product_workspace(const SinkhornProblem<Real>& p) {
 template <int kRows, class Real, class T>
 inline void weigh_bounded(const CostRows<Real, T>& rows, const Real* u, const Real* v, Real* e, VecOf<Real>* sums) {
   using V = VecOf<Real>;
-  const V most = splat(Real(kLargestExponent));
   V sum[kRows][2] = {}, shift[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) shift[r] = splat(u[r]);
@@ -39,7 +38,7 @@ inline void weigh_bounded(const CostRows<Real, T>& rows, const Real* u, const Re
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       __builtin_prefetch(rows.c + (r + kRows) * rows.stride + j);  // of the rows after these
-      const V t = rows.at(r, j, count, shift[r]), x = exp2(t > most ? most : t);
+      const V x = exp2(at_most_largest<Real>(rows.at(r, j, count, shift[r])));
       store(e + kRows * j + r * kWidth<Real>, x);
       sum[r][lane] = multiply_add(x, factor, sum[r][lane]);
     }

@@ -445,7 +445,6 @@ class SinkhornReplayer {
         for (int v = 0; v < kVecs; ++v) sum[r][v] = multiply_add(factor, load(right + v * kW), sum[r][v]);
       }
     }
-    const V most = splat(Real(kLargestExponent));
     CostRows<Real, T> rows = rows_at(i, w_.reference_g);
     rows.k = reference_k_;
 #pragma GCC unroll 4
@@ -459,8 +458,7 @@ class SinkhornReplayer {
         if constexpr (kStored) {
           e = load(w_.kernel + i * w_.m + kRows * at + r * kW);
         } else {
-          const V t = rows.at(r, at, count, splat(w_.reference_f[i + r]));
-          e = exp2(t > most ? most : t);
+          e = exp2(at_most_largest<Real>(rows.at(r, at, count, splat(w_.reference_f[i + r]))));
         }
         const V out = e * sum[r][v];
         store_count(to + at, written_ ? out + load_count<Real>(to + at, count) : out, count);

@@ -15,7 +15,7 @@ struct RowSums {
 template <int kRows, bool kSteep, class Real, class T>
 inline void weigh_pair(const CostRows<Real, T>& rows, const Real* u, const Real* y, const Real* weight, Real* e, int64_t first, RowSums<Real>* sums) {
   using V = VecOf<Real>;
-  const V most = splat(Real(kLargestExponent)), least = splat(Real(kLeastExponent));
+  const V least = splat(Real(kLeastExponent));
   V lanes[(kSteep ? 4 : 2) * kRows] = {}, shift[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) shift[r] = splat(u[r]);
@@ -24,7 +24,7 @@ inline void weigh_pair(const CostRows<Real, T>& rows, const Real* u, const Real*
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       __builtin_prefetch(rows.c + (r + kRows) * rows.stride + j);  // of the rows after these
-      const V given = rows.at(r, j, count, shift[r]), t = given > most ? most : given, x = exp2(t);
+      const V t = at_most_largest<Real>(rows.at(r, j, count, shift[r])), x = exp2(t);
       store(e + kRows * j + r * kWidth<Real>, x);
       lanes[r] = multiply_add(x, first, lanes[r]);
       lanes[kRows + r] = multiply_add(x, second, lanes[kRows + r]);

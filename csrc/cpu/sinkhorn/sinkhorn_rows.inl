@@ -40,6 +40,17 @@ inline VecOf<Real> doubt_of(VecOf<Real> sum, double bound = kTrusted) {
   return sum >= splat(Real(1 / bound)) && sum <= splat(Real(bound)) ? zero : zero + 1;
 }
 
+// t, or the largest exponent where that is less; NaN stays. One instruction in place of two where the compiler forms none itself.
+template <class Real>
+inline VecOf<Real> at_most_largest(VecOf<Real> t) {
+  const VecOf<Real> most = splat(Real(kLargestExponent));
+#if KDFAST_LANES == 16
+  if constexpr (sizeof(Real) == 4) return (VecOf<Real>)_mm512_min_ps((__m512)most, (__m512)t);
+  if constexpr (sizeof(Real) == 8) return (VecOf<Real>)_mm512_min_pd((__m512d)most, (__m512d)t);
+#endif
+  return t > most ? most : t;
+}
+
 template <int kCount>
 struct RowCount {
   static constexpr int value = kCount;
@@ -193,7 +204,7 @@ inline void add_rows(const WeightedRows<Real>& rows, int64_t count, int64_t m) {
 template <int kRows, bool kMoments, class Real, class T>
 inline void add_costs(const CostRows<Real, T>& rows, const Real* u, const Real* b, const Real* weight, Real* e, Real* columns, VecOf<Real>* sums,
                       VecOf<Real>* costs) {
-  const VecOf<Real> most = splat(Real(kLargestExponent)), largest = splat(kLargestCost<Real>);
+  const VecOf<Real> largest = splat(kLargestCost<Real>);
   VecOf<Real> sum[kRows], cost[kRows], shift[kRows], factor[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
@@ -206,7 +217,7 @@ inline void add_costs(const CostRows<Real, T>& rows, const Real* u, const Real* 
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       __builtin_prefetch(rows.c + (r + kRows) * rows.stride + j);  // of the rows after these
-      const VecOf<Real> t = rows.at(r, j, count, shift[r]), x = exp2(t > most ? most : t);
+      const VecOf<Real> x = exp2(at_most_largest<Real>(rows.at(r, j, count, shift[r])));
       column = multiply_add(x, factor[r], column);
       if (e != nullptr) store(e + kRows * j + r * kWidth<Real>, x);
       if constexpr (kMoments) {
