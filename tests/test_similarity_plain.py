@@ -164,7 +164,8 @@ def test_what_a_plain_call_may_have_beside_matrices(monkeypatch, form, width, gi
     found = derivatives(similarity_softmax, leaves, options, dtype)
     for ours, its in zip(found, general, strict=True):
         close = 16 * torch.finfo(ours.dtype).eps
-        torch.testing.assert_close(ours, its, rtol=close, atol=close * float(its.abs().max()))
+        size = max(float(its.abs().max()), 1.0 if its.dim() == 0 else 0.0)  # a scale's is a sum of terms of about 1, which may cancel
+        torch.testing.assert_close(ours, its, rtol=close, atol=close * size)
     formulas = derivatives(reference.similarity_softmax, *naive, dtype), derivatives(reference.similarity_softmax, *wide, torch.float64)
     for ours, its, truth in zip(found[: 2 + len(leaves)], *formulas, strict=False):
         assert_as_good_as(ours, its, truth)
