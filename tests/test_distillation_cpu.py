@@ -259,3 +259,25 @@ def test_rows_of_the_gradient(dtype):
         strict=True,
     ):
         torch.testing.assert_close(of_mean, of_rows)
+
+
+@pytest.mark.parametrize("impl", [None, "cpu"])
+def test_weights_may_lie_in_memory_as_they_like(impl):
+    student, keys = torch.randn(9, 6, requires_grad=True), torch.randn(17, 6)
+    weight = torch.rand(9, 2)[:, 0]
+    given = dict(student_temperature=0.2, teacher_temperature=0.1, impl=impl)
+    losses = [similarity_distillation(student, student.detach() * 0.7, keys, weight=w, **given) for w in (weight, weight.contiguous())]
+    assert torch.equal(*losses)
+    assert torch.equal(*[torch.autograd.grad(loss, student)[0] for loss in losses])
+
+
+def test_second_derivative_of_a_sum_of_single_losses():
+    """Its upstream gradient is expanded."""
+    student, keys = torch.randn(9, 6, requires_grad=True), torch.randn(17, 6, requires_grad=True)
+    given = dict(student_temperature=0.2, teacher_temperature=0.1)
+    found = []
+    for reduction in ("none", "sum"):
+        loss = similarity_distillation(student, student.detach() * 0.7, keys, reduction=reduction, **given).sum()
+        first = torch.autograd.grad(loss, (student, keys), create_graph=True)
+        found.append((*first, *torch.autograd.grad(sum(x.square().sum() for x in first), (student, keys))))
+    torch.testing.assert_close(*found)

@@ -197,3 +197,14 @@ def test_opcheck(mean):
         along = torch.randn(4, 5), torch.randn(6, 5), torch.randn(4), None if rows is None else torch.randn(4, 2, 5)
         given = g, *along, statistics, pull, *bank, rows, chosen, True, True, True, True, rows is not None, 0, 2.0
         torch.library.opcheck(torch.ops.kdfast.info_nce_second.default, given)
+
+
+@pytest.mark.parametrize("options", [dict(same_class="positive"), dict(label_smoothing=0.2)], ids=["attract", "smoothed"])
+def test_own_rows_past_the_valid_ones(options):
+    query, positive, bank = unit(6, 4).requires_grad_(), unit(6, 4), unit(9, 4)
+    given = dict(own_index=torch.tensor([0, 4, 5, 8, -1, 2]), query_labels=torch.arange(6) % 2, bank_labels=torch.arange(9) % 3) | options
+    found = []
+    for more in (dict(bank_valid=5), dict(bank_valid=5, impl="cpu")):
+        (first,) = torch.autograd.grad(info_nce(query, positive, bank, **given, **more), query, create_graph=True)
+        found.append((first, *torch.autograd.grad(first.square().sum(), query)))
+    torch.testing.assert_close(*found)

@@ -63,7 +63,7 @@ class DistillLoss(nn.Module):
 
     def _report(self, **terms: Tensor) -> Tensor:
         """The sum of the terms, which become `.last`."""
-        self.last = {name: value.detach() for name, value in terms.items()}
+        self.last = detached(terms)
         return total(terms.values())
 
 
@@ -71,6 +71,12 @@ def total(terms: Iterable[Tensor]) -> Tensor:
     """Their sum, which begins with the first: with a 0 it would be an operation more, and one of its gradient."""
     terms = iter(terms)
     return sum(terms, start=next(terms, 0))
+
+
+def detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The terms without graph; a single one is copied, as their `total` is that very tensor, which `loss /= 2` changes in place."""
+    values = {name: value.detach() for name, value in terms.items()}
+    return values if len(values) > 1 else {name: value.clone() for name, value in values.items()}
 
 
 def mean_of(values: list[Tensor]) -> Tensor:

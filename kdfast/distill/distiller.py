@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from .._core import checks
 from ..features.capture import capture, main_output, read_spec, spec_keys
 from ..features.store import Features
-from .base import DistillLoss, broadcast_from_first_rank, mean_of, total
+from .base import DistillLoss, broadcast_from_first_rank, detached, mean_of, total
 
 _NOTHING = object()
 
@@ -172,7 +172,7 @@ class Distiller(nn.Module):
             t = self._of_teachers(term, teachers, index)
             known = {"index": index, "labels": labels} if isinstance(term.loss, DistillLoss) else {}
             weighted[name] = term.weight * term.loss(s, t, **known, **extra.get(name, {}))
-        return total(weighted.values()), {name: value.detach() for name, value in weighted.items()}
+        return total(weighted.values()), detached(weighted)
 
     def _run(self, x, teacher_input) -> tuple:
         """(passes of the student, [passes of each teacher, None for Features])."""

@@ -211,11 +211,11 @@ class Distillation(Function):
     def forward(ctx, call, student, keys, scale, start_logit, *fixed):
         inputs = _for_kernel(student, keys, scale, *fixed)
         f = Fixed(*fixed)
-        starts = tuple(None if x is None else x.contiguous() for x in (start_logit, f.start_logit))
+        *starts, weight = (None if x is None else x.contiguous() for x in (start_logit, f.start_logit, f.weight))
         ctx.call, ctx.want = call, ctx.needs_input_grad[1:5]
         losses, difference, log_sums, kept_keys = torch.ops.kdfast.similarity_distillation(
             *inputs[:7], *starts, *inputs[7:], call.products, call.kl, call.reduced, ctx.want[1], call.factor, call.teacher_factor,
-            f.weight, call.reduction == "sum",
+            weight, call.reduction == "sum",
         )  # fmt: skip
         slope = None if start_logit is None else log_sums[4]
         rows, bank, hold = (student, scale, start_logit, slope, difference, log_sums, kept_keys), (keys, *fixed), not ctx.want[1]

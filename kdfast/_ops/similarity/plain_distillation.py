@@ -109,6 +109,7 @@ class DistillationLosses(PlainFunction):
     @staticmethod
     def backward(ctx, g):
         call, want = ctx.call, ctx.want
+        g = g.contiguous()  # of a sum, expanded
         want_student, want_keys, want_scale, want_start = want
         student, difference, log_sums, kept_keys, own, temperature, scale, *bank = ctx.saved_tensors
         slope = None if own is None else log_sums[4]
@@ -123,7 +124,6 @@ class DistillationLosses(PlainFunction):
             dstudent = dstudent if dstart is None else dstudent + _through_dot(dstart, call, own)
             return None, dstudent, dkeys, None, None, None, through_inverse(dscale, temperature) if want_scale else None, None
         dstudent = dkeys = dscale = None
-        g = g.contiguous()  # of a sum, expanded
         found = torch.ops.kdfast.info_nce_grad_rows(g, None, difference, student, scale, want_student, want_scale, False, call.factor)
         if want_student:
             dstudent = _like(found[0], student)

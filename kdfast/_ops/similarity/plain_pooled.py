@@ -22,8 +22,7 @@ class Call(NamedTuple):
 
     factor: float  # the scale of every row, where there is no [N] of them
     products: int
-    query_labels: Tensor | None  # [N], of which equal key_labels [M] are left out
-    key_labels: Tensor | None
+    labels: tuple[Tensor | None, Tensor | None]  # [N] and [M], of which equal ones are left out
 
 
 def pooled_softmax(
@@ -60,7 +59,7 @@ def pooled_softmax(
             return None
         keys, values, bias = keys[:valid], None if values is None else values[:valid], None if bias is None else bias[:valid]
         labels = labels[0], None if labels[1] is None else labels[1][:valid]
-    call = Call(1.0 if by_row else number, cpu.product_number(None, query), *labels)
+    call = Call(1.0 if by_row else number, cpu.product_number(None, query), labels)
     learnt = None if number is scale and not by_row else scale
     if recorded(query, keys, values, learnt, bias):
         return PooledSoftmax.apply(call, query, keys, values, learnt, bias)
@@ -79,11 +78,12 @@ class PooledSoftmax(Function):
     @staticmethod
     def forward(ctx, call, query, keys, values, scale, bias):
         scales = None if scale is None or scale.dim() == 0 else scale
-        rules = scales, bias, call.query_labels, call.key_labels
+        rules = scales, bias, *call.labels
         lse, pooled, lse_low, scores = torch.ops.kdfast.pooled_softmax(query, keys, values, call.factor, True, call.products, *rules)
         ctx.set_materialize_grads(False)
         ctx.call = call
-        ctx.save_for_backward(query, keys, values, scale, bias, lse, lse_low, pooled, scores)
+        outputs = lse, lse_low, pooled, scores
+        ctx.save_for_backward(query, keys, values, scale, bias, *call.labels, *outputs)  # labels: what is changed in place is noticed
         return lse, pooled
 
     @staticmethod
@@ -91,7 +91,7 @@ class PooledSoftmax(Function):
         if g is None and h is None:
             return (None,) * 6
         call = ctx.call
-        query, keys, values, scale, bias, lse, lse_low, pooled, scores = ctx.saved_tensors
+        query, keys, values, scale, bias, *labels, lse, lse_low, pooled, scores = ctx.saved_tensors
         _, want_query, want_keys, want_values, want_scale, want_bias = ctx.needs_input_grad
         want_values = want_values and h is not None
         if torch.is_grad_enabled():
@@ -103,7 +103,7 @@ class PooledSoftmax(Function):
         if not closed or want_keys or want_bias:
             rows, dkeys, dvalues, dbias = torch.ops.kdfast.pooled_softmax_grad(
                 g, h, pooled, lse, lse_low, scores, query, keys, values, call.factor, of_rows and not closed, want_keys, want_values,
-                call.products, scales, bias, call.query_labels, call.key_labels, want_bias,
+                call.products, scales, bias, *labels, want_bias,
             )  # fmt: skip
         if closed and of_rows:
             rows = pooled * (g if scales is not None else g * call.factor).unsqueeze(1)
@@ -124,9 +124,8 @@ class PooledSoftmax(Function):
 
 def _general(ctx, g: Tensor | None, h: Tensor | None, want: tuple[bool, ...]) -> tuple:
     """The gradients through the Function that is differentiable."""
-    query, keys, values, scale, bias, lse, lse_low, pooled, _ = (None if x is None else x.unsqueeze(0) for x in ctx.saved_tensors)
+    query, keys, values, scale, bias, *labels, lse, lse_low, pooled, _ = (None if x is None else x.unsqueeze(0) for x in ctx.saved_tensors)
     scales = torch.full_like(lse, ctx.call.factor) if scale is None else scale.reshape(1, -1).expand_as(lse).contiguous()
-    labels = (None if x is None else x.unsqueeze(0) for x in ctx.call[2:])
     g = torch.zeros_like(lse) if g is None else g.contiguous().unsqueeze(0)
     h = None if h is None else h.contiguous().unsqueeze(0)
     dquery, dkeys, dscale, dbias, _, dvalues, _ = Gradients.apply(

@@ -38,11 +38,10 @@ def wasserstein_losses(
         few = len(query) * len(keys) <= _FEW and torch.get_float32_matmul_precision() == "highest"
         if not (few and keys is bank and whole_index(query_labels, len(query)) and whole_index(key_labels, len(keys))):
             return None
-        key_labels = key_labels[:valid]
     if valid is not None:
         if type(valid) is not int or not 0 < valid <= len(keys):
             return None
-        keys = keys[:valid]
+        keys, key_labels = keys[:valid], None if key_labels is None else key_labels[:valid]
     if own_index is not None:
         if not whole_index(own_index, len(query)):
             return None
@@ -52,9 +51,10 @@ def wasserstein_losses(
     if normalize:
         query, positive, keys = unit_length(query), unit_length(positive), unit_length(keys)
     mean = _mean(keys, own_index, query_labels, key_labels)
-    share = 1.0 if weight is None else weight.unsqueeze(1)
-    if reduction == "mean":
-        share = 1 / len(query) if weight is None else share / (weight.sum().item() or 1.0)
+    share = 1 / len(query) if reduction == "mean" else 1.0
+    if weight is not None:  # a copy: they may change before the backward
+        total = weight.sum().item() if reduction == "mean" else 1.0
+        share = weight.unsqueeze(1) / (total if total > 0 else 1.0)
     learnt = None if number is temperature else temperature
     return WassersteinLosses.run(query, positive, mean, learnt, 1.0 / number, share, reduction != "none")
 
@@ -80,24 +80,22 @@ class WassersteinLosses(PlainFunction):
         pull = mean - positive
         pull *= factor * share
         products = query * pull
-        losses = products.sum() if total else products.sum(-1)
         ctx.factor, ctx.share, ctx.total = factor, share, total
-        ctx.save_for_backward(query, positive, mean, temperature, pull, None if temperature is None else losses)
-        return losses
+        ctx.save_for_backward(query, positive, mean, temperature, pull)
+        return products.sum() if total else products.sum(-1)
 
     @staticmethod
     def backward(ctx, g):
-        query, positive, mean, temperature, pull, losses = ctx.saved_tensors
+        query, positive, mean, temperature, pull = ctx.saved_tensors
         want_query, want_positive, want_mean, want_temperature, _, _, _ = ctx.needs_input_grad
         factor, slope = ctx.factor, g if ctx.total else g.unsqueeze(1)
         if torch.is_grad_enabled():
             factor = factor if temperature is None else temperature.reciprocal()
             pull = (mean - positive) * (factor * ctx.share)
-            losses = (query * pull).sum() if ctx.total else (query * pull).sum(-1)
         dquery = (pull * slope).to(query.dtype) if want_query else None
         dpositive = dmean = None
         if want_positive or want_mean:
             dmean = query * (slope * (ctx.share * factor))
             dpositive = (-dmean).to(positive.dtype) if want_positive else None
             dmean = dmean if mean.dim() == 2 else dmean.sum(0)
-        return dquery, dpositive, dmean, -(g * losses).sum() / temperature if want_temperature else None, None, None, None
+        return dquery, dpositive, dmean, -(slope * query * pull).sum() / temperature if want_temperature else None, None, None, None
