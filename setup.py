@@ -19,8 +19,10 @@ ROOT = Path(__file__).parent
 REASONS = {f"kdfast.{name}": ROOT / "kdfast" / f"_build_failure{name}.txt" for name in ("_C", "_C_cuda")}
 #: LibTorch stable ABI of torch 2.10: the binary serves that version and later ones
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-#: instruction sets are chosen by the files themselves (csrc/cpu/isa), so no -march; NaN and inf must behave, so no -ffast-math
-FLAGS = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+#: the standard by which torch builds extensions up to 2.11, later ones taking another; instruction sets are chosen by the files themselves
+#: (csrc/cpu/isa), so no -march; NaN and inf must behave, so no -ffast-math
+STANDARD = "-std=c++17"
+FLAGS = [STANDARD, "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 #: of nvcc: what tests/test_cuda_compile.py has looked at, and for later GPUs code that their driver compiles
 #: (90a: of compute capability 9.0 alone, with what csrc/cuda/hopper.cuh needs)
 ARCHITECTURES = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a")] + ["-gencode=arch=compute_90,code=compute_90"]
@@ -83,7 +85,7 @@ def cuda_module(torch, cpp_extension, include: str):
     if reason is not None:
         give_up("kdfast._C_cuda", reason)
         return None
-    nvcc = ["-O3", f"--threads={len(ARCHITECTURES)}", *ARCHITECTURES]
+    nvcc = [STANDARD, "-O3", f"--threads={len(ARCHITECTURES)}", *ARCHITECTURES]
     return cpp_extension.CUDAExtension(
         "kdfast._C_cuda",
         [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cuda/**/*.c*")) if path.suffix in (".cpp", ".cu")],
