@@ -262,11 +262,12 @@ def test_rows_of_the_gradient(dtype):
 
 
 @pytest.mark.parametrize("impl", [None, "cpu"])
-def test_weights_may_lie_in_memory_as_they_like(impl):
+@pytest.mark.parametrize("name", ["weight", "own_index"])
+def test_weights_and_own_rows_may_lie_in_memory_as_they_like(name, impl):
     student, keys = torch.randn(9, 6, requires_grad=True), torch.randn(17, 6)
-    weight = torch.rand(9, 2)[:, 0]
+    strided = {"weight": torch.rand(9, 2), "own_index": torch.randint(17, (9, 2))}[name][:, 0]
     given = dict(student_temperature=0.2, teacher_temperature=0.1, impl=impl)
-    losses = [similarity_distillation(student, student.detach() * 0.7, keys, weight=w, **given) for w in (weight, weight.contiguous())]
+    losses = [similarity_distillation(student, student.detach() * 0.7, keys, **{name: x}, **given) for x in (strided, strided.contiguous())]
     assert torch.equal(*losses)
     assert torch.equal(*[torch.autograd.grad(loss, student)[0] for loss in losses])
 

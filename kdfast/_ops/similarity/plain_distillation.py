@@ -70,7 +70,7 @@ def distillation_losses(
     other = None if teacher_keys is keys else teacher_keys
     rest = (
         teacher_temperature.reciprocal() if theirs_by_row else None,
-        None if own_index is None else own_index.unsqueeze(1),
+        None if own_index is None else own_index.unsqueeze(1).contiguous(),
         weight,
     )
     return DistillationLosses.run(call, student, keys, teacher, other, own, learnt, rest)
