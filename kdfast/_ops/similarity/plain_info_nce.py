@@ -64,6 +64,8 @@ def info_nce_loss(
         if valid is not None or bias is not None or not (own is None or own is True):
             return None
         own = None
+    elif own is not None and not indexes_rows(own, count, len(keys)):
+        return None
     elif bias is not None:
         if keys is not bank or valid is not None or not whole_rows(bias, len(keys)) or bias.requires_grad:
             return None
@@ -71,8 +73,7 @@ def info_nce_loss(
         if keys is not bank or type(valid) is not int or not 0 < valid <= len(keys) or keys.requires_grad:
             return None
         keys, key_labels = keys[:valid], None if key_labels is None else key_labels[:valid]
-    if own is not None and not indexes_rows(own, count, len(keys)):
-        return None
+        own = None if own is None else torch.where(own < valid, own, -1)
     number = number_of(temperature)
     by_row = not usual(number)
     if by_row and not (whole_rows(number, count) and (attract or bank is not None)):
