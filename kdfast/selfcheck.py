@@ -152,7 +152,7 @@ def _symmetric_lse(impl: str) -> Iterator[Pair]:
 
 
 def _sigmoid_pair_loss(impl: str) -> Iterator[Pair]:
-    from ._ops.similarity import sigmoid
+    from ._ops.similarity.losses import sigmoid
 
     index = torch.arange(N)
     return _agree(

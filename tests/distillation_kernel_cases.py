@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast._ops.similarity import distillation  # noqa: F401  (registers the fakes)
+from kdfast._ops.similarity.losses import distillation  # noqa: F401  (registers the fakes)
 
 PRODUCTS = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 0}
 NAMES = (

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from similarity_cases import assert_as_good_as
 
 from kdfast._core import impls
-from kdfast._ops.similarity import info_nce as losses_module
+from kdfast._ops.similarity.losses import info_nce as losses_module
 from kdfast.functional import info_nce
 
 pytestmark = pytest.mark.skipif(impls.table()["info_nce"]["cpu"] is not None, reason="no compiled kernels")

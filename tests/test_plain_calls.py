@@ -7,7 +7,8 @@ import torch
 
 from kdfast import QueueBank
 from kdfast._core import impls
-from kdfast._ops.similarity import cpu, plain_distillation, plain_info_nce, plain_matching, plain_wasserstein
+from kdfast._ops.similarity import cpu
+from kdfast._ops.similarity.losses import plain_distillation, plain_info_nce, plain_matching, plain_wasserstein
 from kdfast.functional import clip_loss, info_nce, siglip_loss, similarity_distillation, wasserstein_dependency
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None or impls.DEFAULT is not None, reason="only the compiled kernels have a short way")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from kdfast._core import impls
-from kdfast._ops.similarity import cpu, plain_info_nce, plain_matching
+from kdfast._ops.similarity import cpu
+from kdfast._ops.similarity.losses import plain_info_nce, plain_matching
 from kdfast.functional import clip_loss, info_nce, nt_xent, siglip_loss
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None or impls.DEFAULT is not None, reason="of the compiled kernels")

@@ -7,7 +7,7 @@ import torch
 from similarity_kernel_cases import DTYPES, assert_accurate
 
 from kdfast._core import extension
-from kdfast._ops.similarity import sigmoid  # noqa: F401  (fakes)
+from kdfast._ops.similarity.losses import sigmoid  # noqa: F401  (fakes)
 
 _C, REASON = extension.load("_C")
 pytestmark = pytest.mark.skipif(_C is None, reason=str(REASON))

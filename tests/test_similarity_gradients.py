@@ -5,7 +5,8 @@ import torch
 from similarity_cases import IMPLS, assert_as_good_as, cast, everything, normal, serve_or_skip
 from torch.autograd import gradcheck, gradgradcheck
 
-from kdfast._ops.similarity import portable, reference, sigmoid, sigmoid_pair_loss, similarity_lse
+from kdfast._ops.similarity import portable, reference, sigmoid_pair_loss, similarity_lse
+from kdfast._ops.similarity.losses import sigmoid
 from kdfast.ops import KeyIndex, SameLabel, similarity_softmax
 
 both = pytest.mark.parametrize("op", [similarity_softmax, similarity_lse], ids=["softmax", "lse"])

@@ -13,7 +13,8 @@ from similarity_cases import assert_as_good_as
 
 from kdfast import functional
 from kdfast._core import triton_runtime
-from kdfast._ops.similarity import attraction, triton_slabs
+from kdfast._ops.similarity.losses import attraction
+from kdfast._ops.similarity.triton import slabs as triton_slabs
 
 if triton_runtime.missing() is not None:
     pytest.skip(f"{triton_runtime.missing()}, and TRITON_INTERPRET is not 1", allow_module_level=True)

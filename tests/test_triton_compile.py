@@ -13,7 +13,7 @@ if triton_runtime.INTERPRETED:
 from triton_code import DOT, MATRIX_INSTRUCTION, SHARED_MEMORY, Code  # noqa: E402
 
 from kdfast._ops.similarity import triton as launches  # noqa: E402
-from kdfast._ops.similarity import triton_kernels as kernels  # noqa: E402
+from kdfast._ops.similarity.triton import kernels  # noqa: E402
 
 
 def constants(

@@ -12,8 +12,9 @@ if triton_runtime.INTERPRETED:
 
 from triton_code import DOT, MATRIX_INSTRUCTION, SHARED_MEMORY, Code
 
-from kdfast._ops.similarity import triton, triton_distillation
-from kdfast._ops.similarity import triton_distillation_kernels as kernels
+from kdfast._ops.similarity import triton
+from kdfast._ops.similarity.triton import distillation as triton_distillation
+from kdfast._ops.similarity.triton import distillation_kernels as kernels
 
 BF16, FP32 = torch.bfloat16, torch.float32
 

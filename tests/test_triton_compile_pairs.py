@@ -12,10 +12,10 @@ if triton_runtime.INTERPRETED:
 
 from triton_code import DOT, MATRIX_INSTRUCTION, SHARED_MEMORY, Code
 
-from kdfast._ops.similarity import triton_attraction_kernels as class_kernels
-from kdfast._ops.similarity import triton_pairs_kernels as kernels
-from kdfast._ops.similarity import triton_slabs as launches
-from kdfast._ops.similarity import triton_wide_kernels as wide_kernels
+from kdfast._ops.similarity.triton import attraction_kernels as class_kernels
+from kdfast._ops.similarity.triton import pairs_kernels as kernels
+from kdfast._ops.similarity.triton import slabs as launches
+from kdfast._ops.similarity.triton import wide_kernels
 
 PRECISIONS = {"ieee": 0, "bf16x3": 1, "tf32": 3}
 CASES = pytest.mark.parametrize(

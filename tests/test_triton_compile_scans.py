@@ -12,20 +12,16 @@ if triton_runtime.INTERPRETED:
 
 from triton_code import MATRIX_INSTRUCTION, SHARED_MEMORY, Code
 
-from kdfast._ops.gather import triton_kernels as gather_kernels
+from kdfast._ops.gather.triton import kernels as gather_kernels
 from kdfast._ops.knn import triton as knn
-from kdfast._ops.knn import triton_kernels as knn_kernels
+from kdfast._ops.knn.triton import kernels as knn_kernels
 from kdfast._ops.sinkhorn import triton as sinkhorn
-from kdfast._ops.sinkhorn import triton_kernels as sinkhorn_kernels
-from kdfast._ops.sinkhorn import triton_plan
-from kdfast._ops.sinkhorn import triton_plan_kernels as plan_kernels
-from kdfast._ops.triplet import relations_triton as relations
+from kdfast._ops.sinkhorn.triton import kernels as sinkhorn_kernels
+from kdfast._ops.sinkhorn.triton import plan as triton_plan
+from kdfast._ops.sinkhorn.triton import plan_kernels
 from kdfast._ops.triplet import triton as triplet
-from kdfast._ops.triplet import triton_dense as dense
-from kdfast._ops.triplet import triton_dense_kernels as dense_kernels
-from kdfast._ops.triplet import triton_kernels as triplet_kernels
-from kdfast._ops.triplet import triton_mining_kernels as mining_kernels
-from kdfast._ops.triplet import triton_relations_kernels as relations_kernels
+from kdfast._ops.triplet.triton import dense, dense_kernels, mining_kernels, relations, relations_kernels
+from kdfast._ops.triplet.triton import kernels as triplet_kernels
 
 
 def scan_options(width: int, parts: int) -> tuple[dict, int]:

@@ -12,8 +12,9 @@ if triton_runtime.INTERPRETED:
 
 from triton_code import MATRIX_INSTRUCTION, SHARED_MEMORY, Code
 
-from kdfast._ops.sinkhorn import triton_adjoint, triton_plan
-from kdfast._ops.sinkhorn import triton_adjoint_kernels as kernels
+from kdfast._ops.sinkhorn.triton import adjoint as triton_adjoint
+from kdfast._ops.sinkhorn.triton import adjoint_kernels as kernels
+from kdfast._ops.sinkhorn.triton import plan as triton_plan
 
 
 def compiled(kernel, source, arch, tmp_path, *, tiles=None, dtype=None, **constants):

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from similarity_cases import assert_as_good_as
 
 from kdfast._core import triton_runtime
-from kdfast._ops.similarity import triton, triton_distillation
+from kdfast._ops.similarity import triton
+from kdfast._ops.similarity.triton import distillation as triton_distillation
 from kdfast.functional import similarity_distillation
 
 if triton_runtime.missing() is not None:

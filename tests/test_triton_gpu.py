@@ -6,7 +6,7 @@ from gpu_cases import same_when_replayed
 
 from kdfast import functional, ops
 from kdfast._core import triton_runtime
-from kdfast._ops.similarity import triton_slabs
+from kdfast._ops.similarity.triton import slabs as triton_slabs
 
 if triton_runtime.missing() is not None or triton_runtime.INTERPRETED:
     pytest.skip(triton_runtime.missing() or "it takes a GPU", allow_module_level=True)

@@ -13,8 +13,8 @@ from similarity_kernel_cases import assert_accurate
 
 from kdfast import functional
 from kdfast._core import triton_runtime
-from kdfast._ops.similarity import triton_slabs
 from kdfast._ops.similarity.symmetric import symmetric_lse
+from kdfast._ops.similarity.triton import slabs as triton_slabs
 
 if triton_runtime.missing() is not None:
     pytest.skip(f"{triton_runtime.missing()}, and TRITON_INTERPRET is not 1", allow_module_level=True)

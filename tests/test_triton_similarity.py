@@ -13,7 +13,9 @@ from kdfast._ops.similarity import cpu, reference, triton
 
 if triton_runtime.missing() is not None:
     pytest.skip(f"{triton_runtime.missing()}, and TRITON_INTERPRET is not 1", allow_module_level=True)
-from kdfast._ops.similarity import triton_kernels, triton_pairs_kernels, triton_wide_kernels
+from kdfast._ops.similarity.triton import kernels as triton_kernels
+from kdfast._ops.similarity.triton import pairs_kernels as triton_pairs_kernels
+from kdfast._ops.similarity.triton import wide_kernels as triton_wide_kernels
 
 # of float32, whose exact products take another path (test_triton_wide.py); the interpreter multiplies exactly
 PRODUCTS = "tf32" if triton_runtime.INTERPRETED else None

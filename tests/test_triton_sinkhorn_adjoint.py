@@ -6,7 +6,9 @@ import torch
 from sinkhorn_gpu_cases import weights
 
 from kdfast._core import triton_runtime
-from kdfast._ops.sinkhorn import adjoint, arguments, portable, triton_adjoint, triton_plan
+from kdfast._ops.sinkhorn import adjoint, arguments, portable
+from kdfast._ops.sinkhorn.triton import adjoint as triton_adjoint
+from kdfast._ops.sinkhorn.triton import plan as triton_plan
 from kdfast.functional import log_optimal_transport
 from kdfast.ops import sinkhorn
 

@@ -6,7 +6,8 @@ import torch
 from sinkhorn_gpu_cases import weights
 
 from kdfast._core import triton_runtime
-from kdfast._ops.sinkhorn import adjoint, arguments, triton_plan
+from kdfast._ops.sinkhorn import adjoint, arguments
+from kdfast._ops.sinkhorn.triton import plan as triton_plan
 from kdfast.ops import sinkhorn
 
 if triton_runtime.missing() is not None:

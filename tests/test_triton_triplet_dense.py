@@ -6,7 +6,8 @@ import torch
 from similarity_kernel_cases import assert_accurate
 
 from kdfast._core import triton_runtime
-from kdfast._ops.triplet import mining, triton_dense
+from kdfast._ops.triplet import mining
+from kdfast._ops.triplet.triton import dense as triton_dense
 from kdfast.functional import angular_loss, contrastive_loss, margin_loss, multi_similarity_loss, triplet_loss
 
 if triton_runtime.missing() is not None:

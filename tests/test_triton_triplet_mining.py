@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from kdfast._core import triton_runtime
-from kdfast._ops.triplet import mining, reference, triton_mining
+from kdfast._ops.triplet import mining, reference
+from kdfast._ops.triplet.triton import mining as triton_mining
 from kdfast.functional import mine_triplets, triplet_loss
 
 if triton_runtime.missing() is not None:

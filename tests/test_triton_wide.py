@@ -8,7 +8,8 @@ from similarity_kernel_cases import NOTHING, NOTHING_SHAPE, case, chosen_options
 from test_triton_similarity import DEVICE, check, forward, grad_keys, grad_rows
 
 from kdfast import functional, ops
-from kdfast._ops.similarity import triton, triton_slabs
+from kdfast._ops.similarity import triton
+from kdfast._ops.similarity.triton import slabs as triton_slabs
 
 
 @pytest.fixture(autouse=True)

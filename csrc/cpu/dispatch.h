@@ -4,19 +4,19 @@
 #include <string>
 #include <vector>
 
+#include "distillation/distillation.h"
 #include "engine/probe.h"
 #include "gather/gather.h"
+#include "info_nce/info_nce.h"
 #include "knn/knn.h"
+#include "matching/matching.h"
+#include "matching/tabled.h"
 #include "relations/angles.h"
 #include "relations/pair_sums.h"
-#include "similarity/distillation.h"
-#include "similarity/info_nce.h"
-#include "similarity/matching.h"
 #include "similarity/packed_bank.h"
 #include "similarity/pairs.h"
 #include "similarity/pooled.h"
 #include "similarity/similarity.h"
-#include "similarity/tabled.h"
 #include "similarity/tangent.h"
 #include "similarity/unit_length.h"
 #include "sinkhorn/sinkhorn.h"

@@ -8,12 +8,12 @@ from torch import Tensor
 from .._core import bank_protocol, checks, collectives, dtypes
 from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows, row_weights
-from .._ops.similarity import plain_info_nce
 from .._ops.similarity.arguments import checked_problem, rounded
 from .._ops.similarity.exclusions import Rules
-from .._ops.similarity.info_nce import Positives, info_nce_rows
-from .._ops.similarity.matching import paired_rows
-from .._ops.similarity.positives import per_row, positive_logits
+from .._ops.similarity.losses import plain_info_nce
+from .._ops.similarity.losses.info_nce import Positives, info_nce_rows
+from .._ops.similarity.losses.matching import paired_rows
+from .._ops.similarity.losses.positives import per_row, positive_logits
 from ._candidates import inverse, normalized, own_columns
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .._core import checks, random
 from .._ops import triplet as op
-from .._ops.triplet import classes, cpu, dense, distances, every_triplet, inputs, mining, portable, sampling, triton_mining
+from .._ops.triplet import classes, cpu, dense, distances, every_triplet, inputs, mining, portable, sampling
+from .._ops.triplet.triton import mining as triton_mining
 
 REDUCTIONS = ("mean_nonzero", "mean", "sum", "none")
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .._core import checks
 from .._ops import triplet as op
-from .._ops.triplet import fused, relations, relations_cpu, relations_triton
+from .._ops.triplet import fused, relations, relations_cpu
+from .._ops.triplet.triton import relations as relations_triton
 
 
 def mmd_rbf(x: Tensor, y: Tensor, *, sigmas: Sequence[float], normalize: bool = False, impl: str | None = None) -> Tensor:

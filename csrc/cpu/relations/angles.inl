@@ -15,7 +15,7 @@
 
 #include "relations/angles.h"
 #include "relations/smooth_l1.inl"
-#include "similarity/symmetric.inl"
+#include "matching/symmetric.inl"
 #include "engine/vector_math.h"
 
 namespace {

@@ -3,7 +3,7 @@
 // Included after an instruction set's header (isa/).
 #pragma once
 
-#include "similarity/symmetric.inl"
+#include "matching/symmetric.inl"
 #include "triplet/dense_levels.inl"
 
 namespace {

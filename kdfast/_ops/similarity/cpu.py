@@ -1,7 +1,7 @@
 """impl="cpu": the fused C++ kernels, torch.ops.kdfast.similarity_softmax, .similarity_grad_rows, .similarity_grad_keys and
 .similarity_pooled_grad.
 
-docs/cpu-kernels.md describes them. Triton's have the same schemas in a namespace of their own (triton.py), which `kernels` names.
+docs/cpu-kernels.md describes them. Triton's have the same schemas in a namespace of their own (triton/__init__.py), which `kernels` names.
 """
 
 from typing import NamedTuple

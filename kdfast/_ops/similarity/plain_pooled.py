@@ -13,7 +13,7 @@ from . import cpu
 from .arguments import Compute
 from .autograd import Gradients
 from .exclusions import SameLabel
-from .info_nce import _like
+from .losses.info_nce import _like
 from .plain import PRODUCTS, number_of, plain, usual, whole_index, whole_rows
 
 

@@ -7,13 +7,14 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..._core import checks, dtypes, impls
-from . import cpu, triton_pairs
+from . import cpu
 from .apply import through_function
 from .arguments import how_to_compute
 from .autograd import SecondOrder, fold_batch
 from .passes import KERNELS
 from .portable import _finite, _two_sum, above_nothing
 from .tiles import Scores, contract
+from .triton import pairs as triton_pairs
 
 impls.register(
     "symmetric_lse",

@@ -8,9 +8,11 @@ import functools
 import torch
 from torch import Tensor
 
-from . import adjoint, cpu, cuda, portable, triton, triton_adjoint, triton_plan
+from . import adjoint, cpu, cuda, portable, triton
 from .geometry import Problem
 from .portable import Schedule
+from .triton import adjoint as triton_adjoint
+from .triton import plan as triton_plan
 
 _PROBLEM = (
     "Tensor? cost, Tensor? x, Tensor? y, Tensor a, Tensor b, Tensor epsilon, Tensor? rows, Tensor? cols, "

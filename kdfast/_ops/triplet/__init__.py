@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..._core import impls
-from . import cpu, distances, extrema, inputs, relations_cpu, relations_triton, triton
+from . import cpu, distances, extrema, inputs, relations_cpu, triton
+from .triton import relations as relations_triton
 
 __all__ = ["Extreme", "RowExtrema", "row_extrema"]
 

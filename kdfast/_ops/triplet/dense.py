@@ -1,5 +1,5 @@
 """Losses over all negatives by kernels: anchors and references sorted by label, then the passes of csrc/cpu/triplet/dense*.inl (impl="cpu")
-or of triton_dense.py (impl="triton"), ops of the same names.
+or of triton/dense.py (impl="triton"), ops of the same names.
 
 The first gradient is a Function of its own: its backward, the second derivative, is that of the portable block functions.
 """
