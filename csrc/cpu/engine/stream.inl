@@ -183,7 +183,7 @@ inline bool stream_blocks(Product, int64_t block_size, int64_t rows, int64_t beg
   for (int64_t first = begin; first < end; first += block_size) {
     const int64_t columns = smaller(block_size, end - first);
     const Block block{first, columns, round_up(columns, kPanel)};
-    const auto pack = [&](Streamed& s) {
+    [[maybe_unused]] const auto pack = [&](Streamed& s) {
       if (s.matrix.data != nullptr) sound &= Packing<Product>::pack_block(s.panels, s.matrix, first, columns, block.padded);
     };
     sound &= ready_block(Product{}, streamed, own, first, columns, block.padded);
