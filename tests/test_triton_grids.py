@@ -18,15 +18,15 @@ if not triton_runtime.INTERPRETED or triton_runtime.missing() is not None:
     pytest.skip("it takes Triton, and TRITON_INTERPRET=1", allow_module_level=True)
 
 KERNELS = {
-    "knn.triton_kernels": ("group_minima", "group_distances", "row_norms"),
-    "similarity.triton_kernels": ("forward", "merge", "grad_rows", "grad_keys"),
-    "similarity.triton_distillation_kernels": ("distillation", "merge_losses"),
-    "similarity.triton_wide_kernels": ("wide_probabilities", "wide_weights"),
-    "similarity.triton_pairs_kernels": ("merge_statistics", "weighted_sums", "symmetric_statistics", "symmetric_weights", "sigmoid_pairs"),
-    "gather.triton_kernels": ("scores", "row_sums"),
-    "sinkhorn.triton_kernels": ("half_step", "cost_rows"),
-    "triplet.triton_kernels": ("extrema",),
-    "triplet.triton_relations_kernels": ("relation_sums",),
+    "knn.triton.kernels": ("group_minima", "group_distances", "row_norms"),
+    "similarity.triton.kernels": ("forward", "merge", "grad_rows", "grad_keys"),
+    "similarity.triton.distillation_kernels": ("distillation", "merge_losses"),
+    "similarity.triton.wide_kernels": ("wide_probabilities", "wide_weights"),
+    "similarity.triton.pairs_kernels": ("merge_statistics", "weighted_sums", "symmetric_statistics", "symmetric_weights", "sigmoid_pairs"),
+    "gather.triton.kernels": ("scores", "row_sums"),
+    "sinkhorn.triton.kernels": ("half_step", "cost_rows"),
+    "triplet.triton.kernels": ("extrema",),
+    "triplet.triton.relations_kernels": ("relation_sums",),
 }
 MANY = 70_000
 
