@@ -6,7 +6,8 @@ import torch.distributed as dist
 from ranks import needs_gloo, on_two_ranks
 
 from kdfast._core import collectives
-from kdfast._ops.similarity import sigmoid_pair_loss, similarity_lse
+from kdfast._ops.similarity import similarity_lse
+from kdfast._ops.similarity.losses.sigmoid import sigmoid_pair_loss
 from kdfast.ops import KeyIndex
 
 pytestmark = needs_gloo

@@ -5,8 +5,9 @@ import torch
 from similarity_cases import IMPLS, assert_as_good_as, cast, everything, normal, serve_or_skip
 from torch.autograd import gradcheck, gradgradcheck
 
-from kdfast._ops.similarity import portable, reference, sigmoid_pair_loss, similarity_lse
+from kdfast._ops.similarity import portable, reference, similarity_lse
 from kdfast._ops.similarity.losses import sigmoid
+from kdfast._ops.similarity.losses.sigmoid import sigmoid_pair_loss
 from kdfast.ops import KeyIndex, SameLabel, similarity_softmax
 
 both = pytest.mark.parametrize("op", [similarity_softmax, similarity_lse], ids=["softmax", "lse"])

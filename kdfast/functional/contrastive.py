@@ -6,9 +6,9 @@ from torch import Tensor
 from .._core import checks, collectives, dtypes
 from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
-from .._ops.similarity import sigmoid_pair_loss
 from .._ops.similarity.losses import plain_matching
 from .._ops.similarity.losses.matching import clip_rows, sigmoid_rows, view_rows
+from .._ops.similarity.losses.sigmoid import sigmoid_pair_loss
 from .._ops.similarity.losses.sup_con import sup_con_rows
 from ._candidates import inverse, normalized
 from .info_nce import Prepared, info_nce, prepared_loss

@@ -13,7 +13,7 @@ from .._ops.similarity.exclusions import Rules
 from .._ops.similarity.losses import plain_info_nce
 from .._ops.similarity.losses.info_nce import Positives, info_nce_rows
 from .._ops.similarity.losses.matching import paired_rows
-from .._ops.similarity.losses.positives import per_row, positive_logits
+from .._ops.similarity.positives import per_row, positive_logits
 from ._candidates import inverse, normalized, own_columns
 
 

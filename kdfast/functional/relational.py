@@ -12,8 +12,8 @@ from .._core.reduction import reduce_rows
 from .._ops.similarity.arguments import rounded
 from .._ops.similarity.losses import plain_distillation, plain_wasserstein
 from .._ops.similarity.losses.distillation import distillation_rows
-from .._ops.similarity.losses.positives import dot, per_row
 from .._ops.similarity.losses.score_sums import score_sums
+from .._ops.similarity.positives import dot, per_row
 from ._candidates import inverse, normalized, own_columns
 
 

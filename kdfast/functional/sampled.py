@@ -10,7 +10,7 @@ from .._core import bank_protocol, checks, collectives, dtypes
 from .._core.reduction import NAMES as REDUCTIONS
 from .._core.reduction import reduce_rows
 from .._ops import gather
-from .._ops.similarity.losses.positives import dot
+from .._ops.similarity.positives import dot
 from ._candidates import inverse, normalized, own_columns
 
 _CRD_EPS = 1e-7  # added to K/n in CRD's denominators

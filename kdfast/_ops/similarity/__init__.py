@@ -9,11 +9,10 @@ from .apply import streaming_softmax
 from .arguments import Spec, problem
 from .exclusions import Harder, KeyIndex, SameLabel
 from .first_order import start_weight
-from .losses.sigmoid import sigmoid_pair_loss
 from .plain_pooled import pooled_softmax
 from .symmetric import symmetric_lse
 
-__all__ = ["Harder", "KeyIndex", "SameLabel", "sigmoid_pair_loss", "similarity_lse", "similarity_softmax", "symmetric_lse"]
+__all__ = ["Harder", "KeyIndex", "SameLabel", "similarity_lse", "similarity_softmax", "symmetric_lse"]
 
 
 impls.register(

@@ -6,6 +6,7 @@ Every tensor argument has a leading batch dimension B, into which vmap folds. RE
 """
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
 from .first_order import first_order
@@ -33,6 +34,24 @@ def _as_function() -> bool:
 
 def _versions(tensors: tuple) -> tuple[int, ...]:
     return tuple([t._version for t in tensors if t is not None and not t.is_inference()])
+
+
+def _unchanged(bank: tuple, versions: tuple[int, ...] | None, name: str) -> None:
+    """Raises where a bank held by reference (versions: not None) is no longer what the forward of `name` saw."""
+    if versions is not None and _versions(bank) != versions:
+        raise RuntimeError(
+            f"double backward through {name} needs the bank as the forward saw it, but it was updated in place since; "
+            "push to the bank after the last backward, or give the loss a clone of it"
+        )
+
+
+def _like(grad: Tensor, x: Tensor | None) -> Tensor:
+    """A gradient in the shape and dtype of `x`, which the batch may have shared; None: as it is."""
+    if x is None:
+        return grad
+    if grad.shape != x.shape:
+        grad = grad.view(x.shape) if grad.numel() == x.numel() else grad.sum(0)
+    return grad if grad.dtype == x.dtype else grad.to(x.dtype)
 
 
 class Similarity(Function):
@@ -119,11 +138,7 @@ class Gradients(Function):
     @staticmethod
     def backward(ctx, *cotangents):
         (g, h, query, scale, start_logit, start_value, lse, lse_low, pooled), bank = _kept(ctx, 9)
-        if ctx.versions is not None and _versions(bank) != ctx.versions:
-            raise RuntimeError(
-                "double backward through similarity_softmax needs the bank as the forward saw it, but it was updated in place since; "
-                "push to the bank after the last backward, or give the loss a clone of it"
-            )
+        _unchanged(bank, ctx.versions, "similarity_softmax")
         keys, bias, values, *rules = bank
         needs = ctx.needs_input_grad
         run = SecondOrder.apply if _as_function() else SecondOrder.forward

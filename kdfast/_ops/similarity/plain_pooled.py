@@ -11,9 +11,8 @@ from ..._core import extension
 from ..._core.recording import recorded
 from . import cpu
 from .arguments import Compute
-from .autograd import Gradients
+from .autograd import Gradients, _like
 from .exclusions import SameLabel
-from .losses.info_nce import _like
 from .plain import PRODUCTS, number_of, plain, usual, whole_index, whole_rows
 
 

@@ -15,11 +15,11 @@ from torch.autograd import Function
 from .. import cpu, triton
 from ..apply import streaming_softmax, transformed
 from ..arguments import Problem, Spec, Tensors
-from ..autograd import _keep, _kept, _versions
+from ..autograd import _keep, _kept, _unchanged, _versions
 from ..definition import SecondOrder
 from ..passes import for_kernel
+from ..positives import positive_logits
 from ..triton import attraction as triton_attraction
-from .positives import positive_logits
 from .score_sums import score_sums
 
 
@@ -118,11 +118,7 @@ class Gradients(Function):
     @staticmethod
     def backward(ctx, *cotangents):
         (g, query, scale, logits), bank = _kept(ctx, 4)
-        if ctx.versions is not None and _versions(bank) != ctx.versions:
-            raise RuntimeError(
-                "double backward through info_nce needs the bank as the forward saw it, but it was updated in place since; "
-                "push to the bank after the last backward, or give the loss a clone of it"
-            )
+        _unchanged(bank, ctx.versions, "info_nce")
         keys, *rest = bank
         definition = partial(_definition, ctx.call, rest)
         dg, dquery, dkeys, dscale, dlogits = SecondOrder.apply(definition, ctx.want, *cotangents, g, query, keys, scale, logits)

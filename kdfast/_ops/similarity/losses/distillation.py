@@ -25,13 +25,13 @@ from ...._core.reduction import reduce_rows, row_weights
 from .. import cpu
 from ..apply import streaming_softmax
 from ..arguments import Compute, how_to_compute, key_bias, prefix_length, problem, row_parameter
-from ..autograd import _keep, _kept, _versions
+from ..autograd import _keep, _kept, _unchanged, _versions
 from ..definition import SecondOrder, with_values
 from ..exclusions import Rules
 from ..first_order import start_weight
+from ..positives import dot
 from ..triton import distillation as triton_distillation
 from . import distillation_values
-from .positives import dot
 
 
 def _of_both_sides(refuses: Callable[..., str | None]) -> Callable[..., str | None]:
@@ -271,11 +271,7 @@ class Gradients(Function):
     @staticmethod
     def backward(ctx, *cotangents):
         (g, student, scale, start_logit), bank = _kept(ctx, 4)
-        if ctx.versions is not None and _versions(bank) != ctx.versions:
-            raise RuntimeError(
-                "double backward through similarity_distillation needs the bank as the forward saw it, but it was updated in place since; "
-                "push to the bank after the last backward, or give the loss a clone of it"
-            )
+        _unchanged(bank, ctx.versions, "similarity_distillation")
         keys, *fixed = bank
 
         def definition(*inputs):

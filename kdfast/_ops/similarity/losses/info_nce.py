@@ -19,12 +19,12 @@ from ...._core.reduction import reduce_rows
 from .. import cpu, cuda, triton
 from ..apply import streaming_softmax, transformed
 from ..arguments import Problem, Spec, Tensors, row_parameter
-from ..autograd import _keep, _kept, _versions
+from ..autograd import _keep, _kept, _like, _unchanged, _versions
 from ..definition import SecondOrder
 from ..passes import for_kernel
+from ..positives import positive_logits, positive_rows
 from . import info_nce_second
 from .attraction import attracted_rows
-from .positives import positive_logits, positive_rows
 from .score_sums import score_sums
 
 impls.register(
@@ -181,11 +181,7 @@ class Gradients(Function):
     @staticmethod
     def backward(ctx, *cotangents):
         (g, query, scale, positive, statistics, pulls), bank = _kept(ctx, 6)
-        if ctx.versions is not None and _versions(bank) != ctx.versions:
-            raise RuntimeError(
-                "double backward through info_nce needs the bank as the forward saw it, but it was updated in place since; "
-                "push to the bank after the last backward, or give the loss a clone of it"
-            )
+        _unchanged(bank, ctx.versions, "info_nce")
         needs = [ctx.needs_input_grad[i] for i in (3, 7, 10, 8, 11, 9)]  # of g, query, keys, scale, bias, positive
         if info_nce_second.served(ctx.call, cotangents, needs, pulls, bank[3]):
             found = info_nce_second.gradients(ctx.call, needs, *cotangents, g, statistics, pulls, query, scale, positive, *bank)
@@ -248,15 +244,6 @@ def _folded(spec: Spec, query, keys, scale, bias, query_labels, key_labels, key_
     t = Tensors(query, keys, scale, bias, None, None, None, query_labels, key_labels, key_index, limit, valid).folded(spec)
     rows = (None if x is None else spec.per_row(x).contiguous() for x in rows)
     return *for_kernel(t.query, t.keys, t.scale, t.bias, *t[7:]), *rows
-
-
-def _like(grad: Tensor, x: Tensor | None) -> Tensor:
-    """A gradient in the shape and dtype of `x`, which the batch may have shared; None: as it is."""
-    if x is None:
-        return grad
-    if grad.shape != x.shape:
-        grad = grad.view(x.shape) if grad.numel() == x.numel() else grad.sum(0)
-    return grad if grad.dtype == x.dtype else grad.to(x.dtype)
 
 
 def _beside(spread: bool) -> int:

@@ -22,10 +22,10 @@ from ..autograd import _versions
 from ..definition import SecondOrder
 from ..exclusions import SameLabel
 from ..passes import KERNELS
+from ..positives import dot
 from ..symmetric import lse_by_rows
 from ..triton import matching as triton_matching
 from . import info_nce_second
-from .positives import dot
 from .score_sums import score_sums
 from .sigmoid import sigmoid_pair_loss
 

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from .. import cpu
 from ..apply import PlainFunction
-from ..autograd import _versions
+from ..autograd import _like, _versions
 from ..plain import filled_rows, indexes_rows, number_of, plain, reducible, usual, whole_rows
+from ..positives import dot
 from . import distillation
-from .info_nce import _like
 from .plain_info_nce import through_inverse
-from .positives import dot
 
 
 def distillation_losses(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...._core import dtypes
-from .positives import per_row, take, take_rows
+from ..positives import per_row, take, take_rows
 
 #: rows without a query's class that are added up one by one
 _BLOCK = 256

@@ -18,11 +18,11 @@ from ..arguments import Problem, how_to_compute, problem, rounded, row_parameter
 from ..definition import SecondOrder, with_values
 from ..exclusions import Rules
 from ..passes import KERNELS
+from ..positives import dot
 from ..triton import pairs as triton_pairs
 from . import sup_con_values
 from .attraction import attracted_rows
 from .info_nce import Positives, info_nce_rows
-from .positives import dot
 
 impls.register(
     "sup_con",

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...._core import triton_runtime as runtime
-from ..losses.positives import dot
+from ..positives import dot
 from . import pairs as triton_pairs
 from .formats import missing, refuses
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ...._core import dtypes
+from ..._core import dtypes
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
