@@ -11,13 +11,27 @@ from .second_order import Derivatives, Tangent
 from .tiles import contract_tangent
 
 
-class _Means(NamedTuple):
-    """Softmax-weighted means over a row's candidates, the start included."""
+class _Moments(NamedTuple):
+    """What a row's candidates, or some of them, weigh, and under these weights means and a covariance of their numbers, [B, N]."""
 
-    rate: Tensor  # [B, N]
-    value: Tensor  # [B, N, Dv]
-    rate_value: Tensor  # [B, N, Dv] of rate x value
-    value_tangent: Tensor  # [B, N, Dv] of the values' tangent
+    mass: Tensor
+    rate: Tensor  # of a logit
+    slope: Tensor  # h.v
+    tangent: Tensor  # h.(tangent of v)
+    covariance: Tensor  # of rate and slope
+
+    def merged(self, other: "_Moments") -> "_Moments":
+        """Those of both together. Where one candidate holds nearly all of its row, the means stay its numbers to the bit."""
+        mass = self.mass + other.mass
+        share = other.mass / _whole(mass)
+        first, second = other.rate - self.rate, other.slope - self.slope
+        return _Moments(
+            mass,
+            torch.lerp(self.rate, other.rate, share),
+            torch.lerp(self.slope, other.slope, share),
+            torch.lerp(self.tangent, other.tangent, share),
+            torch.lerp(self.covariance, other.covariance, share) + share * (1 - share) * first * second,
+        )
 
 
 def second_order_of_pooled(
@@ -35,8 +49,8 @@ def second_order_of_pooled(
     want_bias: bool,
     want_values: bool,
 ) -> Derivatives:
-    """One pass over the tiles for the sums, after one for the rows' means, those of the values among them: slopes less a mean that another
-    kernel has of its own scores would not cancel.
+    """Two passes over the tiles, the first for the rows' moments: rates and slopes less a mean that is not one of the very numbers in the
+    tiles would not cancel where a candidate holds nearly all of its row.
     """
     scores = logits.scores
     over_keys = values is None
@@ -48,25 +62,37 @@ def second_order_of_pooled(
     direction = scale[..., None] * u + sigma[..., None] * q
     start = _start(start_logit, start_value, tangent, lse, lse_low)
     level = above_nothing(lse), lse_low
-    means, mass = _row_means(logits, tangent, direction, start, values, level)
-    level = level[0], lse_low + torch.log(mass)
-    start = None if start is None else start._replace(weight=start.weight / mass)
 
-    # A = p (c (rate - mean rate) + eta - phi), with c = g + h.v less its mean, eta = h.(tangent of v) and phi their mean
-    mean_w = (h * means.value).sum(-1)
-    dh = means.rate_value - means.rate[..., None] * means.value + means.value_tangent
-    phi = (h * dh).sum(-1)
+    def numbers_of(b, r, c, rate):
+        """Tiles of the logits' rates from the scores', in place, of the slopes and of the values' tangent's (None: 0)."""
+        if tangent.bias is not None:
+            rate.add_(tangent.bias[b, None, c])
+        slope = torch.bmm(h[b, r], scores.column_tile(values, b, c).mT)
+        return rate, slope, None if tangent.values is None else torch.bmm(h[b, r], tangent.values[b, c].to(slope.dtype).mT)
+
+    means = _row_moments(logits, tangent, direction, h, start, level, numbers_of)
+    level = level[0], lse_low + torch.log(_whole(means.mass))
+    if start is not None:
+        start = start._replace(weight=start.weight / _whole(means.mass))
+
+    # A = p (c (rate - mean rate) + eta - its mean - covariance), with c = g + h.v less its mean and eta = h.(tangent of v)
+    dh = torch.zeros_like(h)
     dbias = lse.new_zeros(scores.keys.shape[:2]) if want_bias else None
     dvalues = lse.new_zeros(values.shape) if want_values else None
 
     def weigh(b, r, c, score, rate):
-        p, rate = _softmax(logits, level, b, r, c, score), _rate(tangent, b, c, rate).sub_(means.rate[b, r, None])
-        slope = torch.bmm(h[b, r], scores.column_tile(values, b, c).mT).add_((g - mean_w)[b, r, None])
-        inner = slope * rate - phi[b, r, None]
-        if tangent.values is not None:
-            inner.baddbmm_(h[b, r], tangent.values[b, c].to(p.dtype).mT)
+        p = _softmax(logits, level, b, r, c, score)
+        rate, slope, eta = numbers_of(b, r, c, rate)
+        rate.sub_(means.rate[b, r, None])
+        slope.sub_(means.slope[b, r, None]).add_(g[b, r, None])
+        change = -means.tangent[b, r, None] if eta is None else eta.sub_(means.tangent[b, r, None])
+        inner = (slope * rate).sub_(means.covariance[b, r, None]).add_(change)
+        moved = p * rate
+        dh[b, r].baddbmm_(moved, scores.column_tile(values, b, c))
+        if eta is not None:
+            dh[b, r].baddbmm_(p, tangent.values[b, c].to(p.dtype))
         if want_values:
-            dvalues[b, c].baddbmm_((p * rate).mT, h[b, r])
+            dvalues[b, c].baddbmm_(moved.mT, h[b, r])
         weight_a, weight_b = p * inner, p * slope
         if want_bias:
             dbias[b, c] += weight_a.sum(1)
@@ -77,11 +103,13 @@ def second_order_of_pooled(
         dkeys, dvalues = dkeys + dvalues, None
     dstart_logit = dstart_value = None
     if start is not None:
-        w0, eta0 = (h * start.value).sum(-1) - mean_w, (h * start.value_tangent).sum(-1)
-        rate0 = start.rate - means.rate
-        dstart_logit = start.weight * ((g + w0) * rate0 + eta0 - phi)
+        moved = start.rate - means.rate
+        slope = g + (_product(h, start.value) - means.slope)
+        eta = _product(h, start.value_tangent) - means.tangent
+        dstart_logit = start.weight * (slope * moved + eta - means.covariance)
+        dh += (start.weight * moved)[..., None] * start.value + start.weight[..., None] * start.value_tangent
         if start_value is not None:
-            dstart_value = (start.weight * rate0)[..., None] * h
+            dstart_value = (start.weight * moved)[..., None] * h
     return Derivatives(
         g=means.rate,
         h=dh,
@@ -114,39 +142,49 @@ def _start(start_logit: Tensor | None, start_value: Tensor | None, tangent: Tang
     )
 
 
+def _whole(mass: Tensor) -> Tensor:
+    """`mass`, and 1 where there is none."""
+    return torch.where(mass == 0, 1.0, mass)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(-1)
+
+
 def _softmax(logits: Logits, level: tuple[Tensor, Tensor], b: slice, r: slice, c: slice, score: Tensor) -> Tensor:
     """A tile of p = exp(z - lse - lse_low), in place of the scores."""
     return logits.from_scores(b, r, c, score).sub_(level[0][b, r, None]).sub_(level[1][b, r, None]).exp_()
 
 
-def _rate(tangent: Tangent, b: slice, c: slice, rate: Tensor) -> Tensor:
-    """A tile of the logits' rates from the scores', in place."""
-    return rate if tangent.bias is None else rate.add_(tangent.bias[b, None, c])
+def _row_moments(logits, tangent, direction, h, start, level, numbers_of) -> _Moments:
+    """Of all candidates, the start included. What a row's p add up to is not 1: another kernel's lse is of scores that round otherwise."""
+    zero = torch.zeros_like(level[0])
+    found = _Moments(*(zero.clone() for _ in _Moments._fields))
+    if start is not None:
+        found = found.merged(_Moments(start.weight, start.rate, _product(h, start.value), _product(h, start.value_tangent), zero))
 
-
-def _row_means(logits, tangent, direction, start, values, level) -> tuple[_Means, Tensor]:
-    """The means, and what a row's p add up to, 1 for one that admits nothing: another kernel's lse is of scores that round otherwise."""
-    rate, mass = torch.zeros_like(level[0]), torch.zeros_like(level[0])
-    value, rate_value, value_tangent = (rate.new_zeros(*rate.shape, values.shape[-1]) for _ in range(3))
-
-    def add(b, r, c, score, tile_rate):
+    def add(b, r, c, score, rate):
         p = _softmax(logits, level, b, r, c, score)
-        mass[b, r] += p.sum(-1)
-        weighted = p * _rate(tangent, b, c, tile_rate)
-        rate[b, r] += weighted.sum(-1)
-        v = logits.scores.column_tile(values, b, c)
-        value[b, r].baddbmm_(p, v)
-        rate_value[b, r].baddbmm_(weighted, v)
-        if tangent.values is not None:
-            value_tangent[b, r].baddbmm_(p, tangent.values[b, c].to(p.dtype))
+        here = _moments_of(p, *numbers_of(b, r, c, rate))
+        for all_rows, x in zip(found, _Moments(*(x[b, r] for x in found)).merged(here), strict=True):
+            all_rows[b, r] = x
         return None, None
 
     contract_tangent(logits.scores, add, direction, tangent.keys, want_rows=False, want_columns=False)
-    if start is not None:
-        rate = rate + start.weight * start.rate
-        value = value + start.weight[..., None] * start.value
-        rate_value = rate_value + (start.weight * start.rate)[..., None] * start.value
-        value_tangent = value_tangent + start.weight[..., None] * start.value_tangent
-        mass = mass + start.weight
-    mass = torch.where(mass == 0, 1.0, mass)
-    return _Means(rate / mass, value / mass[..., None], rate_value / mass[..., None], value_tangent / mass[..., None]), mass
+    return found
+
+
+def _moments_of(p: Tensor, rate: Tensor, slope: Tensor, eta: Tensor | None) -> _Moments:
+    """Of tiles, which are lost. A mean is corrected by what the numbers less it miss 0 by."""
+    mass = p.sum(-1)
+    p.div_(_whole(mass)[..., None])
+
+    def centred(x):
+        first = _product(p, x)
+        rest = _product(p, x.sub_(first[..., None]))
+        x.sub_(rest[..., None])
+        return first + rest
+
+    rates, slopes = centred(rate), centred(slope)
+    etas = torch.zeros_like(mass) if eta is None else centred(eta)
+    return _Moments(mass, rates, slopes, etas, _product(p, slope.mul_(rate)))
