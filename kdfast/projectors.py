@@ -7,6 +7,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrizations
 
 from ._core import checks
+from ._core.dtypes import autocast_off
 
 KINDS = ("linear", "mlp", "orthogonal", "spectral")
 NORMS = ("none", "batch", "l2")
@@ -67,7 +68,7 @@ class Affine(nn.Module):
 
     def effective_weight(self, device_type: str) -> Tensor:
         """[out, in], the constraint applied, computed outside autocast."""
-        with torch.autocast(device_type, enabled=False):
+        with autocast_off(device_type):
             if self.constraint != "spectral":
                 return self.weight
             left, right = self._singular_vectors(self.training and torch.is_grad_enabled())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._core import checks
-from .._core.dtypes import accumulator
+from .._core.dtypes import autocast_off, wide
 from .._ops.similarity.unit_length import unit_length
 
 
@@ -63,7 +63,7 @@ class DistillLoss(nn.Module):
 
     def _report(self, **terms: Tensor) -> Tensor:
         """The sum of the terms, which become `.last`."""
-        self.last = detached(terms)
+        self.__dict__["last"] = detached(terms)  # a module's own assignment first looks for parameters and submodules
         return total(terms.values())
 
 
@@ -73,10 +73,20 @@ def total(terms: Iterable[Tensor]) -> Tensor:
     return sum(terms, start=next(terms, 0))
 
 
+def is_one(factor) -> bool:
+    """Whether it is the number 1, by which nothing is multiplied or divided: that would be an operation, and one of its gradient."""
+    return not isinstance(factor, Tensor) and factor == 1
+
+
+def times(factor, x: Tensor) -> Tensor:
+    return x if is_one(factor) else factor * x
+
+
 def detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     """The terms without graph; a single one is copied, as their `total` is that very tensor, which `loss /= 2` changes in place."""
-    values = {name: value.detach() for name, value in terms.items()}
-    return values if len(values) > 1 else {name: value.clone() for name, value in values.items()}
+    if len(terms) == 1:
+        return {name: value.detach().clone() for name, value in terms.items()}
+    return {name: value.detach() for name, value in terms.items()}
 
 
 def mean_of(values: list[Tensor]) -> Tensor:
@@ -143,12 +153,11 @@ def vectors(x, name: str) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     """l2-normalised along the last dimension, in float32 (float64 for float64)."""
-    return unit_length(x.to(accumulator(x.dtype)))
+    return unit_length(wide(x))
 
 
-def without_autocast(x: Tensor) -> torch.autocast:
-    """For products that are to keep the precision of their inputs."""
-    return torch.autocast(x.device.type, enabled=False)
+def without_autocast(x: Tensor):
+    return autocast_off(x.device.type)
 
 
 def like_bank(x: Tensor, rows: Tensor) -> Tensor:

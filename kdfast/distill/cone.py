@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import ops
 from .._core import checks
-from .._core.dtypes import accumulator
+from .._core.dtypes import accumulator, wide
 from .._core.reduction import reduce_rows
 from .._ops import gather
 from .base import DistillLoss, bank_rows, check_queue, like_bank, query_labels, same_shape, unit, vectors
@@ -66,7 +66,7 @@ class CoNe(DistillLoss):
         ((_, student, teacher),) = pairs(student, teacher, ("logits", "feat"))
         query, key = unit(vectors(student["feat"], "student")), unit(vectors(teacher["feat"], "teacher").detach())
         same_shape(query, key)
-        logits, teacher_logits = (x["logits"].to(accumulator(x["logits"].dtype)) for x in (student, teacher))
+        logits, teacher_logits = (wide(x["logits"]) for x in (student, teacher))
         terms = {}
         if self.neighbor_weight:
             terms["neighbors"] = self.neighbor_weight * self._attracted(query, classes)

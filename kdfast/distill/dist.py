@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from .._core import checks
-from .._core.dtypes import accumulator
-from .base import same_shape
+from .._core.dtypes import wide
+from .base import is_one, same_shape, times
 from .pairs import PairLoss
 
 
@@ -34,21 +34,23 @@ class DIST(PairLoss):
         same_shape(student, teacher)
         y_s, y_t = (self._probabilities(x) for x in (student, teacher))  # [N, C]
         square = self.temperature**2
+        rows = (y - 1 / y.shape[1] for y in (y_s, y_t))  # whose mean that is
+        columns = (y - y.mean(0) for y in (y_s, y_t))
         return {
-            "inter": self.beta * square * (1 - _pearson(y_s, y_t).mean()),
-            "intra": self.gamma * square * (1 - _pearson(y_s.t(), y_t.t()).mean()),
+            "inter": times(self.beta * square, 1 - _correlation(*rows, 1).mean()),
+            "intra": times(self.gamma * square, 1 - _correlation(*columns, 0).mean()),
         }
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         if logits.dim() == 4:
             logits = logits.movedim(1, -1)
-        return (logits.flatten(0, -2).to(accumulator(logits.dtype)) / self.temperature).softmax(-1)
+        logits = wide(logits.flatten(0, -2))
+        return (logits if is_one(self.temperature) else logits / self.temperature).softmax(-1)
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}"
 
 
-def _pearson(x: Tensor, y: Tensor) -> Tensor:
-    """Correlation of each row of x with that of y; 1e-8 is added to the product of the norms, as in the released code."""
-    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
-    return (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1) + 1e-8)
+def _correlation(x: Tensor, y: Tensor, dim: int) -> Tensor:
+    """Along `dim`, of values less their means; 1e-8 is added to the product of the norms, as in the released code."""
+    return (x * y).sum(dim) / (x.norm(dim=dim) * y.norm(dim=dim) + 1e-8)

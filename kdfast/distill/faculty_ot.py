@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import ops
 from .._core import checks
-from .._core.dtypes import accumulator
+from .._core.dtypes import wide
 from .base import DistillLoss, mean_of
 from .pairs import pairs
 
@@ -42,7 +42,7 @@ class FacultyOT(DistillLoss):
         return self._report(transport=mean_of(values))
 
     def _transport(self, slot: int, student: Tensor, teacher: Tensor) -> Tensor:
-        b, a = ((x.to(accumulator(x.dtype)) / self.T).flatten(0, -2).softmax(1) for x in (student, teacher))
+        b, a = ((wide(x) / self.T).flatten(0, -2).softmax(1) for x in (student, teacher))
         cost = self._cost(slot, a).to(b.dtype)
         if tuple(cost.shape) != (a.shape[1], b.shape[1]):
             raise ValueError(f"cost must be [{a.shape[1]}, {b.shape[1]}] for these logits, got {tuple(cost.shape)}")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._core import checks, collectives
-from .._core.dtypes import accumulator
+from .._core.dtypes import wide
 from ..functional import multi_similarity_loss
 from .base import DistillLoss, vectors
 
@@ -65,7 +65,7 @@ class IAA(DistillLoss):
         checks.index_range("labels", labels, len(self.count))
         if z.shape[1] != self.mean.shape[1]:
             raise ValueError(f"student must have width dim ({self.mean.shape[1]}), got shape {tuple(z.shape)}")
-        z = z.to(accumulator(z.dtype))
+        z = wide(z)
         if self.push and self.training and torch.is_grad_enabled():
             self._update(z.detach(), labels)
         spread = (self.lam * self.variance[labels]).sqrt().to(z.dtype)  # [N, dim]

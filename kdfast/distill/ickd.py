@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from .._core import checks
-from .._core.dtypes import accumulator
+from .._core.dtypes import wide
 from ..projectors import Projector
 from .base import same_shape, without_autocast
 from .pairs import PairLoss, pairs, pick_projector
@@ -68,6 +68,6 @@ class ICKD(PairLoss):
 
 
 def _correlation(x: Tensor) -> Tensor:
-    x = x.flatten(2).to(accumulator(x.dtype))  # [N, C, HW]
+    x = wide(x.flatten(2))  # [N, C, HW]
     with without_autocast(x):
         return F.normalize(x @ x.mT, dim=2)

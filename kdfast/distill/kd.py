@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import checks
-from .._core.dtypes import accumulator
-from .base import same_shape
+from .._core.dtypes import wide
+from .base import is_one, same_shape
 from .pairs import PairLoss
 
 
 class KD(PairLoss):
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)), the mean over samples.
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), the mean over samples (of none: 0).
 
     `loss(student, teacher)` with logits [*, C] of one shape (leading dimensions are samples); lists of teachers and
     dicts of views give the mean over pairs. Computed in float32 (float64 for float64). The usual mixture is
@@ -32,8 +32,11 @@ class KD(PairLoss):
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         same_shape(student, teacher)
-        log_s, log_t = (F.log_softmax(x.to(accumulator(x.dtype)).flatten(0, -2) / self.T, dim=-1) for x in (student, teacher))
-        return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * self.T**2
+        student, teacher = (wide(x).flatten(0, -2) for x in (student, teacher))
+        if not is_one(self.T):
+            student, teacher = student / self.T, teacher / self.T
+        summed = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)
+        return summed * (self.T**2 / max(1, len(student)))
 
     def extra_repr(self) -> str:
         return f"T={self.T}"

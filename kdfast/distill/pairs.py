@@ -45,6 +45,8 @@ class PairLoss(DistillLoss):
             values.append(compared if isinstance(compared, dict) else {type(self).__name__.lower(): compared})
         if not values:
             raise ValueError("student and teacher must hold a value each, got none")
+        if len(values) == 1:
+            return self._report(**values[0])
         return self._report(**{name: mean_of([value[name] for value in values]) for name in values[0]})
 
     def _projected(self, slot: int, student, teacher) -> tuple:

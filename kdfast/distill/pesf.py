@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import checks
-from .._core.dtypes import accumulator
+from .._core.dtypes import wide
 from ..projectors import Affine
 from .base import same_shape
 from .kd import KD
@@ -45,7 +45,7 @@ class PESFKD(PairLoss):
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
         same_shape(student, teacher)
         self.materialize(student, teacher)
-        teacher = teacher.to(accumulator(teacher.dtype))
+        teacher = wide(teacher)
         adapted = teacher + self.up(self.down(teacher).relu())
         adapter = self.ce_weight * F.cross_entropy(adapted, checks.class_labels(labels, adapted))
         return {"logits": self.kd.compare(student, adapted), "adapter": adapter}

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import checks
-from .._core.dtypes import accumulator
+from .._core.dtypes import wide
 from ..functional import mine_triplets
 from .base import unit, vectors
 from .pairs import PairLoss
@@ -64,7 +64,7 @@ class REFILLED(PairLoss):
         teacher = vectors(teacher, "teacher")
         if self.stage == 1:
             return {"comparisons": self.weight * self._comparisons(unit(vectors(student, "student")), unit(teacher), labels)}
-        return {"centres": self.weight * self._local_classes(student, teacher.to(accumulator(teacher.dtype)), labels)}
+        return {"centres": self.weight * self._local_classes(student, wide(teacher), labels)}
 
     def _comparisons(self, s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         options = {"margin": self.margin, "per_pair": self.per_pair, "max_positives": self.max_positives}
@@ -83,7 +83,7 @@ class REFILLED(PairLoss):
         return (divergence * valid).sum() / valid.sum().clamp(min=1)
 
     def _local_classes(self, logits: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        logits = logits.to(accumulator(logits.dtype))
+        logits = wide(logits)
         centres = self.centres
         member = F.one_hot(labels.long(), logits.shape[1])  # [N, C]
         if centres is None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import checks
-from .._core.dtypes import accumulator
+from .._core.dtypes import wide
 from ..functional import triplet_loss
 from ..projectors import Projector
 from .base import DistillLoss, first, same_shape, vectors
@@ -77,7 +77,7 @@ class RGAL(DistillLoss):
     def _distance(self, layer: int, student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher = pick_projector(self.projectors, layer)(student, teacher)
         same_shape(student, teacher)
-        return F.mse_loss(student.to(accumulator(student.dtype)), teacher.to(accumulator(teacher.dtype)))
+        return F.mse_loss(wide(student), wide(teacher))
 
     def _layers(self, value, name: str) -> list[Tensor]:
         if not isinstance(value, Mapping) or not {"logits", "layers"} <= value.keys() or not isinstance(value["layers"], list):

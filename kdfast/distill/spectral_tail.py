@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._core import checks
-from .._core.dtypes import accumulator
+from .._core.dtypes import wide
 from .base import DistillLoss, mean_of, vectors, without_autocast
 from .pairs import pairs
 
@@ -42,12 +42,12 @@ class SpectralTail(DistillLoss):
     def _tail(self, features: Tensor) -> Tensor:
         x = features.flatten(0, 1) if features.dim() == 3 else vectors(features, "student")  # [N, D]
         with without_autocast(x):
-            x = x.to(accumulator(x.dtype))
+            x = wide(x)
             x = x - x.mean(0) if self.center else x
             gram = x @ x.t() if x.shape[0] < x.shape[1] else x.t() @ x
-            values = torch.linalg.eigvalsh(gram).clamp(min=0)  # sigma^2, ascending
+            values = torch.linalg.eigvalsh(gram).relu()  # sigma^2, ascending
             powers = values if self.p == 2 else (values + 1e-12) ** (self.p / 2)
-            return powers[: -self.rank].sum() / powers.sum().clamp(min=torch.finfo(powers.dtype).tiny)
+            return powers[: -self.rank].sum() / (powers.sum() + torch.finfo(powers.dtype).tiny)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, p={self.p}, center={self.center}"

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import checks
-from .._core.dtypes import accumulator
-from .base import same_shape, vectors
+from .._core.dtypes import wide
+from .base import same_shape, times, vectors
 from .kd import KD
 from .pairs import PairLoss
 
@@ -45,11 +45,11 @@ class SRD(PairLoss):
     def compare(self, student: dict, teacher: dict) -> dict[str, Tensor]:
         f_s, f_t = (_standardized(vectors(side["feat"], name)) for side, name in ((student, "student"), (teacher, "teacher")))
         same_shape(f_s, f_t)
-        terms = {"feature": self.feature_weight * (f_s - f_t).pow(4).sum().log()}
+        terms = {"feature": times(self.feature_weight, (f_s - f_t).square().square().sum().log())}
         if self.logit_weight:
-            terms["logits"] = self.logit_weight * self.kd.compare(student["logits"], teacher["logits"])
+            terms["logits"] = times(self.logit_weight, self.kd.compare(student["logits"], teacher["logits"]))
         return terms
 
 
 def _standardized(x: Tensor) -> Tensor:
-    return F.batch_norm(x.to(accumulator(x.dtype)), None, None, training=True, eps=1e-4)
+    return F.batch_norm(wide(x), None, None, training=True, eps=1e-4)

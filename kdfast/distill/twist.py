@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from .._core import checks, collectives
-from .._core.dtypes import accumulator
-from .base import DistillLoss, first, total, views
+from .._core.dtypes import wide
+from .base import DistillLoss, first, times, views
 
 
 class TWIST(DistillLoss):
@@ -30,22 +30,21 @@ class TWIST(DistillLoss):
 
     def forward(self, student, teacher=None, *, index=None, labels=None) -> Tensor:
         logits = [checks.rows("student", first(view), ndim=2) for view in views("student", student, ("a", "b"))]
-        log_p = [z.to(accumulator(z.dtype)).log_softmax(-1) for z in logits]  # [N, C]
-        p = [x.exp() for x in log_p]
-        entropy = [-(x * log_x).sum(-1).mean() for x, log_x in zip(p, log_p, strict=True)]
-        cross = [-(p[i] * log_p[1 - i]).sum(-1).mean() for i in range(2)]
-        means = [_mean_over_ranks(x) for x in p]
-        tiny = torch.finfo(means[0].dtype).tiny  # log 0 has no gradient
+        log_p = torch.stack([wide(z) for z in logits]).log_softmax(-1)  # [2, N, C]
+        p = log_p.exp()
+        (p_1, p_2), (log_1, log_2) = p.unbind(), log_p.unbind()
+        means = _mean_over_ranks(p)  # [2, C]
+        log_means = means.clamp(min=torch.finfo(means.dtype).tiny).log()  # log 0 has no gradient
         return self._report(
-            consistency=(total(cross) - total(entropy)) / 2,
-            sharpness=(1 + self.sharpness) * total(entropy) / 2,
-            diversity=self.diversity * total((mean * mean.clamp(min=tiny).log()).sum() for mean in means) / 2,
+            consistency=((p_1 - p_2) * (log_1 - log_2)).sum(-1).mean() / 2,
+            sharpness=-(1 + self.sharpness) * (p * log_p).sum(-1).mean(),
+            diversity=times(self.diversity, (means * log_means).sum(-1).mean()),
         )
 
 
 def _mean_over_ranks(x: Tensor) -> Tensor:
     group = collectives.world()
     if group is None:
-        return x.mean(0)
-    count = collectives.all_reduce_sum(x.new_full((), len(x)), group)
-    return collectives.all_reduce_sum(x.sum(0), group) / count
+        return x.mean(1)
+    count = collectives.all_reduce_sum(x.new_full((), x.shape[1]), group)
+    return collectives.all_reduce_sum(x.sum(1), group) / count

@@ -3,7 +3,6 @@
 import contextlib
 from numbers import Real
 
-import torch
 from torch import Tensor
 
 from .._core import bank_protocol, checks, dtypes
@@ -90,7 +89,7 @@ def similarity_distillation(
 
     own_column = own_columns(own_index, student, keys.shape[0])
     sharp = any((type(t) is float or isinstance(t, Real)) and t < 1e-3 for t in (student_temperature, teacher_temperature))
-    with torch.autocast(student.device.type, enabled=False) if sharp else contextlib.nullcontext():
+    with dtypes.autocast_off(student.device.type) if sharp else contextlib.nullcontext():
         precision = "ieee" if sharp and precision is None else precision
         student, keys, teacher, teacher_keys = rounded(precision, student, keys, teacher, None if shared else teacher_keys)
         student_positive, teacher_positive = rounded(precision, student_positive, teacher_positive)

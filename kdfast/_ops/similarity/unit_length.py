@@ -8,7 +8,7 @@ from torch.autograd import Function
 from ..._core import dtypes, impls
 from ..._core.recording import recorded
 from . import cpu
-from .apply import transformed
+from .apply import PlainFunction, transformed
 from .definition import SecondOrder
 
 
@@ -17,16 +17,16 @@ def unit_length(x: Tensor) -> Tensor:
     served = cpu.missing() is None and cpu.refuses(device_type=x.device.type, dtype=x.dtype) is None
     if not served or transformed() or impls.forward_mode():
         return _definition(x)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = UnitLength.apply(rows) if recorded(rows) else torch.ops.kdfast.unit_length(rows)[0]
-    return y.view(x.shape)
+    rows = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
+    y = UnitLength.run(rows) if recorded(rows) else torch.ops.kdfast.unit_length(rows)[0]
+    return y if x.dim() == 2 else y.view(x.shape)
 
 
 def _definition(x: Tensor) -> Tensor:
     return F.normalize(x.to(dtypes.accumulator(x.dtype)), dim=-1).to(x.dtype)
 
 
-class UnitLength(Function):
+class UnitLength(PlainFunction):
     """Of x [N, D], outside transforms."""
 
     @staticmethod

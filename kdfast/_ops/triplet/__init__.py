@@ -1,12 +1,12 @@
 """Triplet mining, metric-learning losses and relations, streamed: never N x M, never N^3."""
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..._core import impls
+from ..._core.dtypes import autocast_off
 from . import cpu, distances, extrema, inputs, relations_cpu, triton
 from .triton import relations as relations_triton
 
@@ -35,7 +35,7 @@ def choose(op: str, impl: str | None, x: Tensor, **facts) -> str:
 
 def full_precision(x: Tensor):
     """Autocast off: distances, and what is mined by them, are formed in float32 (float64) whatever it says."""
-    return torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext()
+    return autocast_off(x.device.type)
 
 
 class Extreme(NamedTuple):
