@@ -14,15 +14,11 @@
 // f, 1e-7 range(C)/epsilon in the exponent, is made up for by g. Updates are corrections, so that g is rounded once.
 #pragma once
 
-#include "sinkhorn/sinkhorn_arrays.inl"
+#include "sinkhorn/sinkhorn_marginals.inl"
 #include "sinkhorn/sinkhorn_scalings.inl"
 
 namespace {
 
-using kdfast::SinkhornSolution;
-
-constexpr double kDrift = 28.85;        // 20 nats: past 2^this, what underflowed in a stored kernel may count
-constexpr double kMaxEntry = 0x1p115;   // rows without weight may be near any column: their sums are reported as at most this
 constexpr int64_t kGroupBytes = 16384;  // of a group's entries: two groups are most of L1
 constexpr int64_t kLag = 2;             // a stored group is added beside the second after it: the chain to its weights takes as long as one
 
@@ -173,8 +169,6 @@ class SinkhornSolver {
     }
   }
 
-  V exponent(V g, int64_t j) const { return load(w_.b + j) > V{} ? k_ * g : splat(Real(-__builtin_inf())); }
-
   // How far scalings have moved since the kernel was stored.
   double drift() const {
     V most = {};
@@ -197,7 +191,7 @@ class SinkhornSolver {
       if (reads_kernel()) {
         store(w_.scale + j, load(w_.b + j) * exp2(k_ * (load(w_.g + j) - start)));
       } else {
-        store(w_.exponent + j, exponent(start, j));
+        store(w_.exponent + j, column_exponent(load(w_.b + j), start, k_));
       }
     }
     doubtful_ = false;
@@ -223,6 +217,8 @@ class SinkhornSolver {
   }
 
   int64_t first_row(int64_t worker) const { return worker * p_.n / team_.size; }
+
+  double marginals(const SinkhornSolution<Real>& out) const { return SinkhornMarginals<Real, T>(p_, points_, team_, w_, k_, damp_b_, out).measure(); }
 
   void sweep_rows(int64_t worker) {
     const FlushDenormals flush;
@@ -399,82 +395,7 @@ class SinkhornSolver {
       if (weightless) redo_columns(w_.f, w_.g, j);
     }
   }
-
-  // ---- what the potentials make ---------------------------------------------------------------------------------------
-
-  // row, col and transport of `out`; returns the L1 error of the row marginal.
-  double marginals(const SinkhornSolution<Real>& out) {
-    for (int64_t j = 0; j < w_.m; j += kW) store(w_.scale + j, exponent(load(w_.g + j), j));
-    out_ = &out;
-    team_.run(team_.size, [](void* self, int64_t worker) { static_cast<SinkhornSolver*>(self)->measure(worker); }, this);
-    double error = 0, transport = 0;
-    for (int64_t worker = 0; worker < team_.size; ++worker) error += double(w_.shares[worker * kShare]), transport += double(w_.shares[worker * kShare + 1]);
-    *out.transport = Real(transport);
-    // of a column without weight: lambda_b log2 sum_i a_i 2^(k (f_i - C_ij)) = -k g
-    for (int64_t j = 0; j < w_.m; j += kW) store(w_.scale + j, exp2((1 - 1 / damp_b_) * k_ * load(w_.g + j)));
-    for (int64_t j = 0; j < p_.m; ++j) {
-      Real sum = 0;
-      for (int64_t worker = 0; worker < team_.size; ++worker) sum += w_.columns[worker * w_.worker_columns + j];
-      out.col[j] = w_.b[j] > 0 ? sum : w_.scale[j] > Real(kMaxEntry) ? Real(kMaxEntry) : w_.scale[j];
-    }
-    return error;
-  }
-
-  void measure(int64_t worker) {
-    const FlushDenormals flush;
-    const int64_t begin = first_row(worker), end = first_row(worker + 1);
-    Real *const columns = w_.columns + worker * w_.worker_columns, *const chunk = columns + w_.m;
-    for (int64_t j = 0; j < w_.m; ++j) columns[j] = chunk[j] = 0;
-    double error = 0, transport = 0;
-    for (int64_t i = begin, rows = 0; i < end; i += rows) {
-      rows = smaller(kGroup, end - i);
-      CostRows<Real, T> costs{nullptr, 0, w_.scale, k_, p_.m};
-      costs.c = cost_rows<Real, T>(p_, points_, i, rows, 0, p_.m, w_.costs + worker * w_.worker_entries, &costs.stride);
-      V mass_lanes[kGroup], cost_lanes[kGroup];
-      Real u[kGroup] = {}, mass[kGroup], cost[kGroup];
-      for (int64_t r = 0; r < rows; ++r) u[r] = k_ * w_.f[i + r];
-      each_rows(rows, [&](int64_t r, auto together) {
-        add_costs<decltype(together)::value, true, Real>(costs.from(r), u + r, w_.b, w_.a + i + r, nullptr, chunk, mass_lanes + r, cost_lanes + r);
-      });
-      sum_lanes_of(mass_lanes, rows, mass);
-      sum_lanes_of(cost_lanes, rows, cost);
-      for (int64_t r = 0; r < rows; ++r) {
-        const Real a = w_.a[i + r];
-        out_->row[i + r] = mass[r] > Real(kMaxEntry) ? Real(kMaxEntry) : mass[r];
-        if (a == 0) continue;  // its mass and cost may be infinite
-        const double wanted = p_.rho_a > 0 ? __builtin_exp(-double(w_.f[i + r]) / p_.rho_a) : 1.0;
-        transport += double(a) * double(cost[r]);
-        error += __builtin_fabs(double(a) * (double(mass[r]) - wanted));
-      }
-      if ((i - begin) / kChunk != (i + rows - begin) / kChunk) add_chunk(columns, chunk, w_.m);
-    }
-    add_chunk(columns, chunk, w_.m);
-    Real* const share = w_.shares + worker * kShare;
-    share[0] = Real(error), share[1] = Real(transport);
-  }
-
-  const SinkhornSolution<Real>* out_ = nullptr;
 };
-
-// The problem of points with a given cost, formed from them in arrays.kept [n, arrays.m]; PointSums are made in arrays.points.
-template <class Real, class Arrays>
-SinkhornProblem<Real> keep_cost(const SinkhornProblem<Real>& p, const SinkhornTeam& team, const Arrays& arrays) {
-  struct Rows {
-    const SinkhornProblem<Real>& p;
-    const PointSums<Real> points;
-    const Arrays& arrays;
-    int64_t workers;
-  } rows{p, PointSums<Real>(p, arrays.points), arrays, team.size};
-  team.run(team.size, [](void* self, int64_t worker) {
-    const Rows& r = *static_cast<Rows*>(self);
-    const int64_t begin = worker * r.p.n / r.workers, end = (worker + 1) * r.p.n / r.workers;
-    int64_t stride = 0;
-    cost_rows<Real, Real>(r.p, r.points, begin, end - begin, 0, r.p.m, r.arrays.kept + begin * r.arrays.m, &stride);
-  }, &rows);
-  SinkhornProblem<Real> q = p;
-  q.metric = SinkhornMetric::kGiven, q.type = ElementType::kFloat32, q.cost = arrays.kept, q.cost_stride = arrays.m;
-  return q;
-}
 
 template <class Real>
 int64_t sinkhorn_workspace(const SinkhornProblem<Real>& p, const SinkhornSchedule& schedule, int64_t workers) {

@@ -7,8 +7,8 @@ namespace {
 
 using kdfast::SinkhornMethod;
 using kdfast::SinkhornSchedule;
-using kdfast::SinkhornTeam;
 
+constexpr double kDrift = 28.85;         // 20 nats: past 2^this, what underflowed when a kernel was stored may count
 constexpr double kAlone = 40;            // times rho, a potential that stands for infinity: geometry.py, ALONE
 constexpr int64_t kGroup = 16;           // rows weighed together, at most
 constexpr int64_t kTileBytes = 1 << 18;  // of a stored kernel, a quarter of L2: the log form may have it too

@@ -11,6 +11,7 @@ namespace {
 using kdfast::ElementType;
 using kdfast::SinkhornMetric;
 using kdfast::SinkhornProblem;
+using kdfast::SinkhornTeam;
 
 template <class Real>
 constexpr int64_t kPanelWidth = kVecs * kWidth<Real>;
@@ -131,6 +132,26 @@ inline const T* cost_rows(const SinkhornProblem<Real>& p, const PointSums<Real>&
   }
   *stride = p.cost_stride;
   return static_cast<const T*>(p.cost) + i * p.cost_stride + j;
+}
+
+// The problem of points with a given cost, formed from them in arrays.kept [n, arrays.m]; PointSums are made in arrays.points.
+template <class Real, class Arrays>
+SinkhornProblem<Real> keep_cost(const SinkhornProblem<Real>& p, const SinkhornTeam& team, const Arrays& arrays) {
+  struct Rows {
+    const SinkhornProblem<Real>& p;
+    const PointSums<Real> points;
+    const Arrays& arrays;
+    int64_t workers;
+  } rows{p, PointSums<Real>(p, arrays.points), arrays, team.size};
+  team.run(team.size, [](void* self, int64_t worker) {
+    const Rows& r = *static_cast<Rows*>(self);
+    const int64_t begin = worker * r.p.n / r.workers, end = (worker + 1) * r.p.n / r.workers;
+    int64_t stride = 0;
+    cost_rows<Real, Real>(r.p, r.points, begin, end - begin, 0, r.p.m, r.arrays.kept + begin * r.arrays.m, &stride);
+  }, &rows);
+  SinkhornProblem<Real> q = p;
+  q.metric = SinkhornMetric::kGiven, q.type = ElementType::kFloat32, q.cost = arrays.kept, q.cost_stride = arrays.m;
+  return q;
 }
 
 // f(T{}), T what the costs of `p` are stored as.

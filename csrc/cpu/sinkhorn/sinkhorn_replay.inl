@@ -14,7 +14,7 @@
 // are normalised: small numbers, where sums of potentials and costs would cancel.
 #pragma once
 
-#include "sinkhorn/sinkhorn_replay_arrays.inl"
+#include "sinkhorn/sinkhorn_replay_gradient.inl"
 #include "sinkhorn/sinkhorn_replay_rows.inl"
 #include "sinkhorn/sinkhorn_replay_stored.inl"
 
@@ -24,7 +24,7 @@ template <class Real, class T>
 class SinkhornReplayer {
  public:
   SinkhornReplayer(const SinkhornProblem<Real>& problem, const SinkhornReplay<Real>& replay, const SinkhornTeam& team, const ReplayArrays<Real>& arrays)
-      : p_(problem), r_(replay), team_(team), w_(arrays) {}
+      : p_(problem), r_(replay), team_(team), w_(arrays), gradient_(problem, replay, team, arrays) {}
 
   void run() {
     const FlushDenormals flush;
@@ -43,7 +43,7 @@ class SinkhornReplayer {
     }
     double to_epsilon = 0;
     for (int64_t t = r_.done; t > 0; --t) to_epsilon += step(t);
-    if (rank_ > 0) add_product();
+    gradient_.add(stored_);
     *r_.epsilon = Real(to_epsilon);
   }
 
@@ -63,9 +63,8 @@ class SinkhornReplayer {
   bool far_ = false;         // some column moved far in this step
   bool summed_ = false;      // sums hold E^T a of the step
   bool carries_ = false;     // this step sums those of the one before
-  bool written_ = false;     // something is in the gradient
   bool stored_ = false;      // exponentials at the reference are; moved, sums and a row of left are then the next step's
-  int64_t rank_ = 0;         // rows of left and right in use, at exponents reference_f and reference_g
+  LowRankGradient<Real, T> gradient_;
 
   // Whether |shift(j, count)|, a vector, stays below kDrift in 0 ... size; NaN does not.
   template <class F>
@@ -94,15 +93,15 @@ class SinkhornReplayer {
     place_rows(f_, w_.u);
     place_columns(previous, start);
     refer(epsilon_ != before);
-    if (w_.kernel != nullptr && rank_ == 0 && more && !far_ && !apart_) {
+    if (w_.kernel != nullptr && gradient_.rank == 0 && more && !far_ && !apart_) {
       store_kernel();
       if (step_of_stored(previous, more)) return 0;
       leave_stored();
     }
     carry(more);
-    if ((far_ || apart_) && !written_) clear();
+    if ((far_ || apart_) && !gradient_.written()) gradient_.clear();
     if (!summed_) sum_columns<false>();
-    Real *const with_y = w_.right + rank_ * w_.m, *const with_scale = with_y + w_.m;
+    Real *const with_y = w_.right + gradient_.rank * w_.m, *const with_scale = with_y + w_.m;
     for (int64_t j = 0; j < w_.m; j += kW) {
       const V moved = exp2(load(w_.exponent + j) - load(w_.reference_g + j)), y = slope_of_column(j);
       store(w_.y + j, y);
@@ -113,7 +112,7 @@ class SinkhornReplayer {
       store(w_.moved + i, load_count<Real>(p_.a + i, count) > V{} ? exp2(load(w_.u + i) - load(w_.reference_f + i)) : V{});
     });
     run_team<&SinkhornReplayer::pull>();
-    rank_ += 2;
+    gradient_.rank += 2;
     return finish(start, r_.schedule.method == SinkhornMethod::kProximal ? 1 / double(t) : double(epsilon_ == p_.epsilon));
   }
 
@@ -151,13 +150,13 @@ class SinkhornReplayer {
 
   // Makes room in the product, and these potentials its reference where they left the one there is.
   void refer(bool fresh) {
-    const bool close = !fresh && rank_ > 0 && near(p_.n, [&](int64_t i, int64_t count) { return shift_of_row(i, count, w_.u, w_.reference_f); }) &&
+    const bool close = !fresh && gradient_.rank > 0 && near(p_.n, [&](int64_t i, int64_t count) { return shift_of_row(i, count, w_.u, w_.reference_f); }) &&
                        near(p_.m, [&](int64_t j, int64_t count) { return shift_of_column(j, count, w_.exponent, w_.reference_g); });
-    if (close && rank_ + 2 <= kRank) return;
-    if (rank_ > 0) add_product();
+    if (close && gradient_.rank + 2 <= kRank) return;
+    gradient_.add(stored_);
     copy(w_.reference_f, w_.u, p_.n);
     for (int64_t j = 0; j < w_.m; ++j) w_.reference_g[j] = j < p_.m ? w_.exponent[j] : Real(0);  // from which padding differs by -infinity
-    reference_k_ = k_;
+    gradient_.reference_k = k_;
   }
 
   // Rows without weight do not matter; nor do lanes past the last row or column.
@@ -271,7 +270,7 @@ class SinkhornReplayer {
     const FlushDenormals flush;
     Real *const columns = w_.columns + worker * w_.worker_columns, *const entries = w_.entries + worker * w_.worker_entries;
     Real* const own = entries + kTogether * w_.m;
-    Real *const left_y = w_.left + rank_ * w_.n, *const left_scale = left_y + w_.n;
+    Real *const left_y = w_.left + gradient_.rank * w_.n, *const left_scale = left_y + w_.n;
     for (int64_t j = 0; j < 3 * w_.m; ++j) columns[j] = 0;
     double steepness = 0;
     const int64_t end = first_row(worker + 1);
@@ -345,18 +344,18 @@ class SinkhornReplayer {
 
   void leave_stored() {
     if (!stored_) return;
-    if (rank_ > 0) add_product();
+    gradient_.add(stored_);
     stored_ = summed_ = false;
   }
 
   // A step whose columns start from `previous`, where `more`, one of the same epsilon follows; or nothing, and false, where they moved too far.
   bool step_of_stored(const Real* previous, bool more) {
-    if (rank_ + 2 > kRank) {
-      add_product();
+    if (gradient_.rank + 2 > kRank) {
+      gradient_.add(stored_);
       copy(w_.left, w_.left + kRank * w_.n, p_.n);
     }
     const V k = splat(k_);
-    Real *const y = w_.right + rank_ * w_.m, *const start = y + w_.m;
+    Real *const y = w_.right + gradient_.rank * w_.m, *const start = y + w_.m;
     const bool serves = near(p_.m, [&](int64_t j, int64_t count) {
       const V shift = multiply_add(k, load_count<Real>(previous + j, count), -load_count<Real>(w_.reference_g + j, count)), factor = exp2(shift);
       store(w_.scale + j, factor);
@@ -365,7 +364,7 @@ class SinkhornReplayer {
       return shift;
     });
     if (!serves) return false;
-    Real* const before = w_.left + (rank_ + 2) * w_.n;
+    Real* const before = w_.left + (gradient_.rank + 2) * w_.n;
     for (int64_t i = 0; i < p_.n && !more; ++i) before[i] = 0;
     const bool stays = more && near(p_.n, [&](int64_t i, int64_t count) {
       const V f = load_count<Real>(f_ - r_.history_f_stride + i, count), shift = multiply_add(k, f, -load_count<Real>(w_.reference_f + i, count));
@@ -385,85 +384,16 @@ class SinkhornReplayer {
       store(w_.to_f + i, V{});
     });
     copy(w_.moved, w_.back_moved, p_.n);
-    rank_ += 2;
+    gradient_.rank += 2;
     if (!stays) leave_stored();
     return true;
   }
 
   void step_rows(int64_t worker) {
     const FlushDenormals flush;
-    Real *const columns = w_.columns + worker * w_.worker_columns, *const y = w_.right + rank_ * w_.m, *const now = w_.left + rank_ * w_.n;
+    Real *const columns = w_.columns + worker * w_.worker_columns, *const y = w_.right + gradient_.rank * w_.m, *const now = w_.left + gradient_.rank * w_.n;
     step_stored<Real>({w_.kernel, w_.m, p_.m, first_row(worker), first_row(worker + 1), y, y + w_.m, now, w_.to_f, now + 2 * w_.n, w_.h, now + w_.n, columns,
                        columns + 2 * w_.m});
-  }
-
-  // ---- the gradient in the cost -----------------------------------------------------------------------------------------
-
-  Real reference_k_ = 0;
-
-  void clear() {
-    for (int64_t i = 0; i < p_.n; ++i) __builtin_memset(r_.cost + i * r_.cost_stride, 0, size_t(p_.m) * sizeof(Real));
-    written_ = true;
-  }
-
-  // dC_ij += E_ij sum_s left_is right_sj at the reference.
-  void add_product() {
-    run_team<&SinkhornReplayer::multiply>();
-    written_ = true;
-    rank_ = 0;
-  }
-
-  void multiply(int64_t worker) {
-    const FlushDenormals flush;
-    const int64_t end = first_row(worker + 1);
-    for (int64_t i = first_row(worker), rows = 0; i < end; i += rows) {
-      rows = smaller(kTogether, end - i);
-      each_rows(rows, [&](int64_t r, auto together) {
-        constexpr int kRows = decltype(together)::value;
-        Real left[kRank * kRows];
-        for (int64_t s = 0; s < rank_; ++s) __builtin_memcpy(left + s * kRows, w_.left + s * w_.n + i + r, kRows * sizeof(Real));
-        for (int64_t j = 0; j < p_.m; j += kPanelWidth<Real>) {
-          if (stored_) {
-            multiply_tile<kRows, true>(i + r, j, left);
-          } else {
-            multiply_tile<kRows, false>(i + r, j, left);
-          }
-        }
-      });
-    }
-  }
-
-  template <int kRows, bool kStored>
-  void multiply_tile(int64_t i, int64_t j, const Real* left) const {
-    V sum[kRows][kVecs] = {};
-    const Real* right = w_.right + j;
-    for (int64_t s = 0; s < rank_; ++s, right += w_.m) {
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const V factor = splat(left[s * kRows + r]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) sum[r][v] = multiply_add(factor, load(right + v * kW), sum[r][v]);
-      }
-    }
-    CostRows<Real, T> rows = rows_at(i, w_.reference_g);
-    rows.k = reference_k_;
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      Real* const to = r_.cost + (i + r) * r_.cost_stride;
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) {
-        const int64_t at = j + v * kW, count = smaller(kW, p_.m - at);
-        if (count <= 0) continue;
-        V e;
-        if constexpr (kStored) {
-          e = load(w_.kernel + i * w_.m + kRows * at + r * kW);
-        } else {
-          e = exp2(at_most_largest<Real>(rows.at(r, at, count, splat(w_.reference_f[i + r]))));
-        }
-        const V out = e * sum[r][v];
-        store_count(to + at, written_ ? out + load_count<Real>(to + at, count) : out, count);
-      }
-    }
   }
 };
 

@@ -1,7 +1,7 @@
 // The memory a replay of Sinkhorn's iterations works in, and when it stores exponentials.
 #pragma once
 
-#include "sinkhorn/sinkhorn.inl"
+#include "sinkhorn/sinkhorn_arrays.inl"
 #include "sinkhorn/sinkhorn_pull.inl"
 
 namespace {

@@ -7,7 +7,7 @@
 
 namespace {
 
-// e^20: farther from 1 than this, what underflowed when K was stored may count (sinkhorn.inl, kDrift).
+// e^20: farther from 1 than this, what underflowed when K was stored may count (sinkhorn_arrays.inl, kDrift).
 constexpr double kDrifted = 4.85165195e8;
 constexpr int kNarrow = 8;  // vectors of columns whose sums stay in registers
 
