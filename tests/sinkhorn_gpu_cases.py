@@ -41,3 +41,17 @@ def check_padding(cost, lengths, *, impl, moved):
         torch.testing.assert_close(ours.value[i].cpu().double(), exact.value, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(ours.f[i, :n].cpu().double(), exact.f, rtol=1e-5, atol=1e-6)
         assert (ours.f[i, n:] == 0).all() and (ours.g[i, m:] == 0).all()
+
+
+def check_relaxed_and_alone(n, m, *, impl, moved, dtype=torch.float32):
+    """A relaxed row and column that no pair is allowed for keep all of their mass, and one without weight may be near all others."""
+    a, b = weights(1, n), weights(1, m)
+    forbidden = torch.rand(1, n, m).to(dtype)
+    forbidden[:, n // 2], forbidden[..., m // 2] = torch.inf, torch.inf
+    near, some = torch.rand(1, n, m).to(dtype), b.clone()
+    near[..., m // 2], some[:, m // 2] = -30, 0
+    for cost, b, rho, epsilon in ((forbidden, b, (0.7, 2.0), 0.3), (near, some, (0.05, 0.05), 0.05)):
+        ours = sinkhorn(moved(cost), a=moved(a), b=moved(b), rho=rho, epsilon=epsilon, max_iters=9, impl=impl)
+        want = sinkhorn(cost.double(), a=a.double(), b=b.double(), rho=rho, epsilon=epsilon, max_iters=9, impl="torch")
+        for name in ("f", "g", "value", "transport_cost", "error"):
+            torch.testing.assert_close(getattr(ours, name).cpu().double(), getattr(want, name), rtol=1e-5, atol=1e-5)

@@ -6,7 +6,7 @@ import cuda_emulation
 import pytest
 import torch
 from cuda_kernels import DEVICE, EMULATED, cuda, moved  # noqa: F401  the fixture serves every test
-from sinkhorn_gpu_cases import check, check_padding, weights
+from sinkhorn_gpu_cases import check, check_padding, check_relaxed_and_alone, weights
 
 from kdfast._core import cuda_runtime
 from kdfast.ops import sinkhorn
@@ -33,6 +33,11 @@ def test_many_small_problems():
 def test_relaxed_marginals(rho):
     for n, m in ((4, 4), (12, 20), (130, 40)):
         check(torch.rand(2, n, m), weights(2, n), weights(2, m), 0.1, 6, rho=rho)
+
+
+@pytest.mark.parametrize(("n", "m"), [(4, 3), (7, 8), (17, 33), (40, 64), (65, 128), (20, 256), (130, 100)], ids=str)
+def test_relaxed_and_alone(n, m):
+    check_relaxed_and_alone(n, m, impl="cuda", moved=moved)
 
 
 def test_annealing():

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from cuda_kernels import DEVICE, EMULATED, cuda, moved  # noqa: F401  the fixture serves every test
-from sinkhorn_gpu_cases import check, check_padding, weights
+from sinkhorn_gpu_cases import check, check_padding, check_relaxed_and_alone, weights
 
 from kdfast.ops import sinkhorn
 
@@ -31,6 +31,11 @@ def test_relaxed_marginals_and_annealing(rho):
     cost = torch.rand(2, 12, 20).to(HALF)
     check(cost.float(), weights(2, 12), weights(2, 20), 0.1, 6, rho=rho, source={"cost": cost})
     check(cost.float(), weights(2, 12), weights(2, 20), 0.1, 6, anneal=(1.0, 0.5), source={"cost": cost})
+
+
+@pytest.mark.parametrize(("n", "m", "dtype"), [(20, 270, torch.float32), (9, 8200, torch.float32), (12, 20, HALF)], ids=str)
+def test_relaxed_and_alone(n, m, dtype):
+    check_relaxed_and_alone(n, m, impl="cuda", moved=moved, dtype=dtype)
 
 
 def test_a_large_range():

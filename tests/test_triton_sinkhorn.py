@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from sinkhorn_gpu_cases import check, check_padding, weights
+from sinkhorn_gpu_cases import check, check_padding, check_relaxed_and_alone, weights
 
 from kdfast._core import triton_runtime
 from kdfast._ops.sinkhorn import reference
@@ -40,6 +40,11 @@ def test_costs_in_half_precision_transposed_and_shared(dtype):
 def test_relaxed_marginals_and_annealing(rho):
     check(torch.rand(2, 12, 20), weights(2, 12), weights(2, 20), 0.1, 4, rho=rho)
     check(torch.rand(2, 12, 20), weights(2, 12), weights(2, 20), 0.1, 5, anneal=(1.0, 0.5))
+
+
+@pytest.mark.parametrize(("n", "m"), [(4, 3), (20, 70)], ids=str)
+def test_relaxed_and_alone(n, m):
+    check_relaxed_and_alone(n, m, impl="triton", moved=moved)
 
 
 @pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine"])

@@ -154,6 +154,9 @@ const char* launch(void (*kernel)(Params), const Launch& how, const Params& para
 #endif
 
 namespace kdfast {
+
+constexpr float kBitsPerNat = 1.4426950408889634f, kNatsPerBit = 0.6931471805599453f;  // log2 e, ln 2: exponentials are in base 2
+
 namespace device {
 
 // To the last place or next to it, without the branch that IEEE's division takes for the largest and least of numbers.

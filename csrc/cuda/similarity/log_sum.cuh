@@ -6,8 +6,7 @@
 namespace kdfast {
 namespace {
 
-constexpr float kBitsPerNat = 1.4426950408889634f, kBitsPerNatLow = 1.9259629911266175e-08f;   // log2 e, and what a float of it lacks
-constexpr float kNatsPerBit = 0.6931471805599453f, kNatsPerBitLow = -1.904654299957768e-09f;
+constexpr float kBitsPerNatLow = 1.9259629911266175e-08f, kNatsPerBitLow = -1.904654299957768e-09f;  // what a float of them lacks
 
 // A level that exponents can be taken from: inf - inf would be NaN.
 __device__ __forceinline__ float shift_of(float level) { return fabsf(level) == INFINITY ? 0.0f : level; }

@@ -10,8 +10,6 @@
 namespace kdfast {
 namespace {
 
-constexpr float kBitsPerNat = 1.4426950408889634f;
-
 template <class Team>
 class Normalizer {
  public:

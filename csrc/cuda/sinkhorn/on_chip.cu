@@ -13,13 +13,13 @@
 // underflowed in E would count. Then E is formed anew at the potentials reached, and where that is not enough the iteration is exact.
 #include <math.h>
 
+#include "sinkhorn/relaxation.cuh"
 #include "sinkhorn/schedule.cuh"
 #include "sinkhorn/team.cuh"
 
 namespace kdfast {
 namespace {
 
-constexpr float kBitsPerNat = 1.4426950408889634f, kNatsPerBit = 0.6931471805599453f;
 constexpr float kDrift = 0x1p28f;   // of a scaling
 constexpr float kTrusted = 1e30f;   // sums beyond it, or below its inverse, may have over- or underflown
 constexpr float kMaxExponent = 115; // only pairs without weight exceed it; times their weight it stays 0
@@ -78,7 +78,6 @@ class OnChip {
   __device__ bool has_column() const { return team_.thread < columns_; }
   __device__ float bits() const { return device::divide(kBitsPerNat, epsilon_); }  // k
   __device__ float unit() const { return epsilon_ * kNatsPerBit; }  // 1/k, of the cost a bit
-  __device__ float damping(float rho) const { return rho > 0 ? device::divide(rho, rho + epsilon_) : 1.0f; }  // lambda
 
   // ---- what this thread reads -----------------------------------------------------------------------------------------
 
@@ -145,13 +144,10 @@ class OnChip {
 
   // The scaling that a sum stands for, and whether both are in range.
   __device__ float scaling(float sum, float potential, float rho, bool* in_range) const {
-    const float x = rho > 0 ? device::exp2_fast(bits() * (damping(rho) * fmaf(-unit(), log2f(sum), potential) - potential)) : device::reciprocal(sum);
+    const float x = rho > 0 ? device::exp2_fast(bits() * (damping(rho, epsilon_) * fmaf(-unit(), log2f(sum), potential) - potential)) : device::reciprocal(sum);
     *in_range = x < kDrift && x > 1 / kDrift && sum < kTrusted && sum > 1 / kTrusted;
     return x;
   }
-
-  // What optimality asks of a marginal, over its weight.
-  __device__ float wanted(float rho, float potential) const { return rho > 0 ? device::exp2_fast(device::divide(-kBitsPerNat * potential, rho)) : 1.0f; }
 
   // Of the own row, once among the lanes that own it.
   __device__ float row_error(float marginal, float f) const {
@@ -190,10 +186,10 @@ class OnChip {
     return Outcome::kDone;
   }
 
-  // The potential that belongs to a sum of 2^(. - shift), 0 where nothing is summed, and the sum's logarithm.
+  // The potential that belongs to a sum of 2^(. - shift), and the sum's logarithm.
   __device__ float potential(float shift, float sum, float rho, float* level) const {
     *level = sum == 0 ? -INFINITY : shift + log2f(sum);
-    return sum == 0 ? 0.0f : -damping(rho) * (*level * unit());
+    return sum == 0 ? alone(rho) : -damping(rho, epsilon_) * (*level * unit());
   }
   __device__ static float finite(float shift) { return fabsf(shift) < INFINITY ? shift : 0.0f; }
 

@@ -9,8 +9,6 @@
 
 namespace kdfast {
 
-constexpr float kBitsPerNat = 1.4426950408889634f, kNatsPerBit = 0.6931471805599453f;
-
 // -infinity is what nothing amounts to.
 __device__ __forceinline__ float shift_of(float most) { return most == -INFINITY ? 0.0f : most; }
 

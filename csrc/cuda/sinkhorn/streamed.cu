@@ -4,16 +4,15 @@
 //
 // A row is weighed with its true maximum and added to the sums of the columns while it is in registers; a second launch joins the parts of
 // these sums, in order, and makes g. Columns without weight, or whose sum has underflown, get theirs from their own maxima there.
+#include "sinkhorn/relaxation.cuh"
 #include "sinkhorn/row_pairs.cuh"
 #include "sinkhorn/schedule.cuh"
 
 namespace kdfast {
 namespace {
 
-constexpr float kMaxRow = 0x1p115f;  // rows without weight may be near any column: their sums are reported as at most this
+constexpr float kMaxRow = 0x1p115f;  // rows and columns without weight may be near any others: their sums are reported as at most this
 constexpr float kTrusted = 1e30f;  // sums beyond it, or below its inverse, may have over- or underflown
-
-__device__ __forceinline__ float damping(float rho, float epsilon) { return rho > 0 ? device::divide(rho, rho + epsilon) : 1.0f; }
 
 __device__ __forceinline__ int warps_of(const SinkhornRows& rows) { return rows.cluster * (rows.threads / 32); }
 
@@ -100,7 +99,7 @@ class Streamer {
     if constexpr (kMeasure) {
       measure_row(at, real, a, most, level, total, e, costs);
     } else {
-      const float f = total == 0 ? 0.0f : -damping(p_.rho_a, epsilon_) * (shift_of(level) + log2f(total)) * (epsilon_ * kNatsPerBit);
+      const float f = total == 0 ? alone(p_.rho_a) : -damping(p_.rho_a, epsilon_) * (shift_of(level) + log2f(total)) * (epsilon_ * kNatsPerBit);
       if (pairs_.first()) store_f(i, at, real ? f : 0.0f);
       add(a, device::exp2_fast(fmaf(k_, f, most)), e);
     }
@@ -108,15 +107,15 @@ class Streamer {
 
   __device__ void measure_row(int64_t at, bool real, float a, float most, float level, float total, const float (&e)[kWidth],
                               const float (&costs)[kWidth]) {
-    const float f = p_.out.f[at], row = total * device::exp2_fast(fmaf(k_, f, shift_of(level))), weight = device::exp2_fast(fmaf(k_, f, most));
+    const float f = p_.out.f[at], weight = device::exp2_fast(fmaf(k_, f, most));
+    const float row = total == 0 ? 0.0f : total * device::exp2_fast(fmaf(k_, f, shift_of(level)));
     add(a, weight, e);
 #pragma unroll
     for (int c = 0; c < kWidth; ++c)
       if (e[c] != 0 && a != 0) spent_ = fmaf(a * weight * e[c], costs[c], spent_);  // a forbidden pair costs nothing
     if (!pairs_.first()) return;
     p_.out.row[at] = real ? (row > kMaxRow ? kMaxRow : row) : 0.0f;
-    const float wanted = p_.rho_a > 0 ? device::exp2_fast(device::divide(-kBitsPerNat * f, p_.rho_a)) : 1.0f;
-    if (a > 0) error_ = fmaf(a, fabsf(row - wanted), error_);
+    if (a > 0) error_ = fmaf(a, fabsf(row - wanted(p_.rho_a, f)), error_);
   }
 
   __device__ void add(float a, float weight, const float (&e)[kWidth]) {
@@ -160,7 +159,7 @@ __device__ float exact_g(const SinkhornStreamed& p, int problem, int j, float ep
     sum = sum * device::exp2_fast(most - shift) + device::exp2_fast(x - shift);
     most = larger;
   }
-  return sum == 0 ? 0.0f : -damping(p.rho_b, epsilon) * (shift_of(most) + log2f(sum)) * (epsilon * kNatsPerBit);
+  return sum == 0 ? alone(p.rho_b) : -damping(p.rho_b, epsilon) * (shift_of(most) + log2f(sum)) * (epsilon * kNatsPerBit);
 }
 
 // A column a thread: g from the parts of its sum.
@@ -189,7 +188,7 @@ __global__ void __launch_bounds__(256) totals_kernel(const SinkhornStreamed p) {
   float sum = 0;
   for (int part = 0; part < p.cost.parts; ++part) sum += p.sums[(units + part) * m + j];
   // of a column without weight what makes its g optimal: 1, or exp(-g/rho)
-  const float optimal = p.rho_b > 0 ? device::exp2_fast(device::divide(-kBitsPerNat * p.out.g[at], p.rho_b)) : 1.0f;
+  const float most = wanted(p.rho_b, p.out.g[at]), optimal = most > kMaxRow ? kMaxRow : most;
   p.out.column[at] = j >= count_of(p.columns, problem, m) ? 0.0f : p.b[at] > 0 ? device::divide(sum, p.b[at]) : optimal;
   if (j > 0) return;
   float spent = 0, error = 0;

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdfast._core import triton_runtime as runtime
 
 from .. import portable
-from ..geometry import Problem
+from ..geometry import MAX_EXPONENT, Problem
 from ..portable import Schedule, Solution
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -88,8 +88,8 @@ class Step:
     def marginals(self, f: Tensor, g: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(row [B, n], col [B, m], <P, C> [B]) as in portable.Solution."""
         _, lse, spent = self.half(self.rows, self.columns, g, eps, with_cost=True)
-        row = torch.exp(f / eps[:, None] + lse)
-        col = torch.exp(g / eps[:, None] + self.half(self.columns, self.rows, f, eps)[1])
+        lse_columns = self.half(self.columns, self.rows, f, eps)[1]
+        row, col = (torch.exp((h / eps[:, None] + l).clamp_max(MAX_EXPONENT)) for h, l in ((f, lse), (g, lse_columns)))
         return row, col, (self.p.a * row * spent).sum(-1)
 
     def half(self, mine: Side, others: Side, potential: Tensor, eps: Tensor, *, with_cost: bool = False) -> tuple[Tensor, Tensor, Tensor]:

@@ -97,7 +97,7 @@ def row_moments(
 @triton.jit
 def add_differences(w, x, y, row, rows, column, columns, width, first_width, acc, CHUNK: tl.constexpr):
     """acc [ROWS, CHUNK] + sum_j W_ij (x_i - y_j) in the coordinates from first_width on, of x [rows, width] and y [columns, width]."""
-    i, j = tl.minimum(row, rows - 1), tl.minimum(column, columns - 1)
+    i, j = tl.minimum(row, rows - 1).to(tl.int64), tl.minimum(column, columns - 1).to(tl.int64)
     for k in range(tl.minimum(CHUNK, width - first_width)):
         d = first_width + k
         apart = tl.load(x + i * width + d)[:, None] - tl.load(y + j * width + d)[None, :]
