@@ -50,8 +50,8 @@ def check_relaxed_and_alone(n, m, *, impl, moved, dtype=torch.float32):
     forbidden[:, n // 2], forbidden[..., m // 2] = torch.inf, torch.inf
     near, some = torch.rand(1, n, m).to(dtype), b.clone()
     near[..., m // 2], some[:, m // 2] = -30, 0
-    for cost, b, rho, epsilon in ((forbidden, b, (0.7, 2.0), 0.3), (near, some, (0.05, 0.05), 0.05)):
-        ours = sinkhorn(moved(cost), a=moved(a), b=moved(b), rho=rho, epsilon=epsilon, max_iters=9, impl=impl)
-        want = sinkhorn(cost.double(), a=a.double(), b=b.double(), rho=rho, epsilon=epsilon, max_iters=9, impl="torch")
+    for cost, weight, rho, epsilon in ((forbidden, b, (0.7, 2.0), 0.3), (near, some, (0.05, 0.05), 0.05)):
+        ours = sinkhorn(moved(cost), a=moved(a), b=moved(weight), rho=rho, epsilon=epsilon, max_iters=9, impl=impl)
+        want = sinkhorn(cost.double(), a=a.double(), b=weight.double(), rho=rho, epsilon=epsilon, max_iters=9, impl="torch")
         for name in ("f", "g", "value", "transport_cost", "error"):
             torch.testing.assert_close(getattr(ours, name).cpu().double(), getattr(want, name), rtol=1e-5, atol=1e-5)

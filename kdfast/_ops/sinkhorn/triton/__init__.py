@@ -89,7 +89,7 @@ class Step:
         """(row [B, n], col [B, m], <P, C> [B]) as in portable.Solution."""
         _, lse, spent = self.half(self.rows, self.columns, g, eps, with_cost=True)
         lse_columns = self.half(self.columns, self.rows, f, eps)[1]
-        row, col = (torch.exp((h / eps[:, None] + l).clamp_max(MAX_EXPONENT)) for h, l in ((f, lse), (g, lse_columns)))
+        row, col = (torch.exp((h / eps[:, None] + s).clamp_max(MAX_EXPONENT)) for h, s in ((f, lse), (g, lse_columns)))
         return row, col, (self.p.a * row * spent).sum(-1)
 
     def half(self, mine: Side, others: Side, potential: Tensor, eps: Tensor, *, with_cost: bool = False) -> tuple[Tensor, Tensor, Tensor]:
