@@ -52,12 +52,12 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def(
       "similarity_distillation(Tensor student, Tensor keys, Tensor teacher, Tensor teacher_keys, Tensor? scale, Tensor? teacher_scale, "
       "Tensor? bias, Tensor? start_logit, Tensor? teacher_start_logit, Tensor? key_index, Tensor? valid, int precision, bool kl=False, "
-      "bool mean=False, bool keep_keys=False, float factor=1.0, float teacher_factor=1.0, Tensor? row_weights=None, bool sum=False) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "bool mean=False, bool keep_keys=False, float factor=1.0, float teacher_factor=1.0, Tensor? row_weights=None, bool sum=False, "
+      "bool want_teacher=False) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "similarity_distillation_grad_keys(Tensor g, Tensor log_sums, Tensor student, Tensor keys, Tensor teacher, Tensor teacher_keys, "
       "Tensor? scale, Tensor? teacher_scale, Tensor? bias, Tensor? key_index, Tensor? valid, int precision, float factor=1.0, "
-      "float teacher_factor=1.0) -> Tensor");
+      "float teacher_factor=1.0, Tensor? table=None) -> Tensor");
   m.def("symmetric_lse(Tensor x, Tensor y, Tensor scale, Tensor? x_labels, Tensor? y_labels, int precision) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "symmetric_gradients(Tensor row_g, Tensor column_g, Tensor row_lse, Tensor column_lse, Tensor row_low, Tensor column_low, Tensor x, "

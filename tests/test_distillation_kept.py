@@ -168,8 +168,23 @@ def test_which_pairs_are_few(shape, few):
     dkeys = torch.ops.kdfast.similarity_distillation(*given, 0, True, True, True)[3]
     assert dkeys.shape == (a["keys"].shape if few else (0,))
     assert torch.ops.kdfast.similarity_distillation(*given, 0, True, True, False)[3].numel() == 0
-    assert torch.ops.kdfast.similarity_distillation(*given, 0, True, False, True)[3].numel() == 0
-    torch.library.opcheck(torch.ops.kdfast.similarity_distillation.default, (*given, 0, True, True, True))
+    table = torch.ops.kdfast.similarity_distillation(*given, 0, True, False, True)[3]
+    assert table.shape == (shape[:2] if few else (0,))  # of losses that are not reduced
+    assert torch.ops.kdfast.similarity_distillation(*given, PRODUCTS[torch.bfloat16], True, False, True)[3].numel() == 0
+    for mean in (True, False):
+        torch.library.opcheck(torch.ops.kdfast.similarity_distillation.default, (*given, 0, True, mean, True))
+
+
+@pytest.mark.parametrize("chosen", ["nothing", "start", "index", "bias"])
+@pytest.mark.parametrize("shape", [(10, 63, 17, 65), (130, 140, 48, 33), (64, 256, 64, 64)], ids=lambda s: "x".join(map(str, s)))
+def test_a_table_of_weights_has_the_keys_gradient(isa, shape, chosen):
+    a = case(*shape, **options(*shape[:2]).get(chosen, {}))
+    g = torch.randn(shape[0])
+    given = tuple(a[name] for name in NAMES)
+    for kl in (False, True):
+        *_, log_sums, table = torch.ops.kdfast.similarity_distillation(*given, 0, kl, False, True)
+        dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(g, log_sums, *given[:7], *given[9:], 0, 1.0, 1.0, table)
+        assert_accurate(dkeys, (*formula(a, g),)[-1], (*formula(a, g, torch.float32),)[-1])
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["bank", "own key"])

@@ -131,6 +131,7 @@ struct ReducedRows {
       factors[i] = found.empty() ? 1 : found[i];
       p.loss[i] = counts(i) ? factors[i] * p.loss[i] : 0;
       p.log_sums[4 * rows + i] *= factors[i];
+      if (p.teacher_slopes != nullptr) p.teacher_slopes[i] *= factors[i];
     }
   }
 
@@ -140,14 +141,15 @@ struct ReducedRows {
   }
 };
 
-// Losses or their mean, difference, log_sums, and the keys' gradient for an upstream of 1 of every loss: where it is asked for, with the mean,
-// and the pairs are few; else [0], and similarity_distillation_grad_keys forms it. Where losses are weighted or may not count, log_sums has
-// their factors too, a row more, and all gradients are of what is returned.
+// Losses or their mean, difference, log_sums, and where the pairs are few and it is asked for, with the mean the keys' gradient for an upstream of
+// 1 of every loss, otherwise the table [rows, columns] that it is made of; else [0], and similarity_distillation_grad_keys forms it from nothing.
+// Where losses are weighted or may not count, log_sums has their factors too, a row more, and all gradients are of what is returned. With
+// want_teacher, the factors and t dloss/dt of the teacher's scale.
 std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distillation(
     const Tensor& student, const Tensor& keys, const Tensor& teacher, const Tensor& teacher_keys, const OptionalTensor& scale,
     const OptionalTensor& teacher_scale, const OptionalTensor& bias, const OptionalTensor& start_logit, const OptionalTensor& teacher_start_logit,
     const OptionalTensor& key_index, const OptionalTensor& valid, int64_t precision, bool kl, bool mean, bool keep_keys,
-    double factor, double teacher_factor, const OptionalTensor& row_weights, bool sum) {
+    double factor, double teacher_factor, const OptionalTensor& row_weights, bool sum, bool want_teacher) {
   const Tensor s = scale_of(scale, factor, student), t = scale_of(teacher_scale, teacher_factor, teacher);
   DistillationParams p = parameters(student, keys, teacher, teacher_keys, s, t, bias, key_index, valid, precision);
   STD_TORCH_CHECK(start_logit.has_value() == teacher_start_logit.has_value(), "start_logit and teacher_start_logit come together");
@@ -156,15 +158,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distillation(
   p.teacher.start_logit = row_data<float>("teacher_start_logit", teacher_start_logit, {rows});
 
   const auto made = [&](const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); };
-  const bool factored = row_weights.has_value() || sum || bias.has_value() || key_index.has_value() || valid.has_value();
+  const bool factored = want_teacher || row_weights.has_value() || sum || bias.has_value() || key_index.has_value() || valid.has_value();
   const Tensor loss = output(student, {rows}), difference = output(student, {rows, p.student.width});
-  const Tensor log_sums = output(student, {factored ? 6 : 5, rows});
+  const Tensor log_sums = output(student, {5 + factored + want_teacher, rows});
   p.kl = kl, p.loss = made(loss), p.difference = made(difference), p.log_sums = made(log_sums);
+  if (want_teacher) p.teacher_slopes = p.log_sums + 6 * rows;
   const int64_t count = p.student.columns, columns = valid_columns(p.student, 0), width = p.student.width;
-  // where the losses have upstream gradients of their own, so do the keys' sums: similarity_distillation_grad_keys has the passes' scores
-  const bool few = (mean || !keep_keys) && kdfast::few_distilled_pairs(rows, count, width, p.teacher.width);
-  const Tensor dkeys = few && keep_keys ? output(keys, {count, width}) : output(keys, {0});
-  if (few && keep_keys) {
+  // where the losses have upstream gradients of their own, so do the keys' sums; scores in bf16 cost less than a table
+  const bool table = !mean && !valid.has_value() && precision_of(precision) != kdfast::Precision::kBFloat16;
+  const bool few = (mean || table || !keep_keys) && kdfast::few_distilled_pairs(rows, count, width, p.teacher.width);
+  const Tensor dkeys = !few || !keep_keys ? output(keys, {0}) : table ? output(keys, {rows, count}) : output(keys, {count, width});
+  if (few && keep_keys && table) {
+    p.table = made(dkeys);
+  } else if (few && keep_keys) {
     p.dkeys = made(dkeys);
     std::fill(p.dkeys + columns * width, p.dkeys + count * width, 0.0f);
   }
@@ -184,17 +190,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_distillation(
   return {value, difference, log_sums, dkeys};
 }
 
-// g: of every loss, or of their mean. Keys are cut among threads, each of whose sums belong to one thread: no merge, and the same bits for any
-// number of threads.
+// g: of every loss, or of their mean. table: as the forward pass may leave it. Keys are cut among threads, each of whose sums belong to one thread:
+// no merge, and the same bits for any number of threads.
 Tensor similarity_distillation_grad_keys(const Tensor& g, const Tensor& log_sums, const Tensor& student, const Tensor& keys,
                                          const Tensor& teacher, const Tensor& teacher_keys, const OptionalTensor& scale,
                                          const OptionalTensor& teacher_scale, const OptionalTensor& bias, const OptionalTensor& key_index,
-                                         const OptionalTensor& valid, int64_t precision, double factor, double teacher_factor) {
+                                         const OptionalTensor& valid, int64_t precision, double factor, double teacher_factor,
+                                         const OptionalTensor& table) {
   const Tensor s = scale_of(scale, factor, student), t = scale_of(teacher_scale, teacher_factor, teacher);
   const DistillationParams p = parameters(student, keys, teacher, teacher_keys, s, t, bias, key_index, valid, precision);
   const int64_t rows = p.student.rows, count = p.student.columns, width = p.student.width, columns = valid_columns(p.student, 0);
   const bool factored = log_sums.size(0) > 5;
-  const float* const levels = row_data<float>("log_sums", log_sums, {factored ? 6 : 5, rows});
+  const float* const levels = row_data<float>("log_sums", log_sums, {std::max<int64_t>(5, log_sums.size(0)), rows});
+  const Tensor dkeys = output(keys, {count, width});
+  float* const out = static_cast<float*>(dkeys.mutable_data_ptr());
+  if (table.has_value()) {  // which has the factors
+    PairParams pairs{};
+    pairs.precision = precision_for_rows(precision_of(precision), std::min(rows, count), kPairRowsOnVectors);
+    pairs.batch = 1, pairs.rows = rows, pairs.columns = count, pairs.width = width;
+    pairs.x = p.student.query, pairs.y = p.student.keys, pairs.scale = p.student.scale;
+    tabled_sums(pairs, packed<float>("table", *table, {rows, count}), row_data<float>("g", g, {rows}), out);
+    return dkeys;
+  }
   Tensor of_rows = g;
   if (g.dim() == 0 || factored) {
     const float* const given = g.dim() == 0 ? packed<float>("g", g, {}) : row_data<float>("g", g, {rows});
@@ -203,8 +220,6 @@ Tensor similarity_distillation_grad_keys(const Tensor& g, const Tensor& log_sums
       floats_of(of_rows)[i] = (g.dim() == 0 ? *given / float(rows) : given[i]) * (factored ? levels[5 * rows + i] : 1);
   }
   const float* const upstream = row_data<float>("g", of_rows, {rows});
-  const Tensor dkeys = output(keys, {count, width});
-  float* const out = static_cast<float*>(dkeys.mutable_data_ptr());
   std::fill(out + columns * width, out + count * width, 0.0f);
 
   const int64_t workers = workers_for(double(rows) * double(columns) * double(2 * width + p.teacher.width));

@@ -15,7 +15,9 @@ struct DistillationParams {
   float* loss;        // [rows]
   float* difference;  // [rows, width]: sum_j (p^S_ij - p^T_ij) k^S_j
   float* log_sums;    // [5, rows]: lse of the student, the digits it has no room for, the same of the teacher; p^S - p^T of the start
+  float* teacher_slopes;  // [rows]: t dloss/dt, of the teacher's scale and its start's logit together; null: not wanted
   float* dkeys;       // [columns, width]: for kept_distillation alone; null: not wanted
+  float* table;       // [rows, columns], p^S - p^T times the factors: for kept_distillation alone; null: not wanted
   const float* factors;  // [rows], of the losses' gradients: for kept_distillation alone; null: 1
 };
 
@@ -37,7 +39,8 @@ struct DistillationTask {
   int64_t pooled_stride;
 };
 
-constexpr int64_t kDistillationStatistics = 7;  // student's maximum in two floats and sum, the same of the teacher, excess (distillation.inl)
+// Student's maximum in two floats and sum, the same of the teacher, excess, depth and spread (distillation.inl).
+constexpr int64_t kDistillationStatistics = 9;
 
 // Rows `begin` to `end` of the call from their parts, [parts][part_stride rows] of what a task writes. Part 0 is overwritten.
 struct DistillationMerge {

@@ -4,6 +4,8 @@
 // and their sums l:
 //   cross-entropy = log l^S - (sum_j w^T_j (z^S_j - m^S)) / l^T      KL = log l^S - log l^T - (sum_j w^T_j ((z^S_j - m^S) - (z^T_j - m^T))) / l^T
 //   dloss / dq = s (O^S - O^T),   dloss / ds = q.(O^S - O^T)         O^S = sum_j p^S_j k^S_j, O^T = sum_j p^T_j k^S_j
+//   t dloss / dt = -Cov_p(z^T, x), p = p^T, with x the student's logits, for KL less the teacher's: from sums of w^T x, w^T y and w^T x y,
+// y = z^T - m^T
 // Both pooled rows are sums of the same panels. From them the loss would be lse^S - s q.O^T, with rounding errors as large as those of the
 // logits; those of the sums above are as large as the differences in them.
 //
@@ -23,27 +25,29 @@ using kdfast::kDistillationStatistics;
 
 // ---- rows of both sides -----------------------------------------------------------------------------------------------
 
-// Weights and their sums, all relative to the maxima.
+// Weights and their sums, all relative to the maxima. depth and spread: sums of w^T y and w^T x y, where the teacher's slopes are wanted.
 struct DistilledRow {
-  double maximum, teacher_maximum, sum, teacher_sum, excess;
+  double maximum, teacher_maximum, sum, teacher_sum, excess, depth, spread;
 
   double share() const { return sum == 0 ? 0 : 1 / sum; }
   double teacher_share() const { return teacher_sum == 0 ? 0 : 1 / teacher_sum; }
+  double teacher_slope() const { return teacher_share() * (teacher_share() * depth * excess - spread); }
 };
 
-// A row of the student's scores, and what the teacher's weights of it add to the excess.
+// A row of the student's scores, and what the teacher's weights of it add to excess, depth and spread.
 struct Excess {
   const float* scores;
   RowLevel level;
-  Vec sum;
+  Vec sum, depth, spread;
 };
 
 // As weigh_row of the teacher's scores, and its excess; with `kKl` less the teacher's exponents. A weight of 0 may have exponents of -inf.
-template <class Product, bool kKl>
+// With `kSlopes` its depth and spread too.
+template <class Product, bool kKl, bool kSlopes>
 inline Vec weigh_teacher_scores(const float* scores, float* weights, int64_t padded, RowLevel level, Excess& excess) {
   const Vec least = splat(-88.1f), lowest = splat(-0x1p100f);
   const RowLevel student = excess.level;
-  Vec sum0 = {}, sum1 = {}, excess0 = {}, excess1 = {};
+  Vec sum0 = {}, sum1 = {}, excess0 = {}, excess1 = {}, depth = {}, spread = {};
   for (int64_t j = 0; j < padded; j += kPanel) {
     Vec t[kVecs], p[kVecs], z[kVecs];
     level.exponents_of(scores + j, t);
@@ -52,7 +56,8 @@ inline Vec weigh_teacher_scores(const float* scores, float* weights, int64_t pad
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
       z[v] = larger(lowest, z[v]);
-      if constexpr (kKl) z[v] -= larger(least, t[v]);
+      t[v] = larger(least, t[v]);
+      if constexpr (kKl) z[v] -= t[v];
     }
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; v += 2) {
@@ -60,10 +65,15 @@ inline Vec weigh_teacher_scores(const float* scores, float* weights, int64_t pad
       sum1 += p[v + 1];
       excess0 = multiply_add(p[v], z[v], excess0);
       excess1 = multiply_add(p[v + 1], z[v + 1], excess1);
+      if constexpr (kSlopes) {
+        const Vec y0 = p[v] * t[v], y1 = p[v + 1] * t[v + 1];
+        depth += y0 + y1;
+        spread = multiply_add(y0, z[v], multiply_add(y1, z[v + 1], spread));
+      }
       Packing<Product>::store_weights(weights, j + v * kLanes, p[v], p[v + 1]);
     }
   }
-  excess.sum = excess0 + excess1;
+  excess.sum = excess0 + excess1, excess.depth = depth, excess.spread = spread;
   return sum0 + sum1;
 }
 
@@ -72,44 +82,73 @@ struct BothSoftmaxes {
   RunningSoftmax student, teacher;
   // [rows][kLanes], as grow has them: sum of the teacher's weights times the exponents of the student's, less their own for KL
   float *excess, *rest;
+  // The same of depth and spread, where the teacher's slopes are wanted; else null.
+  float *depth, *depth_rest, *spread, *spread_rest;
 
-  void plan(int64_t rows, Arena& arena) {
+  void plan(int64_t rows, bool slopes, Arena& arena) {
     student.plan(rows, arena), teacher.plan(rows, arena);
     excess = arena.take(rows * kLanes), rest = arena.take(rows * kLanes);
+    depth = depth_rest = spread = spread_rest = nullptr;
+    if (!slopes) return;
+    depth = arena.take(rows * kLanes), depth_rest = arena.take(rows * kLanes);
+    spread = arena.take(rows * kLanes), spread_rest = arena.take(rows * kLanes);
   }
 
   // Row i is row `at` of the call, or only fills the last tile.
   void begin_row(const DistillationParams& p, int64_t i, int64_t at, bool exists, bool start) const {
     student.begin(i, exists ? p.student.scale[at] : 0);
     teacher.begin(i, exists ? p.teacher.scale[at] : 0);
-    __builtin_memset(excess + i * kLanes, 0, 4 * kLanes);
-    __builtin_memset(rest + i * kLanes, 0, 4 * kLanes);
+    float* const all[] = {excess, rest, depth, depth_rest, spread, spread_rest};
+    for (float* const sums : all)
+      if (sums != nullptr) __builtin_memset(sums + i * kLanes, 0, 4 * kLanes);
     if (!exists || !start) return;
     const float weight = student.start(i, p.student.start_logit[at]), teacher_weight = teacher.start(i, p.teacher.start_logit[at]);
     if (weight == 0 && teacher_weight != 0) excess[i * kLanes] = -kInfinity;
   }
 
   // Row i's teacher weights, whose sums by lane are returned: E' = c (E + h l) + what the block adds, c = e^(m - m') of the teacher's maxima
-  // and h what its differences change by.
-  template <class Product, bool kKl>
+  // and h what its differences change by. So with depth, and spread, where y changes by k:
+  //   Y' = c (Y + k l)      S' = c (S + h Y + k (E + h l))
+  template <class Product, bool kKl, bool kSlopes>
   Vec weigh_teacher_row(int64_t i, const float* scores, float* weights, int64_t padded, RowLevel level, Excess added) const {
-    const Vec sum = weigh_teacher_scores<Product, kKl>(scores, weights, padded, level, added);
+    const Vec sum = weigh_teacher_scores<Product, kKl, kSlopes>(scores, weights, padded, level, added);
     const Vec correction = splat(teacher.correction[i]), before = load(teacher.sum + i * kLanes);
+    const Vec teacher_step = larger(splat(-0x1p100f), splat(teacher.step[i]));
     Vec step = larger(splat(-0x1p100f), splat(student.step[i]));
-    if constexpr (kKl) step -= larger(splat(-0x1p100f), splat(teacher.step[i]));
-    float* const e = excess + i * kLanes;
-    store(e, correction == Vec{} ? Vec{} : multiply_add(step, before, load(e)));  // E may be -inf
-    grow(e, rest + i * kLanes, correction, added.sum);
+    if constexpr (kKl) step -= teacher_step;
+    const auto become = [&](float* sums, float* rest, Vec moved, Vec more) {
+      store(sums + i * kLanes, correction == Vec{} ? Vec{} : moved);  // E may be -inf
+      grow(sums + i * kLanes, rest + i * kLanes, correction, more);
+    };
+    const Vec moved = multiply_add(step, before, load(excess + i * kLanes));
+    if constexpr (kSlopes) {
+      const Vec deep = load(depth + i * kLanes);
+      become(spread, spread_rest, multiply_add(step, deep, multiply_add(teacher_step, moved, load(spread + i * kLanes))), added.spread);
+      become(depth, depth_rest, multiply_add(teacher_step, before, deep), added.depth);
+    }
+    become(excess, rest, moved, added.sum);
     return sum;
+  }
+
+  // The same for what the call is.
+  template <class Product>
+  Vec weigh_teacher_row(const DistillationParams& p, int64_t i, const float* scores, float* weights, int64_t padded, RowLevel level,
+                        const Excess& added) const {
+    if (p.teacher_slopes != nullptr)
+      return p.kl ? weigh_teacher_row<Product, true, true>(i, scores, weights, padded, level, added)
+                  : weigh_teacher_row<Product, false, true>(i, scores, weights, padded, level, added);
+    return p.kl ? weigh_teacher_row<Product, true, false>(i, scores, weights, padded, level, added)
+                : weigh_teacher_row<Product, false, false>(i, scores, weights, padded, level, added);
   }
 
   DistilledRow row(int64_t i) const {
     const auto whole = [i](const float* lanes, const float* rest) {
       double sum = 0;
-      for (int k = 0; k < kLanes; ++k) sum += double(lanes[i * kLanes + k]) + double(rest[i * kLanes + k]);
+      for (int k = 0; k < kLanes && lanes != nullptr; ++k) sum += double(lanes[i * kLanes + k]) + double(rest[i * kLanes + k]);
       return sum;
     };
-    return {student.top(i), teacher.top(i), whole(student.sum, student.rest), whole(teacher.sum, teacher.rest), whole(excess, rest)};
+    return {student.top(i),      teacher.top(i),           whole(student.sum, student.rest), whole(teacher.sum, teacher.rest),
+            whole(excess, rest), whole(depth, depth_rest), whole(spread, spread_rest)};
   }
 };
 
@@ -118,6 +157,7 @@ inline void finish_loss(const DistillationParams& p, int64_t i, const DistilledR
   const SimilarityParams& s = p.student;
   const double level = __builtin_log(r.sum), teacher_level = __builtin_log(r.teacher_sum);
   p.loss[i] = float(level - (p.kl && r.teacher_sum != 0 ? teacher_level : 0) - r.teacher_share() * r.excess);
+  if (p.teacher_slopes != nullptr) p.teacher_slopes[i] = float(r.teacher_slope());
   float* const out = p.log_sums + i;
   const double lse = r.maximum + level, teacher_lse = r.teacher_maximum + teacher_level;
   store_log_sum(lse, out, out + s.rows);
@@ -188,7 +228,7 @@ struct DistillationWorkspace {
     block = block_columns<Product>(columns, p.student.width);
     student.plan(product, rows, width, width, arena);
     teacher.plan(product, rows, teacher_width, width, arena);
-    softmaxes.plan(rows, arena);
+    softmaxes.plan(rows, p.teacher_slopes != nullptr, arena);
     keys.panels.plan(product, width, block, true, true, arena);
     keys.matrix = p.student.keys;
     if (!one_bank(p)) {
@@ -266,9 +306,7 @@ struct DistillationPass {
     weigh_rows(w.softmaxes.teacher, w.terms, w.tile, p.teacher, first, count, block, row, rows, next,
                [&](int64_t i, const float* scores, RowLevel level) {
                  const Excess excess{kept.scores.scores(i - row), kept.levels[i - row], {}};
-                 float* const weights = w.tile.weights(i - row);
-                 return p.kl ? w.softmaxes.weigh_teacher_row<Product, true>(i, scores, weights, block.padded, level, excess)
-                             : w.softmaxes.weigh_teacher_row<Product, false>(i, scores, weights, block.padded, level, excess);
+                 return w.softmaxes.template weigh_teacher_row<Product>(p, i, scores, w.tile.weights(i - row), block.padded, level, excess);
                });
     sum(w.teacher, w.softmaxes.teacher, block, row, rows);
   }
@@ -289,8 +327,9 @@ struct DistillationPass {
     if (task.finish) return finish_row(p, first + i, row, student_sums, teacher_sums);
     const RunningSoftmax &student = w.softmaxes.student, &teacher = w.softmaxes.teacher;
     const int64_t out = first + i - task.row_begin;
-    const float statistics[kDistillationStatistics] = {student.maximum[i], student.low[i],         float(row.sum),   teacher.maximum[i],
-                                                       teacher.low[i],     float(row.teacher_sum), float(row.excess)};
+    const float statistics[kDistillationStatistics] = {
+        student.maximum[i],     student.low[i],    float(row.sum),   teacher.maximum[i], teacher.low[i],
+        float(row.teacher_sum), float(row.excess), float(row.depth), float(row.spread)};
     __builtin_memcpy(task.statistics + out * kDistillationStatistics, statistics, sizeof(statistics));
     float* const pooled = task.pooled + 2 * out * task.pooled_stride;
     __builtin_memcpy(pooled, student_sums, size_t(4 * w.student.pooled.stride));
@@ -337,12 +376,17 @@ void distillation_merge(const DistillationParams& p, const DistillationMerge& t)
         own[side] = top(s + 3 * side), others[side] = top(other + 3 * side);
         to[side] = own[side] > others[side] ? own[side] : others[side];
       }
-      const auto moved = [&](const float* part, const double* from) {
-        const double step = from[0] - to[0] - (p.kl ? from[1] - to[1] : 0);
-        const float correction = rescale(from[1], to[1]);
-        return correction == 0 || part[5] == 0 ? 0 : correction * (part[6] + float(step) * part[5]);
+      float sums[3] = {};  // excess, depth and spread, moved as in weigh_teacher_row
+      const auto add = [&](const float* part, const double* from) {
+        const float teacher_step = float(from[1] - to[1]), step = float(from[0] - to[0] - (p.kl ? from[1] - to[1] : 0));
+        const float correction = rescale(from[1], to[1]), excess = part[6] + step * part[5];
+        if (correction == 0 || part[5] == 0) return;
+        sums[0] += correction * excess;
+        sums[1] += correction * (part[7] + teacher_step * part[5]);
+        sums[2] += correction * (part[8] + step * part[7] + teacher_step * excess);
       };
-      s[6] = moved(s, own) + moved(other, others);
+      add(s, own), add(other, others);
+      __builtin_memcpy(s + 6, sums, sizeof(sums));
       for (int64_t side = 0; side < 2; ++side) {
         float* const maximum = s + 3 * side;
         const float* const other_maximum = other + 3 * side;
@@ -354,7 +398,7 @@ void distillation_merge(const DistillationParams& p, const DistillationMerge& t)
         for (int64_t d = 0; d < p.student.width; ++d) o[d] = mine * o[d] + theirs * other_o[d];
       }
     }
-    finish_row(p, i, {top(s), top(s + 3), s[2], s[5], s[6]}, pooled, pooled + t.pooled_stride);
+    finish_row(p, i, {top(s), top(s + 3), s[2], s[5], s[6], s[7], s[8]}, pooled, pooled + t.pooled_stride);
   }
 }
 

@@ -30,7 +30,7 @@ struct DistilledPairs {
     if (!one_bank(p)) teacher_keys.plan(product, p.teacher.width, block, true, false, arena);
     teacher_scores = {nullptr, block + kLanes, 0};
     teacher_scores.base = arena.take(rows * teacher_scores.stride);
-    softmaxes.plan(rows, arena);
+    softmaxes.plan(rows, p.teacher_slopes != nullptr, arena);
     levels = reinterpret_cast<RowLevel*>(arena.take(rows * int64_t(sizeof(RowLevel) / 4)));
     share = arena.take(rows), teacher_share = arena.take(rows);
     terms.plan(block, arena);
@@ -52,7 +52,7 @@ struct DistilledPairs {
                  levels[i] = level;
                  return weigh_row<Float32Product>(scores, nullptr, block.padded, level);
                });
-    p.kl ? weigh_teacher<true>(block, w.tile) : weigh_teacher<false>(block, w.tile);
+    weigh_teacher(block, w.tile);
     for (int64_t i = 0; i < count; ++i) finish_loss(p, i, softmaxes.row(i));
     between.take(between.context);
     for (int64_t i = 0; i < count; ++i) {
@@ -78,13 +78,12 @@ struct DistilledPairs {
     for (int64_t j = 0; j < padded; j += kLanes) store(scores + j, -load(scores + j));
   }
 
-  template <bool kKl>
   void weigh_teacher(const Block& block, const Tile& student_scores) const {
     const int64_t count = p.teacher.rows;
     weigh_rows(softmaxes.teacher, terms, teacher_scores, p.teacher, 0, count, block, 0, count, Prefetch{},
                [&](int64_t i, float* scores, RowLevel level) {
                  const Excess excess{student_scores.scores(i), levels[i], {}};
-                 return softmaxes.weigh_teacher_row<Float32Product, kKl>(i, scores, scores, block.padded, level, excess);
+                 return softmaxes.template weigh_teacher_row<Float32Product>(p, i, scores, scores, block.padded, level, excess);
                });
   }
 
@@ -103,6 +102,7 @@ struct DistilledPairs {
         store(scores + at, scaled(e[v], ours) - scaled(load(teacher_weights + at), theirs));
       }
     }
+    if (p.table != nullptr) __builtin_memcpy(p.table + i * p.student.columns, scores, size_t(4 * block.columns));
   }
 };
 

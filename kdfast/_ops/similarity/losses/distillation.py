@@ -25,7 +25,7 @@ from ...._core.reduction import reduce_rows, row_weights
 from .. import cpu
 from ..apply import streaming_softmax
 from ..arguments import Compute, how_to_compute, key_bias, prefix_length, problem, row_parameter
-from ..autograd import _keep, _kept, _unchanged, _versions
+from ..autograd import _keep, _kept, _like, _unchanged, _versions
 from ..definition import SecondOrder, with_values
 from ..exclusions import Rules
 from ..first_order import start_weight
@@ -206,8 +206,8 @@ def _centred(query: Tensor, keys: Tensor, scale, start_logit: Tensor | None, val
 
 
 class Distillation(Function):
-    """The losses, reduced, by the fused pass. Of its log_sums [5 or 6, N], lse of student and teacher, each with its low digits, and
-    slopes, the sixth are the losses' factors."""
+    """The losses, reduced, by the fused pass. Of its log_sums [5 or more, N], lse of student and teacher, each with its low digits, and
+    slopes, the sixth are the losses' factors and the seventh the slopes of the teacher's scale (plain_distillation.py)."""
 
     @staticmethod
     def forward(ctx, call, student, keys, scale, start_logit, *fixed):
@@ -242,20 +242,27 @@ def _gradients(call, want, versions, g, student, scale, start_logit, slope, diff
     want_student, want_keys, want_scale, want_start = want
     dkeys = dstart = None
     if want_start:
-        dstart = (g / student.shape[0] if call.reduced else g) * slope
-    if want_keys and kept_keys.numel() > 0:
-        dkeys = of_kept_keys(g, kept_keys, student, keys)
-    elif want_keys:
-        inputs = _for_kernel(student, keys, scale, *fixed)
-        dkeys = torch.ops.kdfast.similarity_distillation_grad_keys(g, log_sums, *inputs, call.products, *call[-2:]).to(keys.dtype)
+        dstart = of_loss(call, g, student) * slope
+    if want_keys:
+        dkeys = of_keys(call, g, kept_keys, log_sums, *_for_kernel(student, keys, scale, *fixed))
     rows = g, None, difference, student, scale
     dstudent, dscale, _ = torch.ops.kdfast.info_nce_grad_rows(*rows, want_student, want_scale, False, call.factor)
     return dstudent.to(student.dtype) if want_student else None, dkeys, dscale if want_scale else None, dstart
 
 
-def of_kept_keys(g: Tensor, kept_keys: Tensor, student: Tensor, keys: Tensor) -> Tensor:
-    """The keys' gradient from that for an upstream of 1 of every loss, where g is the mean's."""
-    return (kept_keys * (g / student.shape[0])).to(keys.dtype)
+def of_loss(call: Call, g: Tensor, student: Tensor) -> Tensor:
+    """The upstream of each loss, [] or [N], but for the factors that the forward pass knows of."""
+    return g / student.shape[0] if call.reduced else g
+
+
+def of_keys(call: Call, g: Tensor, kept: Tensor, log_sums: Tensor, student: Tensor, keys: Tensor, *rest: Tensor | None) -> Tensor:
+    """The keys' gradient. kept: where the forward pass has left it, that for an upstream of 1 of every loss or, of losses that are not
+    reduced, the table that it is made of; else empty. rest: as of `_for_kernel`."""
+    if kept.numel() > 0 and call.reduced:
+        return _like(kept * of_loss(call, g, student), keys)
+    table = kept if kept.numel() > 0 else None
+    run = torch.ops.kdfast.similarity_distillation_grad_keys
+    return _like(run(g, log_sums, student, keys, *rest, call.products, call.factor, call.teacher_factor, table), keys)
 
 
 class Gradients(Function):
@@ -291,12 +298,14 @@ def _for_kernel(student, keys, scale, *fixed):
 
 def _fake(
     student, keys, teacher, teacher_keys, scale, teacher_scale, bias, start_logit, teacher_start_logit, key_index, valid, products,
-    kl=False, mean=False, keep_keys=False, factor=1.0, teacher_factor=1.0, row_weights=None, sum=False,
+    kl=False, mean=False, keep_keys=False, factor=1.0, teacher_factor=1.0, row_weights=None, sum=False, want_teacher=False,
 ):  # fmt: skip
     count, width = student.shape
-    kept = mean and keep_keys and extension.load("_C")[0].few_distilled_pairs(count, *keys.shape, teacher.shape[1])
-    factored = sum or any(x is not None for x in (row_weights, bias, key_index, valid))
-    shapes = () if mean else (count,), (count, width), (6 if factored else 5, count), keys.shape if kept else (0,)
+    table = not mean and valid is None and products != cpu.KERNELS.products["bf16"]
+    kept = (mean or table) and keep_keys and extension.load("_C")[0].few_distilled_pairs(count, *keys.shape, teacher.shape[1])
+    factored = want_teacher or sum or any(x is not None for x in (row_weights, bias, key_index, valid))
+    of_keys = (0,) if not kept else (count, len(keys)) if table else keys.shape
+    shapes = () if mean else (count,), (count, width), (5 + factored + want_teacher, count), of_keys
     return tuple(student.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
