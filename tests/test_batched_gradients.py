@@ -27,6 +27,7 @@ REDUCED = {
         x["q"], None, x["b"], query_labels=LABELS, bank_labels=BANK_LABELS, same_class="positive", **o
     ),
     "info_nce, in batch": lambda x, **o: F.info_nce(x["q"], x["p"], **o),
+    "info_nce, in batches": lambda x, **o: F.info_nce(x["q"].view(2, 3, D), x["p"].view(2, 3, D), **o),
     "nt_xent": lambda x, **o: F.nt_xent(x["q"], x["p"], **o),
     "sup_con": lambda x, **o: F.sup_con(x["q"], LABELS, **o),
     "clip_loss": lambda x, **o: F.clip_loss(x["q"], x["p"], 1 / x["tau"], **o),

@@ -246,7 +246,7 @@ def test_the_ops_are_described_to_the_compiler():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.ones(6)}, "x must have 2 dimensions"),
+        ({"x": torch.ones(6)}, "x must have 2 or 3 dimensions"),
         ({"y": torch.ones(5, 9)}, "y has size 5"),
         ({"y": torch.ones(6, 9, dtype=torch.bfloat16)}, "dtype of x"),
         ({"y": None, "x": torch.ones(5, 9)}, "as many rows of one view"),

@@ -68,10 +68,11 @@ void kept_info_nce(const InfoNceParams& p, const SimilarityParams& bank, int64_t
   InfoNceRows pulled = r;
   PairSums sums{r.pull, keys_sums, nullptr};
   if (straight) pulled.scores = sums.scores = scores.data();
+  const Workspace<float> workspace = product_workspace(kept_words(pairs, sums, false, false));
   kept_symmetric_sums(pairs, lse, lse_low, nullptr, nullptr, [&] {
     find();
     if (straight) pulled.level = sums.level = level_of(lse, p.scale, p.rows, bank.columns);
-  }, upstream, sums);
+  }, upstream, sums, workspace.data());
   kdfast::cpu_kernels().info_nce_pull(p, pulled);
 }
 

@@ -184,14 +184,19 @@ inline void symmetric_sums(const PairParams& p, const SymmetricUpstream& upstrea
       [&](const PairTask& task, float* work) { kernels.symmetric_grad(p, task, upstream, sums, work); });
 }
 
+// Floats that both for few_pairs need.
+inline int64_t kept_words(const PairParams& p, const PairSums& sums, bool sigmoid, bool table) {
+  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
+  return table ? kernels.tabled_workspace(p) : sigmoid ? kernels.kept_sigmoid_workspace(p, sums) : kernels.kept_symmetric_workspace(p, sums);
+}
+
 // Both for few_pairs, from the same scores: `between()` makes the upstream gradients of the log-sum-exps. column_lse null: not wanted. With a table
-// it is given the weights, and there are no sums of columns.
+// it is given the weights, and there are no sums of columns. work: of kept_words.
 template <class Between>
 void kept_symmetric_sums(const PairParams& p, float* row_lse, float* row_low, float* column_lse, float* column_low, const Between& between,
-                         const SymmetricUpstream& upstream, const PairSums& sums, float* table = nullptr) {
+                         const SymmetricUpstream& upstream, const PairSums& sums, float* work, float* table = nullptr) {
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
   const Partial of_rows(1, p.rows), of_columns(1, p.columns);
-  const Workspace<float> workspace = product_workspace(table != nullptr ? kernels.tabled_workspace(p) : kernels.kept_symmetric_workspace(p, sums));
   auto merge = [&] {
     leave_vectors();
     of_rows.merge(row_lse, row_low);
@@ -202,9 +207,9 @@ void kept_symmetric_sums(const PairParams& p, float* row_lse, float* row_low, fl
   const kdfast::SymmetricStatistics found{of_rows.maximum(0, 0),    of_rows.rest(0, 0),    of_rows.sum(0, 0),
                                           of_columns.maximum(0, 0), of_columns.rest(0, 0), of_columns.sum(0, 0)};
   if (table != nullptr) {
-    kernels.tabled_symmetric(p, found, step, upstream, sums, table, workspace.data());
+    kernels.tabled_symmetric(p, found, step, upstream, sums, table, work);
   } else {
-    kernels.kept_symmetric(p, found, step, upstream, sums, workspace.data());
+    kernels.kept_symmetric(p, found, step, upstream, sums, work);
   }
   leave_vectors();
 }
@@ -238,23 +243,20 @@ inline void sigmoid_sums(const PairParams& p, const float* g, const PairSums& su
       [&](const PairTask& task, float* work) { kernels.sigmoid_grad(p, task, g, sums, work); });
 }
 
-// Both for few_pairs, from the same scores; a table as above.
-inline void kept_sigmoid_sums(const PairParams& p, float* losses, const float* g, const PairSums& sums, float* table = nullptr) {
+// Both for few_pairs, from the same scores; work and a table as above.
+inline void kept_sigmoid_sums(const PairParams& p, float* losses, const float* g, const PairSums& sums, float* work, float* table = nullptr) {
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
-  const Workspace<float> workspace = product_workspace(table != nullptr ? kernels.tabled_workspace(p) : kernels.kept_sigmoid_workspace(p, sums));
   if (table != nullptr) {
-    kernels.tabled_sigmoid(p, losses, g, sums, table, workspace.data());
+    kernels.tabled_sigmoid(p, losses, g, sums, table, work);
   } else {
-    kernels.kept_sigmoid(p, losses, g, sums, workspace.data());
+    kernels.kept_sigmoid(p, losses, g, sums, work);
   }
   leave_vectors();
 }
 
-// From a table of weights W_ij, sum_i g_i W_ij scale_i x_i for every column.
-inline void tabled_sums(const PairParams& p, const float* table, const float* g, float* y_sums) {
-  const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
-  const Workspace<float> workspace = product_workspace(kernels.tabled_workspace(p));
-  kernels.tabled_sums(p, table, g, y_sums, workspace.data());
+// From a table of weights W_ij, sum_i g_i W_ij scale_i x_i for every column. work: as above.
+inline void tabled_sums(const PairParams& p, const float* table, const float* g, float* y_sums, float* work) {
+  kdfast::cpu_kernels().tabled_sums(p, table, g, y_sums, work);
   leave_vectors();
 }
 

@@ -49,8 +49,11 @@ def scalar(x) -> bool:
     return type(x) in _TYPES and x.is_cpu and x.layout == torch.strided and x.dim() == 0 and x.dtype == torch.float32
 
 
-def plain(*matrices: Tensor) -> bool:
-    """Whether they are dense CPU matrices of one dtype, with something in them, that kernels are here for, outside modes and transforms."""
+def plain(*matrices: Tensor, batched: bool = False) -> bool:
+    """Whether they are dense CPU matrices of one dtype, with something in them, that kernels are here for, outside modes and transforms.
+
+    batched: they have further dimensions before these two.
+    """
     first = matrices[0]
     if type(first) not in _TYPES or first.dtype not in cpu.DTYPES or impls.DEFAULT is not None or cpu.missing() is not None:
         return False
@@ -60,7 +63,7 @@ def plain(*matrices: Tensor) -> bool:
     for x in matrices:
         if type(x) not in _TYPES or x.dtype is not dtype or not x.is_cpu or x.layout is not torch.strided or x.is_nested:
             return False
-        if x.dim() != 2 or x.numel() == 0:
+        if (x.dim() > 2) is not batched or x.dim() < 2 or x.numel() == 0:
             return False
     return True
 

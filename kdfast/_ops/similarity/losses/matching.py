@@ -182,6 +182,10 @@ def _definition(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor |
     """In PyTorch's operations around the pass over all pairs, for any device and transform, and for derivatives of the second order."""
     scale = call.factor if scale is None else scale
     labels, precision, impl, rows_alone = call.labels, call.precision, call.impl, call.rows_alone
+    if x.dim() > 2:
+        entries = [call._replace(reduction="none", labels=None if labels is None else labels[i]) for i in range(len(x))]
+        losses = [_definition(entry, *pair, scale, shift) for entry, *pair in zip(entries, x, y, strict=True)]
+        return reduce_rows(torch.stack(losses), reduction=call.reduction)
     own = torch.arange(len(x), device=x.device)
     if shift is not None:
         losses = sigmoid_pair_loss(x, y, scale, shift, own, precision=precision, impl=impl)
@@ -204,7 +208,10 @@ def _definition(call: Call, x: Tensor, y: Tensor | None, scale: float | Tensor |
 
 
 class MatchingLoss(PlainFunction):
-    """The same by fused kernels, outside transforms. Gradients of what few pairs are reduced to come with it, from the same scores."""
+    """The same by fused kernels, outside transforms. Gradients of what few pairs are reduced to come with it, from the same scores.
+
+    x and y are [N, D] or, of few pairs on the CPU and without weights, [B, N, D], problems by themselves.
+    """
 
     @staticmethod
     def forward(ctx, call, x, y, scale, shift):
@@ -243,7 +250,7 @@ class MatchingGradients(Function):
         if _versions((ctx.call.labels, ctx.call.weight)) != ctx.versions:
             raise RuntimeError("double backward needs labels and weight as the forward saw them, but one was updated in place since")
         g, x, y, scale, shift = ctx.saved_tensors
-        if shift is None and not ctx.call.smoothing and ctx.call.kernels is cpu.KERNELS:
+        if x.dim() == 2 and shift is None and not ctx.call.smoothing and ctx.call.kernels is cpu.KERNELS:
             _, _, _, of_g, _, _, _, *of_inputs = ctx.needs_input_grad
             dg, *dinputs = *info_nce_second.of_matches(ctx.call, (of_g, *of_inputs[:3]), *cotangents[:3], g, x, y, scale), None
         else:
@@ -273,14 +280,14 @@ def _loss_fake(
     sum=False,
 ):  # fmt: skip
     made = partial(x.new_empty, dtype=torch.float32)
-    rows = len(x)
+    *batch, rows, width = x.shape
     by_row = (shift is not None or rows_alone) and products != cpu.KERNELS.products["bf16"]
-    kept = (mean or by_row) and (keep_x or keep_y) and extension.load("_C")[0].few_pairs(rows, *x.shape)
+    kept = (mean or by_row) and (keep_x or keep_y) and extension.load("_C")[0].few_pairs(rows, rows, width)
     weighted = row_weights is not None or (mean and sum) or not include
     statistics = (0 if shift is not None else 3 if y is None or rows_alone else 6) + weighted
-    statistics = (statistics, rows) if not kept else (2,) if mean else (4, rows)
-    dx, dy = x.shape if kept and keep_x else (0,), (x.shape if mean else (rows, rows)) if kept and keep_y else (0,)
-    return made(() if mean else x.shape[:1]), made(statistics), made(dx), made(dy)
+    statistics = (*batch, statistics, rows) if not kept else (2,) if mean else (*batch, 4, rows)
+    dx, dy = x.shape if kept and keep_x else (0,), (x.shape if mean else (*batch, rows, rows)) if kept and keep_y else (0,)
+    return made(() if mean else x.shape[:-1]), made(statistics), made(dx), made(dy)
 
 
 def _grad_fake(

@@ -12,7 +12,7 @@ from ..autograd import _versions
 from ..plain import PRODUCTS, indexes_rows, number_of, plain, reducible, rows_of, usual, whole_index, whole_rows
 from ..unit_length import unit_length
 from . import info_nce
-from .plain_matching import paired_loss
+from .plain_matching import batched_loss, paired_loss
 
 
 def info_nce_loss(
@@ -34,6 +34,8 @@ def info_nce_loss(
 ) -> Tensor | None:
     """InfoNCE of query and positive [N, D] against the rows [M, D] of a bank; None: against each other's positives. All by name as there.
 
+    Within a batch [*B, N, D] too, each entry by itself (`batched_loss`).
+
     targets: int64 [N], the positives' rows of the bank, in place of positive. temperature: a number, 0-d or [N].
     labels: int64 [N] and [M], None within a batch. Rows of the bank are left out for their class or, with `attract`, attract it, beside
     the positive or without one.
@@ -42,6 +44,10 @@ def info_nce_loss(
     """
     keys = positive if bank is None else rows_of(bank)
     query_labels, key_labels = labels
+    if isinstance(query, Tensor) and query.dim() > 2:
+        within = bank is targets is key_labels is valid is bias is weight is None and (own is None or own is True)
+        options = temperature, query_labels, smoothing, normalize, reduction
+        return batched_loss(query, positive, *options) if within and include and not attract else None
     if positive is None:
         whole = (attract or targets is not None) and plain(query, keys)
     else:

@@ -5,8 +5,10 @@ import functools
 import torch
 from torch import Tensor
 
+from ...._core import extension
 from .. import cpu
-from ..plain import PRODUCTS, plain, reducible, scalar, usual
+from ..plain import PRODUCTS, number_of, plain, reducible, scalar, usual
+from ..unit_length import unit_length
 from . import matching
 
 
@@ -42,6 +44,39 @@ def paired_loss(
     labels = None if labels is None else labels.contiguous()
     call = _call(x, labels, reduction, weight, smoothing, True, include, 1.0 / number)
     return matching.MatchingLoss.run(call, x.contiguous(), y.contiguous(), scale, None)
+
+
+def batched_loss(
+    x: Tensor,
+    y: Tensor | None,
+    temperature: float | Tensor,
+    labels: Tensor | None,
+    smoothing: float,
+    normalize: bool,
+    reduction: str,
+) -> Tensor | None:
+    """`paired_rows` of few pairs in each of the problems x and y [*B, N, D], reduced. labels: [*B, N]. None where it is not plain."""
+    if y is None or not (plain(x, y, batched=True) and y.shape == x.shape and reducible(reduction, None, len(x)) and 0 <= smoothing < 1):
+        return None
+    rows, width = x.shape[-2:]
+    if (x.dtype is torch.bfloat16 and reduction == "none") or not extension.load("_C")[0].few_pairs(rows, rows, width):
+        return None
+    if labels is not None and (smoothing or type(labels) is not Tensor or not labels.is_cpu or labels.layout is not torch.strided):
+        return None
+    if labels is not None and (labels.dtype is not torch.int64 or labels.shape != x.shape[:-1]):
+        return None
+    number = number_of(temperature)
+    if not usual(number):
+        return None
+    shape = x.shape[:-1]
+    if normalize:
+        x, y = unit_length(x), unit_length(y)
+    if x.dim() > 3:
+        x, y, labels = x.flatten(0, -3), y.flatten(0, -3), None if labels is None else labels.flatten(0, -2)
+    losses = paired_loss(x, y, number, temperature, labels, smoothing, True, None, "mean" if reduction == "sum" else reduction)
+    if reduction == "sum":
+        return losses * shape.numel()
+    return losses if reduction == "mean" or losses.shape == shape else losses.view(shape)
 
 
 def _call(
