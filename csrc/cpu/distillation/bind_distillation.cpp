@@ -209,7 +209,8 @@ Tensor similarity_distillation_grad_keys(const Tensor& g, const Tensor& log_sums
     pairs.precision = precision_for_rows(precision_of(precision), std::min(rows, count), kPairRowsOnVectors);
     pairs.batch = 1, pairs.rows = rows, pairs.columns = count, pairs.width = width;
     pairs.x = p.student.query, pairs.y = p.student.keys, pairs.scale = p.student.scale;
-    tabled_sums(pairs, packed<float>("table", *table, {rows, count}), row_data<float>("g", g, {rows}), out);
+    const Workspace<float> workspace = product_workspace(kept_words(pairs, {}, false, true));
+    tabled_sums(pairs, packed<float>("table", *table, {rows, count}), row_data<float>("g", g, {rows}), out, workspace.data());
     return dkeys;
   }
   Tensor of_rows = g;
