@@ -52,6 +52,20 @@ def test_in_batch(name, metric, normalize):
         agree(triplet_loss(x, labels, mining=name, metric=metric, normalize=normalize, **how), want, (x,))
 
 
+@pytest.mark.parametrize("impl", [None, "torch"])
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_a_softplus_counts_as_nonzero_where_a_float_does_not_hold_it(name, impl):
+    """Squared distances of hundreds: most hinges lie where a softplus of floats is 0."""
+    x, labels = 9 * torch.randn(30, 8), torch.randint(0, 4, (30,))
+    d = reference.distances(x, x, "sqeuclidean", False)
+    triplets = mined(name, d, *reference.sides(labels, labels, torch.arange(30)), 300.0)
+    for swap, direction in itertools.product((False, True), ("cluster", "confuse")):
+        how = dict(margin=300.0 if name == "semi_hard" else 0.0, soft=True, swap=swap, direction=direction)
+        want = reference.triplet_loss([(d, d)], triplets, **how, reduction="mean_nonzero")
+        got = triplet_loss(x, labels, mining=name, metric="sqeuclidean", normalize=False, impl=impl, **how)
+        torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", DETERMINISTIC)
 @pytest.mark.parametrize("valid", [None, 9])
 def test_against_a_bank(name, valid, budget):

@@ -83,7 +83,7 @@ def triplet_loss(
         max_positives: positives considered per anchor, in order of their index. Default all: their largest number is read on a CPU
             in eager code; on a GPU or compiled, where it cannot be for free, minings other than the per-anchor ones
             reserve room for M, which this argument saves.
-        reduction: "mean_nonzero" (over losses > 0), "mean" (over all mined triplets), "sum", "none": sums per anchor [N].
+        reduction: "mean_nonzero" (over losses > 0: every softplus is), "mean" (over mined triplets), "sum", "none": sums per anchor [N].
         generator: of distance_weighted and focal: torch.Generator, or an integer seed tensor (the form for compiled code).
 
     Returns: 0-d or [N]; float32, float64 for float64. Static shapes, no host synchronisation. An anchor without a

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._core import extension
 from ..._core.centre import middle
-from . import chosen, classes, distances, mining, sampling
+from . import chosen, classes, distances, mining, portable, sampling
 from .classes import Anchors, References
 from .mining import Settings
 from .portable import Mined, Problem, Rows
@@ -144,7 +144,7 @@ def triplet_rows(s: Settings, p: Problem, seed: Tensor) -> Rows:
     pairs = zip(p.layers, p.refs, strict=True)
     loss = sum(chosen.losses(s, x, None if y is x else y, positive, negative) for x, y in pairs)  # [N, P]
     sums = loss.sum(1)
-    return Rows(sums + distances.nan_where(unordered, sums.detach()), valid.sum(1), (loss > 0).sum(1))
+    return Rows(sums + distances.nan_where(unordered, sums.detach()), valid.sum(1), portable.nonzero(s, loss, valid).sum(1))
 
 
 def mine(s: Settings, p: Problem, seed: Tensor) -> Mined:

@@ -77,7 +77,7 @@ def _per_anchor_rows(s: Settings, p: Problem) -> Rows:
         valid = (positive >= 0) & (negative >= 0)
     loss = sum(chosen(s, x, y, positive.clamp_min(0), negative.clamp_min(0)) for x, y in zip(p.layers, p.refs, strict=True))
     loss = torch.where(valid, loss + distances.nan_where(nan, loss.detach()), torch.zeros_like(loss))
-    return Rows(loss, valid.long(), (loss > 0).long())
+    return Rows(loss, valid.long(), nonzero(s, loss, valid).long())
 
 
 def chosen(s: Settings, x: Tensor, y: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def _sparse(s, block, layers, refs, fixed_rows, fixed):
         anchors, _, c, seed = _unpack(s, block, fixed_rows, fixed)
         negative, valid = mining.choose_negative(s, c, anchors, seed)
     loss = sum(chosen(s, x[:, None], y, c.column, negative) for x, y in zip(layers, refs, strict=True))
-    return summed(loss, valid, c.poisoned, (1,))
+    return summed(s, loss, valid, c.poisoned, (1,))
 
 
 def cube(s, block, layers, refs, fixed_rows, fixed):
@@ -124,7 +124,7 @@ def cube(s, block, layers, refs, fixed_rows, fixed):
         if s.swap:
             d_an = _swapped(s, d_an, distances.tile(distances.gather(y, c.column), y, s.metric))
         loss = loss + _hinge(s, d.gather(1, c.column)[:, :, None], d_an)
-    return summed(loss, mined, c.poisoned, (1, 2))
+    return summed(s, loss, mined, c.poisoned, (1, 2))
 
 
 def every_triplet(s, block, layers, refs, fixed_rows, fixed):
@@ -133,10 +133,15 @@ def every_triplet(s, block, layers, refs, fixed_rows, fixed):
     return cube(s, block, layers, refs, (mine, *fixed_rows), (mine_ref, *fixed, None))
 
 
-def summed(loss: Tensor, valid: Tensor, poisoned: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def nonzero(s: Settings, loss: Tensor, valid: Tensor) -> Tensor:
+    """Which losses, 0 where not `valid`, are > 0. Every softplus is, though a float may not hold it."""
+    return valid if s.soft else loss > 0
+
+
+def summed(s: Settings, loss: Tensor, valid: Tensor, poisoned: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     loss = torch.where(valid, loss, torch.zeros_like(loss))
     sums = loss.sum(dims)
-    counts = torch.stack([valid.sum(dims), (loss > 0).sum(dims)], -1)
+    counts = torch.stack([valid.sum(dims), nonzero(s, loss, valid).sum(dims)], -1)
     return (sums + distances.nan_where(poisoned, sums.detach()))[:, None], counts
 
 

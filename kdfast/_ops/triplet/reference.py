@@ -125,7 +125,8 @@ def triplet_loss(layers, mined, *, margin, soft=False, swap=False, direction="cl
     total = torch.where(mined, total, 0)
     if reduction == "none":
         return total.sum((1, 2))
-    count = {"sum": torch.ones(()), "mean": mined.sum(), "mean_nonzero": (total > 0).sum()}[reduction]
+    nonzero = mined if soft else total > 0  # every softplus is, even where float64 does not hold it
+    count = {"sum": torch.ones(()), "mean": mined.sum(), "mean_nonzero": nonzero.sum()}[reduction]
     return total.sum() / count.clamp_min(1)
 
 

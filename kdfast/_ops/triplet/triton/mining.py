@@ -34,7 +34,7 @@ def _picked(s, block, layers, refs, fixed_rows, fixed):
     """Losses of the triplets found, by the distances of their rows."""
     positive, negative, valid = (t[:, block.first : block.last] for t in fixed_rows[:3])
     loss = sum(portable.chosen(s, x[:, None], y, positive, negative) for x, y in zip(layers, refs, strict=True))
-    return portable.summed(loss, valid, fixed_rows[3], (1,))
+    return portable.summed(s, loss, valid, fixed_rows[3], (1,))
 
 
 def mine(s: Settings, p: Problem, seed: Tensor) -> Mined:
