@@ -53,6 +53,17 @@ def test_divergence(metric, rho):
     assert gradcheck(lambda x: F.sinkhorn_divergence(x, y, a=weight, **kw), (x,), fast_mode=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_divergence_rounds_its_gradient_once(dtype):
+    """Its parts, which nearly cancel for clouds alike, were rounded each to the points' dtype: 20 times its rounding was left."""
+    x = torch.randn(4, 17, 3).to(dtype).requires_grad_()
+    y = torch.randn(4, 17, 3).to(dtype)
+    kw = {"epsilon": 0.5, "max_iters": 100}
+    got, wide = torch.autograd.grad(F.sinkhorn_divergence(x, y, **kw), x)[0], x.detach().double().requires_grad_()
+    want = torch.autograd.grad(F.sinkhorn_divergence(wide, y.double(), **kw), wide)[0]
+    torch.testing.assert_close(got.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
 def test_divergence_of_diracs_of_different_mass():
     """At one place, only the masses differ: zero for equal ones, and positive otherwise."""
     x = torch.zeros(1, 1, dtype=F64)

@@ -174,6 +174,23 @@ def test_row_extrema(metric):
     assert (one.hardest_positive.index == 4).all() and one.hardest_positive.value.isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bank", [True, False])
+def test_row_extrema_round_gradients_once(dtype, bank):
+    """Three references share the gradients of 200 anchors, which added up in the rows' dtype lost all but its first digits."""
+    x, y = (2 * torch.randn(200, 5)).to(dtype).requires_grad_(), torch.randn(3, 5).to(dtype).requires_grad_()
+    y = y if bank else x
+    labels = torch.arange(200) % 3
+    one, wide = row_extrema(x, y, labels, labels[: len(y)]), [x.detach().double().requires_grad_()]
+    wide.append(y.detach().double().requires_grad_() if bank else wide[0])
+    other = row_extrema(*wide, labels, labels[: len(y)])
+    for mine, true in zip(one, other, strict=True):
+        assert mine.index.equal(true.index)
+        got, want = (torch.autograd.grad(e.value[e.index >= 0].sum(), t) for e, t in ((mine, [x, y][: 1 + bank]), (true, wide[: 1 + bank])))
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g.double(), w, rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_no_anchors_have_no_triplets(dtype):
     """An impl="cpu" would have no references to take the middle of, the portable path no tile."""

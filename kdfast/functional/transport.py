@@ -79,7 +79,7 @@ def sinkhorn_divergence(
     if rho is not None and (isinstance(rho, bool) or not isinstance(rho, Real)):
         raise TypeError(f"rho must be None or a float in a divergence, which relaxes both sides alike, got {rho!r}")
     options = _options(metric, epsilon, max_iters, tol, anneal, method, grad, precision, impl) | {"rho": rho}
-    x, y = _prepared(x, y, normalize)
+    x, y = (p.to(dtypes.accumulator(p.dtype)) for p in _prepared(x, y, normalize))  # rounded once gradients are added, for they cancel
     between = sinkhorn(x=x, y=y, a=a, b=b, lengths=lengths, **options)
     rows, cols = (None, None) if lengths is None else lengths
     within_x = sinkhorn(x=x, y=x, a=a, b=a, lengths=None if rows is None else (rows, rows), **options)

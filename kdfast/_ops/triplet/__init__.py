@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._core import impls
+from ..._core import dtypes, impls
 from ..._core.dtypes import autocast_off
 from . import cpu, distances, extrema, inputs, relations_cpu, triton
 from .triton import relations as relations_triton
@@ -90,13 +90,17 @@ def row_extrema(
         ready=False,
         names=inputs.Names("x", "labels_x", "y", "labels_y", "valid"),
     )
-    (x,), (y,) = b.layers, b.refs
+    in_batch, (x,), (y,) = x is y, b.layers, b.refs
     impl = choose("row_extrema", impl, x, others=(y.dtype,), width=x.shape[1])
     with full_precision(x):
         if impl == "cpu":
             columns, _ = cpu.extremes(x, y, b.anchors, b.classes, metric, normalize, farthest_negative=True)
         else:
             columns = _scanned(b.ready(metric, normalize), metric, triton.scan if impl == "triton" else extrema.scan)
+        if y.requires_grad:  # a row chosen often adds up gradients: they are rounded once they are added
+            wide = dtypes.accumulator(x.dtype)
+            x, y = x.to(wide), y.to(wide)
+            y = x if in_batch else y
         x = distances.prepare(x, metric, normalize)
         return RowExtrema(*(_exact(x, y, columns[kind], metric, normalize, farthest) for kind, (_, farthest) in extrema.KINDS.items()))
 
