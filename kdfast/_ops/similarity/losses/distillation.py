@@ -31,7 +31,7 @@ from ..exclusions import Rules
 from ..first_order import start_weight
 from ..positives import dot
 from ..triton import distillation as triton_distillation
-from . import distillation_values
+from . import distillation_second, distillation_values
 
 
 def _of_both_sides(refuses: Callable[..., str | None]) -> Callable[..., str | None]:
@@ -147,8 +147,11 @@ def _values(call: Call, kernel: bool, ours: Compute, theirs: Compute, *inputs) -
     return run(*matrices, *vectors, f.key_index, f.valid, call.kl, ours.dtype, theirs.dtype)
 
 
-def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Tensor, Tensor]:
-    """(losses, lse) by streaming softmaxes: any device, dtype and transform, and derivatives in the teacher's scale and the bias too."""
+def _composed(call: Call, student, keys, scale, start_logit, *fixed, constants: bool = True) -> tuple[Tensor, Tensor]:
+    """(losses, lse) by streaming softmaxes: any device, dtype and transform, and derivatives in the teacher's scale and the bias too.
+
+    constants: terms without a derivative in the student's side are wanted.
+    """
     f = Fixed(*fixed)
     learnt = recorded(f.scale, f.start_logit, f.bias)
     scale = call.factor if scale is None else scale
@@ -177,6 +180,8 @@ def _composed(call: Call, student, keys, scale, start_logit, *fixed) -> tuple[Te
     p_start = None if f.start_logit is None else start_weight(f.start_logit, teacher_lse, teacher_low)
     if p_start is not None:
         losses = losses - p_start * start_logit
+    if not constants:
+        return losses, lse
     if call.kl:
         if one_bank and not learnt:
             own = expected.detach()
@@ -266,25 +271,31 @@ def of_keys(call: Call, g: Tensor, kept: Tensor, log_sums: Tensor, student: Tens
 
 
 class Gradients(Function):
-    """`_gradients`, and their derivative: that of the definition, taken twice."""
+    """`_gradients`, and their derivative: distillation_second.py's, or that of the definition, taken twice."""
 
     @staticmethod
     def forward(ctx, call, want, versions, g, student, scale, start_logit, slope, difference, log_sums, kept_keys, keys, *fixed):
         ctx.call, ctx.want, ctx.versions = call, want, versions
-        _keep(ctx, (g, student, scale, start_logit), (keys, *fixed), versions is not None)
+        _keep(ctx, (g, student, scale, start_logit, difference, log_sums), (keys, *fixed), versions is not None)
         ctx.set_materialize_grads(False)
         return _gradients(call, want, versions, g, student, scale, start_logit, slope, difference, log_sums, kept_keys, keys, *fixed)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        (g, student, scale, start_logit), bank = _kept(ctx, 4)
+        (g, student, scale, start_logit, difference, log_sums), bank = _kept(ctx, 6)
         _unchanged(bank, ctx.versions, "similarity_distillation")
         keys, *fixed = bank
+        needs, call, f = ctx.needs_input_grad, ctx.call, Fixed(*fixed)
 
         def definition(*inputs):
-            return _reduced(ctx.call, Fixed(*fixed), *_composed(ctx.call, *inputs, *fixed))
+            return _reduced(call, f, *_composed(call, *inputs, *fixed, constants=False))
 
-        dg, dstudent, dkeys, dscale, dstart = SecondOrder.apply(definition, ctx.want, *cotangents, g, student, keys, scale, start_logit)
+        if distillation_second.served(call, student, start_logit, f):
+            needed, share = (needs[3], needs[4], needs[11], needs[5]), of_loss(call, g, student)
+            found = *cotangents[:3], share, difference, log_sums, student, keys, scale
+            (dg, dstudent, dkeys, dscale), dstart = distillation_second.gradients(call, f, needed, *found), None
+        else:
+            dg, dstudent, dkeys, dscale, dstart = SecondOrder.apply(definition, ctx.want, *cotangents, g, student, keys, scale, start_logit)
         return None, None, None, dg, dstudent, dscale, dstart, *(None,) * 4, dkeys, *(None,) * len(Fixed._fields)
 
 
