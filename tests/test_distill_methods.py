@@ -46,6 +46,14 @@ def test_kd_of_extreme_logits_is_finite():
     assert loss.isfinite() and s.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("T", [1.0, 4.0])
+def test_kd_of_no_samples_is_zero(T):
+    s = rows(0, 5, grad=True)
+    loss = KD(T)(s, rows(0, 5))
+    loss.backward()
+    assert loss == 0 and s.grad.shape == (0, 5)
+
+
 def test_mse_of_maps_pools_the_larger_and_projects():
     projector = Projector(5, 3).double()
     s, t = rows(2, 5, 4, 4, grad=True), rows(2, 3, 2, 2)
