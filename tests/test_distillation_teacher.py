@@ -45,20 +45,20 @@ def test_slopes_of_the_kernel(isa, dtype, shape, chosen):
     torch.library.opcheck(run.default, (*given, 0, True, True, False, 1.0, 1.0, None, False, True), test_utils="test_faketensor")
 
 
-def definition(student, bank, tau, *, teacher, teacher_bank, divergence, own, reduction, weight):
-    """With all logits, in the dtype of `student`; the teacher's temperature is `tau`, the student's 0.2."""
+def definition(student, bank, tau, *, teacher, teacher_bank, divergence, own, reduction, weight, student_tau=0.2):
+    """With all logits, in the dtype of `student`; the teacher's temperature is `tau`."""
     teacher, teacher_bank = teacher.to(student.dtype), teacher_bank.to(student.dtype)
     z, u = student @ bank.T, teacher @ teacher_bank.T
     if own:
         z, u = (torch.cat([(q * teacher).sum(1, keepdim=True), x], 1) for q, x in ((student, z), (teacher, u)))
-    log_q, log_p = (z / 0.2).log_softmax(1), (u / (tau[:, None] if tau.dim() else tau)).log_softmax(1)
+    log_q, log_p = (z / student_tau).log_softmax(1), (u / (tau[:, None] if tau.dim() else tau)).log_softmax(1)
     losses = (log_p.exp() * ((log_p - log_q) if divergence == "kl" else -log_q)).sum(1)
     share = torch.ones_like(losses) if weight is None else weight.to(losses.dtype)
     return {"none": losses * share, "sum": (losses * share).sum(), "mean": (losses * share).sum() / share.sum()}[reduction]
 
 
-def ours(student, bank, tau, *, teacher, teacher_bank, **given):
-    return similarity_distillation(student, teacher, bank, teacher_bank, student_temperature=0.2, teacher_temperature=tau, **given)
+def ours(student, bank, tau, *, teacher, teacher_bank, student_tau=0.2, **given):
+    return similarity_distillation(student, teacher, bank, teacher_bank, student_temperature=student_tau, teacher_temperature=tau, **given)
 
 
 @DIVERGENCES
@@ -119,3 +119,23 @@ def test_second_derivatives(divergence, own):
 
     for got, wanted in zip(second(ours, torch.float32), second(definition, torch.float64), strict=True):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+@DIVERGENCES
+@pytest.mark.parametrize("of", ["one temperature", "a student made of the bank", "a student that is the bank", "a student by temperature"])
+def test_derivatives_of_inputs_made_of_each_other(divergence, of):
+    """Each input's gradient is its own: that of one made of another is not counted with the other's again."""
+    given = dict(teacher=unit(20, 8), teacher_bank=unit(20, 8), divergence=divergence, own=False, reduction="mean", weight=None)
+    leaves = unit(20, 8), torch.tensor(0.2), [torch.randn(20, 8), torch.randn(())]
+
+    def derivatives(loss, dtype):
+        x, tau = (t.to(dtype).requires_grad_() for t in leaves[:2])
+        student = {"a student made of the bank": 1.5 * x, "a student by temperature": x * tau}.get(of, x)
+        bank = x if "bank" in of else x.detach().roll(1, 0)
+        value = loss(student, bank, tau, **given, **({"student_tau": tau} if of == "one temperature" else {}))
+        first = torch.autograd.grad(value, (x, tau), create_graph=True)
+        along = sum((d * u.to(dtype)).sum() for d, u in zip(first, leaves[2], strict=True))
+        return *torch.autograd.grad(value, (x, tau), retain_graph=True), *first, *torch.autograd.grad(along, (x, tau))
+
+    for got, wanted in zip(derivatives(ours, torch.float32), derivatives(definition, torch.float64), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5 * float(wanted.detach().abs().max()))

@@ -151,6 +151,8 @@ class DistillationLosses(PlainFunction):
 
 def _by_definition(call: distillation.Call, leaves, wanted, g, teacher, teacher_keys, own, key_index, weight) -> list[Tensor | None]:
     """The gradients in student, keys, temperature and teacher_temperature, where they may be differentiated again."""
+    # views: of a tensor given twice, or one made of another, each has its own part of the gradient
+    leaves = [None if x is None else x.view_as(x) for x in leaves]
     student, keys, temperature, teacher_temperature = leaves
     scale = call.factor if temperature is None else temperature.reciprocal()
     teacher_scale = teacher_temperature.reciprocal()
