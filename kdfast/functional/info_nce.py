@@ -1,5 +1,6 @@
 """InfoNCE in all its forms: explicit or in-bank positives, in-batch or bank negatives, classes excluded or attracted."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from .._ops.similarity.losses.info_nce import Positives, info_nce_rows
 from .._ops.similarity.losses.matching import paired_rows
 from .._ops.similarity.positives import per_row, positive_logits
 from ._candidates import inverse, normalized, own_columns
+from ._mapped import over_mapped
 
 
 def info_nce(
@@ -93,6 +95,12 @@ def info_nce(
         loss = plain_info_nce.info_nce_loss(query, positive, bank, temperature, targets, *options)
         if loss is not None:
             return loss
+        bare = query_labels is bank_labels is bank_bias is targets is bank_valid is own_index is weight is None
+        if bare and include_positive and not attract and torch._C._are_functorch_transforms_active():
+            losses = partial(info_nce, normalize=normalize, label_smoothing=label_smoothing, reduction="none")
+            loss = over_mapped(losses, reduction, query, positive, bank, temperature)
+            if loss is not None:
+                return loss
     p = _prepare(query, positive, bank, targets, query_labels, bank_labels, bank_bias, bank_valid, own_index, normalize, group)
     _check_options(p, targets, positive_weights, same_class, false_negative_margin, include_positive, label_smoothing, reduction)
     paired = bank is group is positive_weights is false_negative_margin is None and (own_index is None or own_index is True)
