@@ -51,7 +51,8 @@ def info_nce_loss(
     if positive is None:
         whole = (attract or targets is not None) and plain(query, keys)
     else:
-        whole = targets is None and plain(query, positive, keys) and positive.shape == query.shape
+        matrices = (query, positive) if bank is None else (query, positive, keys)
+        whole = targets is None and plain(*matrices) and positive.shape == query.shape
     if not (whole and keys.shape[1] == query.shape[1] and 0 <= smoothing < 1):
         return None
     count = query.shape[0]
