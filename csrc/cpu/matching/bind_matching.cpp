@@ -82,9 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matching_loss(const Tensor& x, const 
         const std::vector<BatchStatistic> found = row_statistics(call.p, nullptr);
         for (int64_t i = 0; i < rows; ++i) log_sum(found[i], row + i, row + rows + i);
       } else {
-        std::vector<float> unused(sides == 2 ? 0 : 2 * rows, 0.0f);
-        float* const of_columns = sides == 2 ? column : unused.data();
-        symmetric_log_sums(call.p, row, row + rows, of_columns, of_columns + rows);
+        symmetric_log_sums(call.p, row, row + rows, sides == 2 ? column : nullptr, sides == 2 ? column + rows : nullptr);
       }
       of_rows.find(call, row, column, losses + entry * rows);
     }

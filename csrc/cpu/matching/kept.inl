@@ -84,6 +84,7 @@ void kept_symmetric(const PairParams& p, const SymmetricStatistics& found, const
   with_holding_product(p, all, [&](auto product) {
     Arena arena{workspace};
     SymmetricStatistic statistic{p, all};
+    statistic.rows_alone = found.column_sum == nullptr;
     SymmetricWeights weights{p, all, upstream, out};
     KeptSymmetric w(product, p, out, statistic, weights, arena);
     statistic.begin(p.rows + decltype(product)::kRowChunk, p.columns + kPanel);

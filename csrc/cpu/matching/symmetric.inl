@@ -53,6 +53,7 @@ struct SymmetricStatistic {
   float *column_maximum, *column_low, *column_sum;  // [columns of the task]
   float *lanes, *row_top, *row_rest;                // of a chunk's rows: maxima or sums by lanes, maxima, what these round off
   float *column_top, *column_rest, *column_shift, *column_part;  // of a block's columns in a chunk: the same, maxima where finite, sums
+  bool rows_alone = false;                                       // nothing is found of columns
 
   template <class Product>
   void plan(Product, int64_t rows, int64_t columns, int64_t block, Arena& arena) {
@@ -78,13 +79,18 @@ struct SymmetricStatistic {
   float multiplier(int64_t row) const { return multiplier_of(p.scale[task.batch * p.rows + first + row]); }
 
   void chunk(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
+    rows_alone ? take<false>(block, row, rows, tile) : take<true>(block, row, rows, tile);
+  }
+
+  template <bool kColumns>
+  void take(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
     leave_out(block, row, rows, tile);
-    const bool near = maxima(block, row, rows, tile);
+    const bool near = maxima<kColumns>(block, row, rows, tile);
     if (near) {
-      add<true>(block, row, rows, tile);
+      add<true, kColumns>(block, row, rows, tile);
     } else {
-      rests(block, row, rows, tile);
-      add<false>(block, row, rows, tile);
+      rests<kColumns>(block, row, rows, tile);
+      add<false, kColumns>(block, row, rows, tile);
     }
   }
 
@@ -99,9 +105,10 @@ struct SymmetricStatistic {
   }
 
   // Maxima of the tile's rows and columns, rounded; whether all of them are within reach of the largest, which is rounded by less than 1.
+  template <bool kColumns>
   bool maxima(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
     const Vec nothing = splat(-kInfinity);
-    for (int64_t j = 0; j < block.padded; j += kLanes) store(column_top + j, nothing);
+    for (int64_t j = 0; kColumns && j < block.padded; j += kLanes) store(column_top + j, nothing);
     for (int64_t i = 0; i < rows; ++i) {
       const float* const scores = tile.scores(i);
       const Vec m = splat(multiplier(row + i));
@@ -110,6 +117,7 @@ struct SymmetricStatistic {
         const Vec z0 = m * load(scores + j), z1 = m * load(scores + j + kLanes);
         best0 = larger(z0, best0);
         best1 = larger(z1, best1);
+        if constexpr (!kColumns) continue;
         store(column_top + j, larger(z0, load(column_top + j)));
         store(column_top + j + kLanes, larger(z1, load(column_top + j + kLanes)));
       }
@@ -117,18 +125,19 @@ struct SymmetricStatistic {
     }
     for (int64_t i = rows; i < round_up(rows, kLanes); ++i) store(lanes + i * kLanes, nothing);
     for (int64_t i = 0; i < rows; i += kLanes) store(row_top + i, across<Larger>(lanes + i * kLanes));
-    for (int64_t j = 0; j < block.padded; j += kLanes) store(column_shift + j, finite_shift(load(column_top + j)));
+    for (int64_t j = 0; kColumns && j < block.padded; j += kLanes) store(column_shift + j, finite_shift(load(column_top + j)));
 
     float most = -kInfinity, least = kInfinity;
     for (int64_t i = 0; i < rows; ++i) most = row_top[i] > most ? row_top[i] : most, least = row_top[i] < least ? row_top[i] : least;
-    for (int64_t j = 0; j < block.columns; ++j) least = column_top[j] < least ? column_top[j] : least;
+    for (int64_t j = 0; kColumns && j < block.columns; ++j) least = column_top[j] < least ? column_top[j] : least;
     return most - least <= kReach && most < 0x1p24f && most > -0x1p24f;  // not for NaN, nor where nothing is left in
   }
 
   // What the maxima of rows and columns have been rounded by.
+  template <bool kColumns>
   void rests(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
     const auto finite = [](Vec rest) { return rest - rest == Vec{} ? rest : Vec{}; };
-    for (int64_t j = 0; j < block.padded; j += kLanes) store(column_rest + j, splat(-kInfinity));
+    for (int64_t j = 0; kColumns && j < block.padded; j += kLanes) store(column_rest + j, splat(-kInfinity));
     for (int64_t i = 0; i < rows; ++i) {
       const float* const scores = tile.scores(i);
       const Vec m = splat(multiplier(row + i)), shift = finite_shift(splat(row_top[i]));
@@ -136,20 +145,20 @@ struct SymmetricStatistic {
       for (int64_t j = 0; j < block.padded; j += kLanes) {
         const Vec score = load(scores + j);
         best = larger(multiply_add(score, m, -shift), best);
-        store(column_rest + j, larger(multiply_add(score, m, -load(column_shift + j)), load(column_rest + j)));
+        if constexpr (kColumns) store(column_rest + j, larger(multiply_add(score, m, -load(column_shift + j)), load(column_rest + j)));
       }
       store(lanes + i * kLanes, best);
     }
     for (int64_t i = 0; i < rows; i += kLanes) store(row_rest + i, finite(across<Larger>(lanes + i * kLanes)));
-    for (int64_t j = 0; j < block.padded; j += kLanes) store(column_rest + j, finite(load(column_rest + j)));
+    for (int64_t j = 0; kColumns && j < block.padded; j += kLanes) store(column_rest + j, finite(load(column_rest + j)));
   }
 
   // kNear: relative to the largest maximum of all. Else to each row's and each column's own.
-  template <bool kNear>
+  template <bool kNear, bool kColumns>
   void add(const Block& block, int64_t row, int64_t rows, const Tile& tile) const {
     float most = row_top[0];
     for (int64_t i = 1; i < rows; ++i) most = row_top[i] > most ? row_top[i] : most;
-    for (int64_t j = 0; j < block.padded; j += kLanes) store(column_part + j, Vec{});
+    for (int64_t j = 0; kColumns && j < block.padded; j += kLanes) store(column_part + j, Vec{});
     for (int64_t i = 0; i < rows; ++i) {
       const float* const scores = tile.scores(i);
       const Vec m = splat(multiplier(row + i)), shift = kNear ? splat(most) : finite_shift(splat(row_top[i])), rest = kNear ? Vec{} : splat(row_rest[i]);
@@ -161,7 +170,7 @@ struct SymmetricStatistic {
           return kNear ? multiply_add(score, m, -shift) : exponent(score, m, shift, rest);
         });
         exp_nonpositive(e, e);
-        if (!kNear) {
+        if constexpr (kColumns && !kNear) {
           in_step(of_column, [&](int v) {
             const int64_t j = j0 + v * kLanes;
             return exponent(load(scores + j), m, load(column_shift + j), load(column_rest + j));
@@ -171,7 +180,7 @@ struct SymmetricStatistic {
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) {
           float* const part = column_part + j0 + v * kLanes;
-          store(part, load(part) + (kNear ? e[v] : of_column[v]));
+          if constexpr (kColumns) store(part, load(part) + (kNear ? e[v] : of_column[v]));
           (v % 2 == 0 ? sum0 : sum1) += e[v];
         }
       }
@@ -184,7 +193,7 @@ struct SymmetricStatistic {
       const int64_t at = row_at + i;
       fold(row_maximum + at, row_low + at, row_sum + at, reference(row_top + i, row_rest + i), across<Sum>(lanes + i * kLanes));
     }
-    for (int64_t j = 0; j < block.padded; j += kLanes) {
+    for (int64_t j = 0; kColumns && j < block.padded; j += kLanes) {
       const int64_t at = column_at + j;
       fold(column_maximum + at, column_low + at, column_sum + at, reference(column_top + j, column_rest + j), load(column_part + j));
     }
@@ -195,6 +204,7 @@ struct SymmetricStatistic {
     __builtin_memcpy(out.row_maximum, row_maximum, rows);
     __builtin_memcpy(out.row_low, row_low, rows);
     __builtin_memcpy(out.row_sum, row_sum, rows);
+    if (rows_alone) return;
     __builtin_memcpy(out.column_maximum, column_maximum, columns);
     __builtin_memcpy(out.column_low, column_low, columns);
     __builtin_memcpy(out.column_sum, column_sum, columns);
@@ -352,6 +362,7 @@ int64_t symmetric_workspace(const PairParams& p, int64_t rows, int64_t columns) 
 void symmetric(const PairParams& p, const PairTask& task, const SymmetricStatistics& out, float* workspace) {
   const int64_t rows = task.row_end - task.row_begin, columns = task.column_end - task.column_begin;
   SymmetricStatistic statistic{p, task};
+  statistic.rows_alone = out.column_sum == nullptr;
   with_sound_product(p.precision, [&](auto product) {
     Arena arena{workspace};
     SymmetricWorkspace w(product, p, rows, columns, statistic, arena);

@@ -54,6 +54,7 @@ void tabled_symmetric(const PairParams& p, const SymmetricStatistics& found, con
   with_holding_product(p, all, [&](auto product) {
     Arena arena{workspace};
     SymmetricStatistic statistic{p, all};
+    statistic.rows_alone = found.column_sum == nullptr;
     SymmetricWeights weights{p, all, upstream, out};
     KeptSymmetric w(product, p, out, statistic, weights, arena);
     statistic.begin(p.rows + decltype(product)::kRowChunk, p.columns + kPanel);

@@ -118,11 +118,12 @@ void for_each_rectangle(const PairParams& p, int64_t products, const Words& word
 }
 
 // Log-sum-exps of every row and every column, and the digits that they have no room for. The parts of rows, and those of columns, are merged in
-// a fixed order.
+// a fixed order. column_lse null: not wanted.
 inline void symmetric_log_sums(const PairParams& p, float* row_lse, float* row_low, float* column_lse, float* column_low) {
   const Grid grid(p);
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
-  const Partial of_rows(grid.column_parts, p.batch * p.rows), of_columns(grid.row_parts, p.batch * p.columns);
+  const bool columns = column_lse != nullptr;
+  const Partial of_rows(grid.column_parts, p.batch * p.rows), of_columns(grid.row_parts, columns ? p.batch * p.columns : 0);
   const int64_t words = kernels.symmetric_workspace(p, longest(p.rows, grid.row_parts), longest(p.columns, grid.column_parts));
   const Workspace<float> workspace = product_workspace(words * grid.workers);
   float* const work = workspace.data();
@@ -130,13 +131,15 @@ inline void symmetric_log_sums(const PairParams& p, float* row_lse, float* row_l
     const PairTask task = grid.task(t);
     const int64_t row_part = grid.row_part(t), column_part = grid.column_part(t);
     const int64_t row = task.batch * p.rows + task.row_begin, column = task.batch * p.columns + task.column_begin;
-    kernels.symmetric(p, task,
-                      {of_rows.maximum(column_part, row), of_rows.rest(column_part, row), of_rows.sum(column_part, row),
-                       of_columns.maximum(row_part, column), of_columns.rest(row_part, column), of_columns.sum(row_part, column)},
-                      work + worker * words);
+    kdfast::SymmetricStatistics found{of_rows.maximum(column_part, row), of_rows.rest(column_part, row), of_rows.sum(column_part, row)};
+    if (columns) {
+      found.column_maximum = of_columns.maximum(row_part, column), found.column_low = of_columns.rest(row_part, column);
+      found.column_sum = of_columns.sum(row_part, column);
+    }
+    kernels.symmetric(p, task, found, work + worker * words);
   });
   of_rows.merge(row_lse, row_low);
-  of_columns.merge(column_lse, column_low);
+  if (columns) of_columns.merge(column_lse, column_low);
 }
 
 inline double level_of(const BatchStatistic& s) { return double(s.maximum) + double(s.low); }
@@ -196,16 +199,17 @@ template <class Between>
 void kept_symmetric_sums(const PairParams& p, float* row_lse, float* row_low, float* column_lse, float* column_low, const Between& between,
                          const SymmetricUpstream& upstream, const PairSums& sums, float* work, float* table = nullptr) {
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
-  const Partial of_rows(1, p.rows), of_columns(1, p.columns);
+  const bool columns = column_lse != nullptr;
+  const Partial of_rows(1, p.rows), of_columns(1, columns ? p.columns : 0);
   auto merge = [&] {
     leave_vectors();
     of_rows.merge(row_lse, row_low);
-    if (column_lse != nullptr) of_columns.merge(column_lse, column_low);
+    if (columns) of_columns.merge(column_lse, column_low);
     between();
   };
   const kdfast::Step step{[](void* f) { (*static_cast<decltype(merge)*>(f))(); }, &merge};
-  const kdfast::SymmetricStatistics found{of_rows.maximum(0, 0),    of_rows.rest(0, 0),    of_rows.sum(0, 0),
-                                          of_columns.maximum(0, 0), of_columns.rest(0, 0), of_columns.sum(0, 0)};
+  kdfast::SymmetricStatistics found{of_rows.maximum(0, 0), of_rows.rest(0, 0), of_rows.sum(0, 0)};
+  if (columns) found.column_maximum = of_columns.maximum(0, 0), found.column_low = of_columns.rest(0, 0), found.column_sum = of_columns.sum(0, 0);
   if (table != nullptr) {
     kernels.tabled_symmetric(p, found, step, upstream, sums, table, work);
   } else {

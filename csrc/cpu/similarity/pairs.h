@@ -29,7 +29,7 @@ struct PairTask {
 // row or column on.
 struct SymmetricStatistics {
   float *row_maximum, *row_low, *row_sum;           // [task rows]
-  float *column_maximum, *column_low, *column_sum;  // [task columns]
+  float *column_maximum, *column_low, *column_sum;  // [task columns]; null: not wanted
 };
 
 // What row_statistics finds in the task's columns for one row, where every row of the batch entry is a column too, left out for itself by its
