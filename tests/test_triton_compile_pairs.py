@@ -32,7 +32,9 @@ def compiled(kernel, arch: int, dtype: torch.dtype, tmp_path, **flags) -> Code:
     """For rows of 512, with tf32 products of float32 unless `precision` is another."""
     x = torch.empty(1, 256, 512, dtype=dtype)
     narrow = flags.pop("narrow", False) or flags.get("CLASSES", False) or (kernel is kernels.symmetric_weights and arch >= 100)
-    part = launches.Part(x, x, launches.tiles(dtype, narrow), launches.format_of(dtype, PRECISIONS[flags.pop("precision", "tf32")]))
+    precision = flags.pop("precision", "tf32")
+    crowded = precision == "bf16x3" and arch in (80, 120)
+    part = launches.Part(x, x, launches.tiles(dtype, narrow), launches.format_of(dtype, PRECISIONS[precision]), crowded)
     weights = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[part.format.weights]
     options = {**part.options, "COUNTED": False, "FACTORS": False, "WIDTH": 128, **flags}
     if kernel is kernels.weighted_sums:
@@ -124,6 +126,9 @@ def test_three_products_from_registers(arch, tmp_path):
         (kernels.symmetric_statistics, {"CLASSES": False, "HALF": False}),
         (kernels.symmetric_weights, {"CLASSES": False, "WANTED": True}),
         (kernels.sigmoid_pairs, {"GRADIENT": True, "WANTED": True}),
+        (kernels.weighted_sums, {"TRANSPOSED": False, "ADD": True, "FACTORS": True}),
+        (kernels.weighted_sums, {"TRANSPOSED": False, "ADD": True, "FACTORS": False}),
+        (kernels.weighted_sums, {"TRANSPOSED": True, "ADD": True, "FACTORS": False}),
     ):
         assert_in_registers(compiled(kernel, arch, torch.float32, tmp_path, **flags, **more), arch)
 

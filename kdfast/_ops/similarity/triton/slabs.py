@@ -115,6 +115,7 @@ class Part(NamedTuple):
     y: Tensor  # [b, c, D]
     tiles: Tiles
     format: Format
+    crowded: bool = False  # whether operands are in registers, as before Hopper, and three products make them so many that they would spill
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -162,8 +163,8 @@ class Part(NamedTuple):
 
     def depth_of_sums(self, weights: torch.dtype) -> int:
         """Of their products with rows: fp16 rows may have weights twice as wide; FMA units' operands of longer steps would spill."""
-        most = 16 if weights == torch.float32 and self.format.precision == "ieee" else 128 // weights.itemsize
-        return min(self.tiles.depth, most)
+        short = weights == torch.float32 and (self.crowded or self.format.precision == "ieee")
+        return min(self.tiles.depth, 16 if short else 128 // weights.itemsize)
 
     def weights(self) -> Tensor:
         columns, entry = self.leading
@@ -173,11 +174,10 @@ class Part(NamedTuple):
 def parts(x: Tensor, y: Tensor, precision: int, most: int, *, narrow: bool = False, half: bool = False) -> Iterator[tuple[Slab, Part]]:
     """`half`: x [1, N, D] is y, and what is below the diagonal is left out."""
     format, arch = format_of(x.dtype, precision), runtime.architecture(x.device.index or 0)
-    # before Hopper operands are in registers, and those of three products would spill
-    in_registers = format.precision == "tf32x3" and (arch < 90 or runtime.is_small(arch))
-    shape = tiles(x.dtype, narrow or in_registers)
+    crowded = format.precision == "tf32x3" and (arch < 90 or runtime.is_small(arch))
+    shape = tiles(x.dtype, narrow or crowded)
     for slab in cut_half(x.shape[1], most, shape) if half else cut(len(x), x.shape[1], y.shape[1], most, shape):
-        yield slab, Part(*slab.of_rows(x), *slab.of_columns(y), shape, format)
+        yield slab, Part(*slab.of_rows(x), *slab.of_columns(y), shape, format, crowded)
 
 
 class Running(NamedTuple):
