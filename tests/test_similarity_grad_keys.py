@@ -188,18 +188,24 @@ def test_only_what_is_wanted(isa):
     assert [x.shape for x in run(a, g, keys=False, bias=False)] == [(0,), (0,)]
 
 
-# the keys are divided; a batch that threads share; too few keys to divide
+# the keys are divided, and those that are valid; a batch that threads share; too few keys to divide
 @DTYPES
+@pytest.mark.parametrize("valid", [None, (450, 1, 0, 100, 10_000)], ids=["all", "valid"])
 @pytest.mark.parametrize("shape", [(1, 500, 700, 64), (5, 300, 210, 48), (1, 2000, 90, 64)], ids=lambda s: "x".join(map(str, s)))
-def test_any_number_of_threads_gives_the_same_bits(dtype, shape):
-    a, g = case(*shape, dtype, bias=torch.zeros(shape[0], shape[2])), torch.randn(shape[:2])
+def test_any_number_of_threads_gives_the_same_bits(dtype, shape, valid):
+    batch, _, columns, _ = shape
+    a, g = case(*shape, dtype, bias=torch.zeros(batch, columns)), torch.randn(shape[:2])
+    if valid is not None:
+        a["valid"] = torch.tensor(valid[:batch])
     level = log_sums(a)
     before = torch.get_num_threads()
     try:
-        one, two, again = (torch.set_num_threads(threads) or run(a, g, level) for threads in (1, 2, 2))
+        one, two, three, again = (torch.set_num_threads(threads) or run(a, g, level) for threads in (1, 2, 3, 3))
     finally:
         torch.set_num_threads(before)
-    assert equal(one, two) and equal(two, again)
+    assert equal(one, two) and equal(two, three) and equal(three, again)
+    for b, kept in enumerate(() if valid is None else valid[:batch]):
+        assert all((out[b, min(kept, columns) :] == 0).all() for out in three)
 
 
 def test_empty_batches_queries_and_banks():

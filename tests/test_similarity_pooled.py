@@ -238,11 +238,12 @@ def test_an_infinite_value_is_an_infinity_of_the_formula_on_every_product(isa):
 # the bank is divided, with copies of the rows' sums; both are; both, with an odd batch
 @OVER
 @DTYPES
+@pytest.mark.parametrize("valid", [None, (650, 1, 0, 1000, 10_000)], ids=["all", "valid"])
 @pytest.mark.parametrize(
     "shape", [(1, 4, 9000, 64), (1, 800, 700, 64), (5, 33, 1100, 48), (1, 130, 2100, 64)], ids=lambda s: "x".join(map(str, s))
 )
-def test_threads_agree_and_repeat(dtype, shape, width):
-    a = case(*shape, dtype)
+def test_threads_agree_and_repeat(dtype, shape, width, valid):
+    a = case(*shape, dtype, **({} if valid is None else {"valid": torch.tensor(valid[: shape[0]])}))
     u = upstream(a, width, dtype)
     left = cpu.forward(**a, pooled=True, values=u["values"])
     before = torch.get_num_threads()

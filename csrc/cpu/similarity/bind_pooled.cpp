@@ -50,8 +50,7 @@ void run_rounds(const SimilarityParams& p, const PooledGradTask& call, const Rou
       task.batch = t / (a * c);
       task.row_begin = part_begin(p.rows, row_part, a), task.row_end = part_begin(p.rows, row_part + 1, a);
       const int64_t valid = valid_columns(p, task.batch);
-      task.column_begin = std::min(valid, part_begin(p.columns, column_part, a * c));
-      task.column_end = std::min(valid, part_begin(p.columns, column_part + 1, a * c));
+      task.column_begin = part_begin(valid, column_part, a * c), task.column_end = part_begin(valid, column_part + 1, a * c);
       task.begins = round == 0;
       PooledSums& s = task.sums;
       if (s.rows != nullptr) s.rows += copy * rows * p.width;

@@ -22,11 +22,11 @@ void run(const SimilarityParams& p, float* lse, float* lse_low, float* pooled) {
   const Division cut = divide(work_of(p), p.batch, p.rows, p.columns, p.pooled ? p.pooled_width + 3 : 3);
   const int64_t row_step = (p.rows + cut.row_parts - 1) / cut.row_parts;
   const int64_t whole = p.panels != nullptr ? kdfast::kPackedStep : 1;  // parts of a packed bank begin where its blocks do
-  const int64_t column_step = ((p.columns + cut.column_parts - 1) / cut.column_parts + whole - 1) / whole * whole;
+  const auto column_step = [&](int64_t columns) { return ((columns + cut.column_parts - 1) / cut.column_parts + whole - 1) / whole * whole; };
   const int64_t total_rows = p.batch * p.rows, tasks = p.batch * cut.row_parts * cut.column_parts;
   const bool merge = cut.column_parts > 1;
 
-  const int64_t words = kernels.similarity_workspace(p, row_step, column_step);
+  const int64_t words = kernels.similarity_workspace(p, row_step, column_step(p.columns));
   const Workspace<float> workspace = product_workspace(words * cut.workers);
   const int64_t partial_rows = merge ? cut.column_parts * total_rows : 0;
   const OptionalTensor partial = merge ? OptionalTensor(scratch(partial_rows * (3 + (p.pooled ? p.pooled_width : 0)))) : std::nullopt;
@@ -41,9 +41,9 @@ void run(const SimilarityParams& p, float* lse, float* lse_low, float* pooled) {
     task.batch = t / (cut.column_parts * cut.row_parts);
     task.row_begin = row_part * row_step;
     task.row_end = std::min(p.rows, task.row_begin + row_step);
-    const int64_t valid = valid_columns(p, task.batch);
-    task.column_begin = std::min(valid, part * column_step);
-    task.column_end = std::min(valid, task.column_begin + column_step);
+    const int64_t valid = valid_columns(p, task.batch), step = column_step(valid);
+    task.column_begin = std::min(valid, part * step);
+    task.column_end = std::min(valid, task.column_begin + step);
     task.start = part == 0 && p.start_logit != nullptr;
     task.finish = !merge;
     const int64_t row = task.batch * p.rows + task.row_begin, at = merge ? part * total_rows + row : row;

@@ -45,10 +45,11 @@ void kdfast::similarity_row_sums(SimilarityParams p, const SimilarityUpstream& u
   fold_batch(p);
 
   const Division cut = divide(work_of(p, 2, upstream.h.data != nullptr ? 1 : 0), p.batch, p.rows, p.columns, p.width + 2);
-  const int64_t row_step = (p.rows + cut.row_parts - 1) / cut.row_parts, column_step = (p.columns + cut.column_parts - 1) / cut.column_parts;
+  const int64_t row_step = (p.rows + cut.row_parts - 1) / cut.row_parts;
+  const auto column_step = [&](int64_t columns) { return (columns + cut.column_parts - 1) / cut.column_parts; };
   const bool merge = cut.column_parts > 1;
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
-  const int64_t words = kernels.similarity_grad_rows_workspace(p, call, row_step, column_step);
+  const int64_t words = kernels.similarity_grad_rows_workspace(p, call, row_step, column_step(p.columns));
   const Workspace<float> workspace = product_workspace(words * cut.workers);
   const Tensor partial = scratch(merge ? cut.column_parts * total_rows * (p.width + 2) : 0);
   float *const work = workspace.data(), *const parts = floats_of(partial);
@@ -62,9 +63,9 @@ void kdfast::similarity_row_sums(SimilarityParams p, const SimilarityUpstream& u
     task.batch = t / (cut.column_parts * cut.row_parts);
     task.row_begin = row_part * row_step;
     task.row_end = std::min(p.rows, task.row_begin + row_step);
-    const int64_t valid_end = valid_columns(p, task.batch), row = task.batch * p.rows + task.row_begin;
-    task.column_begin = std::min(valid_end, part * column_step);
-    task.column_end = std::min(valid_end, task.column_begin + column_step);
+    const int64_t valid = valid_columns(p, task.batch), step = column_step(valid), row = task.batch * p.rows + task.row_begin;
+    task.column_begin = std::min(valid, part * step);
+    task.column_end = std::min(valid, task.column_begin + step);
     const auto at = [&](int i, int64_t offset) { return merge ? starts[i] + part * sizes[i] + offset : outputs[i] + offset; };
     task.rows = at(0, row * p.width), task.mass = at(1, row), task.total = at(2, row);
     if (task.row_begin < task.row_end) kernels.similarity_grad_rows(p, task, work + worker * words);
@@ -117,21 +118,22 @@ std::tuple<Tensor, Tensor, Tensor> kdfast::similarity_grad_keys(const Tensor& sl
 
   const bool sums_values = values.has_value() ? want_values : want_keys;
   const int64_t workers = workers_for(work_of(p, want_keys ? 2 : 1, h.has_value() ? (sums_values ? 2 : 1) : 0));
-  const int64_t parts = parts_of_keys(workers, p.batch, p.columns), step = (p.columns + parts - 1) / parts;
+  const int64_t parts = parts_of_keys(workers, p.batch, p.columns);
+  const auto step_of = [&](int64_t columns) { return (columns + parts - 1) / parts; };
   const kdfast::CpuKernels& kernels = kdfast::cpu_kernels();
-  const int64_t words = kernels.similarity_grad_workspace(p, call, step);
+  const int64_t words = kernels.similarity_grad_workspace(p, call, step_of(p.columns));
   const Workspace<float> workspace = product_workspace(words * workers);
   float* const work = workspace.data();
   for_each_task(workers, p.batch * parts, [&](int64_t worker, int64_t t) {
     SimilarityGradTask task = call;
     task.batch = t / parts;
-    const int64_t begin = std::min(p.columns, t % parts * step), end = std::min(p.columns, begin + step);
+    const int64_t part = t % parts, at = task.batch * p.columns;
     const int64_t valid = p.rows == 0 ? 0 : valid_columns(p, task.batch);  // without queries there is nothing to add up
-    const int64_t valid_end = std::clamp(valid, begin, end), at = task.batch * p.columns;
-    task.key_begin = begin, task.key_end = valid_end;
-    if (begin < valid_end) kernels.similarity_grad(p, task, work + worker * words);
+    task.key_begin = std::min(valid, part * step_of(valid)), task.key_end = std::min(valid, task.key_begin + step_of(valid));
+    if (task.key_begin < task.key_end) kernels.similarity_grad(p, task, work + worker * words);
+    const int64_t rest = p.columns - valid, begin = at + valid + part * rest / parts, end = at + valid + (part + 1) * rest / parts;
     const auto clear = [&](float* out, int64_t width) {
-      if (out != nullptr) std::fill(out + (at + valid_end) * width, out + (at + end) * width, 0.0f);
+      if (out != nullptr) std::fill(out + begin * width, out + end * width, 0.0f);
     };
     clear(call.dkeys, p.width), clear(call.dbias, 1), clear(call.dvalues, p.pooled_width);
   });
