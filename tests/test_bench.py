@@ -278,3 +278,12 @@ def test_run_writes_a_table_and_a_csv(monkeypatch, tmp_path, capsys):
 def test_table_gives_reasons():
     row = runner.Row("similarity", "info_nce", "N=1", "float32", "peer", 1, "cpu", note="not installed")
     assert "peer  not installed" in report.table([row])
+
+
+@pytest.mark.parametrize("wall, busy", [(0.6, False), (1.4, False), (1.6, True)])
+def test_table_says_that_threads_had_to_wait(wall, busy):
+    """For other programs: no wall time is half as long again as the processor time of one thread."""
+    cpu = runner.Row("similarity", "info_nce", "N=1", "float32", "kdfast", 1, "cpu", median=1.0, low=1.0, high=1.0)
+    both = report.table([cpu, cpu._replace(threads=2, clock="wall", median=wall)])
+    assert ("2 threads, wall; no FMA probe; the machine was busy" in both) == busy
+    assert "1 thread, process-CPU; no FMA probe\n" in both

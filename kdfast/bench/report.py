@@ -28,7 +28,7 @@ def table(rows: list[Row]) -> str:
     lines = [f"{first.family} {first.case}  {first.shape}  {first.dtype}"]
     for clock in dict.fromkeys(row.clock for row in rows):
         block = [row for row in rows if row.clock == clock]
-        lines.append(f"  {_about_clock(block[0], on_gpu)}")
+        lines.append(f"  {_about_clock(block[0], on_gpu)}{'; the machine was busy: these say little' if _waited(rows, block) else ''}")
         name = max(len(row.peer) for row in block)
         measured = [row for row in block if row.median is not None]
         lines += [f"    {line}" for line in text.aligned([_GPU_HEADER if on_gpu else _HEADER, *(_cells(row, on_gpu) for row in measured)])]
@@ -41,6 +41,12 @@ def _about_clock(row: Row, on_gpu: bool) -> str:
         return "the GPU's time, caches flushed" if row.clock == "cuda" else "the host's time"
     threads = "1 thread, process-CPU" if row.clock == "cpu" else f"{row.threads} threads, wall"
     return threads + (f"; FMA probe {row.fma_rate / 1e9:.0f} GFLOP/s" if row.fma_rate else "; no FMA probe")
+
+
+def _waited(rows: list[Row], block: list[Row]) -> bool:
+    """Whether all threads took half as long again, on the wall, as one of them has processor time to do: other programs had the rest."""
+    alone = {row.peer: row.median for row in rows if row.clock == "cpu" and row.median}
+    return any(row.clock == "wall" and row.median and row.median > 1.5 * alone.get(row.peer, float("inf")) for row in block[:1])
 
 
 def _cells(row: Row, on_gpu: bool) -> tuple[str, ...]:
