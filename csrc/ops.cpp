@@ -32,6 +32,11 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "Tensor pooled, Tensor query, Tensor keys, Tensor scale, Tensor? bias, Tensor? query_labels, Tensor? key_labels, Tensor? key_index, "
       "Tensor? limit, Tensor? valid, bool want_keys, int precision) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "similarity_pooled_second(Tensor g, Tensor h, Tensor? query_direction, Tensor? keys_direction, Tensor? scale_direction, "
+      "Tensor? values_direction, Tensor lse, Tensor lse_low, Tensor query, Tensor keys, Tensor scale, Tensor? bias, Tensor? values, "
+      "Tensor? query_labels, Tensor? key_labels, Tensor? key_index, Tensor? limit, Tensor? valid, bool want_h, bool want_keys, "
+      "bool want_scale, bool want_values, int precision) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "info_nce(Tensor query, Tensor keys, Tensor? scale, Tensor? bias, Tensor? query_labels, Tensor? key_labels, Tensor? key_index, "
       "Tensor? limit, Tensor? valid, Tensor? positive, Tensor? columns, Tensor? weights, bool include_positive, bool mean, bool pull, "
       "int precision, Tensor? panels=None, bool keep_keys=False, float factor=1.0, float smoothing=0.0, "

@@ -21,6 +21,7 @@ namespace kdfast {
   X(TabledKernels, tabled, isa)                   \
   X(TangentKernels, tangent, isa)                 \
   X(PooledKernels, pooled, isa)                   \
+  X(PooledSecondKernels, pooled_second, isa)      \
   X(InfoNceKernels, info_nce, isa)                \
   X(MatchingKernels, matching, isa)               \
   X(PackedBankKernels, packed_bank, isa)          \

@@ -16,6 +16,7 @@
 #include "similarity/packed_bank.h"
 #include "similarity/pairs.h"
 #include "similarity/pooled.h"
+#include "similarity/pooled_second.h"
 #include "similarity/similarity.h"
 #include "similarity/tangent.h"
 #include "similarity/unit_length.h"
@@ -33,6 +34,7 @@ struct CpuKernels : SimilarityKernels,
                     TabledKernels,
                     TangentKernels,
                     PooledKernels,
+                    PooledSecondKernels,
                     InfoNceKernels,
                     MatchingKernels,
                     PackedBankKernels,

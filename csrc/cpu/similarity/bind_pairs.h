@@ -100,12 +100,16 @@ inline Tensor zeros(const Tensor& like, bool wanted, std::initializer_list<int64
   return sums;
 }
 
+// Parts that rows of a batch entry, and as many that columns are cut into.
+inline int64_t rectangle_parts(const PairParams& p, int64_t workers) {
+  return std::clamp<int64_t>(std::min(p.rows, p.columns) / kMinSide, 1, workers / std::gcd(workers, p.batch));
+}
+
 // task(PairTask, workspace) over a grid of parts x parts rectangles of each batch entry, in `parts` rounds: in a round no two rectangles
 // share rows or columns. So sums of rows and of columns grow in place, in an order that depends on the number of threads alone.
 template <class Words, class Task>
 void for_each_rectangle(const PairParams& p, int64_t products, const Words& words_for, const Task& task) {
-  const int64_t workers = workers_for(work_of(p, products));
-  const int64_t parts = std::clamp<int64_t>(std::min(p.rows, p.columns) / kMinSide, 1, workers / std::gcd(workers, p.batch));
+  const int64_t workers = workers_for(work_of(p, products)), parts = rectangle_parts(p, workers);
   const int64_t words = words_for(longest(p.rows, parts), longest(p.columns, parts));
   const Workspace<float> workspace = product_workspace(words * workers);
   float* const work = workspace.data();

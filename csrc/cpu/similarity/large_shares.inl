@@ -3,6 +3,7 @@
 // Included by the passes, after the target pragma.
 #pragma once
 
+#include "similarity/add_scaled.inl"
 #include "similarity/large_shares.h"
 #include "similarity/softmax.inl"
 
@@ -22,13 +23,6 @@ inline void note_large(const LargeShares& large, int64_t row, const Block& block
     for (int64_t k = j; k < smaller(j + kLanes, block.columns); ++k)
       if (shares[k] > kLargeShare && count < kMostLargeShares) found[count++] = {int32_t(block.first + k), shares[k]};
   }
-}
-
-// to += factor x
-template <class T>
-inline void add_scaled(float* to, float factor, const T* x, int64_t width) {
-  for (int64_t d = 0; d < width; d += kLanes)
-    store_row(to, d, width, multiply_add(splat(factor), load_row(x, d, width), load_row(to, d, width)));
 }
 
 // Slopes that all of a row's candidates have too much of, `off` [batch, rows], taken off the gradients of keys `begin` .. `end` of a batch entry

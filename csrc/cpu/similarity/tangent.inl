@@ -7,54 +7,13 @@
 #pragma once
 
 #include "similarity/large_shares.inl"
-#include "similarity/pairs.inl"
 #include "similarity/tangent.h"
+#include "similarity/tangent_parts.inl"
 
 namespace {
 
 using kdfast::TangentSums;
 using kdfast::TangentUpstream;
-
-// Panels of all groups of rows whose transposed weights make one product.
-struct GroupPanels {
-  Panels first;
-  float* others;  // `rows` alone
-  int64_t group, words;
-
-  template <class Product>
-  void plan(Product product, int64_t width, int64_t rows, int64_t group_rows, Arena& arena) {
-    group = group_rows;
-    first.plan(product, width, group, false, true, arena);
-    words = first.block_words * first.padded_width;
-    others = arena.take(((rows + group - 1) / group - 1) * words);
-  }
-  Panels at(int64_t row) const {
-    Panels panels = first;
-    if (row >= group) panels.rows = others + (row / group - 1) * words;
-    return panels;
-  }
-  template <class Product>
-  void pack(Product, const Matrix& matrix, int64_t begin, int64_t count) const {
-    for (int64_t row = 0; row < count; row += group) {
-      const int64_t rows = smaller(group, count - row);
-      Packing<Product>::pack_block(at(row), matrix, begin + row, rows, round_up(rows, 2 * kLanes));
-    }
-  }
-};
-
-// Weights of a group of rows, by columns.
-struct TransposedWeights {
-  float* words;
-  int64_t stride, count;
-
-  template <class Product>
-  void plan(Product, int64_t columns, int64_t group, Arena& arena) {
-    stride = Product::words(group) + kLanes;
-    count = columns * stride;
-    words = arena.take(count);
-  }
-  float* at(int64_t column) const { return words + column * stride; }
-};
 
 struct TangentWorkspace {
   int64_t rows, block, group;
@@ -115,7 +74,6 @@ struct TangentPass {
 
   int64_t padded_rows() const { return round_up(count, Product::kRowMultiple); }
   int64_t row_at(int64_t i) const { return task.batch * p.rows + first + i; }
-  bool moves() const { return w.keys_direction.matrix.data != nullptr; }
 
   void run() const {
     for (int64_t i = 0; i < round_up(count, kPairChunk<Product>); ++i) begin_row(i);
@@ -160,7 +118,8 @@ struct TangentPass {
 
   void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
     score_rows(Product{}, w.queries.at(row), w.queries.stride, rows, w.keys.panels, block.padded, w.tile.scores(0), w.tile.stride);
-    rate_rows(block, row, rows);
+    rate_rows(Product{}, w.queries.at(row), w.queries.stride, w.direction.at(row), w.direction.stride, rows, w.multiplier + row, w.keys,
+              w.keys_direction, block.padded, w.rates);
     for (int64_t i = row; i < row + round_up(rows, 2 * kLanes); ++i) {
       if (i < row + rows) next.fetch(i);
       weigh_row(block, i, row);
@@ -171,28 +130,12 @@ struct TangentPass {
     if (out.keys == nullptr) return;
     const int64_t in_group = row % w.group + rows, group = row + rows - in_group;
     const bool last = row + rows == padded_rows();
-    if (in_group == w.group || last) sum_for_keys(block, group, smaller(in_group, count - group));
-    if (last) end_block(block);
-  }
-
-  // Z = s Q kappa^T + E K^T
-  void rate_rows(const Block& block, int64_t row, int64_t rows) const {
-    if (!moves())
-      return score_rows(Product{}, w.direction.at(row), w.direction.stride, rows, w.keys.panels, block.padded, w.rates.scores(0), w.rates.stride);
-    score_rows(Product{}, w.queries.at(row), w.queries.stride, rows, w.keys_direction.panels, block.padded, w.rates.scores(0), w.rates.stride);
-    const int64_t steps = Product::steps(p.width);
-    for (int64_t j = 0; j < block.padded; j += kPanel) {
-      for (int64_t k = 0; k < steps; k += Product::kStepChunk) {
-        const float *const a = w.direction.at(row) + k, *const b = w.keys.panels.columns + j * w.keys.panels.row_words + k * kPanel;
-        const int64_t n = smaller(steps - k, Product::kStepChunk);
-        float* const c = w.rates.scores(0) + j;
-        if (k == 0) {
-          multiply_panel(Product{}, a, w.direction.stride, rows, b, n, kVecs, ScaleAddTile{c, w.rates.stride, w.multiplier + row});
-        } else {
-          multiply_panel(Product{}, a, w.direction.stride, rows, b, n, kVecs, AddTile{c, w.rates.stride});
-        }
-      }
+    if (in_group == w.group || last) {
+      const int64_t exist = smaller(in_group, count - group);
+      sum_for_keys(Product{}, block, w.of_queries, exist, w.query_panels.at(group), w.key_sums);
+      sum_for_keys(Product{}, block, w.of_direction, exist, w.direction_panels.at(group), w.key_sums);
     }
+    if (last) end_block(block);
   }
 
   // P in place of the scores, A in place of the rates.
@@ -240,20 +183,6 @@ struct TangentPass {
     collect_transposed<Product>(w.tile, rows, block.padded, nullptr, w.of_queries.words, w.of_queries.stride, at);
   }
 
-  void sum_for_keys(const Block& block, int64_t row, int64_t rows) const {
-    const int64_t columns = round_up(block.columns, Product::kRowMultiple);
-    for (int64_t j = 0; j < columns; j += kPairChunk<Product>) {
-      const int64_t some = smaller(kPairChunk<Product>, columns - j);
-      const AddTile sums{w.key_sums.at(j), w.key_sums.stride};
-      sum_rows(Product{}, w.of_queries.at(j), w.of_queries.stride, some, rows, w.query_panels.at(row), sums);
-      sum_rows(Product{}, w.of_direction.at(j), w.of_direction.stride, some, rows, w.direction_panels.at(row), sums);
-    }
-  }
-
-  static void add_row(float* to, const float* sums, int64_t width) {
-    for (int64_t d = 0; d < width; ++d) to[d] += sums[d];
-  }
-
   void end_block(const Block& block) const {
     float* const to = out.keys + (task.batch * p.columns + block.first) * p.width;
     for (int64_t j = 0; j < block.columns; ++j) add_row(to + j * p.width, w.key_sums.at(j), p.width);
@@ -286,10 +215,7 @@ void tangent(const SimilarityParams& p, const PairTask& task, const TangentUpstr
     Arena arena{workspace};
     TangentWorkspace w(product, p, u, out.keys != nullptr, task.row_end - task.row_begin, task.column_end - task.column_begin, arena);
     w.keys.matrix = keys, w.keys_direction.matrix = keys_direction;
-    if (out.keys != nullptr) {  // rows that only fill the last tile are never written
-      __builtin_memset(w.of_queries.words, 0, size_t(4 * w.of_queries.count));
-      __builtin_memset(w.of_direction.words, 0, size_t(4 * w.of_direction.count));
-    }
+    if (out.keys != nullptr) w.of_queries.clear(), w.of_direction.clear();
     [[maybe_unused]] typename Product::Session session;
     for (int64_t row = task.row_begin; row < task.row_end; row += w.rows)
       TangentPass<Product>{p, task, u, out, w, row, smaller(w.rows, task.row_end - row)}.run();

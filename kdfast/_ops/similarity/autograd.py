@@ -11,9 +11,8 @@ from torch.autograd import Function
 
 from .first_order import first_order
 from .passes import run_forward
-from .portable import make_logits
 from .second_order import Tangent, second_order_of_lse
-from .second_order_pooled import second_order_of_pooled
+from .second_order_pooled import Wanted, second_order_of_pooled
 
 
 def _keep(ctx, rows: tuple, bank: tuple, hold: bool) -> None:
@@ -143,7 +142,7 @@ class Gradients(Function):
         needs = ctx.needs_input_grad
         run = SecondOrder.apply if _as_function() else SecondOrder.forward
         grads = run(
-            ctx.impl, ctx.compute, (needs[7], needs[9], needs[11]), *cotangents,
+            ctx.impl, ctx.compute, Wanted(needs[5], needs[7], needs[8], needs[9], needs[11]), *cotangents,
             g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules,
         )  # fmt: skip
         return (*(None,) * 4, *grads, *(None,) * 8)
@@ -162,16 +161,11 @@ class SecondOrder(Function):
         g, h, query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, pooled, *rules,
     ):  # fmt: skip
         tangent = Tangent(u, kappa, sigma, beta, omega, nu, nu_start)
-        want_keys, want_bias, want_values = want
-        if h is None:  # by the implementation's own passes
-            problem = (query, keys, scale, bias, start_logit, values, start_value)
-            out = second_order_of_lse(impl, compute, want_keys, want_bias, tangent, g, *problem, lse, lse_low, pooled, *rules)
-        else:  # in tiles of PyTorch's operations, whatever the implementation
-            logits = make_logits(query, keys, scale, bias, *rules, compute.dtype)
-            out = second_order_of_pooled(
-                logits, tangent, g, h, start_logit, start_value, values, lse, lse_low,
-                want_keys=want_keys, want_bias=want_bias, want_values=want_values,
-            )  # fmt: skip
+        problem = (query, keys, scale, bias, start_logit, values, start_value, lse, lse_low)
+        if h is None:
+            out = second_order_of_lse(impl, compute, want.keys, want.bias, tangent, g, *problem, pooled, *rules)
+        else:
+            out = second_order_of_pooled(impl, compute, want, tangent, g, h, *problem, *rules)
         originals = (g, h, query, keys, scale, bias, start_logit, values, start_value)
         return tuple(None if x is None else x.to(original.dtype) for x, original in zip(out, originals, strict=True))
 

@@ -1,5 +1,5 @@
-"""impl="cpu": the fused C++ kernels, torch.ops.kdfast.similarity_softmax, .similarity_grad_rows, .similarity_grad_keys and
-.similarity_pooled_grad.
+"""impl="cpu": the fused C++ kernels, torch.ops.kdfast.similarity_softmax, .similarity_grad_rows, .similarity_grad_keys,
+.similarity_pooled_grad, .similarity_second and .similarity_pooled_second.
 
 docs/cpu-kernels.md describes them. Triton's have the same schemas in a namespace of their own (triton/__init__.py), which `kernels` names.
 """
@@ -205,6 +205,38 @@ def second_order(
     )  # fmt: skip
 
 
+def pooled_second_order(
+    g: Tensor,
+    h: Tensor,
+    query_direction: Tensor | None,
+    keys_direction: Tensor | None,
+    scale_direction: Tensor | None,
+    values_direction: Tensor | None,
+    lse: Tensor,
+    lse_low: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    *rules: Tensor | None,
+    values: Tensor | None,
+    want_h: bool,
+    want_keys: bool,
+    want_scale: bool,
+    want_values: bool,
+    products: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of <directions, gradients of <g, lse> + <h, pooled>> in (g, h, query, keys, scale, values) in float32.
+
+    What is not wanted is [0]. g [B, N] and h [B, N, Dv], lse and lse_low as `forward` left them, without start; the rest as there.
+    Directions None: 0. Those of matrices may have other dtypes than these.
+    """
+    return torch.ops.kdfast.similarity_pooled_second(
+        g, h, query_direction, keys_direction, scale_direction, values_direction, lse, lse_low, query, keys, scale, bias, values, *rules,
+        want_h, want_keys, want_scale, want_values, product_number(products, query),
+    )  # fmt: skip
+
+
 def forward_fake(query: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
     values, pooled = args[4], args[11]
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
@@ -241,8 +273,22 @@ def second_order_fake(g, of_query, of_keys, of_scale, lse, lse_low, pooled, quer
     return torch.empty_like(g), g.new_empty(query.shape), g.new_empty(keys.shape if want_keys else (0,)), torch.empty_like(g)
 
 
+def pooled_second_order_fake(g, h, *args) -> tuple[Tensor, ...]:
+    query, keys, values = args[6], args[7], args[10]
+    want_h, want_keys, want_scale, want_values = args[-5:-1]
+    return (
+        torch.empty_like(g),
+        g.new_empty(h.shape if want_h else (0,)),
+        g.new_empty(query.shape),
+        g.new_empty(keys.shape if want_keys else (0,)),
+        g.new_empty(g.shape if want_scale else (0,)),
+        g.new_empty(values.shape if want_values else (0,)),
+    )
+
+
 if missing() is None:
     torch.library.register_fake("kdfast::similarity_second", second_order_fake)
+    torch.library.register_fake("kdfast::similarity_pooled_second", pooled_second_order_fake)
     torch.library.register_fake("kdfast::similarity_softmax", forward_fake)
     torch.library.register_fake("kdfast::similarity_grad_rows", grad_rows_fake)
     torch.library.register_fake("kdfast::similarity_grad_keys", grad_keys_fake)

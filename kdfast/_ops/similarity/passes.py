@@ -36,7 +36,7 @@ def run_forward(impl, compute, need_pooled, query, keys, scale, bias, start_logi
     if impl in KERNELS:
         query, keys, scale, bias, *rules = for_kernel(query, keys, scale, bias, *rules)
         start_logit, start_value = (None if x is None else x.contiguous() for x in (start_logit, start_value))
-        values = None if values is None else _dense(values)
+        values = None if values is None else dense(values)
         options = {"values": values, "panels": compute.panels, "products": compute.products, "kernels": KERNELS[impl]}
         return cpu.forward(query, keys, scale, bias, start_logit, start_value, *rules, need_pooled, **options)
     run = torch.ops.kdfast_torch.similarity_forward if torch.compiler.is_compiling() else portable.forward
@@ -48,7 +48,7 @@ def run_gradients(impl, compute, want: Want, slope, h, query, keys, scale, bias,
     if impl in KERNELS:
         slope, h, lse, lse_low = (None if x is None else x.contiguous() for x in (slope, h, lse, lse_low))
         problem = (slope, lse, lse_low, *for_kernel(query, keys, scale, bias, *rules))
-        options = {"h": h, "values": None if values is None else _dense(values), "products": compute.products, "kernels": KERNELS[impl]}
+        options = {"h": h, "values": None if values is None else dense(values), "products": compute.products, "kernels": KERNELS[impl]}
         none = scale.new_empty(0)
         rows = cpu.grad_rows(*problem, **options) if want.rows else (none,) * 3
         columns = cpu.grad_keys(*problem, want.keys, want.bias, want.values, **options) if any(want[1:]) else (none,) * 3
@@ -69,7 +69,7 @@ def run_pooled_gradients(
     """
     g, h, lse, lse_low, pooled = (None if x is None else x.contiguous() for x in (g, h, lse, lse_low, pooled))
     problem = for_kernel(query, keys, scale, bias, *rules)
-    options = {"values": None if values is None else _dense(values), "products": compute.products}
+    options = {"values": None if values is None else dense(values), "products": compute.products}
     if weight is not None:
         options |= {"start_weight": weight.contiguous(), "start_slope": None if start_value is None else of_start.contiguous()}
     return cpu.pooled_grad(g, h, pooled, lse, lse_low, *problem, *want, **options)
@@ -78,11 +78,11 @@ def run_pooled_gradients(
 def for_kernel(query, keys, scale, bias, query_labels, key_labels, key_index, limit, valid):
     """As the compiled kernels want it: contiguous tensors (the bank's side may have batch stride 0)."""
     query_labels, key_index, limit = (None if x is None else x.contiguous() for x in (query_labels, key_index, limit))
-    bias, key_labels, valid = (None if x is None else _dense(x) for x in (bias, key_labels, valid))
-    return query.contiguous(), _dense(keys), scale.contiguous(), bias, query_labels, key_labels, key_index, limit, valid
+    bias, key_labels, valid = (None if x is None else dense(x) for x in (bias, key_labels, valid))
+    return query.contiguous(), dense(keys), scale.contiguous(), bias, query_labels, key_labels, key_index, limit, valid
 
 
-def _dense(x):
+def dense(x):
     """`x`, contiguous but for a batch dimension of stride 0, which stays."""
     one = x[:1] if x.shape[0] > 1 and x.stride(0) == 0 else x
     return one.contiguous().expand(x.shape)

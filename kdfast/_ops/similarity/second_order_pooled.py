@@ -1,14 +1,26 @@
-"""The second derivative of the streaming softmax with its pooled output, in tiles, for every implementation. README.md derives it."""
+"""The second derivative of the streaming softmax with its pooled output, by one op on the CPU, else in tiles. README.md derives it."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import cpu
 from .first_order import start_weight
-from .portable import Logits, above_nothing
+from .passes import dense, for_kernel
+from .portable import Logits, above_nothing, make_logits
 from .second_order import Derivatives, Tangent
 from .tiles import contract_tangent
+
+
+class Wanted(NamedTuple):
+    """Which gradients are asked for beside those that cost nothing."""
+
+    h: bool
+    keys: bool
+    scale: bool
+    bias: bool
+    values: bool
 
 
 class _Moments(NamedTuple):
@@ -35,27 +47,47 @@ class _Moments(NamedTuple):
 
 
 def second_order_of_pooled(
-    logits: Logits,
-    tangent: Tangent,
-    g: Tensor,  # [B, N], upstream of lse
-    h: Tensor,  # [B, N, Dv], upstream of pooled
-    start_logit: Tensor | None,
-    start_value: Tensor | None,
-    values: Tensor | None,  # None: keys
-    lse: Tensor,
-    lse_low: Tensor,
-    *,
-    want_keys: bool,
-    want_bias: bool,
-    want_values: bool,
-) -> Derivatives:
+    impl: str, compute, want: Wanted, tangent: Tangent, g: Tensor, h: Tensor,
+    query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, *rules,
+) -> Derivatives:  # fmt: skip
+    """Where pooled has an upstream gradient, h [B, N, Dv], beside g [B, N] of lse. values None: the keys."""
+    if impl == "cpu" and start_logit is None and tangent.bias is None and not want.bias:
+        return _by_one_op(compute, want, tangent, g, h, lse, lse_low, values, query, keys, scale, bias, *rules)
+    logits = make_logits(query, keys, scale, bias, *rules, compute.dtype)
+    return _in_tiles(logits, want, tangent, g, h, start_logit, start_value, values, lse, lse_low)
+
+
+def _by_one_op(compute, want: Wanted, tangent: Tangent, g, h, lse, lse_low, values, *problem) -> Derivatives:
+    along = tangent.query, tangent.keys, tangent.scale, None if values is None else tangent.values
+    given = (None if x is None else x.contiguous() for x in (g, h, *along, lse, lse_low))
+    dg, dh, dquery, dkeys, dscale, dvalues = cpu.pooled_second_order(
+        *given, *for_kernel(*problem), values=None if values is None else dense(values), want_h=want.h, want_keys=want.keys,
+        want_scale=want.scale, want_values=want.values, products=compute.products,
+    )  # fmt: skip
+    return Derivatives(
+        g=dg,
+        h=dh if want.h else None,
+        query=dquery,
+        keys=dkeys if want.keys else None,
+        scale=dscale if want.scale else None,
+        bias=None,
+        start_logit=None,
+        values=dvalues if want.values else None,
+        start_value=None,
+    )
+
+
+def _in_tiles(
+    logits: Logits, want: Wanted, tangent: Tangent, g: Tensor, h: Tensor,
+    start_logit: Tensor | None, start_value: Tensor | None, values: Tensor | None, lse: Tensor, lse_low: Tensor,
+) -> Derivatives:  # fmt: skip
     """Two passes over the tiles, the first for the rows' moments: rates and slopes less a mean that is not one of the very numbers in the
     tiles would not cancel where a candidate holds nearly all of its row.
     """
     scores = logits.scores
     over_keys = values is None
     if over_keys:
-        values, want_values, tangent = scores.keys, want_keys, tangent._replace(values=tangent.keys)
+        values, want, tangent = scores.keys, want._replace(values=want.keys), tangent._replace(values=tangent.keys)
     q, scale = scores.rounded_query(), scores.scale
     u = torch.zeros_like(q) if tangent.query is None else tangent.query.to(scale.dtype)
     sigma = torch.zeros_like(scale) if tangent.scale is None else tangent.scale
@@ -77,8 +109,8 @@ def second_order_of_pooled(
 
     # A = p (c (rate - mean rate) + eta - its mean - covariance), with c = g + h.v less its mean and eta = h.(tangent of v)
     dh = torch.zeros_like(h)
-    dbias = lse.new_zeros(scores.keys.shape[:2]) if want_bias else None
-    dvalues = lse.new_zeros(values.shape) if want_values else None
+    dbias = lse.new_zeros(scores.keys.shape[:2]) if want.bias else None
+    dvalues = lse.new_zeros(values.shape) if want.values else None
 
     def weigh(b, r, c, score, rate):
         p = _softmax(logits, level, b, r, c, score)
@@ -91,15 +123,15 @@ def second_order_of_pooled(
         dh[b, r].baddbmm_(moved, scores.column_tile(values, b, c))
         if eta is not None:
             dh[b, r].baddbmm_(p, tangent.values[b, c].to(p.dtype))
-        if want_values:
+        if want.values:
             dvalues[b, c].baddbmm_(moved.mT, h[b, r])
         weight_a, weight_b = p * inner, p * slope
-        if want_bias:
+        if want.bias:
             dbias[b, c] += weight_a.sum(1)
         return weight_a, weight_b
 
-    rows_a, rows_b, dkeys = contract_tangent(scores, weigh, direction, tangent.keys, want_rows=True, want_columns=want_keys)
-    if over_keys and want_keys:
+    rows_a, rows_b, dkeys = contract_tangent(scores, weigh, direction, tangent.keys, want_rows=True, want_columns=want.keys)
+    if over_keys and want.keys:
         dkeys, dvalues = dkeys + dvalues, None
     dstart_logit = dstart_value = None
     if start is not None:

@@ -13,6 +13,7 @@ from .arguments import how_to_compute
 from .autograd import SecondOrder, fold_batch
 from .passes import KERNELS
 from .portable import _finite, _two_sum, above_nothing
+from .second_order_pooled import Wanted
 from .tiles import Scores, contract
 from .triton import pairs as triton_pairs
 
@@ -270,7 +271,7 @@ class SymmetricGradients(Function):
         def one_side(want_keys, u, kappa, g, query, keys, lse, lse_low, query_labels, key_labels):
             sigma_rows, scale_rows = (rows[:, :1].expand(query.shape[:2]).contiguous() for rows in (sigma, scale))
             grads = SecondOrder.apply(
-                ctx.impl, ctx.compute, (want_keys, False, False), u, kappa, sigma_rows, *(None,) * 4,
+                ctx.impl, ctx.compute, Wanted(False, want_keys, True, False, False), u, kappa, sigma_rows, *(None,) * 4,
                 g, None, query, keys, scale_rows, *(None,) * 4, lse, lse_low, None, query_labels, key_labels, *(None,) * 3,
             )  # fmt: skip
             return grads[0], grads[2], grads[3], grads[4]
