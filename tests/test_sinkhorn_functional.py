@@ -250,8 +250,9 @@ def test_normalize_float32_and_memory():
 # ---- all --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["one", "batch"])
 @pytest.mark.parametrize("with_gradient", [True, False])
-def test_compile(with_gradient):
+def test_compile(with_gradient, batch):
     def everything(x, y, scores, logits):
         return (
             F.sinkhorn_divergence(x, y, epsilon=0.5, max_iters=5, rho=1.0)
@@ -259,7 +260,7 @@ def test_compile(with_gradient):
             + (F.sinkhorn_normalize(logits, iters=3) * F.sinkhorn_assign(logits)).sum()
         )
 
-    tensors = [torch.randn(shape, requires_grad=with_gradient) for shape in ((4, 2), (5, 2), (3, 4), (2, 4, 4))]
+    tensors = [torch.randn(shape, requires_grad=with_gradient) for shape in ((*batch, 4, 2), (*batch, 5, 2), (3, 4), (2, 4, 4))]
     torch._dynamo.reset()
     eager, compiled = everything(*tensors), torch.compile(everything, backend="aot_eager", fullgraph=True)(*tensors)
     torch.testing.assert_close(compiled, eager)

@@ -220,12 +220,13 @@ def test_ragged_sizes_and_awkward_layouts(size):
         assert first[0].isfinite().all()
 
 
+@pytest.mark.parametrize("form", [{}, {"soft": True}, {"swap": True}], ids=["plain", "soft", "swap"])
 @pytest.mark.parametrize("name", mining.MININGS)
-def test_under_vmap(name):
+def test_under_vmap(name, form):
     x, labels = torch.randn(3, 8, 4, dtype=torch.float64), torch.arange(8) % 3
 
     def loss(x):
-        return triplet_loss(x, labels, mining=name, generator=torch.tensor(1))
+        return triplet_loss(x, labels, mining=name, generator=torch.tensor(1), **form)
 
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x), torch.stack([torch.func.grad(loss)(one) for one in x]))
 

@@ -93,6 +93,7 @@ def sinkhorn(
     schedule = arguments.schedule(max_iters, tol, method, anneal)
     rho = arguments.marginal_penalties(rho, method)
     arguments.source(cost, x, y, metric)
+    y, b = _apart(x, y), _apart(a, b)
     device_type = (cost if cost is not None else x).device.type
     impl = impls.choose("sinkhorn", impl, **_facts(cost, x, y, metric, method, tol))
     precision = precisions.resolve(precision, device_type)
@@ -103,6 +104,11 @@ def sinkhorn(
     if tol is not None and device_type == "cpu" and not torch.compiler.is_compiling() and checks.readable(result.error.detach()):
         result.check(stacklevel=3)
     return result
+
+
+def _apart(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """`second`, as a tensor of its own: Dynamo takes none twice as an input of one autograd Function."""
+    return second.view_as(second) if second is first and isinstance(second, Tensor) else second
 
 
 def _facts(cost, x, y, metric, method: str, tol) -> dict:

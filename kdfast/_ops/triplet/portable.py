@@ -116,7 +116,7 @@ def cube(s, block, layers, refs, fixed_rows, fixed):
         mined = c.positive[:, :, None] & c.negative[:, None, :]
         if s.mining == "semi_hard":
             d_ap, d_an = c.d_ap[:, :, None], c.d[:, None, :]
-            mined &= (d_an > d_ap) & (d_an <= d_ap + s.margin)
+            mined = mined & (d_an > d_ap) & (d_an <= d_ap + s.margin)  # not in place: under vmap distances may be a batch, labels not
     loss = 0
     for x, y in zip(layers, refs, strict=True):
         d = distances.tile(x, y, s.metric)
