@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from gpu_cases import same_when_replayed
+from gpu_cases import LARGE, check_large_codes, check_large_cost, same_when_replayed
 
 from kdfast import functional, ops
 from kdfast._core import cuda_runtime
@@ -127,3 +127,10 @@ def test_on_a_stream_of_its_own():
     torch.cuda.current_stream().wait_stream(stream)
     for x, y in zip(got, want, strict=True):
         assert torch.equal(x, y)
+
+
+@LARGE
+@pytest.mark.skipif(not WITH_CLUSTERS, reason="a block reads 8192 columns")
+@pytest.mark.parametrize("check", [check_large_cost, check_large_codes], ids=["cost", "codes"])
+def test_beyond_two_to_the_31_elements(check):
+    check("cuda")

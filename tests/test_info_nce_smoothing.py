@@ -4,6 +4,7 @@ formula over all scores."""
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdfast._core import impls
 from kdfast._ops.similarity import cpu
@@ -187,3 +188,20 @@ def test_under_compile_and_vmap():
     torch.testing.assert_close(torch.compile(loss, fullgraph=True)(inputs, label_smoothing=0.3), expected)
     many = torch.func.vmap(lambda q: loss([q, *inputs[1:]], label_smoothing=0.3))(torch.stack([inputs[0]] * 2))
     torch.testing.assert_close(many, expected.expand(2))
+
+
+@pytest.mark.parametrize("valid", [None, 500])
+def test_nothing_is_added_up_in_an_order_that_is_not_fixed(valid):
+    """On a GPU scatter_add and its like are float atomics: without labels no sum takes one, forward or backward."""
+    names = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    query, bank = torch.randn(5, 8, requires_grad=True), torch.randn(600, 8, requires_grad=True)
+    with Seen():
+        loss = info_nce(query, query.detach(), bank, bank_valid=valid, temperature=0.5, label_smoothing=0.1, impl="torch")
+        torch.autograd.grad(loss, (query, bank))
+    assert len(names) > 5 and not [name for name in names if "scatter" in name or "index_put" in name or "index_add" in name], names

@@ -36,7 +36,8 @@ def score_sums(
 
     Rows past the prefix `valid`, rows whose bias is -inf and, for each query, the columns in `skip` [*B, N, E] (-1: none) are
     left out. Bank rows are added up in bags: one for each query's class and, so that long sums keep their digits, one for each block
-    of the other rows. The bank is read once; beside it nothing is larger than O((N + M / 256) D).
+    of the other rows. The bank is read once; beside it nothing is larger than O((N + M / 256) D), but for a copy of the bank where rows
+    are left out and there are no labels. With labels a GPU adds rows to their bags in no fixed order.
     """
     wide = dtypes.accumulator(rows.dtype)
     query, rows = query.to(wide), rows.to(wide)
@@ -48,20 +49,18 @@ def score_sums(
     admitted = admitted & (bias != -torch.inf)
     terms = torch.stack([torch.where(admitted, bias, 0.0), admitted.to(wide)], dim=-1)  # what a row adds beside its key: [*B, M, 2]
 
-    labelled = query_labels is not None and query_labels.numel() > 0
-    bags = column // _BLOCK
-    if labelled:
+    if query_labels is not None and query_labels.numel() > 0:
         shared = bank_labels.dim() == rows.dim() - 1 == admitted.dim() == 1
         ordered = (query_labels.flatten() if shared else query_labels).sort(dim=-1).values  # a class is named by its place in here
         place = _place(ordered, bank_labels)
-        bags = torch.where(take(ordered, place) == bank_labels, place, bags + ordered.shape[-1])
-    first = ordered.shape[-1] if labelled else 0
-    last = first + -(-len(column) // _BLOCK)  # the bag of what is left out
-    sums = _bag_sums(torch.where(admitted, bags, last), last + 1, rows, terms)[..., :last, :]  # [*B, last, D + 2]
-    same = torch.zeros((), dtype=wide, device=rows.device).expand(*query.shape[:-1], sums.shape[-1])
-    if labelled:
-        place = _place(ordered, query_labels)
-        same = take_rows(sums, place)
+        bags = torch.where(take(ordered, place) == bank_labels, place, column // _BLOCK + ordered.shape[-1])
+        last = ordered.shape[-1] + -(-len(column) // _BLOCK)  # the bag of what is left out
+        sums = _bag_sums(torch.where(admitted, bags, last), last + 1, rows, terms)[..., :last, :]  # [*B, last, D + 2]
+        same = take_rows(sums, _place(ordered, query_labels))
+    else:
+        every = valid is None and bias.dim() == 0
+        sums = _block_sums(rows if every else torch.where(admitted[..., None], rows, 0.0), terms)
+        same = torch.zeros((), dtype=wide, device=rows.device).expand(*query.shape[:-1], sums.shape[-1])
     other = sums.sum(-2, keepdim=True) - same
     for e in range(0 if skip is None else skip.shape[-1]):
         index = skip[..., e]
@@ -99,3 +98,15 @@ def _bag_sums(bags: Tensor, count: int, *tables: Tensor) -> Tensor:
         x.new_zeros(*shape[:-1], count, x.shape[-1]).scatter_add(-2, bags.expand(*shape, x.shape[-1]), x.expand(*shape, -1)) for x in tables
     )
     return torch.cat(list(sums), dim=-1)
+
+
+def _block_sums(*tables: Tensor) -> Tensor:
+    """Rows of the tables [*B, M, W], side by side, summed in blocks of _BLOCK: [*B, blocks, total of W]."""
+    shape = torch.broadcast_shapes(*(x.shape[:-1] for x in tables))
+    whole = shape[-1] // _BLOCK * _BLOCK
+    sums = []
+    for x in tables:
+        x = x.expand(*shape, x.shape[-1])
+        blocks = x[..., :whole, :].unflatten(-2, (whole // _BLOCK, _BLOCK)).sum(-2)
+        sums.append(blocks if whole == shape[-1] else torch.cat([blocks, x[..., whole:, :].sum(-2, keepdim=True)], dim=-2))
+    return torch.cat(sums, dim=-1)
