@@ -68,6 +68,13 @@ def test_ragged_sizes(isa, dtype, shape):
     check(case(*shape, dtype))
 
 
+# Rows so wide that their blocks are packed in pieces: of either side, of both, and not whole vectors.
+@DTYPES
+@pytest.mark.parametrize("shape", [(20, 300, 4096, 24), (20, 300, 33, 4096), (40, 520, 2047, 4099)], ids=lambda s: "x".join(map(str, s)))
+def test_wide_rows(isa, dtype, shape):
+    check(case(*shape, dtype))
+
+
 @DTYPES
 @pytest.mark.parametrize("rows", [20, 70], ids=["floats on vectors", "on tiles"])
 @pytest.mark.parametrize("chosen", ["bias", "start", "index", "valid", "all"])

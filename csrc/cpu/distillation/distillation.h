@@ -27,6 +27,9 @@ inline bool few_distilled_pairs(int64_t rows, int64_t columns, int64_t width, in
   return rows > 8 && columns > 16 && few_pairs(rows, columns, width) && few_pairs(rows, columns, teacher_width);
 }
 
+// The side with the wider rows, which say in what form blocks of both are packed.
+inline const SimilarityParams& wider_side(const DistillationParams& p) { return p.teacher.width > p.student.width ? p.teacher : p.student; }
+
 // A rectangle, computed by one thread. finish: it spans every column, and the call's outputs are written. Otherwise `statistics` and
 // `pooled` are, for distillation_merge.
 struct DistillationTask {

@@ -14,7 +14,7 @@
 
 #include "distillation/distillation.h"
 #include "engine/rows.inl"
-#include "similarity/softmax.inl"
+#include "similarity/wide.inl"
 
 namespace {
 
@@ -188,8 +188,8 @@ struct Side {
 
   template <class Product>
   void plan(Product product, int64_t row_count, int64_t width, int64_t pooled_width, Arena& arena) {
-    rows.plan(product, row_count, width, arena);
-    pooled.plan(row_count, pooled_width, arena);
+    rows.plan(product, row_count, spaced<Product>(width), arena);
+    pooled.plan(row_count, spaced<Product>(pooled_width), arena);
   }
 
   // Row i is row `at` of the call, or only fills the last tile.
@@ -225,14 +225,14 @@ struct DistillationWorkspace {
   DistillationWorkspace(Product product, const DistillationParams& p, int64_t row_count, int64_t columns, Arena& arena) {
     const int64_t width = p.student.width, teacher_width = p.teacher.width;
     rows = rows_at_once<Product>((3 * width + teacher_width) / 2, row_count);  // beside q and its sum: u and another sum
-    block = block_columns<Product>(columns, p.student.width);
+    block = streamed_columns<Product>(columns, p.student.width);
     student.plan(product, rows, width, width, arena);
     teacher.plan(product, rows, teacher_width, width, arena);
     softmaxes.plan(rows, p.teacher_slopes != nullptr, arena);
-    keys.panels.plan(product, width, block, true, true, arena);
+    plan_streamed(product, keys, width, block, true, true, arena);
     keys.matrix = p.student.keys;
     if (!one_bank(p)) {
-      teacher_keys.panels.plan(product, teacher_width, block, true, false, arena);
+      plan_streamed(product, teacher_keys, teacher_width, block, true, false, arena);
       teacher_keys.matrix = p.teacher.keys;
     }
     const int64_t kept = smaller(kKeptRows<Product>, rows);
@@ -275,7 +275,8 @@ struct DistillationPass {
 
   // The teacher's weights meet the student's scores, which are therefore kept.
   void chunk(const Block& block, int64_t row, int64_t rows, const Prefetch& next) const {
-    const Prefetch next_teacher = after_block(w.teacher_keys, block, w.block, task.column_end, round_up(count, Product::kRowMultiple));
+    const Streamed& teacher = w.teacher_keys;
+    const Prefetch next_teacher = after_block(Product{}, teacher, teacher.panels, block, w.block, task.column_end, round_up(count, Product::kRowMultiple));
     for (int64_t at = 0; at < rows; at += Product::kRowChunk)
       weigh_student(block, row + at, smaller(rows - at, Product::kRowChunk), kept_from(at), next);
     for (int64_t at = 0; at < rows; at += Product::kRowChunk)
@@ -332,8 +333,8 @@ struct DistillationPass {
         float(row.teacher_sum), float(row.excess), float(row.depth), float(row.spread)};
     __builtin_memcpy(task.statistics + out * kDistillationStatistics, statistics, sizeof(statistics));
     float* const pooled = task.pooled + 2 * out * task.pooled_stride;
-    __builtin_memcpy(pooled, student_sums, size_t(4 * w.student.pooled.stride));
-    __builtin_memcpy(pooled + task.pooled_stride, teacher_sums, size_t(4 * w.teacher.pooled.stride));
+    __builtin_memcpy(pooled, student_sums, size_t(4 * p.student.width));
+    __builtin_memcpy(pooled + task.pooled_stride, teacher_sums, size_t(4 * p.student.width));
   }
 };
 
@@ -341,7 +342,7 @@ struct DistillationPass {
 
 // Words of workspace for tasks of at most `rows` rows and `columns` columns.
 int64_t distillation_workspace(const DistillationParams& p, int64_t rows, int64_t columns) {
-  return similarity_words(p.student.precision, [&](auto product) {
+  return streaming_words(wider_side(p), [&](auto product) {
     Arena arena{nullptr};
     DistillationWorkspace(product, p, rows, columns, arena);
     return arena.words;
@@ -349,7 +350,7 @@ int64_t distillation_workspace(const DistillationParams& p, int64_t rows, int64_
 }
 
 void distillation(const DistillationParams& p, const DistillationTask& task, float* workspace) {
-  with_similarity_product(p.student.precision, [&](auto product) {
+  with_streaming_product(wider_side(p), [&](auto product) {
     using Product = decltype(product);
     Arena arena{workspace};
     DistillationWorkspace w(product, p, task.row_end - task.row_begin, task.column_end - task.column_begin, arena);

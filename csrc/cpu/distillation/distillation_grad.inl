@@ -7,7 +7,7 @@
 #pragma once
 
 #include "distillation/distillation.h"
-#include "similarity/softmax.inl"
+#include "similarity/wide.inl"
 
 namespace {
 
@@ -26,12 +26,12 @@ struct DistillationGradWorkspace {
   DistillationGradWorkspace(Product product, const DistillationParams& p, int64_t row_count, Arena& arena) {
     const int64_t width = p.student.width, teacher_width = p.teacher.width;
     rows = rows_at_once<Product>(width + teacher_width / 2, row_count);
-    block = block_columns<Product>(p.student.rows, p.student.width);
-    keys.plan(product, rows, width, arena);
-    teacher_keys.plan(product, rows, teacher_width, arena);
-    dkeys.plan(rows, width, arena);
-    students.panels.plan(product, width, block, true, true, arena);
-    teachers.panels.plan(product, teacher_width, block, true, false, arena);
+    block = streamed_columns<Product>(p.student.rows, p.student.width);
+    keys.plan(product, rows, spaced<Product>(width), arena);
+    teacher_keys.plan(product, rows, spaced<Product>(teacher_width), arena);
+    dkeys.plan(rows, spaced<Product>(width), arena);
+    plan_streamed(product, students, width, block, true, true, arena);
+    plan_streamed(product, teachers, teacher_width, block, true, false, arena);
     students.matrix = p.student.query, teachers.matrix = p.teacher.query;
     tile.plan(product, rows, block, arena);
     teacher_tile.plan(product, rows, block, arena);
@@ -128,7 +128,7 @@ struct DistillationKeyPass {
 
 // Words of workspace for tasks of at most `keys` keys.
 int64_t distillation_grad_workspace(const DistillationParams& p, int64_t keys) {
-  return similarity_words(p.student.precision, [&](auto product) {
+  return streaming_words(wider_side(p), [&](auto product) {
     Arena arena{nullptr};
     DistillationGradWorkspace(product, p, keys, arena);
     return arena.words;
@@ -136,7 +136,7 @@ int64_t distillation_grad_workspace(const DistillationParams& p, int64_t keys) {
 }
 
 void distillation_grad(const DistillationParams& p, const DistillationGradTask& task, float* workspace) {
-  with_similarity_product(p.student.precision, [&](auto product) {
+  with_streaming_product(wider_side(p), [&](auto product) {
     using Product = typename decltype(product)::Swapped;
     Arena arena{workspace};
     DistillationGradWorkspace w(Product{}, p, task.key_end - task.key_begin, arena);
