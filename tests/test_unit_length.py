@@ -7,6 +7,7 @@ from similarity_cases import assert_as_good_as
 
 from kdfast._core import extension
 from kdfast._ops.similarity.unit_length import unit_length
+from kdfast.functional import info_nce, sampled_info_nce, similarity_distillation, wasserstein_dependency
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=lambda d: str(d)[6:])
 # nothing; a lone number; around vector widths (16, 8, 4); a leading batch
@@ -40,6 +41,17 @@ def test_rows_of_no_length_and_of_any(isa, size):
     x[0] = torch.tensor([size, 0.0, 0.0])
     for ours, theirs in zip(*(both_ways(f, x, torch.tensor([[1.0, 2.0, -1.0]] * 2)) for f in (unit_length, formula)), strict=True):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [torch.inf, torch.nan])
+def test_a_row_without_upstream_has_gradient_0_whatever_it_holds(isa, dtype, size):
+    x, g = torch.randn(4, 67, dtype=dtype), torch.randn(4, 67, dtype=dtype)
+    x[1:3, 5], g[1] = size, 0
+    (dx,) = both_ways(unit_length, x, g)[1:]
+    assert dx[1].eq(0).all()
+    assert dx[2].isnan().any()  # it counts
+    torch.testing.assert_close(dx[0::3], both_ways(unit_length, x[0::3], g[0::3])[1])
 
 
 def test_second_derivatives_and_a_graph_kept():
@@ -90,3 +102,22 @@ def test_forward_mode_keeps_its_tangent():
         dual = torch.autograd.forward_ad.make_dual(x, t)
         tangents = [torch.autograd.forward_ad.unpack_dual(f(dual)).tangent for f in (unit_length, formula)]
     torch.testing.assert_close(*tangents)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["compiled", "portable"])
+@pytest.mark.parametrize("held", [torch.inf, torch.nan])
+def test_a_banks_rows_past_its_valid_ones_stay_out_of_the_losses(dtype, held):
+    bank, query = (torch.randn(n, 4, dtype=dtype) for n in (8, 3))
+    bank[5:] = held
+    target, bank = query.roll(1, 0), bank.requires_grad_()
+    options, index = dict(bank_valid=5, normalize=True), torch.randint(0, 8, (3, 6))
+    temperatures = dict(student_temperature=0.1, teacher_temperature=0.2)
+    for loss in (
+        info_nce(query, target, bank, **options),
+        sampled_info_nce(query, target, bank, index, **options),
+        wasserstein_dependency(query, target, bank, temperature=0.1, **options),
+        similarity_distillation(query, target, bank, torch.randn(8, 4, dtype=dtype), **temperatures, **options),
+    ):
+        (gradient,) = torch.autograd.grad(loss, bank)
+        assert gradient[5:].eq(0).all()
+        assert gradient[:5].isfinite().all() and gradient[:5].any()

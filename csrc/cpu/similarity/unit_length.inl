@@ -1,6 +1,7 @@
 // Rows scaled to unit length, as torch.nn.functional.normalize does it, and the gradient.
 //
-// With n = max(|x|, 1e-12) and y = x / n: dx = (dy - y (y.dy)) / n, or dy / n where |x| is below that.
+// With n = max(|x|, 1e-12) and y = x / n: dx = (dy - y (y.dy)) / n, or dy / n where |x| is below that. Where dy is all 0 so is dx,
+// whatever x holds: the row did not count, as a bank's past its valid ones.
 //
 // Included after an instruction set's header (isa/).
 #pragma once
@@ -26,6 +27,12 @@ void unit_length_of(const UnitLength& u, int64_t row, const T* x) {
   u.norm[row] = norm;
 }
 
+inline bool any_lane(IntVec mask) {
+  int any = 0;
+  for (int k = 0; k < kLanes; ++k) any |= mask[k];
+  return any != 0;
+}
+
 template <class T>
 void unit_length_grad_of(const UnitLengthGradient& u, int64_t row, const T* x) {
   x += row * u.width;
@@ -34,7 +41,16 @@ void unit_length_grad_of(const UnitLengthGradient& u, int64_t row, const T* x) {
   const bool clamped = u.norm[row] < kLeastNorm;
   const Vec n = splat(clamped ? kLeastNorm : u.norm[row]);
   Vec along = {};
-  for (int64_t d = 0; d < u.width; d += kLanes) along = multiply_add(load_row(x, d, u.width) / n, load_row(dy, d, u.width), along);
+  IntVec counts = {};
+  for (int64_t d = 0; d < u.width; d += kLanes) {
+    const Vec upstream = load_row(dy, d, u.width);
+    counts |= upstream != Vec{};
+    along = multiply_add(load_row(x, d, u.width) / n, upstream, along);
+  }
+  if (!any_lane(counts)) {
+    __builtin_memset(dx, 0, sizeof(T) * size_t(u.width));
+    return;
+  }
   const Vec share = splat(clamped ? 0 : total(along));
   for (int64_t d = 0; d < u.width; d += kLanes)
     store_row(dx, d, u.width, (load_row(dy, d, u.width) - scaled(load_row(x, d, u.width) / n, share)) / n);

@@ -11,12 +11,18 @@ from . import cpu
 from .apply import PlainFunction, transformed
 from .definition import SecondOrder
 
+LEAST_NORM = 1e-12  # of torch.nn.functional.normalize
+
 
 def unit_length(x: Tensor) -> Tensor:
-    """x / max(|x|, 1e-12) by rows [..., D], the norm taken in float32 (float64 for float64)."""
-    served = cpu.missing() is None and cpu.refuses(device_type=x.device.type, dtype=x.dtype) is None
-    if not served or transformed() or impls.forward_mode():
+    """x / max(|x|, 1e-12) by rows [..., D], the norm taken in float32 (float64 for float64).
+
+    A row whose upstream gradient is all 0 has gradient 0, whatever it holds: it did not count, as a bank's past its valid ones.
+    """
+    if transformed() or impls.forward_mode():
         return _definition(x)
+    if cpu.missing() is not None or cpu.refuses(device_type=x.device.type, dtype=x.dtype) is not None:
+        return Portable.run(x) if recorded(x) else _definition(x)
     rows = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
     y = UnitLength.run(rows) if recorded(rows) else torch.ops.kdfast.unit_length(rows)[0]
     return y if x.dim() == 2 else y.view(x.shape)
@@ -55,6 +61,31 @@ class UnitLengthGradient(Function):
     @staticmethod
     def backward(ctx, cotangent):
         return *SecondOrder.apply(_definition, (True,), cotangent, *ctx.saved_tensors), None
+
+
+class Portable(PlainFunction):
+    """Of x [..., D], by PyTorch's own operations."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
+        return _definition(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return None if g is None else _gradient(g, *ctx.saved_tensors)
+
+
+def _gradient(g: Tensor, x: Tensor) -> Tensor:
+    """dx of dy = g, differentiable."""
+    dtype, wide = x.dtype, dtypes.accumulator(x.dtype)
+    g, x = g.to(wide), x.to(wide)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    y = x / norm.clamp_min(LEAST_NORM)
+    along = torch.where(norm < LEAST_NORM, torch.zeros_like(norm), (y * g).sum(-1, keepdim=True))
+    dx = (g - y * along) / norm.clamp_min(LEAST_NORM)
+    return torch.where((g != 0).any(-1, keepdim=True), dx, torch.zeros_like(dx)).to(dtype)
 
 
 if cpu.missing() is None:
