@@ -227,7 +227,7 @@ __attribute__((noinline)) void multiply_panel(SymmetricTiles<kParts> product, co
 }
 
 // The rate of four independent sums; see probe.inl.
-double probe(BFloat16Product, int64_t steps) {
+[[maybe_unused]] double probe(BFloat16Product, int64_t steps) {
   TileSession session;
   uint16_t numbers[4 * 512];  // of all signs and mantissas, around 1
   for (int i = 0; i < 4 * 512; ++i) numbers[i] = uint16_t(((i * 40503) & 0x80ff) | 0x3f00);

@@ -1,7 +1,8 @@
 // Vectors of one instruction set: loads with conversion, maximum, transpose, exp2.
 //
-// Included after an instruction set's header (isa/), which defines KDFAST_LANES and KDFAST_VECS. Everything is in an anonymous namespace, so each instruction set keeps its own copy, and no header of the
-// C++ library is included here: the linker could keep an AVX-512 copy of one of its inline functions for everybody.
+// Included after an instruction set's header (isa/), which defines KDFAST_LANES and KDFAST_VECS. Everything is in an anonymous namespace,
+// so each instruction set keeps its own copy, and no header of the C++ library is included here: the linker could keep an AVX-512 copy
+// of one of its inline functions for everybody.
 #pragma once
 
 #include <stddef.h>

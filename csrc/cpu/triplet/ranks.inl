@@ -148,6 +148,9 @@ inline Vec nodes_at(const float* tree, IntVec node) {
   return (Vec)(kNodes < kLanes ? floats_at<1>(tree, (__m512i)node) : floats_at<(kNodes < kLanes ? 1 : kNodes / kLanes)>(tree + kNodes, (__m512i)node));
 #elif KDFAST_LANES == 8
   return (Vec)(kNodes < kLanes ? floats_at<1>(tree, (__m256i)node) : floats_at<(kNodes < kLanes ? 1 : kNodes / kLanes)>(tree + kNodes, (__m256i)node));
+#else
+  static_assert(kLevel >= kRegisterLevels);  // no level is kept in registers
+  return Vec{};
 #endif
 }
 inline Vec nodes_at(const float* tree, IntVec node) {

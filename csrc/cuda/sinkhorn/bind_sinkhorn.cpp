@@ -105,7 +105,8 @@ Tensor sinkhorn_assign(const Tensor& scores, const OptionalTensor& v, const Tens
   if (v.has_value()) p.v = packed<float>("v", *v, {batch, columns});
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.v) % 16 == 0, "v must begin at a multiple of 16 bytes");
   p.codes = codes;
-  Tensor out = codes ? torch::stable::new_empty(scores, {batch, n, columns}, ScalarType::Float) : torch::stable::new_empty(scores, {batch, columns}, ScalarType::Float);
+  Tensor out = codes ? torch::stable::new_empty(scores, {batch, n, columns}, ScalarType::Float)
+                     : torch::stable::new_empty(scores, {batch, columns}, ScalarType::Float);
   p.out = floats_of(out);
   if (out.numel() == 0) return out;
   on_device_of(scores, [&](void* stream) -> const char* {
