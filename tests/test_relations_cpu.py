@@ -207,3 +207,17 @@ def test_float64_is_not_served(name):
     x, z = pair(name, 5, dtype=torch.float64)
     with pytest.raises(ValueError, match=f"cannot serve {name}: it takes float32"):
         OURS[name](x, z, impl="cpu")
+
+
+def test_a_narrow_kernels_gradient_keeps_nothing_of_rows_that_coincide(isa):
+    """The weight of a pair at distance 0 is 1 / sigma^2 = 10^4, that of a row with itself too: neither may leave its rounding."""
+    x = torch.randn(2, 65, requires_grad=True)
+    (gradient,) = torch.autograd.grad(mmd_rbf(x, x.detach().clone(), sigmas=[0.01], impl="cpu"), x)
+    assert gradient.eq(0).all()  # the two rows are far from one another
+
+    x = torch.tensor([[0.0], [0.05], [0.2]], requires_grad=True)
+    y = torch.full((1, 1), 9.0)
+    got, want = (
+        torch.autograd.grad(mmd_rbf(t, y.to(t.dtype), sigmas=[0.01], impl=impl), x)[0] for t, impl in ((x, "cpu"), (x.double(), "torch"))
+    )
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=0)

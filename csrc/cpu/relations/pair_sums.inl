@@ -89,11 +89,11 @@ struct PairSumPass {
     stream_blocks(Product{}, w.block, padded, 0, p.columns, *this, w.y, w.teacher);
     if (out.gradient == nullptr) return;
     const float* const x = static_cast<const float*>(p.side.x.data);
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < count; ++i) {  // both products rounded alike: nothing is left of a pair that coincides
       const Vec weight = splat(float(w.weight[i]));
       for (int64_t d = 0; d < p.side.width; d += kLanes) {
         const int64_t at = (first + i) * p.side.width;
-        store_row(out.gradient + at, d, p.side.width, load(w.sums.at(i) + d) - weight * load_row(x + at, d, p.side.width));
+        store_row(out.gradient + at, d, p.side.width, load(w.sums.at(i) + d) - scaled(load_row(x + at, d, p.side.width), weight));
       }
     }
   }
@@ -138,12 +138,9 @@ struct PairSumPass {
       if (taught()) other = squared_distance(load(teacher_scores + j), splat(teacher_square), load(w.teacher_square + j));
       PairTerms terms = function.of(q, other);
       if (j + kLanes > block.columns) terms = terms.first(block.columns - j);
+      if (has_own && j <= own && own < j + kLanes) terms.weight[own - j] = 0;  // of x_i - x_i; left in, it would round the others off
       sums.add(terms);
       store(scores + j, terms.weight);
-    }
-    if (has_own) {  // x_i - x_i, whatever its weight
-      w.weight[i] -= double(scores[own]);
-      scores[own] = 0;
     }
     out.value[first + i] += double(sum_lanes(sums.value));
     out.second[first + i] += double(sum_lanes(sums.second));
