@@ -197,6 +197,18 @@ def test_log_transport_ragged():
     assert not scores.grad[1, 2:].any() and not scores.grad[0, :, 1:].any() and scores.grad[0, :, 0].any()
 
 
+@pytest.mark.parametrize("sizes", [(0, 0), (3, 4)], ids=["empty", "padding"])
+def test_log_transport_of_neither_rows_nor_columns(sizes):
+    """The dustbins have no mass either: the plan is 0. The other problems of a batch are as they are alone."""
+    scores, alpha = torch.randn(2, *sizes, requires_grad=True), torch.tensor(0.4, requires_grad=True)
+    none, some = torch.tensor([0, 0]), torch.tensor([0, min(sizes)])
+    out = F.log_optimal_transport(scores, alpha, iters=5, lengths=(some, some) if any(sizes) else (none, none))
+    assert out[0].eq(-torch.inf).all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.exp().square().sum(), (scores, alpha)))
+    if any(sizes):
+        torch.testing.assert_close(out[1, [0, 1, 2, 3]][:, [0, 1, 2, 4]], F.log_optimal_transport(scores[1, :, :3], alpha, iters=5))
+
+
 def test_log_transport_of_large_scores():
     scores = torch.randn(20, 20) * 200
     out = F.log_optimal_transport(scores, 1.0, iters=50)

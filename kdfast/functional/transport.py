@@ -157,7 +157,8 @@ def log_optimal_transport(
 
     Args:
         lengths: (n_i, m_i) integer tensors [*B]: the rest is padding, neither read nor given gradient; its log-plan is
-            -inf. The dustbins stay in the last row and column.
+            -inf. The dustbins stay in the last row and column; with neither rows nor columns they have no mass, and
+            all is -inf.
 
     Returns: float32 (float64 for float64).
 
@@ -177,7 +178,7 @@ def log_optimal_transport(
         scores = torch.where(real_rows[..., None] & real_cols[..., None, :], scores, torch.zeros_like(scores))
     couplings = torch.cat([scores, alpha.reshape(()).expand(*batch, n, 1)], -1)
     couplings = torch.cat([couplings, alpha.reshape(()).expand(*batch, 1, m + 1)], -2)
-    total = (rows + cols).to(dtype)
+    total = (rows + cols).clamp_min(1).to(dtype)  # no mass at all is a plan of 0
     a = torch.cat([real_rows.to(dtype), cols.to(dtype)], -1) / total  # [*B, n + 1]
     b = torch.cat([real_cols.to(dtype), rows.to(dtype)], -1) / total
     a, b = a.expand(*batch, n + 1), b.expand(*batch, m + 1)
