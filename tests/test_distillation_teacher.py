@@ -84,6 +84,28 @@ def test_gradients(divergence, own, by_row, reduction, weighted, columns):
         assert_as_good_as(got, its, wanted, factor=3)  # of a temperature's inverse, rounded once
 
 
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_threads_that_share_a_bank_keep_the_digits(threads):
+    """Parts are merged with their covariances: from merged sums the gradient was 1.6 to 1.9 times as far off as eager's, not 0.2."""
+    torch.manual_seed(0)
+    given = dict(teacher=unit(32, 128), teacher_bank=unit(2048, 128), divergence="kl", own=False, reduction="sum", weight=None)
+    given["student_tau"] = 0.02
+    student, bank, tau = unit(32, 128), unit(2048, 128), torch.full((32,), 0.1)
+
+    def gradient(loss, dtype):
+        at = tau.to(dtype).requires_grad_()
+        return torch.autograd.grad(loss(student.to(dtype), bank.to(dtype), at, **given), at)[0].double()
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        got = gradient(ours, torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    truth, its = gradient(definition, torch.float64), gradient(definition, torch.float32)
+    assert (got - truth).norm() <= 0.6 * (its - truth).norm()
+
+
 @DIVERGENCES
 @pytest.mark.parametrize("columns", [60, 2000])
 def test_equal_sides_pull_at_nothing(divergence, columns):

@@ -42,7 +42,7 @@ struct DistillationTask {
   int64_t pooled_stride;
 };
 
-// Student's maximum in two floats and sum, the same of the teacher, excess, depth and spread (distillation.inl).
+// Student's maximum in two floats and sum, the same of the teacher, excess, depth and covariance (distillation.inl).
 constexpr int64_t kDistillationStatistics = 9;
 
 // Rows `begin` to `end` of the call from their parts, [parts][part_stride rows] of what a task writes. Part 0 is overwritten.

@@ -25,13 +25,14 @@ using kdfast::kDistillationStatistics;
 
 // ---- rows of both sides -----------------------------------------------------------------------------------------------
 
-// Weights and their sums, all relative to the maxima. depth and spread: sums of w^T y and w^T x y, where the teacher's slopes are wanted.
+// Weights and their sums, all relative to the maxima. depth and covariance: sums of w^T y and, less both means, of w^T x y, where the
+// teacher's slopes are wanted.
 struct DistilledRow {
-  double maximum, teacher_maximum, sum, teacher_sum, excess, depth, spread;
+  double maximum, teacher_maximum, sum, teacher_sum, excess, depth, covariance;
 
   double share() const { return sum == 0 ? 0 : 1 / sum; }
   double teacher_share() const { return teacher_sum == 0 ? 0 : 1 / teacher_sum; }
-  double teacher_slope() const { return teacher_share() * (teacher_share() * depth * excess - spread); }
+  double teacher_slope() const { return -teacher_share() * covariance; }
 };
 
 // A row of the student's scores, and what the teacher's weights of it add to excess, depth and spread.
@@ -147,8 +148,10 @@ struct BothSoftmaxes {
       for (int k = 0; k < kLanes && lanes != nullptr; ++k) sum += double(lanes[i * kLanes + k]) + double(rest[i * kLanes + k]);
       return sum;
     };
-    return {student.top(i),      teacher.top(i),           whole(student.sum, student.rest), whole(teacher.sum, teacher.rest),
-            whole(excess, rest), whole(depth, depth_rest), whole(spread, spread_rest)};
+    DistilledRow found{student.top(i),      teacher.top(i),           whole(student.sum, student.rest), whole(teacher.sum, teacher.rest),
+                       whole(excess, rest), whole(depth, depth_rest), whole(spread, spread_rest)};
+    found.covariance -= found.teacher_share() * found.depth * found.excess;
+    return found;
   }
 };
 
@@ -330,7 +333,7 @@ struct DistillationPass {
     const int64_t out = first + i - task.row_begin;
     const float statistics[kDistillationStatistics] = {
         student.maximum[i],     student.low[i],    float(row.sum),   teacher.maximum[i], teacher.low[i],
-        float(row.teacher_sum), float(row.excess), float(row.depth), float(row.spread)};
+        float(row.teacher_sum), float(row.excess), float(row.depth), float(row.covariance)};
     __builtin_memcpy(task.statistics + out * kDistillationStatistics, statistics, sizeof(statistics));
     float* const pooled = task.pooled + 2 * out * task.pooled_stride;
     __builtin_memcpy(pooled, student_sums, size_t(4 * p.student.width));
@@ -377,17 +380,20 @@ void distillation_merge(const DistillationParams& p, const DistillationMerge& t)
         own[side] = top(s + 3 * side), others[side] = top(other + 3 * side);
         to[side] = own[side] > others[side] ? own[side] : others[side];
       }
-      float sums[3] = {};  // excess, depth and spread, moved as in weigh_teacher_row
+      // Excess and depth, moved as in weigh_teacher_row, and the covariance, which a move leaves as it is. A part has it, and not the sum of
+      // w^T x y, in which a float would lose its digits.
+      double sums[3] = {}, mass = 0, excess_mean = 0, depth_mean = 0;
       const auto add = [&](const float* part, const double* from) {
-        const float teacher_step = float(from[1] - to[1]), step = float(from[0] - to[0] - (p.kl ? from[1] - to[1] : 0));
-        const float correction = rescale(from[1], to[1]), excess = part[6] + step * part[5];
-        if (correction == 0 || part[5] == 0) return;
-        sums[0] += correction * excess;
-        sums[1] += correction * (part[7] + teacher_step * part[5]);
-        sums[2] += correction * (part[8] + step * part[7] + teacher_step * excess);
+        const double teacher_step = from[1] - to[1], step = from[0] - to[0] - (p.kl ? teacher_step : 0);
+        const double correction = rescale(from[1], to[1]), all = part[5], weight = correction * all;
+        if (weight == 0) return;
+        const double excess = part[6] / all + step, depth = part[7] / all + teacher_step, share = weight / (mass + weight);
+        sums[0] += weight * excess, sums[1] += weight * depth;
+        sums[2] += correction * double(part[8]) + mass * share * (excess - excess_mean) * (depth - depth_mean);
+        mass += weight, excess_mean = excess, depth_mean = depth;
       };
       add(s, own), add(other, others);
-      __builtin_memcpy(s + 6, sums, sizeof(sums));
+      for (int k = 0; k < 3; ++k) s[6 + k] = float(sums[k]);
       for (int64_t side = 0; side < 2; ++side) {
         float* const maximum = s + 3 * side;
         const float* const other_maximum = other + 3 * side;
