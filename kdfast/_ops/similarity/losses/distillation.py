@@ -160,6 +160,8 @@ def _composed(call: Call, student, keys, scale, start_logit, *fixed, constants: 
         keys, own_keys, valid = (None if x is None else x.clone() for x in (keys, f.keys, f.valid))
         f = f._replace(keys=own_keys, valid=valid)
     wide, one_bank = torch.promote_types(student.dtype, f.teacher.dtype), f.keys is None
+    if learnt:  # whose gradient is what two sums leave of each other, one of them of the student's rows times the upstream
+        wide = dtypes.accumulator(wide)
     operands = (student, keys, f.teacher, keys.detach() if one_bank else f.keys)
     if not torch.is_autocast_enabled(student.device.type):
         operands = (x.to(wide) for x in operands)
