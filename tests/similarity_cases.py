@@ -67,3 +67,14 @@ def assert_as_good_as(ours, naive, truth, factor=2):
     error, allowed = ((x.double() - truth)[finite].abs().max() for x in (ours, naive))
     allowed = factor * allowed + ulps * torch.finfo(ours.dtype).eps * truth[finite].abs().max()
     assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+
+
+def assert_directions_together(output, shapes):
+    """is_grads_batched gives second derivatives along many directions as one by one; `output` is of a tensor of each shape."""
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    first = torch.autograd.grad(output(*leaves).sum(), leaves, create_graph=True)
+    directions = [torch.randn(3, *shape) for shape in shapes]
+    together = torch.autograd.grad(first, leaves, directions, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        alone = torch.autograd.grad(first, leaves, [x[i] for x in directions], retain_graph=True)
+        assert all(torch.equal(x[i], y) for x, y in zip(together, alone, strict=True))

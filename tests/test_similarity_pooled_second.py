@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from similarity_cases import assert_as_good_as, cast, everything, normal
+from similarity_cases import assert_as_good_as, assert_directions_together, cast, everything, normal
 
 from kdfast._core import impls
 from kdfast._ops.similarity import reference, second_order_pooled
@@ -117,13 +117,7 @@ def test_a_row_that_admits_nothing_and_keys_beyond_valid(isa, one_op):
 
 
 def test_many_directions_at_once(one_op):
-    query, keys = normal(4, 5, requires_grad=True), normal(9, 5, requires_grad=True)
-    first = torch.autograd.grad(fused(query=query, keys=keys)[1].sum(), (query, keys), create_graph=True)
-    directions = torch.randn(3, 4, 5), torch.randn(3, 9, 5)
-    together = torch.autograd.grad(first, (query, keys), directions, is_grads_batched=True, retain_graph=True)
-    for i in range(3):
-        alone = torch.autograd.grad(first, (query, keys), [x[i] for x in directions], retain_graph=True)
-        assert all(torch.equal(x[i], y) for x, y in zip(together, alone, strict=True))
+    assert_directions_together(lambda query, keys: fused(query=query, keys=keys)[1], [(4, 5), (9, 5)])
 
 
 @pytest.mark.parametrize("moves", [True, False])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from similarity_cases import assert_as_good_as, cast, everything, normal
+from similarity_cases import assert_as_good_as, assert_directions_together, cast, everything, normal
 
 from kdfast._core import impls
 from kdfast._ops.similarity import reference, second_order
@@ -82,13 +82,7 @@ def test_of_short_numbers(isa, one_op, dtype):
 
 
 def test_many_directions_at_once(one_op):
-    query, keys = normal(4, 5, requires_grad=True), normal(9, 5, requires_grad=True)
-    first = torch.autograd.grad(fused(query=query, keys=keys)[0].sum(), (query, keys), create_graph=True)
-    directions = torch.randn(3, 4, 5), torch.randn(3, 9, 5)
-    together = torch.autograd.grad(first, (query, keys), directions, is_grads_batched=True, retain_graph=True)
-    for i in range(3):
-        alone = torch.autograd.grad(first, (query, keys), [x[i] for x in directions], retain_graph=True)
-        assert all(torch.equal(x[i], y) for x, y in zip(together, alone, strict=True))
+    assert_directions_together(lambda query, keys: fused(query=query, keys=keys)[0], [(4, 5), (9, 5)])
 
 
 @pytest.mark.parametrize("moves", [True, False])
