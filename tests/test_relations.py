@@ -94,6 +94,20 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("impl", [None, "torch"])
+@pytest.mark.parametrize("widths", [(1, 1), (1, 3), (3, 1)], ids=str)
+def test_rows_of_one_number_that_are_near(widths, impl):
+    """Of 300 numbers many pairs are nearer than inner products tell from 0; the mean of the distances that are not 0 counts them."""
+    student, teacher = (torch.randn(300, d) for d in widths)
+    student.requires_grad_()
+    (value, slope), (want, wanted) = (
+        (loss, *torch.autograd.grad(loss, student))
+        for loss in (rkd_distance(student, teacher, impl=impl), reference.rkd_distance(student.double(), teacher.double()))
+    )
+    torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=0)
+    torch.testing.assert_close(slope, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_neither_pairs_nor_triples_are_allocated(name, monkeypatch):
     monkeypatch.setattr(blocks, "CPU_BUDGET", 512)

@@ -33,6 +33,13 @@ struct PairTerms {
   }
 };
 
+// x with 0 in a lane.
+inline Vec without(Vec x, int64_t lane) {
+  IntVec kept;
+  for (int64_t k = 0; k < kLanes; ++k) kept[k] = k == lane ? 0 : -1;
+  return (Vec)((IntVec)x & kept);
+}
+
 struct PairSumWorkspace {
   int64_t rows, block;
   Rows x, teacher_rows;
@@ -72,6 +79,8 @@ struct PairSumPass {
   const int64_t first, count;
   const Function& function;
 
+  // Rows of one number: their gradients are summed as they are, where other rows' weights are.
+  bool lone() const { return p.side.width == 1; }
   bool taught() const { return w.teacher.matrix.data != nullptr; }
 
   void pack(const Rows& to, const PairSide& side) const {
@@ -88,6 +97,10 @@ struct PairSumPass {
     if (out.gradient != nullptr) __builtin_memset(w.sums.at(0), 0, size_t(4 * padded * w.sums.stride));
     stream_blocks(Product{}, w.block, padded, 0, p.columns, *this, w.y, w.teacher);
     if (out.gradient == nullptr) return;
+    if (lone()) {
+      for (int64_t i = 0; i < count; ++i) out.gradient[first + i] = float(w.weight[i]);
+      return;
+    }
     const float* const x = static_cast<const float*>(p.side.x.data);
     for (int64_t i = 0; i < count; ++i) {  // both products rounded alike: nothing is left of a pair that coincides
       const Vec weight = splat(float(w.weight[i]));
@@ -113,10 +126,11 @@ struct PairSumPass {
                  w.teacher_tile.stride);
     for (int64_t i = 0; i < rows; ++i) {
       next.fetch(row + i);
-      if (row + i < count) weigh(block, row + i, w.tile.scores(i), w.teacher_tile.scores(i));
+      if (row + i < count && lone()) weigh<true>(block, row + i, w.tile.scores(i), w.teacher_tile.scores(i));
+      else if (row + i < count) weigh<false>(block, row + i, w.tile.scores(i), w.teacher_tile.scores(i));
       else __builtin_memset(w.tile.scores(i), 0, size_t(4 * block.padded));
     }
-    if (out.gradient == nullptr) return;
+    if (out.gradient == nullptr || lone()) return;
     if constexpr (!__is_same(Product, Float32Product)) {
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < block.padded; j += 2 * kLanes)
@@ -125,20 +139,34 @@ struct PairSumPass {
     sum_rows(Product{}, w.tile.weights(0), w.tile.stride, rows, block.columns, w.y.panels, AddTile{w.sums.at(row), w.sums.stride});
   }
 
+  // x_i - y_j of rows of one number. Many pairs are nearer than inner products tell, and a mean of distances counts them all; their
+  // weights 1 / d, up to 10^7, would cancel in the sums.
+  Vec on_a_line(const PairSide& side, const Block& block, int64_t i, int64_t j) const {
+    const Vec x = splat(static_cast<const float*>(side.x.data)[first + i]);
+    return x - load_row(static_cast<const float*>(side.y.data) + block.first, j, block.columns);
+  }
+  static Vec squared(Vec x) { return x * x; }
+
+  template <bool kLone>
   void weigh(const Block& block, int64_t i, float* scores, float* teacher_scores) const {
     const int64_t own = first + i - block.first;
     const bool has_own = p.same && own >= 0 && own < block.columns;
     const float square = p.side.x_square[first + i], teacher_square = taught() ? p.teacher.x_square[first + i] : 0;
+    const int64_t own_vector = has_own ? own - own % kLanes : -1;
     if (has_own) scores[own] = square;  // q is then exactly 0
     if (has_own && taught()) teacher_scores[own] = teacher_square;
     PairTerms sums = {};
     for (int64_t j = 0; j < block.padded; j += kLanes) {
-      const Vec q = squared_distance(load(scores + j), splat(square), load(w.y_square + j));
+      const Vec q = kLone ? squared(on_a_line(p.side, block, i, j))
+                          : squared_distance(load(scores + j), splat(square), load(w.y_square + j));
       Vec other = {};
-      if (taught()) other = squared_distance(load(teacher_scores + j), splat(teacher_square), load(w.teacher_square + j));
+      if (taught())
+        other = p.teacher.width == 1 ? squared(on_a_line(p.teacher, block, i, j))
+                                     : squared_distance(load(teacher_scores + j), splat(teacher_square), load(w.teacher_square + j));
       PairTerms terms = function.of(q, other);
+      if (kLone) terms.weight *= -on_a_line(p.side, block, i, j);
       if (j + kLanes > block.columns) terms = terms.first(block.columns - j);
-      if (has_own && j <= own && own < j + kLanes) terms.weight[own - j] = 0;  // of x_i - x_i; left in, it would round the others off
+      if (j == own_vector) terms.weight = without(terms.weight, own - j);  // of x_i - x_i; left in, it would round the others off
       sums.add(terms);
       store(scores + j, terms.weight);
     }
