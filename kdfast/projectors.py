@@ -7,7 +7,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrizations
 
 from ._core import checks
-from ._core.dtypes import autocast_off
+from ._core.dtypes import full_precision
 
 KINDS = ("linear", "mlp", "orthogonal", "spectral")
 NORMS = ("none", "batch", "l2")
@@ -66,9 +66,9 @@ class Affine(nn.Module):
             self.direction.copy_(left)
         return left, right
 
-    def effective_weight(self, device_type: str) -> Tensor:
+    def effective_weight(self) -> Tensor:
         """[out, in], the constraint applied, computed outside autocast."""
-        with autocast_off(device_type):
+        with full_precision(self.weight):
             if self.constraint != "spectral":
                 return self.weight
             left, right = self._singular_vectors(self.training and torch.is_grad_enabled())
@@ -77,7 +77,7 @@ class Affine(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x must have width {self.in_features}, got shape {tuple(x.shape)}")
-        weight = self.effective_weight(x.device.type)
+        weight = self.effective_weight()
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(weight.dtype)
         return F.linear(x, weight, self.bias)

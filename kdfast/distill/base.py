@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._core import checks
-from .._core.dtypes import autocast_off, wide
+from .._core.dtypes import wide
 from .._ops.similarity.unit_length import unit_length
 
 
@@ -154,10 +154,6 @@ def vectors(x, name: str) -> Tensor:
 def unit(x: Tensor) -> Tensor:
     """l2-normalised along the last dimension, in float32 (float64 for float64)."""
     return unit_length(wide(x))
-
-
-def without_autocast(x: Tensor):
-    return autocast_off(x.device.type)
 
 
 def like_bank(x: Tensor, rows: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import checks
-from .base import DistillLoss, first, same_shape, unit, without_autocast
+from .._core.dtypes import full_precision
+from .base import DistillLoss, first, same_shape, unit
 
 
 class HybridDistill(DistillLoss):
@@ -46,5 +47,5 @@ def _gram(values, name: str, side: str) -> Tensor:
         raise ValueError(f'{side} must be a dict with "{name}" [N, L, D]')
     x = checks.floating(f"{side}[{name!r}]", first(values[name]), min_ndim=3)
     x = unit(x.flatten(2).mT if x.dim() == 4 else x)  # [N, L, D]
-    with without_autocast(x):
+    with full_precision(x):
         return x @ x.mT

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from .._core import checks
-from .._core.dtypes import wide
+from .._core.dtypes import full_precision, wide
 from ..projectors import Projector
-from .base import same_shape, without_autocast
+from .base import same_shape
 from .pairs import PairLoss, pairs, pick_projector
 
 
@@ -69,5 +69,5 @@ class ICKD(PairLoss):
 
 def _correlation(x: Tensor) -> Tensor:
     x = wide(x.flatten(2))  # [N, C, HW]
-    with without_autocast(x):
+    with full_precision(x):
         return F.normalize(x @ x.mT, dim=2)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from .._core import checks
-from .._core.dtypes import wide
-from .base import DistillLoss, mean_of, vectors, without_autocast
+from .._core.dtypes import full_precision, wide
+from .base import DistillLoss, mean_of, vectors
 from .pairs import pairs
 
 
@@ -41,7 +41,7 @@ class SpectralTail(DistillLoss):
 
     def _tail(self, features: Tensor) -> Tensor:
         x = features.flatten(0, 1) if features.dim() == 3 else vectors(features, "student")  # [N, D]
-        with without_autocast(x):
+        with full_precision(x):
             x = wide(x)
             x = x - x.mean(0) if self.center else x
             gram = x @ x.t() if x.shape[0] < x.shape[1] else x.t() @ x

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import checks
-from .._core.dtypes import accumulator
-from .base import DistillLoss, first, unit, vectors, views, without_autocast
+from .._core.dtypes import accumulator, full_precision
+from .base import DistillLoss, first, unit, vectors, views
 from .kd import KD, check_softening
 from .pairs import make_projector
 
@@ -87,7 +87,7 @@ class SSKD(DistillLoss):
 
     def _contrast(self, s: Tensor, t: Tensor) -> Tensor:
         n = len(t) // 4
-        with without_autocast(s):
+        with full_precision(s):
             scores_s, scores_t = (x[n:] @ x[:n].t() / self.temperature for x in (s, t))  # [3 N, N]
         source = torch.arange(n, device=t.device).repeat(3)[:, None]
         rank = (scores_t > scores_t.gather(1, source)).sum(1)  # of each row's source, 0 the best

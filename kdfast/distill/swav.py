@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .._core import checks, collectives
+from .._core.dtypes import full_precision
 from ..functional import sinkhorn_assign
-from .base import DistillLoss, check_queue, mean_of, unit, vectors, without_autocast
+from .base import DistillLoss, check_queue, mean_of, unit, vectors
 
 
 class SwAV(DistillLoss):
@@ -67,7 +68,7 @@ class SwAV(DistillLoss):
         if absent:
             raise ValueError(f"teacher must have the views {names}, it has {list(coded)}")
         prototypes = unit(self.prototypes)
-        with without_autocast(prototypes):
+        with full_precision(prototypes):
             logits = {name: (z @ prototypes.t() / self.temperature).log_softmax(1) for name, z in seen.items()}
             codes = {name: self._codes(coded[name].detach(), prototypes.detach(), i) for i, name in enumerate(names)}
         swapped = [-(codes[i] * logits[v]).sum(1).mean() for i in names for v in seen if v != i]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._core import checks, random
+from .._core.dtypes import full_precision
 from .._ops import triplet as op
 from .._ops.triplet import classes, cpu, dense, distances, every_triplet, inputs, mining, portable, sampling
 from .._ops.triplet.triton import mining as triton_mining
@@ -111,7 +112,7 @@ def triplet_loss(
         generator=generator,
     )
     problem = problem._replace(positives=min(problem.positives, problem.mine_ref.shape[0]))
-    with op.full_precision(problem.mine):
+    with full_precision(problem.mine):
         if problem.mine.shape[0] == 0:
             return portable.nothing((*problem.layers, *problem.refs), reduction)
         return portable.finish(_module(settings, problem).triplet_rows(settings, problem, seed), reduction)
@@ -176,7 +177,7 @@ def mine_triplets(
     if problem.mine.shape[0] == 0:
         none = problem.anchors.row.new_empty((0,) if per_anchor else (0, problem.positives, *([per_pair] if draws else [])))
         return Triplets(none, none, none, none.bool())
-    with op.full_precision(problem.mine):
+    with full_precision(problem.mine):
         module = _module(settings, problem)
         m = portable.mine(settings, problem, seed, per_pair) if module is portable else module.mine(settings, problem, seed)
     anchor = problem.anchors.row.view(-1, *[1] * (m.valid.dim() - 1)).expand(m.valid.shape)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import checks
+from .._core.dtypes import full_precision
 from .._core.reduction import reduce_rows
 from .._ops import triplet as op
 from .._ops.similarity import KeyIndex, SameLabel, similarity_lse
@@ -54,7 +55,7 @@ def multi_similarity_loss(
         checks.finite_number("epsilon", epsilon)
         checks.nonnegative_number("epsilon", epsilon)
     b, impl = _collect("multi_similarity_loss", impl, embeddings, labels, ref, ref_labels, ref_valid, own_index, "euclidean", normalize)
-    with op.full_precision(b.layers[0]):
+    with full_precision(b.layers[0]):
         if _empty(b):
             return op.portable.nothing((*b.layers, *b.refs), reduction)
         settings = pairs.MultiSimilarity(alpha, beta, base, epsilon)
@@ -92,7 +93,7 @@ def margin_loss(
     checks.nonnegative_number("margin", margin)
     b, impl = _collect("margin_loss", impl, embeddings, labels, ref, ref_labels, ref_valid, own_index, metric, normalize)
     x = b.layers[0]
-    with op.full_precision(x):
+    with full_precision(x):
         if isinstance(beta, Tensor):
             checks.floating("beta", beta)
             checks.alike("beta", beta, "embeddings", x, dtype=False)
@@ -144,7 +145,7 @@ def contrastive_loss(
     for name, value in (("pos_margin", pos_margin), ("neg_margin", neg_margin)):
         checks.finite_number(name, value)
     b, impl = _collect("contrastive_loss", impl, embeddings, labels, ref, ref_labels, ref_valid, own_index, metric, normalize)
-    with op.full_precision(b.layers[0]):
+    with full_precision(b.layers[0]):
         if _empty(b):
             return op.portable.nothing((*b.layers, *b.refs), reduction)
         levels = b.layers[0].new_tensor([pos_margin, neg_margin]).expand(b.layers[0].shape[0], 2)
@@ -187,7 +188,7 @@ def angular_loss(
     size = b.refs[0].shape[0]
     positives = min(max_positives, size) if max_positives else classes.largest(b.anchors, size)
     impl = op.choose("angular_loss", impl, b.layers[0], width=b.layers[0].shape[1], gathered=b.layers[0].numel() * positives)
-    with op.full_precision(b.layers[0]):
+    with full_precision(b.layers[0]):
         if _empty(b):
             return op.portable.nothing((*b.layers, *b.refs), reduction)
         if impl == "torch":

@@ -89,7 +89,7 @@ def similarity_distillation(
 
     own_column = own_columns(own_index, student, keys.shape[0])
     sharp = any((type(t) is float or isinstance(t, Real)) and t < 1e-3 for t in (student_temperature, teacher_temperature))
-    with dtypes.autocast_off(student.device.type) if sharp else contextlib.nullcontext():
+    with dtypes.full_precision(student) if sharp else contextlib.nullcontext():
         precision = "ieee" if sharp and precision is None else precision
         student, keys, teacher, teacher_keys = rounded(precision, student, keys, teacher, None if shared else teacher_keys)
         student_positive, teacher_positive = rounded(precision, student_positive, teacher_positive)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import checks
+from .._core.dtypes import full_precision
 from .._ops import triplet as op
 from .._ops.triplet import fused, relations, relations_cpu
 from .._ops.triplet.triton import relations as relations_triton
@@ -38,7 +39,7 @@ def mmd_rbf(x: Tensor, y: Tensor, *, sigmas: Sequence[float], normalize: bool = 
     sigmas = tuple(float(sigma) for sigma in sigmas)
     checks.flag("normalize", normalize)
     impl = op.choose("mmd_rbf", impl, x, width=x.shape[1])
-    with op.full_precision(x):
+    with full_precision(x):
         if normalize:
             x, y = (F.normalize(relations.ready(t), dim=-1) for t in (x, y))
         if impl != "torch":
@@ -57,7 +58,7 @@ def rkd_distance(student: Tensor, teacher: Tensor, *, impl: str | None = None) -
     """
     _pair(student, teacher)
     impl = op.choose("rkd_distance", impl, student, others=(teacher.dtype,), width=min(student.shape[1], teacher.shape[1]))
-    with op.full_precision(student):
+    with full_precision(student):
         if impl != "torch":
             return fused.loss((relations_cpu if impl == "cpu" else relations_triton).DISTANCE, (), student, teacher.detach())
         return relations.distance_loss(student, teacher.detach())
@@ -78,7 +79,7 @@ def rkd_angle(student: Tensor, teacher: Tensor, *, impl: str | None = None) -> T
     """
     _pair(student, teacher)
     impl = op.choose("rkd_angle", impl, student, others=(teacher.dtype,), width=min(student.shape[1], teacher.shape[1]))
-    with op.full_precision(student):
+    with full_precision(student):
         if impl != "torch":
             return fused.loss((relations_cpu if impl == "cpu" else relations_triton).ANGLE, (), student, teacher.detach())
         return relations.angle_loss(student, teacher.detach())

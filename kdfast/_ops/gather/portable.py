@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._core.dtypes import full_precision
 from . import statistics
 
 _TILE = 1 << 17  # elements of gathered rows at a time: half a megabyte of float32 stays in a core's L2 cache
@@ -16,14 +17,10 @@ _BAG = 128  # rows added one after another; at least D of them, so that partial 
 _DENSE_ROWS = 16  # a GEMM over the whole bank beats gathering K rows while M <= 16 K (measured, D = 128)
 
 
-def _full_precision(x: Tensor):
-    return torch.autocast(device_type=x.device.type, enabled=False)
-
-
 def scores(query: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     """query [N, D], bank [M, D], index [N, K] -> z_nk = q_n . k_{index_nk}, [N, K]."""
     out = query.new_empty(index.shape)
-    with _full_precision(query):
+    with full_precision(query):
         if query.device.type == "cpu" and len(bank) <= _DENSE_ROWS * index.shape[1]:
             return _dense_scores(query, bank, index, out)
         for rows, slots in _tiles(index, query.shape[1]):
@@ -53,7 +50,7 @@ def pool(weights: Tensor, bank: Tensor, index: Tensor) -> Tensor:
         parts = F.embedding_bag(index.reshape(-1), bank, starts.reshape(-1), per_sample_weights=weights.reshape(-1), mode="sum")
         return parts.view(*starts.shape, bank.shape[1]).sum(dim=1)
     out = weights.new_zeros(len(index), bank.shape[1])
-    with _full_precision(weights):
+    with full_precision(weights):
         for rows, slots in _tiles(index, bank.shape[1]):
             gathered = _gathered(bank, index[rows, slots], weights.dtype)  # [n, k, D]
             out[rows] += torch.bmm(weights[rows, None, slots], gathered)[:, 0]

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._core.dtypes import full_precision
+
 #: elements of a tile: about what a core's L2 holds on a CPU; enough to fill an accelerator elsewhere
 _BUDGET = {"cpu": 1 << 18}
 _BUDGET_ELSEWHERE = 1 << 23
@@ -56,9 +58,7 @@ def no_autocast(function):
 
     @functools.wraps(function)
     def run(first, *args, **kwargs):
-        if not torch.is_autocast_enabled(first.device.type):
-            return function(first, *args, **kwargs)
-        with torch.autocast(first.device.type, enabled=False):
+        with full_precision(first):
             return function(first, *args, **kwargs)
 
     return run

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kdfast._core import checks, impls
 from kdfast._core import precision as precisions
-from kdfast._core.dtypes import autocast_off
+from kdfast._core.dtypes import full_precision
 
 from . import arguments, cpu, cuda, triton
 from .autograd import Potentials
@@ -97,7 +97,7 @@ def sinkhorn(
     device_type = (cost if cost is not None else x).device.type
     impl = impls.choose("sinkhorn", impl, **_facts(cost, x, y, metric, method, tol))
     precision = precisions.resolve(precision, device_type)
-    with autocast_off(device_type):
+    with full_precision(x if cost is None else cost):
         p, batch, inside = arguments.problem(cost, x, y, metric, a, b, epsilon, rho, lengths, precision, impl)
         g0 = _start(init, p, batch, inside[1], method)
         result = _solve(p, g0, schedule, grad, batch, inside)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..._core import dtypes, impls
-from ..._core.dtypes import autocast_off
 from . import cpu, distances, extrema, inputs, relations_cpu, triton
 from .triton import relations as relations_triton
 
@@ -31,11 +30,6 @@ for _op in ("mmd_rbf", "rkd_distance", "rkd_angle"):
 
 def choose(op: str, impl: str | None, x: Tensor, **facts) -> str:
     return impls.choose(op, impl, device_type=x.device.type, dtype=x.dtype, **facts)
-
-
-def full_precision(x: Tensor):
-    """Autocast off: distances, and what is mined by them, are formed in float32 (float64) whatever it says."""
-    return autocast_off(x.device.type)
 
 
 class Extreme(NamedTuple):
@@ -92,7 +86,7 @@ def row_extrema(
     )
     in_batch, (x,), (y,) = x is y, b.layers, b.refs
     impl = choose("row_extrema", impl, x, others=(y.dtype,), width=x.shape[1])
-    with full_precision(x):
+    with dtypes.full_precision(x):
         if impl == "cpu":
             columns, _ = cpu.extremes(x, y, b.anchors, b.classes, metric, normalize, farthest_negative=True)
         else:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._core.dtypes import full_precision
 from ..._core.recording import recorded
 
 #: Elements of the largest temporary of a block: a few MB on a CPU, enough work to fill a GPU elsewhere.
@@ -92,11 +93,6 @@ def _evaluate(spec: Spec, block: Block, moving: tuple[Tensor, ...], constant: tu
     return spec.fn(spec.settings, block, moving[: spec.rows], moving[spec.rows :], cut, constant[spec.fixed_rows :])
 
 
-def _full_precision(tensors: tuple[Tensor, ...]) -> torch.autocast:
-    """A backward pass may be called under autocast too."""
-    return torch.autocast(tensors[0].device.type, enabled=False)
-
-
 def _cut(spec: Spec, block: Block, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(t[block.start : block.stop] if i < spec.rows else t for i, t in enumerate(tensors[: spec.rows + spec.shared]))
 
@@ -125,7 +121,7 @@ class _RowSums(torch.autograd.Function):
     def forward(spec, *tensors):
         constant = tensors[spec.rows + spec.shared :]
         totals = _Total(True), _Total(True)
-        with _full_precision(tensors):
+        with full_precision(tensors[0]):
             for block in spec.blocks:
                 for total, part in zip(totals, _evaluate(spec, block, _cut(spec, block, tensors), constant), strict=True):
                     total.add(block, part)
@@ -172,7 +168,7 @@ class _RowGradients(torch.autograd.Function):
     def forward(spec, wanted, grad, *tensors):
         constant = tensors[spec.rows + spec.shared :]
         totals = [_Total(i < spec.rows) for i in wanted]
-        with _full_precision(tensors):
+        with full_precision(tensors[0]):
             for block in spec.blocks:
                 cut = _cut(spec, block, tensors)
                 parts = _pullback(spec, block, wanted, cut, constant)(grad[block.start : block.stop], *(cut[i] for i in wanted))
@@ -202,7 +198,7 @@ def second_order(
     """Gradients, in `grad` and in the `wanted` of `tensors`, of <bars, the gradients in the wanted> that grad [N, C] pulls back to."""
     constant = tensors[spec.rows + spec.shared :]
     totals = [_Total(True), *(_Total(i < spec.rows) for i in wanted)]
-    with _full_precision(tensors):
+    with full_precision(tensors[0]):
         for block in spec.blocks:
             cut = _cut(spec, block, tensors)
             pull = _pullback(spec, block, wanted, cut, constant)

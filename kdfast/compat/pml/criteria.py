@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from ... import functional
 from ..._core import checks, dtypes
+from ..._core.dtypes import full_precision
 from ..._ops.similarity import SameLabel, similarity_lse
-from ..._ops.triplet import distances, full_precision
+from ..._ops.triplet import distances
 from .arguments import Reference, checked_labels, checked_tuple, metric_of, refuse
 from .pairs import as_pairs, as_triplets, log_sum_exp, pair_distances, pair_similarities, positive_pairs, softplus, unique_pairs
 

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from ... import functional
 from ..._core import checks
-from ..._ops.triplet import distances, full_precision
+from ..._core.dtypes import full_precision
+from ..._ops.triplet import distances
 from .arguments import Reference, checked_labels, metric_of, refuse
 from .pairs import joined, label_blocks, listed
 
