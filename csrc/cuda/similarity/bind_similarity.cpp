@@ -35,7 +35,6 @@ SimilarityProblem problem_of(const Tensor& query, const Tensor& keys, const Tens
   STD_TORCH_CHECK(p.element != kdfast::Element::kFloat32, "query must be bfloat16 or float16");
   check("query", query, query.scalar_type(), {p.batch, p.rows, p.width});
   STD_TORCH_CHECK(query.is_contiguous(), "query must be contiguous");
-  p.query = query.const_data_ptr(), p.keys = keys.const_data_ptr();
   p.keys_stride = bank_stride("keys", keys, query.scalar_type(), {p.batch, p.columns, p.width});
   p.scale = packed<float>("scale", scale, {p.batch, p.rows});
   if (start_logit.has_value()) p.start_logit = packed<float>("start_logit", *start_logit, {p.batch, p.rows});
@@ -57,15 +56,24 @@ SimilarityProblem problem_of(const Tensor& query, const Tensor& keys, const Tens
   return p;
 }
 
-// Copies begin at multiples of 16 bytes.
-Tensor aligned(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 ? x : torch::stable::clone(x); }
+// Copies begin at multiples of 16 bytes: `x` itself, or one of its own, of a single entry where the batch shares it.
+Tensor aligned(const Tensor& x, bool shared) {
+  if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0) return x;
+  return torch::stable::clone(shared ? torch::stable::select(x, 0, 0) : x);
+}
 
-std::tuple<Tensor, Tensor, Tensor> similarity_softmax(const Tensor& query_in, const Tensor& keys_in, const Tensor& scale, const OptionalTensor& bias,
+// What `p` reads, to be kept until the launch.
+std::tuple<Tensor, Tensor> align(SimilarityProblem& p, const Tensor& query_in, const Tensor& keys_in) {
+  const Tensor query = aligned(query_in, false), keys = aligned(keys_in, p.keys_stride == 0);
+  p.query = query.const_data_ptr(), p.keys = keys.const_data_ptr();
+  return {query, keys};
+}
+
+std::tuple<Tensor, Tensor, Tensor> similarity_softmax(const Tensor& query, const Tensor& keys, const Tensor& scale, const OptionalTensor& bias,
                                                       const OptionalTensor& start_logit, const OptionalTensor& values, const OptionalTensor& start_value,
                                                       const OptionalTensor& query_labels, const OptionalTensor& key_labels, const OptionalTensor& key_index,
                                                       const OptionalTensor& limit, const OptionalTensor& valid, bool pooled, int64_t, const OptionalTensor&) {
   STD_TORCH_CHECK(!bias.has_value() && !values.has_value() && !start_value.has_value(), "it takes neither bias nor values");
-  const Tensor query = aligned(query_in), keys = aligned(keys_in);
   SimilarityForward p{};
   p.problem = problem_of(query, keys, scale, start_logit, query_labels, key_labels, key_index, limit, valid);
   const auto [batch, rows, width] = std::tuple(p.problem.batch, p.problem.rows, p.problem.width);
@@ -73,6 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_softmax(const Tensor& query_in, co
   Tensor sums = pooled ? torch::stable::new_empty(scale, {batch, rows, width}) : torch::stable::new_empty(scale, {0});
   p.out = {floats_of(lse), floats_of(lse_low), pooled ? floats_of(sums) : nullptr};
   if (lse.numel() == 0) return {lse, sums, lse_low};
+  const auto kept = align(p.problem, query, keys);
   on_device_of(query, [&](void* stream) -> const char* {
     if (!kdfast::similarity_plan(p)) return "too many rows";
     const int64_t parts = p.split.parts > 1 ? p.split.parts : 0;
@@ -85,13 +94,12 @@ std::tuple<Tensor, Tensor, Tensor> similarity_softmax(const Tensor& query_in, co
 }
 
 std::tuple<Tensor, Tensor, Tensor> similarity_grad_keys(const Tensor& slope, const OptionalTensor& h, const Tensor& lse, const OptionalTensor& lse_low,
-                                                        const Tensor& query_in, const Tensor& keys_in, const Tensor& scale, const OptionalTensor& bias,
+                                                        const Tensor& query, const Tensor& keys, const Tensor& scale, const OptionalTensor& bias,
                                                         const OptionalTensor& values, const OptionalTensor& query_labels, const OptionalTensor& key_labels,
                                                         const OptionalTensor& key_index, const OptionalTensor& limit, const OptionalTensor& valid, bool want_keys,
                                                         bool want_bias, bool want_values, int64_t) {
   STD_TORCH_CHECK(!h.has_value() && !bias.has_value() && !values.has_value() && !limit.has_value(), "it takes neither h, bias, values nor limit");
   STD_TORCH_CHECK(want_keys && !want_bias && !want_values, "it makes the gradient of the keys alone");
-  const Tensor query = aligned(query_in), keys = aligned(keys_in);
   kdfast::SimilarityKeyGradient p{};
   p.problem = problem_of(query, keys, scale, std::nullopt, query_labels, key_labels, key_index, limit, valid);
   STD_TORCH_CHECK(p.problem.element == kdfast::Element::kBFloat16, "query must be bfloat16");
@@ -101,6 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_grad_keys(const Tensor& slope, con
   Tensor out = torch::stable::new_empty(slope, {batch, p.problem.columns, p.problem.width}), none = torch::stable::new_empty(slope, {0});
   p.keys = floats_of(out);
   if (batch == 0 || rows == 0) return {torch::stable::zero_(out), none, none};
+  const auto kept = align(p.problem, query, keys);
   on_device_of(query, [&](void* stream) {
     kdfast::similarity_keys_plan(p);
     Tensor terms = torch::stable::new_empty(slope, {batch, p.term_columns, 2});

@@ -11,8 +11,9 @@ namespace {
 constexpr int kWarpgroup = 128, kConsumers = 2, kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kGroupRows = 64, kRows = kConsumers * kGroupRows;
 constexpr int kReleases = kConsumers * kWarpgroup / 32;  // a warp's last reading of a tile is one arrival
-// Registers of a thread: 24 x 128 + 240 x 256 of 65536.
-constexpr int kLoaderRegisters = 24, kConsumerRegisters = 240;
+// Registers of a thread, once they have moved; a block has no others than those it was launched with, all that 65536 have for its threads.
+constexpr int kLoaderRegisters = 24, kConsumerRegisters = 240, kEntryRegisters = 65536 / kThreads / 8 * 8;
+static_assert(kLoaderRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kEntryRegisters, "consumers would wait for ever");
 
 // Columns of a tile and stages of the pipeline, for rows of up to `width`: scores and sums of a thread are columns/2 + width/2 registers,
 // weights columns/4; tiles and the rows that stay fill shared memory.
