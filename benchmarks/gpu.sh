@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command of at most LIMIT seconds (590), the most valuable first: gpu.sh [PART...], the parts being
-# build, bench, tests, doctor, memcheck, and racecheck, which takes part only where it is named. A part ends at its share of the limit, whatever
-# happens in it, and one that fails does not stop the others; named alone it has all of the limit, and what was built before stays. FAMILIES
-# are those that bench measures. Results go to OUT, or to a folder of benchmarks/results named after the day and the commit (COMMIT, where the
-# tree is no checkout): summary.md, cuda.csv, cuda.json, cuda.md and log.txt, each whole at any time; to OUT also the modules that were built.
+# build, check (the compiled kernels one by one, before anything is timed: its log names the test that fails, ends its process or hangs), bench,
+# tests (the other kernels), doctor, memcheck, and racecheck, which takes part only where it is named. A part ends at its share of the limit,
+# whatever happens in it, and one that fails does not stop the others; named alone it has all of the limit, and what was built before stays.
+# FAMILIES are those that bench measures. Results go to OUT, or to a folder of benchmarks/results named after the day and the commit (COMMIT,
+# where the tree is no checkout): summary.md, cuda.csv, cuda.json, cuda.md and log.txt, each whole at any time; to OUT also the modules that
+# were built.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -11,9 +13,9 @@ limit=${LIMIT:-590}
 COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
 out=${OUT:-benchmarks/results/$(date +%F)-$COMMIT}
 read -ra families <<<"${FAMILIES:-similarity sinkhorn triplet knn gather methods}"
-declare -A share=([build]=28 [bench]=39 [tests]=19 [doctor]=6 [memcheck]=7 [racecheck]=7)
+declare -A share=([build]=28 [check]=9 [bench]=38 [tests]=13 [doctor]=4 [memcheck]=7 [racecheck]=7)
 parts=("$@")
-((${#parts[@]})) || parts=(build bench tests doctor memcheck)
+((${#parts[@]})) || parts=(build check bench tests doctor memcheck)
 all=1  # the hundredth left is the report's
 for part in "${parts[@]}"; do
   [[ -v share[$part] ]] || { echo "no part is called $part: there are ${!share[*]}" >&2; exit 2; }
@@ -38,6 +40,8 @@ if compgen -G ".peers/*.whl" >/dev/null; then  # as benchmarks/peers.sh leaves t
     told+=("the peers' wheels could not be installed")
   fi
 fi
+
+command -v nvidia-smi >/dev/null && nvidia-smi -q -d CLOCK,POWER,TEMPERATURE,PERFORMANCE,ECC >"$logs/machine.log" 2>&1
 
 write() {  # FILE: standard input, under a temporary name first
   cat >"$out/.$1.tmp" && mv "$out/.$1.tmp" "$out/$1"
@@ -106,14 +110,20 @@ plugin() {  # MODULE OPTION...: those options of pytest, where its plugin is her
   "$python" -c "import $1" 2>/dev/null && printf '%s\n' "${@:2}"
 }
 
-tests() {  # most of their time goes to compiling; one that hangs ends its process, which is replaced
+pytests() {  # NAME SECONDS TEST...: one that takes longer, or ends its process, is named, and another process goes on with the next
   local options=()
-  mapfile -t options < <(plugin xdist -n "$(nproc)" && plugin pytest_timeout --timeout=120 --timeout-method=thread)
+  mapfile -t options < <(plugin xdist -n "$(nproc)" && plugin pytest_timeout "--timeout=$2" --timeout-method=thread)
   # each test is named as it ends, for one that does not heed an interruption takes the summary with it
-  OMP_NUM_THREADS=1 signal=INT grace=15 step tests "$python" -m pytest -vv --tb=short -p no:cacheprovider "${options[@]}" \
-    tests/test_triton_gpu.py tests/test_cuda{,_similarity}_gpu.py \
-    tests/test_triton_{similarity,pairs,attraction,wide,distillation,triplet,triplet_dense,triplet_mining,relations,knn,gather,sinkhorn,sinkhorn_plan,sinkhorn_adjoint}.py \
-    tests/test_cuda_{similarity,sinkhorn*}.py
+  OMP_NUM_THREADS=1 signal=INT grace=15 step "$1" "$python" -m pytest -vv --tb=short -p no:cacheprovider "${options[@]}" "${@:3}"
+}
+
+check() {  # small sizes before large ones
+  pytests check 30 tests/test_cuda_{similarity,sinkhorn*}.py tests/test_cuda{,_similarity}_gpu.py
+}
+
+tests() {  # most of their time goes to compiling
+  pytests tests 120 tests/test_triton_gpu.py \
+    tests/test_triton_{similarity,pairs,attraction,wide,distillation,triplet,triplet_dense,triplet_mining,relations,knn,gather,sinkhorn,sinkhorn_plan,sinkhorn_adjoint}.py
 }
 
 doctor() {

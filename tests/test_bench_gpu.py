@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from kdfast import bench, cli
-from kdfast.bench import devices, gpu, registry, report, runner
+from kdfast._core import extension, impls
+from kdfast.bench import clocks, devices, gpu, registry, report, runner
 from kdfast.bench.runner import Row
 
 CHOSEN = {"similarity": ["lse", "clip"], "methods": ["rkd"], "knn": ["search"]}
@@ -29,8 +30,8 @@ def rows_of(task: gpu.Task) -> list[Row]:
 def test_first_shapes_come_first():
     tasks = gpu.plan(CHOSEN, "default")
     places = [registry.cases_of(task.family)[task.name].shapes["cuda"].index(task.shape) for task in tasks]
-    assert places == sorted(places) and places[-1] > 0
-    assert [task.name for task in tasks[:6]] == ["lse", "lse", "clip", "clip", "rkd", "search"]  # two dtypes, one
+    assert tasks[0][:4] in gpu.TARGETS and places[1:] == sorted(places[1:]) and places[-1] > 0
+    assert [task.name for task in tasks[:6]] == ["clip", "lse", "lse", "clip", "rkd", "search"]  # a target; two dtypes, one
     quick = {(task.family, task.name, task.shape) for task in gpu.plan(CHOSEN, "quick")}
     assert quick == {(f, n, shape) for f, names in CHOSEN.items() for n in names for shape in registry.cases_of(f)[n].shapes["quick"]}
 
@@ -63,12 +64,12 @@ def hang(task: gpu.Task, tell) -> list[Row]:
 def test_a_worker_outlives_its_processes(monkeypatch):
     worker, later = gpu.Worker(), time.monotonic() + 600
     try:
-        assert worker.ask(answer, TASK, until=later) == (rows_of(TASK), None, False)
-        assert worker.ask(die, TASK, until=later) == ([], "the process ended with exit code 7, in the call of eager", False)
+        assert worker.ask(answer, TASK, until=later)[:4] == (rows_of(TASK), None, False, False)
+        assert worker.ask(die, TASK, until=later)[:3] == ([], "the process ended with exit code 7, in the call of eager", False)
         assert worker.ask(hang, TASK, until=time.monotonic() + 0.2)[1].startswith("no answer within 0 s")
         monkeypatch.setattr(gpu, "OWN_LIMIT", 0.1)
-        rows, problem, hung = worker.ask(hang, TASK, until=later)
-        assert not rows and problem.endswith("in the call of kdfast") and hung
+        rows, problem, own, hung, _ = worker.ask(hang, TASK, until=later)
+        assert not rows and problem.endswith("in the call of kdfast") and own and hung
     finally:
         worker.stop()
 
@@ -77,8 +78,21 @@ def test_what_a_question_raises_is_answered():
     here, there = multiprocessing.Pipe()
     threading.Thread(target=gpu._serve, args=(there,), daemon=True).start()
     for function, *expected in ((fail, ([], "OutOfMemoryError: too much")), (answer, "kdfast", (rows_of(TASK), None))):
-        here.send((function, TASK))
+        here.send((function, TASK, None))
         assert [here.recv() for _ in expected] == expected
+
+
+def test_a_question_may_name_the_kernels(monkeypatch):
+    monkeypatch.setattr(impls, "DEFAULT", None)
+    here, there = multiprocessing.Pipe()
+    threading.Thread(target=gpu._serve, args=(there,), daemon=True).start()
+    for impl in ("triton", None):
+        here.send((default, TASK, impl))
+        assert here.recv() == (impl, None)
+
+
+def default(task: gpu.Task, tell):
+    return impls.DEFAULT
 
 
 class Asked:
@@ -87,7 +101,7 @@ class Asked:
     def __init__(self, questions: int):
         self.left = questions
 
-    def ask(self, function, task, *, until):
+    def ask(self, function, task, *, until, impl=None):
         self.left -= 1
         if self.left < 0:
             time.sleep(max(0.0, until - time.monotonic()))
@@ -104,7 +118,7 @@ def test_results_are_written_whatever_fails(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "Worker", lambda: Asked(4))
     monkeypatch.setattr(report, "gpu_facts", lambda: FACTS)
     tasks = [TASK, TASK._replace(family="similarity", name="lse", shape=(4, 5, 6)), TASK, TASK._replace(shape=(9, 9, 9, 9))]
-    with pytest.raises(RuntimeError, match=r"1 of 4 comparisons failed:\n  similarity lse .* float32: RuntimeError: CUDA error"):
+    with pytest.raises(RuntimeError, match=r"of 4 comparisons these failed:\n  similarity lse .* float32: RuntimeError: CUDA error$"):
         gpu.run(tasks, tmp_path / "new", seconds=0.5)
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["cuda.csv", "cuda.json", "cuda.md"]
     with (tmp_path / "new" / "cuda.csv").open() as file:
@@ -119,23 +133,77 @@ def test_results_are_written_whatever_fails(monkeypatch, tmp_path, capsys):
     assert "the GPU's time, caches flushed" in capsys.readouterr().out
 
 
+OF = {name: TASK._replace(family="similarity", name=name, shape=(4, 5, 6)) for name in ("lse", "second", "clip", "queue")}
+OF |= {"clip": OF["clip"]._replace(shape=(4, 5)), "queue": OF["queue"]._replace(dtype=torch.bfloat16)}
+
+
 def test_what_hangs_goes_last(monkeypatch, tmp_path):
     """Of a family and dtype in which kdfast has hung, the other comparisons come after all else, and it is not asked again."""
     asked = []
 
     class Hanging(Asked):
-        def ask(self, function, task, *, until):
+        def ask(self, function, task, *, until, impl=None):
             asked.append(task.name)
-            return gpu.Answer([], "no answer", hung=True) if task.name in ("lse", "clip") else gpu.Answer(rows_of(task), None)
+            return gpu.Answer([], "no answer", own=True, hung=True) if task.name in ("lse", "clip") else gpu.Answer(rows_of(task), None)
 
     monkeypatch.setattr(gpu, "Worker", lambda: Hanging(9))
     monkeypatch.setattr(report, "gpu_facts", lambda: FACTS)
-    of = {name: TASK._replace(family="similarity", name=name, shape=(4, 5, 6)) for name in ("lse", "second", "clip")}
-    of["clip"] = of["clip"]._replace(shape=(4, 5))
-    half = of["lse"]._replace(name="queue", dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match="2 of 5"):
-        gpu.run([of["lse"], of["clip"], of["second"], half, TASK], tmp_path)
+    with pytest.raises(RuntimeError, match=r"(?s)similarity lse .*\n.*similarity clip"):
+        gpu.run([OF["lse"], OF["clip"], OF["second"], OF["queue"], TASK], tmp_path)
     assert asked == ["lse", "queue", "search", "clip", "second"]
+
+
+@pytest.mark.parametrize("way", ["hangs", "ends", "wrong"])
+def test_compiled_kernels_that_fail_give_way(way, monkeypatch, tmp_path):
+    """To Triton's, in their family and dtype: at once, or where one hung when all else is measured. The rows say so."""
+    asked = []
+
+    class Failing(Asked):
+        def ask(self, function, task, *, until, impl=None):
+            asked.append((task.name, impl))
+            rows = rows_of(task)
+            if task.name != "lse" or impl is not None:
+                return gpu.Answer(rows, None)
+            failed = [row._replace(median=None, error=0.5, note="wrong: error 5.0e-01") if row.peer == "kdfast" else row for row in rows]
+            problem = gpu.wrong(failed, "kdfast") if way == "wrong" else "no answer"
+            return gpu.Answer(failed, problem, own=True, hung=way == "hangs")
+
+    monkeypatch.setattr(gpu, "Worker", lambda: Failing(9))
+    monkeypatch.setattr(report, "gpu_facts", lambda: FACTS)
+    monkeypatch.setattr(extension, "missing_cuda", lambda: None)
+    with pytest.raises(RuntimeError, match="similarity lse .* float32: " + ("wrong" if way == "wrong" else "no answer")):
+        gpu.run([OF["lse"], OF["clip"], OF["queue"], TASK], tmp_path)
+    others, again = [("queue", None), ("search", None)], [("lse", "triton"), ("clip", "triton")]
+    assert asked == [("lse", None), *(others + again if way == "hangs" else again + others)]
+    rows = json.loads((tmp_path / "cuda.json").read_text())["rows"]
+    assert {row["case"] for row in rows if row["note"] == "impl='triton'"} == {"lse", "clip"}
+    assert "| kdfast | 2 ms | 2 ms | 1.00 | 500 | 1.0 | 1e-06 | impl='triton' |" in (tmp_path / "cuda.md").read_text()
+
+
+def test_clocks(monkeypatch, tmp_path):
+    """Medians of what was told while the GPU was at work; a lost GPU says so in words."""
+    told = iter(["99, 1755, 640.5, 60", "98, 1745, 650.5, 62", "3, 345, 90.0, 40", "[GPU is lost]", "97, 1000, 1.0, 1"])
+    monkeypatch.setattr(clocks, "EVERY", 0.001)
+    monkeypatch.setattr(clocks.shutil, "which", lambda name: name)
+    watching = clocks.Clocks()
+
+    def answer(*command, **options):
+        line = next(told, None)
+        if line is None:
+            watching._ended.set()
+        return clocks.subprocess.CompletedProcess(command, 0, stdout=line or "")
+
+    monkeypatch.setattr(clocks.subprocess, "run", answer)
+    watching.start()
+    watching._thread.join(10)
+    watching.stop()
+    assert watching.since(0.0) == (1745, 640.5, 60) and watching.since(time.monotonic()) == (None, None, None)
+
+
+def test_targets_come_first():
+    """Each is a comparison that the cases have."""
+    tasks = gpu.plan(bench._chosen([], ()), "default")
+    assert [task[:4] for task in tasks[: len(gpu.TARGETS)]] == list(gpu.TARGETS)
 
 
 def test_a_comparison_by_several_clocks(monkeypatch):

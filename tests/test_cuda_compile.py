@@ -66,7 +66,8 @@ def test_hopper_kernels_use_its_matrix_units_and_its_copies(tmp_path):
     kernels = "\n".join(kernel.format(width) for width in (64, 128, 256))
     includes = '#include "similarity/softmax.cuh"\n#include "similarity/keys.cu"\n'
     source.write_text(f"{includes}namespace kdfast {{ namespace {{\n{kernels}\n}} }}\n")
-    subprocess.run([NVCC, "-cubin", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", f"-I{CUDA}", "-o", tmp_path / "out.cubin", source], check=True)
+    options = ["-cubin", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", f"-I{CUDA}"]
+    subprocess.run([NVCC, *options, "-o", tmp_path / "out.cubin", source], check=True)
     text = subprocess.run([CUOBJDUMP, "-sass", tmp_path / "out.cubin"], capture_output=True, text=True, check=True).stdout
     kernels = [code for code in text.split("Function : ") if re.match(r"\w*(softmax|keys)_kernel", code)]
     assert len(kernels) == 3 + 5  # the bank's gradient has exclusions at two of three widths

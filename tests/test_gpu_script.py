@@ -45,10 +45,23 @@ def test_it_ends_in_time_and_tells_what_failed(tmp_path):
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert summary.startswith("# A GPU, abc, 20") and summary.endswith("| kdfast | 1 ms |\n")
     told = [line.removeprefix("- ").partition(" after ")[0] for line in summary.splitlines() if line.startswith("- ")]
-    assert told[:2] == ["build: failed (3)", "compile: ended by its limit"] and told[2].startswith("bench: done in")
-    assert told[3] == "tests: ended by its limit" and told[4].startswith("doctor: done in")
+    assert told[:3] == ["build: failed (3)", "compile: ended by its limit", "check: ended by its limit"]
+    assert told[3].startswith("bench: done in") and told[4] == "tests: ended by its limit" and told[5].startswith("doctor: done in")
     log = (tmp_path / "out" / "log.txt").read_text()
-    assert "== build\nno compiler" in log and "== tests\ninterrupted" in log and "== doctor\nall ops agree" in log
+    assert "== build\nno compiler" in log and "== check\ninterrupted" in log and "== doctor\nall ops agree" in log
+
+
+def test_compiled_kernels_are_checked_before_anything_is_timed(tmp_path):
+    """Every test of them; those of other kernels after it."""
+    run(tmp_path)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    words = ("test_cuda_similarity.py", "--output", "test_triton_gpu.py")
+    check, bench, tests = (next(i for i, call in enumerate(calls) if word in call) for word in words)
+    assert check < bench < tests
+    named = {word for call in (calls[check], calls[tests]) for word in call.split() if word.startswith("tests/")}
+    folder = SCRIPT.parent.parent
+    here = {str(path.relative_to(folder)) for path in (folder / "tests").glob("test_cuda_*.py")} - {"tests/test_cuda_compile.py"}
+    assert {name for name in named if "cuda" in name} == here and all((folder / name).exists() for name in named)
 
 
 def test_without_a_gpu_nothing_is_done(tmp_path):

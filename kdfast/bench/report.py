@@ -32,15 +32,19 @@ def table(rows: list[Row]) -> str:
         name = max(len(row.peer) for row in block)
         measured = [row for row in block if row.median is not None]
         lines += [f"    {line}" for line in text.aligned([_GPU_HEADER if on_gpu else _HEADER, *(_cells(row, on_gpu) for row in measured)])]
-        lines += [f"    {row.peer.ljust(name)}  {row.note}" for row in block if row.median is None]
+        lines += [f"    {row.peer.ljust(name)}  {row.note}" for row in block if row.note]
     return "\n".join(lines)
 
 
 def _about_clock(row: Row, on_gpu: bool) -> str:
     if on_gpu:
-        return "the GPU's time, caches flushed" if row.clock == "cuda" else "the host's time"
+        return f"the GPU's time, caches flushed{_state(row)}" if row.clock == "cuda" else "the host's time"
     threads = "1 thread, process-CPU" if row.clock == "cpu" else f"{row.threads} threads, wall"
     return threads + (f"; FMA probe {row.fma_rate / 1e9:.0f} GFLOP/s" if row.fma_rate else "; no FMA probe")
+
+
+def _state(row: Row) -> str:
+    return f"; {row.sm_mhz:.0f} MHz, {row.watts:.0f} W, {row.celsius:.0f} C" if row.sm_mhz is not None else ""
 
 
 def _waited(rows: list[Row], block: list[Row]) -> bool:
@@ -122,7 +126,8 @@ def _markdown(rows: list[Row], facts: dict[str, str], failed: list[str], left: l
     lines = [", ".join(f"{name} {value}" for name, value in facts.items() if value), ""]
     lines += [f"Failed: {task}" for task in failed] + [f"Left for lack of time: {task}" for task in left]
     for which in dict.fromkeys((row.family, row.case, row.shape, row.dtype) for row in rows):
-        lines += ["", "### {} {}, {}, {}".format(*which), "", "| peer | GPU | host | x kdfast | TFLOP/s | extra MiB | error | |"]
+        state = next(_state(row) for row in rows if (row.family, row.case, row.shape, row.dtype) == which)
+        lines += ["", "### {} {}, {}, {}".format(*which) + state, "", "| peer | GPU | host | x kdfast | TFLOP/s | extra MiB | error | |"]
         lines.append("|---" * 8 + "|")
         of_peer: dict[str, dict[str, Row]] = {}
         for row in rows:
@@ -134,5 +139,6 @@ def _markdown(rows: list[Row], facts: dict[str, str], failed: list[str], left: l
                 lines.append(f"| {peer} | | | | | | | {by_gpu.note} |")
                 continue
             _, time, _, ratio, _, rate, memory, error = _cells(by_gpu, on_gpu=True)
-            lines.append(f"| {peer} | {time} | {_seconds(by_host.median)} | {ratio} | {rate} | {memory} | {error} | |")
+            note = by_gpu.note and f"{by_gpu.note} "
+            lines.append(f"| {peer} | {time} | {_seconds(by_host.median)} | {ratio} | {rate} | {memory} | {error} | {note}|")
     return "\n".join(lines) + "\n"

@@ -39,7 +39,10 @@ class Row(NamedTuple):
     extra_bytes: int | None = None  # peak memory beyond inputs and results
     error: float | None = None  # max |x - ref| / max |ref|
     tolerance: float | None = None
-    note: str = ""  # why something was not measured
+    sm_mhz: float | None = None  # of a GPU while it was measured: its clock, power and temperature
+    watts: float | None = None
+    celsius: float | None = None
+    note: str = ""  # why something was not measured, or whose kernels were
 
 
 class Checked(NamedTuple):
