@@ -74,6 +74,10 @@ def labelled(i: Inputs, loss, **options):
     return lambda: loss(q, labels, **options)
 
 
+def drawn(i: Inputs):
+    return labelled(i, functional.triplet_loss, mining="distance_weighted", max_positives=1)
+
+
 def distillation(i: Inputs, one_bank: bool = False, **options):
     student, teacher, bank, other = i.rows(), i(N, D if one_bank else 2 * D), i(M, D), i(M, 2 * D)
     banks = (bank, bank if one_bank else other)
@@ -148,11 +152,7 @@ CASES = {
     "triplet_loss, batch_hard": (lambda i: labelled(i, F.triplet_loss), "1 + 125, 0 + 46", "1 + 124, 0 + 45"),
     "triplet_loss, batch_all": (lambda i: labelled(i, F.triplet_loss, mining="batch_all"), "2 + 113, 2 + 40", "2 + 112, 2 + 39"),
     "triplet_loss, semi_hard": (lambda i: labelled(i, F.triplet_loss, mining="semi_hard"), "2 + 111, 2 + 40", "2 + 110, 2 + 39"),
-    "triplet_loss, distance_weighted": (
-        lambda i: labelled(i, F.triplet_loss, mining="distance_weighted", max_positives=1),
-        "2 + 191, 0 + 86",
-        "2 + 190, 0 + 85",
-    ),
+    "triplet_loss, distance_weighted": (drawn, "2 + 191, 0 + 86", "2 + 190, 0 + 85"),
     "multi_similarity_loss": (lambda i: labelled(i, F.multi_similarity_loss), "2 + 117, 2 + 38", "2 + 116, 2 + 37"),
     "margin_loss": (lambda i: labelled(i, F.margin_loss), "1 + 110, 2 + 43", "1 + 109, 2 + 42"),
     "contrastive_loss": (lambda i: labelled(i, F.contrastive_loss), "1 + 106, 2 + 42", "1 + 105, 2 + 41"),
@@ -162,10 +162,10 @@ CASES = {
     "mmd_rbf": (lambda i: of_batch(i, F.mmd_rbf, sigmas=[1.0]), "4 + 140, 0 + 4", "4 + 138, 0 + 2"),
     "knn": (neighbours, "4 + 72, 0 + 0", "4 + 78, 0 + 0"),
     "sinkhorn value": (lambda i: given_cost(i, "value"), "102 + 43, 1 + 3", "102 + 43, 1 + 3"),
-    "sinkhorn transport_cost": (lambda i: given_cost(i, "transport_cost", grad="implicit"), "102 + 31, 111 + 1718", "102 + 31, 111 + 1718"),
+    "sinkhorn transport_cost": (lambda i: given_cost(i, "transport_cost", grad="implicit"), "102 + 31, 161 + 72", "102 + 31, 161 + 72"),
     "sinkhorn_loss": (lambda i: points(i, F.sinkhorn_loss), "102 + 71, 2 + 49", "102 + 71, 2 + 49"),
     "sinkhorn_loss, unrolled": (lambda i: points(i, F.sinkhorn_loss, grad="unrolled"), "102 + 73, 106 + 148", "102 + 73, 106 + 148"),
-    "sinkhorn_loss, implicit": (lambda i: points(i, F.sinkhorn_loss, grad="implicit"), "102 + 71, 112 + 1836", "102 + 71, 112 + 1836"),
+    "sinkhorn_loss, implicit": (lambda i: points(i, F.sinkhorn_loss, grad="implicit"), "102 + 71, 162 + 190", "102 + 71, 162 + 190"),
     "sinkhorn_divergence": (lambda i: points(i, F.sinkhorn_divergence), "306 + 214, 6 + 151", "306 + 214, 6 + 151"),
 }
 

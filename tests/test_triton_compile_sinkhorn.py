@@ -15,6 +15,7 @@ from triton_code import MATRIX_INSTRUCTION, SHARED_MEMORY, Code
 from kdfast._ops.sinkhorn.triton import adjoint as triton_adjoint
 from kdfast._ops.sinkhorn.triton import adjoint_kernels as kernels
 from kdfast._ops.sinkhorn.triton import plan as triton_plan
+from kdfast._ops.sinkhorn.triton.conjugate_kernels import conjugate_step
 
 
 def compiled(kernel, source, arch, tmp_path, *, tiles=None, dtype=None, **constants):
@@ -54,3 +55,12 @@ def test_products_with_what_is_stored_stay_in_registers(arch, apart, tmp_path):
     made = {"APART": apart, "CHUNK": triton_plan.CHUNK}
     code = compiled(kernels.matrix_products, "rows", arch, tmp_path, tiles=tiles, dtype=dtype, **made)
     assert apart or code.has(MATRIX_INSTRUCTION[arch])
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("block", [16, 2048])
+def test_a_step_of_conjugate_gradients_stays_in_registers(arch, block, tmp_path):
+    made = {"PROJECT": True, "BLOCK": block}
+    pointers = {"active": "*i1", "share": "*fp32", **dict.fromkeys(("residual", "solution", "direction", "sent", "best", "least"), "*fp32")}
+    code = Code(conjugate_step, arch, torch.float32, made, 8 if block > 1024 else 4, tmp_path, **pointers)
+    assert code.local == 0 and code.stack == 0

@@ -133,10 +133,34 @@ def test_programs_of_problems_that_have_converged_end_at_once(name):
     p = problem({key: x.expand(2, -1, -1) for key, x in SOURCES[name].items()}, torch.float32)
     step, v = triton_adjoint.Step(p), torch.rand_like(p.b)
     both, first, none = (
-        triton_adjoint._sums(step, step.rows, step.columns, torch.zeros_like(p.a), torch.zeros_like(p.b), v, active)
+        triton_adjoint._sums(step, step.rows, step.columns, torch.ones_like(p.a), torch.zeros_like(p.a), torch.zeros_like(p.b), v, active)
         for active in (None, *(torch.tensor(flags, device=DEVICE) for flags in ([True, False], [False, False])))
     )
     assert (both > 0).all() and torch.equal(first[0], both[0]) and (first[1] == 0).all() and (none == 0).all()
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_conjugate_gradients_take_the_steps_of_the_portable_form(balanced):
+    """Of four problems: one with two numbers, one of curvature below 0, one that is done."""
+    c = torch.rand(4, 70) + 0.1
+    c[0, 2:] = 0
+    over_c, share = torch.where(c > 0, 1 / c, 0.0), c / c.sum(-1, keepdim=True)
+    system = adjoint.System(c, over_c, share if balanced else None, 1.0 if balanced else torch.tensor([[0.5], [0.9], [0.7], [1.0]]))
+    factor = torch.rand(4, 70, 70) / 70
+    matrix = factor @ factor.mT * c[:, :, None]
+    matrix[2] += 5 * torch.eye(70)
+    residual = system.project(torch.where(c > 0, torch.randn(4, 70), 0.0))
+    residual[3] = 0
+
+    def through(v, _plus, active):
+        found = (matrix.to(v) @ v[..., None])[..., 0]
+        return found if active is None else torch.where(active[:, None], found, torch.nan)
+
+    for steps in (1, 3, 6):
+        want = adjoint.descended(system, residual, steps, True, through)
+        moved_system = adjoint.System(*map(moved, system))
+        got = triton_adjoint.descended(moved_system, moved(residual), steps, True, through)
+        torch.testing.assert_close(got.cpu(), torch.where(want.isnan(), 0.0, want), rtol=1e-4, atol=1e-5)
 
 
 def test_a_large_range_loses_no_digits_over_iterations():

@@ -4,6 +4,7 @@ A_ij = b_j exp((f^_i + g_j - C_ij)/eps), rows summing to 1, is the Jacobian of t
 B_ij = a_i exp((f_i + g^_j - C_ij)/eps), columns summing to 1, that of the column step (times -lambda_b).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -214,11 +215,13 @@ def _solve_adjoint(p: Problem, tiles: Tiles, eps, f, g, f_hat, g_hat, to_f, to_g
     return conjugate_gradients(p, eps, g, g_hat, to_f, to_g, through)
 
 
-def conjugate_gradients(p: Problem, eps: Tensor, g: Tensor, g_hat: Tensor, to_f: Tensor, to_g: Tensor, through) -> Tensor:
+def conjugate_gradients(
+    p: Problem, eps: Tensor, g: Tensor, g_hat: Tensor, to_f: Tensor, to_g: Tensor, through, descend: Callable[..., Tensor] | None = None
+) -> Tensor:
     """y [B, m] with y + lambda_a A^T x = to_g, x = to_f - lambda_b B y.
 
     through(y, plus, active) is A^T (plus - lambda_b B y), or A^T B y where `plus` is None, in one pass; of problems that are not `active`
-    [B] (None: all are) it may be any finite number. A's columns sum to b exp((g - g_hat)/eps).
+    [B] (None: all are) it may be any finite number. A's columns sum to b exp((g - g_hat)/eps). descend: `descended` in another form.
     """
     damp_a, damp_b = damping(p.rho_a, eps), damping(p.rho_b, eps)
     balanced = p.rho_a is None and p.rho_b is None
@@ -226,31 +229,45 @@ def conjugate_gradients(p: Problem, eps: Tensor, g: Tensor, g_hat: Tensor, to_f:
     c = torch.exp(log_c - log_c.amax(-1, keepdim=True))  # the plan's column sums, up to a factor: there may be no mass in this precision
     free = c > 0  # a column without weight keeps y = to_g
     residual = torch.where(free, to_g - damp_a * through(torch.where(free, 0.0, to_g), to_f, None), 0.0)
-    share = c / c.sum(-1, keepdim=True).clamp_min(TINY)
+    system = System(c, torch.where(free, 1 / c, 0.0), c / c.sum(-1, keepdim=True).clamp_min(TINY) if balanced else None, damp_a * damp_b)
+    steps = CG_STEPS if p.readable else CG_STEPS_UNREAD
+    best = (descend or descended)(system, system.project(residual), steps, p.readable, through)
+    y = torch.where(free, c * best, to_g)
+    # relaxed columns of relatively no mass have a weight, but no c: the equation itself gives them
+    return y if balanced else to_g - damp_a * through(y, to_f, None)
 
-    def project(r: Tensor) -> Tensor:  # balanced: constants are the null space, nothing may remain along them
-        return r - share * r.sum(-1, keepdim=True) if balanced else r
 
-    over_c = torch.where(free, 1 / c, 0.0)
-    residual = project(residual)
+class System(NamedTuple):
+    """diag(c) - damp A^T B diag(c), of B problems."""
+
+    c: Tensor  # [B, m]
+    over_c: Tensor  # 1 / c, and 0 where that is 0
+    share: Tensor | None  # c over its sum: constants are the null space, nothing may remain along them. None: there is none
+    damp: Tensor | float  # [B, 1]
+
+    def project(self, r: Tensor) -> Tensor:
+        return r if self.share is None else r - self.share * r.sum(-1, keepdim=True)
+
+
+def descended(system: System, residual: Tensor, steps: int, readable: bool, through) -> Tensor:
+    """The best solution [B, m] of `steps` conjugate gradients preconditioned by 1/c. readable: the host may look whether all is done."""
+    c, over_c, _, damp = system
     solution, direction = torch.zeros_like(c), over_c * residual
     norm = (residual * direction).sum(-1)  # [B], of the residual preconditioned by 1/c
     target = RESIDUAL[c.dtype] ** 2 * norm
     best, least = solution, norm
-    for _ in range(CG_STEPS if p.readable else CG_STEPS_UNREAD):
+    for _ in range(steps):
         active = norm > target
-        if p.readable and not bool(active.any()):
+        if readable and not bool(active.any()):
             break
-        image = c * direction - damp_a * damp_b * through(c * direction, None, active)
+        image = c * direction - damp * through(c * direction, None, active)
         curvature = (direction * image).sum(-1)
         active = active & (curvature > 0)
         length = torch.where(active, norm / curvature, 0.0)[:, None]
         solution = solution + length * direction
-        residual = project(residual - length * image)
+        residual = system.project(residual - length * image)
         norm, last = torch.where(active, (residual * residual * over_c).sum(-1), 0.0), norm
         better = active & (norm < least)
         best, least = torch.where(better[:, None], solution, best), torch.where(better, norm, least)
         direction = over_c * residual + torch.where(active, norm / last, 0.0)[:, None] * direction
-    y = torch.where(free, c * best, to_g)
-    # relaxed columns of relatively no mass have a weight, but no c: the equation itself gives them
-    return y if balanced else to_g - damp_a * through(y, to_f, None)
+    return best

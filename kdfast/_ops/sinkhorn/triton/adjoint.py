@@ -48,7 +48,7 @@ def replay(
 
 
 def implicit(p: Problem, f: Tensor, g: Tensor, done: Tensor, to_f: Tensor, to_g: Tensor, to_epsilon: bool, schedule: Schedule) -> Pulled:
-    """adjoint.implicit: a fixed number of conjugate gradients, two launches a product with both Jacobians, and one iteration's adjoint.
+    """adjoint.implicit: a fixed number of conjugate gradients, three launches each, and one iteration's adjoint.
 
     The host does not learn when a problem has converged; its programs end at once from then on.
     """
@@ -61,13 +61,36 @@ def implicit(p: Problem, f: Tensor, g: Tensor, done: Tensor, to_f: Tensor, to_g:
         f_hat, g_hat = torch.where(lse == -torch.inf, f, -epsilon[:, None] * lse), new_g / damp_b
 
         def through(y: Tensor, plus: Tensor | None, active: Tensor | None) -> Tensor:
-            x = p.a * _sums(step, step.rows, step.columns, f, g_hat, y, active)
+            x = _sums(step, step.rows, step.columns, p.a, f, g_hat, y, active)
             x = x if plus is None else plus - damp_b * x
-            return p.b * _sums(step, step.columns, step.rows, g, f_hat, x, active)
+            return _sums(step, step.columns, step.rows, p.b, g, f_hat, x, active)
 
-        y = adjoint.conjugate_gradients(q, epsilon, g, g_hat, to_f, to_g, through)
+        y = adjoint.conjugate_gradients(q, epsilon, g, g_hat, to_f, to_g, through, descended)
         vectors = (t[:, None].contiguous() for t in (f, f_hat, g, g, g_hat, epsilon, epsilon / p.epsilon))
         return _pulled(step, _Iterations(*vectors), torch.ones_like(done), to_f, y, to_epsilon, once)
+
+
+def descended(system: adjoint.System, residual: Tensor, steps: int, readable: bool, through) -> Tensor:
+    """adjoint.descended: a step's vectors in one launch beside the two of its product with both Jacobians."""
+    from .conjugate_kernels import conjugate_step
+
+    c, over_c, share, damp = (x.contiguous() if isinstance(x, Tensor) else x for x in system)
+    batch, size = c.shape
+    residual, solution, direction = residual.clone(memory_format=torch.contiguous_format), torch.zeros_like(c), over_c * residual
+    sent, best, norm = c * direction, torch.zeros_like(c), (residual * direction).sum(-1)
+    least, target = norm.clone(), adjoint.RESIDUAL[c.dtype] ** 2 * norm
+    active, damp = norm > target, damp.flatten() if isinstance(damp, Tensor) else torch.full_like(norm, damp)
+    block = min(32 if runtime.INTERPRETED else 2048, runtime.power_of_two(size))
+    for _ in range(steps if batch else 0):
+        if readable and not bool(active.any()):
+            break
+        through_both = through(sent, None, active)
+        with torch.cuda.device_of(c):
+            conjugate_step[(batch,)](
+                through_both, c, over_c, c if share is None else share, damp, target, residual, solution, direction, sent, best,
+                norm, least, active, size, PROJECT=share is not None, BLOCK=block, num_warps=8 if block > 1024 else 4,
+            )  # fmt: skip
+    return best
 
 
 class _Iterations(NamedTuple):
@@ -176,12 +199,12 @@ def _pull(p: Problem, w: Tensor, points: Tensor, others: Tensor) -> Tensor:
     return from_differences(p.metric, out) if apart else from_products(p.metric, points, out[..., : points.shape[-1]], mass)
 
 
-def _sums(step: Step, mine: Side, others: Side, f: Tensor, g: Tensor, v: Tensor, active: Tensor | None) -> Tensor:
-    """sum_j v_j exp((f_i + g_j - C_ij)/eps) [B, mine.size], with potentials and v of either side; 0 of problems not `active` [B]."""
+def _sums(step: Step, mine: Side, others: Side, weight: Tensor, f: Tensor, g: Tensor, v: Tensor, active: Tensor | None) -> Tensor:
+    """weight_i sum_j v_j exp((f_i + g_j - C_ij)/eps) [B, mine.size], with potentials of either side; 0 of problems not `active` [B]."""
     from . import adjoint_kernels as kernels
 
     out = torch.empty_like(f, memory_format=torch.contiguous_format)
-    vectors = (f.contiguous(), g.contiguous(), v.contiguous(), step.p.epsilon.contiguous())
+    vectors = (weight.contiguous(), f.contiguous(), g.contiguous(), v.contiguous(), step.p.epsilon.contiguous())
     needed = torch.ones_like(step.p.epsilon, dtype=torch.bool) if active is None else active
     _launch(kernels.plan_sums, step, mine, others, vectors, (needed, out), (), ())
     return out

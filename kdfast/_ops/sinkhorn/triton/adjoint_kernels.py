@@ -58,12 +58,12 @@ def exponential_sums(
 
 @triton.jit
 def plan_sums(
-    cost, x, y, x_square, y_square, f, g, v, epsilon, row_count, column_count, needed, out,
+    cost, x, y, x_square, y_square, weight, f, g, v, epsilon, row_count, column_count, needed, out,
     batch_stride, row_stride, column_stride, rows, columns, width,
     GIVEN: tl.constexpr, DIRECT: tl.constexpr, ROOT: tl.constexpr, DOT: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """sum_j v_j E_ij, out [B, rows], for v [B, columns]; 0 of problems that are not `needed` [B]."""
+    """weight_i sum_j v_j E_ij, out [B, rows], for weight [B, rows] and v [B, columns]; 0 of problems that are not `needed` [B]."""
     row_tiles = tl.cdiv(rows, ROWS)
     b, first_row = (tl.program_id(0) // row_tiles).to(tl.int64), tl.program_id(0) % row_tiles * ROWS
     row = first_row + tl.arange(0, ROWS)
@@ -77,6 +77,7 @@ def plan_sums(
         batch_stride, row_stride, column_stride, first_row, rows, columns, width, True, False, False,
         GIVEN, DIRECT, ROOT, DOT, PADDED, ROWS, COLUMNS, DEPTH, PARTS, STAGES, INTERPRETED,
     )  # fmt: skip
+    total *= tl.load(weight + b * rows + row, mask=row < rows, other=0.0)
     tl.store(out + b * rows + row, total, mask=row < rows)
 
 
