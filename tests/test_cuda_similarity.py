@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cuda_kernels import DEVICE, EMULATED, cuda, moved  # noqa: F401  the fixture serves every test
-from similarity_kernel_cases import NOTHING, NOTHING_SHAPE, assert_accurate, candidates, case, chosen_options, softmax
+from similarity_kernel_cases import CHOSEN, NOTHING, NOTHING_SHAPE, assert_accurate, candidates, case, chosen_options, softmax
 
 from kdfast import functional, ops, selfcheck
 from kdfast._core import cuda_runtime
@@ -28,16 +28,21 @@ def forward(a, pooled=True):
 
 def check(a, extra=1e-6):
     lse, pooled, low = forward(a)
-    starts = a["start_logit"] is not None
     (want, p), (naive, naive_p) = (softmax(candidates(a, dtype)) for dtype in (torch.float64, a["query"].dtype))
-    keys = a["keys"].double()
     assert_accurate(lse, want, naive)
-    assert_accurate(pooled, p[..., starts:] @ keys, naive_p[..., starts:] @ a["keys"], extra)
+    assert_accurate(pooled, mean(a, p), mean(a, naive_p), extra)
     exact = want.isfinite()
     assert (lse.double() + low - want)[exact].abs().max() <= 2e-6 * max(1, want[exact].abs().max()) if exact.any() else True
     alone, nothing, _ = forward(a, pooled=False)
     assert nothing.numel() == 0
     torch.testing.assert_close(alone, lse, rtol=1e-6, atol=1e-6)
+
+
+def mean(a, p):
+    """What weights p of the candidates pool."""
+    starts = a["start_logit"] is not None
+    pooled = p[..., starts:] @ a["keys"].to(p.dtype)
+    return pooled if a["start_value"] is None else pooled + p[..., :1] * a["start_value"].to(p.dtype)
 
 
 def grad_keys(a, seed=0):
@@ -67,11 +72,10 @@ def test_ragged_sizes(shape, dtype):
 
 
 @HALVES
-@pytest.mark.parametrize("chosen", ["start", "labels", "index", "limit", "valid", "all"])
+@CHOSEN
 def test_exclusions(chosen, dtype):
     for shape in ((2, 70, 150, 24), (1, 3, 300, 200)):
-        chosen_ones = chosen_options(chosen, shape, dtype)
-        a = case(*shape, dtype, **{k: v for k, v in chosen_ones.items() if k not in ("bias", "start_value")})
+        a = case(*shape, dtype, **chosen_options(chosen, shape, dtype))
         check(a)
         assert_accurate(*grad_keys(a), extra=1e-6)
 
@@ -97,8 +101,6 @@ def test_the_banks_gradient_of_extreme_rows():
 
 @NOTHING
 def test_nothing_admitted(nothing):
-    if "bias" in nothing:
-        pytest.skip("bias is not served")
     batch, rows, columns, _ = NOTHING_SHAPE
     lse, pooled, low = forward(case(batch, rows, columns, 16, torch.bfloat16, **nothing))
     assert (lse == -math.inf).all() and (pooled == 0).all() and (low == 0).all()
@@ -106,8 +108,8 @@ def test_nothing_admitted(nothing):
 
 def test_a_shared_bank_is_the_expanded_bank():
     labels = {"key_labels": torch.randint(3, (1, 130)).expand(3, -1), "query_labels": torch.randint(3, (3, 20))}
-    a = case(3, 20, 130, 24, torch.float16, shared=True, **labels)
-    b = {**a, "keys": a["keys"].contiguous(), "key_labels": a["key_labels"].contiguous()}
+    a = case(3, 20, 130, 24, torch.float16, shared=True, bias=torch.randn(1, 130).expand(3, -1), **labels)
+    b = {**a, **{name: a[name].contiguous() for name in ("keys", "key_labels", "bias")}}
     for x, y in zip(*(forward(c) for c in (a, b)), strict=True):
         assert torch.equal(x, y)
 
@@ -155,7 +157,7 @@ def test_a_split_bank(processors, monkeypatch):
     """Fewer tiles of rows than multiprocessors, and more units than blocks."""
     monkeypatch.setenv("KDFAST_EMULATE_PROCESSORS", processors)
     for shape in ((2, 130, 1300, 16), (1, 70, 1000, 136)):
-        check(case(*shape, torch.bfloat16, **{k: v for k, v in chosen_options("all", shape).items() if k not in ("bias", "start_value")}))
+        check(case(*shape, torch.bfloat16, **chosen_options("all", shape, torch.bfloat16)))
         check(case(*shape, torch.float16))
 
 
@@ -165,7 +167,7 @@ def test_threads_and_copies_in_any_order(width, monkeypatch):
     """The same bits whichever warp runs first, and whether copies arrive at once or when all wait: no barrier is missing."""
     monkeypatch.setenv("KDFAST_EMULATE_PROCESSORS", "2")
     shape = (1, 200, 1200, width)
-    a = case(*shape, torch.bfloat16, **chosen_options("labels", shape), **chosen_options("valid", shape))
+    a = case(*shape, torch.bfloat16, **{k: v for name in ("labels", "valid", "bias") for k, v in chosen_options(name, shape).items()})
 
     def run():
         return *forward(a), grad_keys(a)[0]
@@ -183,11 +185,10 @@ def leaf(*shape):
 
 def test_info_nce_and_its_gradients():
     q, k, bank = leaf(70, 64), leaf(70, 64), leaf(300, 64)
-    labels, bank_labels = torch.randint(4, (70,)), torch.randint(4, (300,))
-    options = {"temperature": 0.1, "query_labels": moved(labels), "bank_labels": moved(bank_labels)}
-    loss = functional.info_nce(q, k, bank, impl="cuda", **options)
+    options = {"query_labels": torch.randint(4, (70,)), "bank_labels": torch.randint(4, (300,)), "bank_bias": torch.randn(300)}
+    loss = functional.info_nce(q, k, bank, temperature=0.1, impl="cuda", **{name: moved(x) for name, x in options.items()})
     exact = [x.detach().cpu().double().requires_grad_() for x in (q, k, bank)]
-    want = functional.info_nce(*exact, temperature=0.1, query_labels=labels, bank_labels=bank_labels, impl="torch")
+    want = functional.info_nce(*exact, temperature=0.1, impl="torch", **options)
     torch.testing.assert_close(loss.double().cpu(), want, rtol=1e-5, atol=1e-5)
     for x, y in zip(torch.autograd.grad(loss, (q, k, bank)), torch.autograd.grad(want, exact), strict=True):
         assert (x.cpu().double() - y).norm() <= 0.01 * y.norm()
@@ -253,13 +254,8 @@ def test_empty():
 
 def test_what_it_serves():
     q, keys = leaf(4, 16).detach(), leaf(9, 16).detach()
-    for wrong, message in (
-        ({"bias": torch.zeros(9, device=DEVICE)}, "neither bias nor values"),
-        ({"values": keys.clone()}, "neither bias nor values"),
-        ({"start": (torch.zeros(4, device=DEVICE), q)}, "neither bias nor values"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ops.similarity_softmax(q, keys, impl="cuda", **wrong)
+    with pytest.raises(ValueError, match="no values"):
+        ops.similarity_softmax(q, keys, values=keys.clone(), impl="cuda")
     with pytest.raises(ValueError, match="bfloat16 or float16"):
         ops.similarity_softmax(q.float(), keys.float(), impl="cuda", precision="ieee")
     with pytest.raises(ValueError, match="stored as"):

@@ -82,10 +82,10 @@ def test_launches():
 
 
 def test_what_is_chosen():
-    facts = {"device_type": "cuda", "dtype": torch.bfloat16, "stored": torch.bfloat16, "plain": True}
+    facts = {"device_type": "cuda", "dtype": torch.bfloat16, "stored": torch.bfloat16, "over_keys": True}
     assert impls.choose("similarity_softmax", None, width=128, **facts) == "cuda"
     assert impls.choose("similarity_softmax", None, width=512, **facts) != "cuda"
-    assert impls.choose("similarity_softmax", None, width=128, **facts | {"plain": False}) != "cuda"
+    assert impls.choose("similarity_softmax", None, width=128, **facts | {"over_keys": False}) != "cuda"
 
 
 def test_inductor():

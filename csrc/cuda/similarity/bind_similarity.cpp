@@ -23,8 +23,8 @@ int64_t bank_stride(const char* name, const Tensor& x, ScalarType type, std::ini
   return dense;
 }
 
-SimilarityProblem problem_of(const Tensor& query, const Tensor& keys, const Tensor& scale, const OptionalTensor& start_logit, const OptionalTensor& query_labels,
-                             const OptionalTensor& key_labels, const OptionalTensor& key_index, const OptionalTensor& limit, const OptionalTensor& valid) {
+SimilarityProblem problem_of(const Tensor& query, const Tensor& keys, const Tensor& scale, const OptionalTensor& bias, const OptionalTensor& start_logit,
+                             const OptionalTensor& query_labels, const OptionalTensor& key_labels, const OptionalTensor& key_index, const OptionalTensor& limit, const OptionalTensor& valid) {
   STD_TORCH_CHECK(query.dim() == 3 && keys.dim() == 3, "query and keys must have 3 dimensions, got ", query.dim(), " and ", keys.dim());
   SimilarityProblem p{};
   p.batch = query.size(0), p.rows = query.size(1), p.columns = keys.size(1), p.width = query.size(2);
@@ -37,6 +37,9 @@ SimilarityProblem problem_of(const Tensor& query, const Tensor& keys, const Tens
   STD_TORCH_CHECK(query.is_contiguous(), "query must be contiguous");
   p.keys_stride = bank_stride("keys", keys, query.scalar_type(), {p.batch, p.columns, p.width});
   p.scale = packed<float>("scale", scale, {p.batch, p.rows});
+  if (bias.has_value()) {
+    p.bias_stride = bank_stride("bias", *bias, ScalarType::Float, {p.batch, p.columns}), p.bias = data<float>(*bias);
+  }
   if (start_logit.has_value()) p.start_logit = packed<float>("start_logit", *start_logit, {p.batch, p.rows});
   STD_TORCH_CHECK(query_labels.has_value() == key_labels.has_value(), "query_labels and key_labels must be given together");
   if (key_labels.has_value()) {
@@ -73,9 +76,9 @@ std::tuple<Tensor, Tensor, Tensor> similarity_softmax(const Tensor& query, const
                                                       const OptionalTensor& start_logit, const OptionalTensor& values, const OptionalTensor& start_value,
                                                       const OptionalTensor& query_labels, const OptionalTensor& key_labels, const OptionalTensor& key_index,
                                                       const OptionalTensor& limit, const OptionalTensor& valid, bool pooled, int64_t, const OptionalTensor&) {
-  STD_TORCH_CHECK(!bias.has_value() && !values.has_value() && !start_value.has_value(), "it takes neither bias nor values");
+  STD_TORCH_CHECK(!values.has_value() && !start_value.has_value(), "it takes no values");
   SimilarityForward p{};
-  p.problem = problem_of(query, keys, scale, start_logit, query_labels, key_labels, key_index, limit, valid);
+  p.problem = problem_of(query, keys, scale, bias, start_logit, query_labels, key_labels, key_index, limit, valid);
   const auto [batch, rows, width] = std::tuple(p.problem.batch, p.problem.rows, p.problem.width);
   Tensor lse = torch::stable::empty_like(scale), lse_low = torch::stable::empty_like(scale);
   Tensor sums = pooled ? torch::stable::new_empty(scale, {batch, rows, width}) : torch::stable::new_empty(scale, {0});
@@ -98,10 +101,10 @@ std::tuple<Tensor, Tensor, Tensor> similarity_grad_keys(const Tensor& slope, con
                                                         const OptionalTensor& values, const OptionalTensor& query_labels, const OptionalTensor& key_labels,
                                                         const OptionalTensor& key_index, const OptionalTensor& limit, const OptionalTensor& valid, bool want_keys,
                                                         bool want_bias, bool want_values, int64_t) {
-  STD_TORCH_CHECK(!h.has_value() && !bias.has_value() && !values.has_value() && !limit.has_value(), "it takes neither h, bias, values nor limit");
+  STD_TORCH_CHECK(!h.has_value() && !values.has_value() && !limit.has_value(), "it takes neither h, values nor limit");
   STD_TORCH_CHECK(want_keys && !want_bias && !want_values, "it makes the gradient of the keys alone");
   kdfast::SimilarityKeyGradient p{};
-  p.problem = problem_of(query, keys, scale, std::nullopt, query_labels, key_labels, key_index, limit, valid);
+  p.problem = problem_of(query, keys, scale, bias, std::nullopt, query_labels, key_labels, key_index, limit, valid);
   STD_TORCH_CHECK(p.problem.element == kdfast::Element::kBFloat16, "query must be bfloat16");
   const int64_t batch = p.problem.batch, rows = p.problem.rows;
   p.slope = packed<float>("slope", slope, {batch, rows}), p.lse = packed<float>("lse", lse, {batch, rows});

@@ -54,6 +54,13 @@ class Keys : public Consumer<Keys<kType, kWidth, kMasked>, kType, kWidth, true> 
   __device__ void weigh(const Unit& unit, int first) {
     const int own = first + 2 * (lane() % 4);
     const TermPair* const terms = reinterpret_cast<const TermPair*>(reinterpret_cast<const Term*>(p_.terms) + unit.entry * p_.term_columns + own);
+    float bias[2] = {};  // of the thread's keys, in bits
+    if constexpr (kMasked) {
+      const float* const biases = p_.problem.bias + unit.entry * p_.problem.bias_stride;
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        if (p_.problem.bias != nullptr) bias[h] = biases[min(int64_t(row_of(unit, h)), p_.problem.columns - 1)] * kBitsPerNat;
+    }
 #pragma unroll
     for (int g = 0; g < kScores / 4; ++g) {
       const TermPair pair = terms[4 * g];
@@ -62,7 +69,8 @@ class Keys : public Consumer<Keys<kType, kWidth, kMasked>, kType, kWidth, true> 
         const Bits level{pair.x[e].level};
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          Bits weight{device::exp2_fast(fmaf(scores_[4 * g + 2 * h + e], pair.x[e].factor, -level.value))};
+          const float shift = kMasked ? bias[h] - level.value : -level.value;
+          Bits weight{device::exp2_fast(fmaf(scores_[4 * g + 2 * h + e], pair.x[e].factor, shift))};
           weight.bits ^= level.bits << 31;
           scores_[4 * g + 2 * h + e] = weight.value;
         }
@@ -150,9 +158,9 @@ const char* launch_keys(const SimilarityKeyGradient& call, void* stream) {
   const char* const error = encode_maps<kWidth>(s, kType, p.width, p.keys, p.query);
   if (error != nullptr) return error;
   const Launch how{s.blocks, kThreads, Tile<kWidth>::kShared, 1, stream};
-  if (p.key_labels == nullptr && p.key_index == nullptr) return launch(keys_kernel<kType, kWidth, false>, how, params);
+  if (!p.masked()) return launch(keys_kernel<kType, kWidth, false>, how, params);
   if constexpr (kWidth <= kMaskedWidth) return launch(keys_kernel<kType, kWidth, true>, how, params);
-  return "rows are too wide for exclusions";
+  return "rows are too wide for bias and exclusions";
 }
 
 }  // namespace

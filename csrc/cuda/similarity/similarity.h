@@ -7,14 +7,16 @@
 
 namespace kdfast {
 
-// z_ij = scale_i q_i.k_j over the columns j that row i admits, and start_i. All is contiguous; what belongs to the bank has the batch stride 0
-// where the batch shares it.
+// z_ij = scale_i q_i.k_j + bias_j over the columns j that row i admits, and start_i. All is contiguous; what belongs to the bank has the
+// batch stride 0 where the batch shares it.
 struct SimilarityProblem {
   int64_t batch, rows, columns, width;
   Element element;           // 16 bits
   const void *query, *keys;  // [B, N, D], [B, M, D], D a multiple of 8, from a multiple of 16 bytes
   int64_t keys_stride;
   const float* scale;        // [B, N]
+  const float* bias;         // [B, M], or null
+  int64_t bias_stride;
   const float* start_logit;  // [B, N], or null
   const int64_t *query_labels, *key_labels;  // [B, N], [B, M]: columns of the row's label are excluded; null: none
   int64_t labels_stride;
@@ -23,6 +25,8 @@ struct SimilarityProblem {
   const float* limit;        // [B, N]: columns with scale_i q_i.k_j > limit_i are excluded; null
   const int64_t* valid;      // [B]: columns that count; null: all
   int64_t valid_stride;
+
+  bool masked() const { return bias != nullptr || key_labels != nullptr || key_index != nullptr || limit != nullptr; }  // beyond `valid`
 };
 
 // lse_i = log sum_j exp(z_ij) in nats, lse_low what it rounded off, pooled_i = sum_j p_ij k_j.
@@ -46,7 +50,7 @@ struct SimilarityForward {
 };
 
 // dL/dk_j = sum_i p_ij slope_i s_i q_i, p_ij = exp(z_ij - lse_i - lse_low_i), in float32; without limit,
-// and without labels and indices for rows of more than 128 numbers.
+// and without bias, labels and indices for rows of more than 128 numbers.
 struct SimilarityKeyGradient {
   SimilarityProblem problem;
   const float *slope, *lse, *lse_low;  // [B, N]; lse_low may be null

@@ -18,7 +18,7 @@ const char* launch_softmax(const SimilarityForward& call, void* stream) {
   const char* const error = encode_maps<kWidth>(s, kType, p.width, p.query, p.keys);
   if (error != nullptr) return error;
   const Launch how{call.blocks, kThreads, Tile<kWidth>::kShared, 1, stream};
-  const bool masked = p.key_labels != nullptr || p.key_index != nullptr || p.limit != nullptr;
+  const bool masked = p.masked();
   if (call.out.pooled == nullptr) return launch(masked ? softmax_kernel<kType, kWidth, false, true> : softmax_kernel<kType, kWidth, false, false>, how, params);
   return launch(masked ? softmax_kernel<kType, kWidth, true, true> : softmax_kernel<kType, kWidth, true, false>, how, params);
 }

@@ -55,8 +55,8 @@ class Softmax : public Consumer<Softmax<kType, kWidth, kPooled, kMasked>, kType,
       for (int i = 2 * h; i < kScores; i += 4) most = fmaxf(most, fmaxf(scores_[i], scores_[i + 1]));
       most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
       most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-      const float before = top_[h];
-      top_[h] = fmaxf(before, most * factor_[h]);
+      const float before = top_[h], factor = kMasked && p_.problem.bias != nullptr ? 1.0f : factor_[h];
+      top_[h] = fmaxf(before, most * factor);
       const float shift = shift_of(top_[h]);
       rescale_[h] = top_[h] == before ? 1.0f : device::exp2_fast(before - shift);
       float added[2] = {};
@@ -64,7 +64,7 @@ class Softmax : public Consumer<Softmax<kType, kWidth, kPooled, kMasked>, kType,
       for (int i = 2 * h; i < kScores; i += 4)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          scores_[i + e] = device::exp2_fast(fmaf(scores_[i + e], factor_[h], -shift));
+          scores_[i + e] = device::exp2_fast(fmaf(scores_[i + e], factor, -shift));
           added[e] += scores_[i + e];
         }
       total_[h] = fmaf(total_[h], rescale_[h], added[0] + added[1]);
@@ -127,13 +127,17 @@ class Softmax : public Consumer<Softmax<kType, kWidth, kPooled, kMasked>, kType,
     }
   }
 
-  // Excluded columns get the score -inf. `first`: column of the tile's first score.
+  // Excluded columns get the score -inf; with a bias scores become logits in bits. `first`: column of the tile's first score.
   __device__ void exclude(const Unit& unit, int first) {
     if (flips_) {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) scores_[i] = flipped_[i / 2 % 2] ? -scores_[i] : scores_[i];
     }
     const int own = 2 * (lane() % 4), left = unit.end - first - own;
+    if constexpr (kMasked) {
+      if (p_.problem.limit != nullptr) exclude_harder(unit);
+      if (p_.problem.bias != nullptr) add_bias(unit, first + own, left);
+    }
     if (unit.end - first < kColumns) {
 #pragma unroll
       for (int i = 0; i < kScores; ++i)
@@ -142,8 +146,19 @@ class Softmax : public Consumer<Softmax<kType, kWidth, kPooled, kMasked>, kType,
     if constexpr (kMasked) {
       if (p_.problem.key_labels != nullptr) exclude_labels(unit, first + own, left);
       if (p_.problem.key_index != nullptr) exclude_indices(unit, first + own);
-      if (p_.problem.limit != nullptr) exclude_harder(unit);
     }
+  }
+
+  __device__ void add_bias(const Unit& unit, int first, int left) {
+    const float* const bias = p_.problem.bias + unit.entry * p_.problem.bias_stride + first;
+#pragma unroll
+    for (int g = 0; g < kScores / 4; ++g)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float bits = 8 * g + e < left ? bias[8 * g + e] * kBitsPerNat : 0.0f;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) scores_[4 * g + 2 * h + e] = fmaf(scores_[4 * g + 2 * h + e], factor_[h], bits);
+      }
   }
 
   __device__ void exclude_labels(const Unit& unit, int first, int left) {

@@ -8,8 +8,8 @@ from . import cpu, cuda, triton
 from .apply import streaming_softmax
 from .arguments import Spec, problem
 from .exclusions import Harder, KeyIndex, SameLabel
-from .first_order import start_weight
 from .plain_pooled import pooled_softmax
+from .portable import start_weight
 from .symmetric import symmetric_lse
 
 __all__ = ["Harder", "KeyIndex", "SameLabel", "similarity_lse", "similarity_softmax", "symmetric_lse"]

@@ -98,8 +98,8 @@ def checked_problem(query, keys, scale, values, bias, start, exclude, valid, pre
     rules = exclude if isinstance(exclude, exclusions.Rules) else exclusions.flatten(exclude, query, keys, acc)
     valid = None if valid is None else prefix_length(valid, query, keys, batch)
 
-    plain = bias is None and values is None and start_value is None
-    facts = {"device_type": query.device.type, "dtype": compute.dtype, "stored": query.dtype, "width": query.shape[-1], "plain": plain}
+    facts = {"device_type": query.device.type, "dtype": compute.dtype, "stored": query.dtype, "width": query.shape[-1]}
+    facts |= {"over_keys": values is None}
     impl = impls.choose("similarity_softmax", impl, **facts)
     lead = (1, rows)
     if batch:

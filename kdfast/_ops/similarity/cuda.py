@@ -10,10 +10,11 @@ import torch
 
 from ..._core import cuda_runtime as runtime
 from . import cpu, triton
+from .portable import start_weight
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTH, MULTIPLE = 256, 8  # the widest row, and what rows are multiples of: copies take 16 bytes
-MASKED_WIDTH = 128  # the widest where the bank's gradient has labels or indices
+MASKED_WIDTH = 128  # the widest where the bank's gradient has a bias, labels or indices
 #: whose kernels make the other sums; tests put the CPU's here (tests/cuda_kernels.py)
 GRADIENTS = triton
 
@@ -25,23 +26,27 @@ def missing() -> str | None:
 
 def refuses(
     *, device_type: str = "cuda", dtype: torch.dtype = torch.bfloat16, stored: torch.dtype | None = None, width: int = MULTIPLE,
-    plain: bool = True, **_facts,
+    over_keys: bool = True, **_facts,
 ) -> str | None:  # fmt: skip
-    """Why it cannot serve a call (None: it can). `plain`: no bias, and what is pooled are the keys."""
+    """Why it cannot serve a call (None: it can). `over_keys`: what is pooled are the keys."""
     if dtype not in DTYPES:
         return f"it takes bfloat16 or float16, not {dtype}"
     if stored not in (None, dtype):
         return f"it takes rows stored as {dtype}, not {stored}"
     if not 0 < width <= WIDTH or width % MULTIPLE:
         return f"it takes rows of at most {WIDTH} numbers, a multiple of {MULTIPLE}, not {width}"
-    if not plain:
-        return "it takes neither bias nor values"
+    if not over_keys:
+        return "it takes no values"
     return runtime.refuses_device(device_type)
 
 
-def similarity_softmax(query, keys, scale, bias, start_logit, values, *args):
-    ops = runtime.OPS if values is None else GRADIENTS.KERNELS.ops  # values: of a second derivative
-    return ops.similarity_softmax(query, keys, scale, bias, start_logit, values, *args)
+def similarity_softmax(query, keys, scale, bias, start_logit, values, start_value, *args):
+    if values is not None:  # of a second derivative
+        return GRADIENTS.KERNELS.ops.similarity_softmax(query, keys, scale, bias, start_logit, values, start_value, *args)
+    lse, pooled, lse_low = runtime.OPS.similarity_softmax(query, keys, scale, bias, start_logit, None, None, *args)
+    if start_value is not None and pooled.dim() > 1:  # asked for
+        pooled = pooled + start_weight(start_logit, lse, lse_low)[..., None] * start_value
+    return lse, pooled, lse_low
 
 
 def similarity_grad_rows(*args):
@@ -50,8 +55,8 @@ def similarity_grad_rows(*args):
 
 def similarity_grad_keys(slope, h, lse, lse_low, query, keys, scale, bias, values, *args):
     _, key_labels, key_index, limit, _, want_keys, want_bias, want_values, _ = args
-    here = all(x is None for x in (h, bias, values, limit)) and want_keys and not (want_bias or want_values)
-    here &= query.shape[-1] <= MASKED_WIDTH or (key_labels is None and key_index is None)
+    here = all(x is None for x in (h, values, limit)) and want_keys and not (want_bias or want_values)
+    here &= query.shape[-1] <= MASKED_WIDTH or all(x is None for x in (bias, key_labels, key_index))
     # float16 has no room for weights that carry an upstream gradient
     ops = runtime.OPS if here and query.dtype == torch.bfloat16 else GRADIENTS.KERNELS.ops
     return ops.similarity_grad_keys(slope, h, lse, lse_low, query, keys, scale, bias, values, *args)

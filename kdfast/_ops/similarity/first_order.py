@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .passes import Sums, Want, run_forward, run_gradients, run_pooled_gradients
-from .portable import above_nothing
+from .portable import start_weight
 
 
 class Start(NamedTuple):
@@ -14,11 +14,6 @@ class Start(NamedTuple):
 
     weight: Tensor  # [B, N], p
     slope: Tensor  # [B, N], what its logit's gradient is p times
-
-
-def start_weight(start_logit: Tensor, lse: Tensor, lse_low: Tensor) -> Tensor:
-    """p_i of the start candidate, [B, N]."""
-    return torch.exp(start_logit - above_nothing(lse) - lse_low)
 
 
 def pooled_is_over_keys(values: Tensor | None, start_value: Tensor | None) -> bool:

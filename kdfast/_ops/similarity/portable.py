@@ -49,6 +49,11 @@ def above_nothing(lse: Tensor) -> Tensor:
     return torch.where(lse == -torch.inf, torch.inf, lse)
 
 
+def start_weight(start_logit: Tensor, lse: Tensor, lse_low: Tensor) -> Tensor:
+    """p_i of the start candidate, [B, N]."""
+    return torch.exp(start_logit - above_nothing(lse) - lse_low)
+
+
 @no_autocast
 def forward(
     query: Tensor,  # [B, N, D]

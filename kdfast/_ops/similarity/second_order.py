@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .first_order import Start, corrected, pooled_is_over_keys, start_weight
+from .first_order import Start, corrected, pooled_is_over_keys
 from .passes import Want, for_kernel, run_forward, run_gradients
+from .portable import start_weight
 
 
 class Tangent(NamedTuple):

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .first_order import start_weight
 from .passes import dense, for_kernel
-from .portable import Logits, above_nothing, make_logits
+from .portable import Logits, above_nothing, make_logits, start_weight
 from .second_order import Derivatives, Tangent
 from .tiles import contract_tangent
 

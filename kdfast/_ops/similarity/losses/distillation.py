@@ -28,7 +28,7 @@ from ..arguments import Compute, how_to_compute, key_bias, prefix_length, proble
 from ..autograd import _keep, _kept, _like, _unchanged, _versions
 from ..definition import SecondOrder, with_values
 from ..exclusions import Rules
-from ..first_order import start_weight
+from ..portable import start_weight
 from ..positives import dot
 from ..triton import distillation as triton_distillation
 from . import distillation_second, distillation_values
