@@ -4,8 +4,8 @@
 namespace kdfast {
 namespace {
 
-constexpr int64_t kLeastTiles = 4;  // of a part of the bank, and at most so many parts
-constexpr int64_t kMostParts = 64;
+// Of a part of the bank at least; parts at most, but where they are long as many as multiprocessors: to join one takes less than a tile.
+constexpr int64_t kLeastTiles = 4, kMostParts = 64, kLongTiles = 16;
 
 template <Element kType, int kWidth>
 const char* launch_softmax(const SimilarityForward& call, void* stream) {
@@ -30,6 +30,8 @@ const char* launch_width(const SimilarityForward& p, void* stream) {
   return launch_softmax<kType, kWidths[2]>(p, stream);
 }
 
+int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
+
 }  // namespace
 
 bool similarity_serves(int64_t width) { return width > 0 && width % 8 == 0 && width <= kWidths[2]; }
@@ -39,9 +41,9 @@ bool similarity_serves(int64_t width) { return width > 0 && width % 8 == 0 && wi
 bool similarity_plan(SimilarityForward& p) {
   const int64_t tile = columns_of_tile(p.problem.width), tiles = ceil_div(p.problem.columns, tile), seats = processors();
   const int64_t row_tiles = p.problem.batch * ceil_div(p.problem.rows, kRows);
-  const int64_t most = tiles < kLeastTiles ? 1 : tiles / kLeastTiles < kMostParts ? tiles / kLeastTiles : kMostParts;
+  const int64_t few = least(tiles / kLeastTiles, kMostParts), many = least(tiles / kLongTiles, seats), most = few > many ? few : many;
   double fullest = 0;
-  for (int64_t parts = 1; parts <= most && fullest < 0.95; ++parts) {
+  for (int64_t parts = 1; parts == 1 || (parts <= most && fullest < 0.95); ++parts) {
     const int64_t columns = ceil_div(tiles, parts) * tile;
     const double filled = double(row_tiles * tiles) / double(ceil_div(row_tiles * ceil_div(tiles * tile, columns), seats) * seats * (columns / tile));
     if (filled <= fullest) continue;
