@@ -123,7 +123,7 @@ check() {  # small sizes before large ones
 
 tests() {  # most of their time goes to compiling
   pytests tests 120 tests/test_triton_gpu.py \
-    tests/test_triton_{similarity,pairs,attraction,wide,distillation,triplet,triplet_dense,triplet_mining,relations,knn,gather,sinkhorn,sinkhorn_plan,sinkhorn_adjoint}.py
+    tests/test_triton_{similarity,pairs,attraction,wide,second,distillation,triplet,triplet_dense,triplet_mining,relations,knn,gather,sinkhorn,sinkhorn_plan,sinkhorn_adjoint}.py
 }
 
 doctor() {

@@ -49,6 +49,17 @@ def against_bank(i: Inputs, loss, **options):
     return lambda: loss(q, p, bank, **options)
 
 
+def pooled_twice(i: Inputs):
+    """Gradients of a loss of what is pooled, whose gradients are counted as the backward pass."""
+    q, bank = i.rows(), i(M, D, learnt=True)
+
+    def loss():
+        pooled = ops.similarity_softmax(q, bank, scale=10.0)[1]
+        return sum(x.sum() for x in torch.autograd.grad(pooled.sum(), (q, bank), create_graph=True))
+
+    return loss
+
+
 def several_positives(i: Inputs):
     q, p, bank, weights = i.rows(), i(N, 3, D, learnt=True), i(M, D), i.number(N, 3)
     return lambda: functional.info_nce(q, p, bank, positive_weights=weights, temperature=i.number(N))
@@ -139,6 +150,7 @@ CASES = {
     "info_nce, margin": (lambda i: info_nce(i, false_negative_margin=0.1), "2 + 17, 0 + 10", "3 + 24, 0 + 8"),
     "info_nce of a batch": (lambda i: of_batch(i, F.info_nce), "1 + 27, 1 + 20", "3 + 36, 2 + 19"),
     "info_nce of a batch, labels": (lambda i: of_batch(i, F.info_nce, query_labels=i.integers(N)), "1 + 28, 1 + 20", "3 + 37, 2 + 19"),
+    "similarity_softmax, pooled, second derivative": (pooled_twice, "4 + 30, 8 + 14", "9 + 46, 8 + 12"),
     "clip_loss": (lambda i: of_batch(i, F.clip_loss, i.number(learnt=True)), "3 + 21, 3 + 24", "3 + 21, 3 + 28"),
     "clip_loss, smoothing": (lambda i: of_batch(i, F.clip_loss, 10.0, label_smoothing=0.1), "3 + 78, 3 + 64", "3 + 72, 3 + 60"),
     "siglip_loss": (lambda i: of_batch(i, F.siglip_loss, i.number(learnt=True), i.number(learnt=True)), "1 + 7, 3 + 13", "1 + 7, 3 + 15"),

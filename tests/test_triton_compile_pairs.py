@@ -14,8 +14,8 @@ from triton_code import DOT, MATRIX_INSTRUCTION, SHARED_MEMORY, Code
 
 from kdfast._ops.similarity.triton import attraction_kernels as class_kernels
 from kdfast._ops.similarity.triton import pairs_kernels as kernels
+from kdfast._ops.similarity.triton import second_kernels, wide_kernels
 from kdfast._ops.similarity.triton import slabs as launches
-from kdfast._ops.similarity.triton import wide_kernels
 
 PRECISIONS = {"ieee": 0, "bf16x3": 1, "tf32": 3}
 CASES = pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def compiled(kernel, arch: int, dtype: torch.dtype, tmp_path, **flags) -> Code:
     if kernel is wide_kernels.wide_weights:
         options |= {"EVEN_VALUES": True, "DOT_VALUES": DOT[part.format.weights][0]}
     warps = options.pop("num_warps")
-    pointers = {name: options.pop(name) for name in ("x_labels", "y_labels") if name in options}
+    pointers = {name: options.pop(name) for name, given in flags.items() if str(given).startswith("*")}
     made = {k: v for k, v in options.items() if k in kernel.arg_names}
     return Code(kernel, arch, dtype, made, warps, tmp_path, weights=weights, **pointers)
 
@@ -91,6 +91,29 @@ def test_softmax_of_wide_rows(arch, dtype, terms, tmp_path):
     assert_in_registers(compiled(wide_kernels.wide_weights, arch, dtype, tmp_path, **flags), arch)
 
 
+def second_flags(dtype: torch.dtype, terms: bool) -> dict:
+    """Of a launch of second.py, everything wanted of keys that are the values and move."""
+    given, stored = DOT[dtype][1], DOT[torch.bfloat16 if dtype == torch.bfloat16 else torch.float32]
+    return {
+        **dict.fromkeys((*TERMS, "BIAS_MOVES", "WANT_BIAS"), terms), "INDICES": 2 if terms else 0, "narrow": True, "EVEN_VALUES": True,
+        **dict.fromkeys(("KEYS_MOVE", "VALUES_MOVE", "WANT_SLOPES", "WANT_RATES", "WANT_VALUES"), True), "DOT": stored[0],
+        **dict.fromkeys(("direction", "h", "of_slopes", "of_rates", "of_values"), stored[1]), "moments": "*fp64",
+        **dict.fromkeys(("keys_direction", "values_direction"), given),
+    }  # fmt: skip
+
+
+@CASES
+def test_second_derivative_of_what_is_pooled(arch, dtype, tmp_path):
+    for kernel in (second_kernels.tile_moments, second_kernels.second_weights):
+        assert_in_registers(compiled(kernel, arch, dtype, tmp_path, **second_flags(dtype, terms=True)), arch)
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [(86, torch.float16), (120, torch.bfloat16)], ids=str)
+def test_second_derivative_of_what_is_pooled_on_small_gpus(arch, dtype, tmp_path):
+    code = compiled(second_kernels.second_weights, arch, dtype, tmp_path, **second_flags(dtype, terms=False))
+    assert code.has(MATRIX_INSTRUCTION[arch]) and code.shared <= SHARED_MEMORY[arch] and code.stack < 256
+
+
 @pytest.mark.parametrize(
     ("arch", "dtype"),
     [(80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float32), (100, torch.bfloat16), (120, torch.bfloat16)],
@@ -131,6 +154,12 @@ def test_three_products_from_registers(arch, tmp_path):
         (kernels.weighted_sums, {"TRANSPOSED": True, "ADD": True, "FACTORS": False}),
     ):
         assert_in_registers(compiled(kernel, arch, torch.float32, tmp_path, **flags, **more), arch)
+
+
+def test_merging_moments(tmp_path):
+    made = {"VALUES_MOVE": True, "PARTS": 32, "COUNT": 32}
+    for arch in (80, 90, 100):
+        assert Code(second_kernels.merge_moments, arch, torch.float32, made, 4, tmp_path, moments="*fp64").stack == 0
 
 
 def test_merging_statistics(tmp_path):

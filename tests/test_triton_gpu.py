@@ -79,6 +79,14 @@ def distillation(i):
     return loss_and_gradient(loss, i["q"])
 
 
+def twice(i):
+    """Second derivatives of what is pooled, with a start."""
+    q, bank = i["q"], i["bank"].clone().requires_grad_()
+    _, pooled = ops.similarity_softmax(q, bank, scale=0.1, start=(q[:, 0], q), impl="triton")
+    first = torch.autograd.grad(pooled.square().sum() / N, (q, bank), create_graph=True)
+    return torch.autograd.grad(first, (q, bank), (q.detach(), i["bank"]))
+
+
 def triplet(i):
     options = {"ref": i["bank"], "ref_labels": i["bank_labels"], "impl": "triton"}
     return loss_and_gradient(functional.triplet_loss(i["q"], i["labels"], **options), i["q"])
@@ -149,6 +157,7 @@ KERNELS = [
         views,
         sup_con,
         attracted,
+        twice,
         triplet,
         dense,
         pairs,
@@ -200,13 +209,14 @@ TARGETS = [
     (functional, "multi_similarity_loss"),
     (functional, "sampled_nce"),
     (functional, "sampled_info_nce"),
+    (ops, "similarity_softmax"),
     (ops, "row_extrema"),
     (ops, "knn"),
     (ops, "sinkhorn"),
 ]
 
 
-@pytest.mark.parametrize("case", [wide, matched, views, sup_con, attracted], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("case", [wide, matched, views, sup_con, attracted, twice], ids=lambda c: c.__name__)
 def test_slab_by_slab(case, monkeypatch):
     """As in one slab, which these sizes fit into."""
     i = inputs()

@@ -22,6 +22,7 @@ KERNELS = {
     "similarity.triton.kernels": ("forward", "merge", "grad_rows", "grad_keys"),
     "similarity.triton.distillation_kernels": ("distillation", "merge_losses"),
     "similarity.triton.wide_kernels": ("wide_probabilities", "wide_weights"),
+    "similarity.triton.second_kernels": ("tile_moments", "merge_moments", "second_weights"),
     "similarity.triton.pairs_kernels": ("merge_statistics", "weighted_sums", "symmetric_statistics", "symmetric_weights", "sigmoid_pairs"),
     "gather.triton.kernels": ("scores", "row_sums"),
     "sinkhorn.triton.kernels": ("half_step", "cost_rows"),
@@ -85,9 +86,12 @@ def test_many_problems(grids):
 )
 def test_many_batch_entries(grids, precision, names):
     query, keys = torch.zeros(MANY, 1, 1, requires_grad=True), torch.zeros(MANY, 2, 1, requires_grad=True)
-    lse, _ = ops.similarity_softmax(query, keys, scale=1.0, precision=precision, impl="triton")
-    torch.autograd.grad(lse.sum(), (query, keys))
+    lse, pooled = ops.similarity_softmax(query, keys, scale=1.0, precision=precision, impl="triton")
+    torch.autograd.grad(lse.sum(), (query, keys), retain_graph=True)
     legal(grids, *names)
+    first = torch.autograd.grad(pooled.sum(), (query, keys), create_graph=True)
+    torch.autograd.grad(first, (query, keys), (query, keys))
+    legal(grids, "tile_moments", "merge_moments", "second_weights", "weighted_sums")
 
 
 def test_many_rows_of_everything(grids):

@@ -25,7 +25,7 @@ NUMBERS = (
     *("rows", "columns", "width", "value_width", "split_columns", "count", "splits", "batch"),
     *("slots", "split_slots", "size", "groups", "kept", "begin", "end", "start", "taken", "mark_columns"),
     *("entries", "first_row", "first_column", "leading", "inner", "first_inner", "split_inner", "parts", "teacher_width"),
-    *("step", "steps"),
+    *("step", "steps", "part_count"),
 )
 MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA", 120: "HMMA"}
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}

@@ -225,15 +225,21 @@ def pooled_second_order(
     want_scale: bool,
     want_values: bool,
     products: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kernels: Kernels = KERNELS,
+    beyond: tuple[Tensor | None, Tensor | None, bool] = (),
+) -> tuple[Tensor, ...]:
     """Gradients of <directions, gradients of <g, lse> + <h, pooled>> in (g, h, query, keys, scale, values) in float32.
 
     What is not wanted is [0]. g [B, N] and h [B, N, Dv], lse and lse_low as `forward` left them, without start; the rest as there.
     Directions None: 0. Those of matrices may have other dtypes than these.
+
+    Triton's kernels alone take `beyond`: a direction of the bias [B, M], what the start brings to its row (its p, rate, h.v and
+    h.(tangent of v), [4, B, N]), and whether the bias' gradient is wanted. They return that and the rows' moments [5, B, N] float64 too:
+    what p add up to, means of rate, h.v and h.(tangent of v), and the covariance of the first two.
     """
-    return torch.ops.kdfast.similarity_pooled_second(
+    return kernels.ops.similarity_pooled_second(
         g, h, query_direction, keys_direction, scale_direction, values_direction, lse, lse_low, query, keys, scale, bias, values, *rules,
-        want_h, want_keys, want_scale, want_values, product_number(products, query),
+        want_h, want_keys, want_scale, want_values, product_number(products, query, kernels), *beyond,
     )  # fmt: skip
 
 

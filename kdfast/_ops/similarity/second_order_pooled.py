@@ -1,12 +1,15 @@
-"""The second derivative of the streaming softmax with its pooled output, by one op on the CPU, else in tiles. README.md derives it."""
+"""The second derivative of the streaming softmax with its pooled output, by one op of compiled kernels, else in tiles.
+
+README.md derives it.
+"""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import cpu
-from .passes import dense, for_kernel
+from . import cpu, cuda
+from .passes import KERNELS, dense, for_kernel
 from .portable import Logits, above_nothing, make_logits, start_weight
 from .second_order import Derivatives, Tangent
 from .tiles import contract_tangent
@@ -50,35 +53,46 @@ def second_order_of_pooled(
     query, keys, scale, bias, start_logit, values, start_value, lse, lse_low, *rules,
 ) -> Derivatives:  # fmt: skip
     """Where pooled has an upstream gradient, h [B, N, Dv], beside g [B, N] of lse. values None: the keys."""
-    if impl == "cpu" and start_logit is None and tangent.bias is None and not want.bias:
-        return _by_one_op(compute, want, tangent, g, h, lse, lse_low, values, query, keys, scale, bias, *rules)
+    start = _start(h, start_logit, start_value, tangent, lse, lse_low)
+    kernels = cuda.GRADIENTS.KERNELS if impl == "cuda" else KERNELS.get(impl)
+    plain = start is None and tangent.bias is None and not want.bias
+    if kernels is not None and (plain or kernels is not cpu.KERNELS):
+        return _by_one_op(kernels, compute, want, tangent, g, h, start, lse, lse_low, values, query, keys, scale, bias, *rules)
     logits = make_logits(query, keys, scale, bias, *rules, compute.dtype)
-    return _in_tiles(logits, want, tangent, g, h, start_logit, start_value, values, lse, lse_low)
+    return _in_tiles(logits, want, tangent, g, h, start, values, lse, lse_low)
 
 
-def _by_one_op(compute, want: Wanted, tangent: Tangent, g, h, lse, lse_low, values, *problem) -> Derivatives:
+def _by_one_op(kernels: cpu.Kernels, compute, want: Wanted, tangent: Tangent, g, h, start, lse, lse_low, values, *problem) -> Derivatives:
     along = tangent.query, tangent.keys, tangent.scale, None if values is None else tangent.values
     given = (None if x is None else x.contiguous() for x in (g, h, *along, lse, lse_low))
-    dg, dh, dquery, dkeys, dscale, dvalues = cpu.pooled_second_order(
+    beyond = ()
+    if kernels is not cpu.KERNELS:
+        of_bias = None if tangent.bias is None else tangent.bias.contiguous()
+        beyond = of_bias, None if start is None else torch.stack(start.moments[:4]), want.bias
+    dg, dh, dquery, dkeys, dscale, dvalues, *more = cpu.pooled_second_order(
         *given, *for_kernel(*problem), values=None if values is None else dense(values), want_h=want.h, want_keys=want.keys,
-        want_scale=want.scale, want_values=want.values, products=compute.products,
+        want_scale=want.scale, want_values=want.values, products=compute.products, kernels=kernels, beyond=beyond,
     )  # fmt: skip
+    dstart_logit = dstart_value = None
+    if start is not None:
+        dstart_logit, more_of_h, dstart_value = start.derivatives(_Moments(*more[1]), g, h)
+        dh = dh + more_of_h if want.h else dh
     return Derivatives(
         g=dg,
         h=dh if want.h else None,
         query=dquery,
         keys=dkeys if want.keys else None,
         scale=dscale if want.scale else None,
-        bias=None,
-        start_logit=None,
+        bias=more[0] if want.bias else None,
+        start_logit=dstart_logit,
         values=dvalues if want.values else None,
-        start_value=None,
+        start_value=dstart_value,
     )
 
 
 def _in_tiles(
-    logits: Logits, want: Wanted, tangent: Tangent, g: Tensor, h: Tensor,
-    start_logit: Tensor | None, start_value: Tensor | None, values: Tensor | None, lse: Tensor, lse_low: Tensor,
+    logits: Logits, want: Wanted, tangent: Tangent, g: Tensor, h: Tensor, start: "_Start | None", values: Tensor | None,
+    lse: Tensor, lse_low: Tensor,
 ) -> Derivatives:  # fmt: skip
     """Two passes over the tiles, the first for the rows' moments: rates and slopes less a mean that is not one of the very numbers in the
     tiles would not cancel where a candidate holds nearly all of its row.
@@ -91,7 +105,6 @@ def _in_tiles(
     u = torch.zeros_like(q) if tangent.query is None else tangent.query.to(scale.dtype)
     sigma = torch.zeros_like(scale) if tangent.scale is None else tangent.scale
     direction = scale[..., None] * u + sigma[..., None] * q
-    start = _start(start_logit, start_value, tangent, lse, lse_low)
     level = above_nothing(lse), lse_low
 
     def numbers_of(b, r, c, rate):
@@ -101,10 +114,8 @@ def _in_tiles(
         slope = torch.bmm(h[b, r], scores.column_tile(values, b, c).mT)
         return rate, slope, None if tangent.values is None else torch.bmm(h[b, r], tangent.values[b, c].to(slope.dtype).mT)
 
-    means = _row_moments(logits, tangent, direction, h, start, level, numbers_of)
+    means = _row_moments(logits, tangent, direction, start, level, numbers_of)
     level = level[0], lse_low + torch.log(_whole(means.mass))
-    if start is not None:
-        start = start._replace(weight=start.weight / _whole(means.mass))
 
     # A = p (c (rate - mean rate) + eta - its mean - covariance), with c = g + h.v less its mean and eta = h.(tangent of v)
     dh = torch.zeros_like(h)
@@ -134,13 +145,8 @@ def _in_tiles(
         dkeys, dvalues = dkeys + dvalues, None
     dstart_logit = dstart_value = None
     if start is not None:
-        moved = start.rate - means.rate
-        slope = g + (_product(h, start.value) - means.slope)
-        eta = _product(h, start.value_tangent) - means.tangent
-        dstart_logit = start.weight * (slope * moved + eta - means.covariance)
-        dh += (start.weight * moved)[..., None] * start.value + start.weight[..., None] * start.value_tangent
-        if start_value is not None:
-            dstart_value = (start.weight * moved)[..., None] * h
+        dstart_logit, more_of_h, dstart_value = start.derivatives(means, g, h)
+        dh += more_of_h
     return Derivatives(
         g=means.rate,
         h=dh,
@@ -155,22 +161,31 @@ def _in_tiles(
 
 
 class _Start(NamedTuple):
-    weight: Tensor  # [B, N]
-    rate: Tensor  # [B, N]
-    value: Tensor  # [B, N, Dv], or a 0-d zero
-    value_tangent: Tensor
+    """The start candidate of each row."""
+
+    moments: _Moments  # its own
+    value: Tensor | None  # [B, N, Dv]
+    value_tangent: Tensor | None  # [B, N, Dv]
+
+    def derivatives(self, means: _Moments, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor | float, Tensor | None]:
+        """Of its logit, what it adds to that of h, and of its value; in the dtype of g. `means`: all candidates' moments."""
+        own = self.moments
+        weight, moved = own.mass / _whole(means.mass), own.rate - means.rate
+        inner = moved * (g + (own.slope - means.slope)) + (own.tangent - means.tangent) - means.covariance
+        of_logit, weight, moved = (x.to(g.dtype)[..., None] for x in (weight * inner, weight, weight * moved))
+        of_h = 0.0 if self.value is None else moved * self.value
+        of_h = of_h if self.value_tangent is None else of_h + weight * self.value_tangent
+        return of_logit[..., 0], of_h, None if self.value is None else moved * h
 
 
-def _start(start_logit: Tensor | None, start_value: Tensor | None, tangent: Tangent, lse: Tensor, lse_low: Tensor) -> _Start | None:
+def _start(h: Tensor, start_logit: Tensor | None, start_value: Tensor | None, tangent: Tangent, lse, lse_low) -> _Start | None:
     if start_logit is None:
         return None
-    zero = lse.new_zeros(())
-    return _Start(
-        start_weight(start_logit, lse, lse_low),
-        torch.zeros_like(lse) if tangent.start_logit is None else tangent.start_logit,
-        zero if start_value is None else start_value.to(lse.dtype),
-        zero if tangent.start_value is None else tangent.start_value.to(lse.dtype),
-    )
+    zero = torch.zeros_like(lse)
+    values = [None if x is None else x.to(lse.dtype) for x in (start_value, tangent.start_value)]
+    of_values = (zero if x is None else _product(h, x) for x in values)
+    rate = zero if tangent.start_logit is None else tangent.start_logit
+    return _Start(_Moments(start_weight(start_logit, lse, lse_low), rate, *of_values, zero), *values)
 
 
 def _whole(mass: Tensor) -> Tensor:
@@ -187,12 +202,12 @@ def _softmax(logits: Logits, level: tuple[Tensor, Tensor], b: slice, r: slice, c
     return logits.from_scores(b, r, c, score).sub_(level[0][b, r, None]).sub_(level[1][b, r, None]).exp_()
 
 
-def _row_moments(logits, tangent, direction, h, start, level, numbers_of) -> _Moments:
+def _row_moments(logits, tangent, direction, start, level, numbers_of) -> _Moments:
     """Of all candidates, the start included. What a row's p add up to is not 1: another kernel's lse is of scores that round otherwise."""
     zero = torch.zeros_like(level[0])
     found = _Moments(*(zero.clone() for _ in _Moments._fields))
     if start is not None:
-        found = found.merged(_Moments(start.weight, start.rate, _product(h, start.value), _product(h, start.value_tangent), zero))
+        found = found.merged(start.moments)
 
     def add(b, r, c, score, rate):
         p = _softmax(logits, level, b, r, c, score)

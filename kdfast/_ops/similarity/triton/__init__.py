@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...._core import triton_runtime as runtime
 from .. import cpu
+from . import second  # noqa: F401, it registers its op
 from . import wide as triton_wide
 from .formats import KERNELS, PRECISIONS, missing, refuses
 

@@ -62,19 +62,15 @@ def wide_probabilities(
 
 
 @triton.jit
-def wide_weights(
-    slope, h, lse, lse_low, query, keys, values, scale, bias, query_labels, key_labels, key_index, limit, valid,
-    weights, mass, total, bias_sum,
-    rows, columns, width, x_stride, y_stride, entries, value_width, values_stride, bias_stride, labels_stride, valid_stride, first_column,
-    leading, weights_stride,
-    WITH_H: tl.constexpr, EVEN_VALUES: tl.constexpr, DOT_VALUES: tl.constexpr, BY_SCALE: tl.constexpr, PLAIN: tl.constexpr,
-    WANT_BIAS: tl.constexpr, BIASED: tl.constexpr, LABELLED: tl.constexpr, INDICES: tl.constexpr, LIMITED: tl.constexpr,
-    COUNTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+def probabilities(
+    query, keys, lse, lse_low, scale, bias, query_labels, key_labels, key_index, limit, valid,
+    rows, columns, width, x_stride, y_stride, bias_stride, labels_stride, valid_stride, first_column,
+    BIASED: tl.constexpr, LABELLED: tl.constexpr, INDICES: tl.constexpr, LIMITED: tl.constexpr, COUNTED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """dz_ij = p_ij (slope_i + h_i.v_j) of a slab, or (PLAIN) p_ij, and sums of them: rows of p and dz, or (WANT_BIAS) columns of dz.
-
-    BY_SCALE: stored times the rows' scale.
+    """p of a tile of a slab under a given lse, 0 where no pair is. With the tile's place: entry, tile of rows, of columns, rows, whether
+    they exist, where they are in what has one number a row, columns, whether they exist and whether they are candidates; rows' scale.
     """
     b, row_tile, column_tile = pair_place(rows, columns, ROWS, COLUMNS)
     row, row_exists, column, column_exists, score = pair_scores(
@@ -90,6 +86,29 @@ def wide_weights(
         tl.load(lse + i, mask=row_exists, other=float("-inf")), tl.load(lse_low + i, mask=row_exists, other=0.0)
     )  # fmt: skip
     p = tl.exp2(z - level[:, None]) * factor[:, None]
+    return b, row_tile, column_tile, row, row_exists, i, column, column_exists, inside, s, p
+
+
+@triton.jit
+def wide_weights(
+    slope, h, lse, lse_low, query, keys, values, scale, bias, query_labels, key_labels, key_index, limit, valid,
+    weights, mass, total, bias_sum,
+    rows, columns, width, x_stride, y_stride, entries, value_width, values_stride, bias_stride, labels_stride, valid_stride, first_column,
+    leading, weights_stride,
+    WITH_H: tl.constexpr, EVEN_VALUES: tl.constexpr, DOT_VALUES: tl.constexpr, BY_SCALE: tl.constexpr, PLAIN: tl.constexpr,
+    WANT_BIAS: tl.constexpr, BIASED: tl.constexpr, LABELLED: tl.constexpr, INDICES: tl.constexpr, LIMITED: tl.constexpr,
+    COUNTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """dz_ij = p_ij (slope_i + h_i.v_j) of a slab, or (PLAIN) p_ij, and sums of them: rows of p and dz, or (WANT_BIAS) columns of dz.
+
+    BY_SCALE: stored times the rows' scale.
+    """
+    b, row_tile, column_tile, row, row_exists, i, column, column_exists, inside, s, p = probabilities(
+        query, keys, lse, lse_low, scale, bias, query_labels, key_labels, key_index, limit, valid,
+        rows, columns, width, x_stride, y_stride, bias_stride, labels_stride, valid_stride, first_column,
+        BIASED, LABELLED, INDICES, LIMITED, COUNTED, ROWS, COLUMNS, DEPTH, EVEN, DOT, PRECISION, STAGES, INTERPRETED,
+    )  # fmt: skip
     weight = p
     if not PLAIN:
         g = tl.load(slope + i, mask=row_exists, other=0.0)[:, None]

@@ -12,7 +12,7 @@ from .normalized import NORMALIZED
 from .pooled import POOLED, POOLED_BANK
 from .precision import PRECISION
 from .queue import QUEUE, QUEUE_AUTOCAST
-from .second import SECOND, SECOND_BANK
+from .second import POOLED_SECOND, SECOND, SECOND_BANK
 from .wasserstein import WASSERSTEIN
 
 CASES = {
@@ -28,6 +28,7 @@ CASES = {
     "second_bank": SECOND_BANK,
     "pooled": POOLED,
     "pooled_bank": POOLED_BANK,
+    "pooled_second": POOLED_SECOND,
     "queue": QUEUE,
     "queue_autocast": QUEUE_AUTOCAST,
     "wasserstein": WASSERSTEIN,

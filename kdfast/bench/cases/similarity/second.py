@@ -1,7 +1,9 @@
-"""The second derivative of InfoNCE along a direction, of a graph that is kept: what a double backward takes beyond the first passes.
+"""Second derivatives along a direction, of a graph that is kept: what a double backward takes beyond the first passes. Of InfoNCE, and
+of an upstream gradient's product with what the primitive pools.
 
 With the bank's probabilities at hand it is a product for the direction's scores and one for their sum, 4 N M D; formed anew, so that
-nothing of size N x M is kept, 6 N M D. A bank with gradient has a direction too, and takes all products on both sides.
+nothing of size N x M is kept, 6 N M D. A bank with gradient has a direction too, and takes all products on both sides; pooled, it is the
+values as well, whose slopes and their change are two products more, and whose gradient is another.
 """
 
 import math
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.functional import info_nce
+from kdfast.ops import similarity_softmax
 
 from ... import peers
 from ...registry import Call, Case, Peer
@@ -55,7 +58,21 @@ def products(mm: Callable, query: Tensor, keys: Tensor, direction: Tensor, keys_
     return mm(rates, keys), mm(scores, keys_direction), mm(moved.mT, query), mm(scores.mT, direction)
 
 
-def case(leaves: int, units: int, floor) -> Case:
+def pooled_products(mm: Callable, query: Tensor, keys: Tensor, direction: Tensor, keys_direction: Tensor) -> tuple[Tensor, ...]:
+    """With the slopes h.k and their change; an upstream gradient takes as long as a direction."""
+    slopes, change = mm(direction, keys.mT), mm(direction, keys_direction.mT)
+    return *products(mm, query, keys, direction, keys_direction), mm(change.mT, direction), slopes
+
+
+def pooled_formula(query: Tensor, upstream: Tensor, bank: Tensor) -> Tensor:
+    return ((query @ bank.T / TAU).softmax(-1) @ bank * upstream).sum() / len(query)
+
+
+def pooled(query: Tensor, upstream: Tensor, bank: Tensor) -> Tensor:
+    return (similarity_softmax(query, bank, scale=1 / TAU)[1] * upstream).sum() / len(query)
+
+
+def case(leaves: int, units: int, floor, fused: Callable[..., Tensor], formula: Callable[..., Tensor]) -> Case:
     return Case(
         shapes={
             "quick": ((64, 256, 128), (256, 2048, 64)),
@@ -69,12 +86,14 @@ def case(leaves: int, units: int, floor) -> Case:
         reference=lambda x: double_backward(formula, Inputs(*(t.double() for t in x)), leaves)(),
         flop=lambda shape: units * math.prod(shape),
         peers=(
-            Peer("kdfast", lambda x: double_backward(partial(info_nce, temperature=TAU), x, leaves)),
+            Peer("kdfast", lambda x: double_backward(fused, x, leaves)),
             Peer("eager", lambda x: double_backward(formula, x, leaves)),
             *peers.bare_mm(floor, lambda x: (x.query, x.bank, x.direction, x.bank_direction)),
         ),
     )
 
 
-SECOND = case(1, 6, query_products)
-SECOND_BANK = case(2, 14, products)
+INFO_NCE = partial(info_nce, temperature=TAU), formula
+SECOND = case(1, 6, query_products, *INFO_NCE)
+SECOND_BANK = case(2, 14, products, *INFO_NCE)
+POOLED_SECOND = case(2, 20, pooled_products, pooled, pooled_formula)
