@@ -23,6 +23,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(cuda_runtime, "DEVICE", "cpu")
     monkeypatch.setattr(cuda_runtime, "missing", lambda: None)
     monkeypatch.setattr(cuda_runtime, "has_clusters", lambda: True)
+    monkeypatch.setattr(cuda_runtime, "has_cooperative_launches", lambda: True)
     monkeypatch.setattr(cuda_runtime, "is_hopper", lambda: True)
     monkeypatch.setattr(similarity, "GRADIENTS", cpu)
 

@@ -54,7 +54,8 @@ def largest(impl):
 def streamed(impl):
     wide = ops.sinkhorn(costs(2, 700, 20_000 if WITH_CLUSTERS else 5000), epsilon=0.1, max_iters=5, impl=impl)
     narrow = ops.sinkhorn(costs(40, 300, 60).bfloat16(), epsilon=0.1, max_iters=5, impl=impl)
-    return wide.f, wide.g, wide.value, narrow.f, narrow.g, narrow.transport_cost
+    stopped = ops.sinkhorn(costs(4, 300, 1500), epsilon=0.2, max_iters=30, tol=1e-9, impl=impl)
+    return stopped.f, stopped.error, wide.f, wide.g, wide.value, narrow.f, narrow.g, narrow.transport_cost
 
 
 def normalized(impl):
@@ -91,13 +92,38 @@ def test_capture_in_a_graph(case):
     same_when_replayed(lambda: case("cuda"))
 
 
-def test_one_launch_a_batch():
-    cost = costs(50, 64, 64)
-    ops.sinkhorn(cost, epsilon=0.1, max_iters=30, impl="cuda")
+@pytest.mark.parametrize(("shape", "kernel"), [((50, 64, 64), "on_chip_kernel"), ((3, 900, 700), "streamed_kernel")], ids=str)
+@pytest.mark.parametrize("tol", [None, 1e-3])
+def test_one_launch_a_batch(shape, kernel, tol):
+    cost = costs(*shape)
+    ops.sinkhorn(cost, epsilon=0.1, max_iters=30, tol=tol, impl="cuda")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        ops.sinkhorn(cost, epsilon=0.1, max_iters=30, impl="cuda")
+        ops.sinkhorn(cost, epsilon=0.1, max_iters=30, tol=tol, impl="cuda")
         torch.cuda.synchronize()
-    assert sum(event.count for event in profile.key_averages() if "on_chip_kernel" in event.key) == 1
+    assert sum(event.count for event in profile.key_averages() if kernel in event.key) == 1
+
+
+def test_problems_that_take_turns():
+    """More of them than the GPU has blocks for at a time: each is solved as if it were alone."""
+    cost = costs(3000, 40, 300).bfloat16()
+    whole = ops.sinkhorn(cost, epsilon=0.1, max_iters=8, impl="cuda")
+    few = ops.sinkhorn(cost[-20:], epsilon=0.1, max_iters=8, impl="cuda")
+    torch.testing.assert_close(whole.f[-20:], few.f, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("anneal", [None, (0.4, 0.7)])
+def test_each_large_problem_stops_by_itself(anneal):
+    cost = costs(6, 700, 900) * torch.tensor([0.01, 1.0, 0.3, 1.0, 0.1, 1.0], device="cuda")[:, None, None]
+    options = {"epsilon": 0.05, "max_iters": 200, "tol": 1e-4, "anneal": anneal}
+    ours, want = (ops.sinkhorn(cost, **options, impl=impl) for impl in ("cuda", "torch"))
+    assert ours.converged.all() and (ours.iterations - want.iterations).abs().max() <= 1
+    torch.testing.assert_close(ours.value, want.value, rtol=1e-4, atol=1e-4)
+
+
+def test_large_proximal_steps():
+    ours, want = (ops.sinkhorn(costs(2, 400, 600), epsilon=0.5, max_iters=20, method="proximal", impl=impl) for impl in ("cuda", "torch"))
+    torch.testing.assert_close(ours.f, want.f, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ours.transport_cost, want.transport_cost, rtol=1e-3, atol=1e-4)
 
 
 def test_inductor():
@@ -110,11 +136,13 @@ def test_inductor():
 
 
 def test_what_is_chosen():
-    """Costs that are given, and of those that do not fit on chip the ones without a tolerance."""
+    """Costs that are given; not points, nor proximal steps with a tolerance."""
     small, large = costs(2, 100, 100), costs(1, 2000, 300)
     assert ops.sinkhorn(small, tol=0.1).state.problem.impl == "cuda"
     assert ops.sinkhorn(large).state.problem.impl == "cuda"
-    assert ops.sinkhorn(large, tol=0.1).state.problem.impl != "cuda"
+    assert ops.sinkhorn(large, tol=0.1).state.problem.impl == "cuda"
+    assert ops.sinkhorn(large, method="proximal").state.problem.impl == "cuda"
+    assert ops.sinkhorn(large, tol=0.1, method="proximal").state.problem.impl != "cuda"
     assert ops.sinkhorn(x=costs(2, 50, 3), y=costs(2, 50, 3)).state.problem.impl != "cuda"
 
 

@@ -13,10 +13,30 @@ check = functools.partial(check, impl="cuda", moved=moved)
 HALF = torch.bfloat16  # costs in 16 bits are read once an iteration whatever their size
 
 
+@pytest.fixture
+def resident(monkeypatch):
+    """Sets how many blocks, or clusters, the emulator has at work at a time."""
+    return lambda count: monkeypatch.setenv("KDFAST_EMULATE_RESIDENT", str(count))
+
+
 # a warp, a block, blocks of a cluster; one pair of rows a block or many
+@pytest.mark.parametrize("method", ["log", "proximal"])
 @pytest.mark.parametrize(("n", "m"), [(1, 257), (7, 300), (260, 270), (33, 8200)], ids=str)
-def test_ragged_sizes(n, m):
-    check(torch.rand(2, n, m), weights(2, n), weights(2, m), 0.1, 4)
+def test_ragged_sizes(n, m, method):
+    check(torch.rand(2, n, m), weights(2, n), weights(2, m), 0.1, 4, method=method)
+
+
+@pytest.mark.parametrize(("batch", "count"), [(3, 1), (5, 2), (3, 7)], ids=str)
+def test_more_problems_than_blocks(batch, count, resident):
+    """They take turns; a block may have a problem, a share of one, or share all of them."""
+    resident(count)
+    cost = torch.rand(batch, 26, 530).to(HALF)
+    check(cost.float(), weights(batch, 26), weights(batch, 530), 0.1, 5, source={"cost": cost})
+
+
+def test_turns_of_clusters(resident):
+    resident(2)
+    check(torch.rand(3, 9, 8200), weights(3, 9), weights(3, 8200), 0.1, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -40,8 +60,9 @@ def test_relaxed_and_alone(n, m, dtype):
 
 def test_a_large_range():
     """Whole columns of the first iteration underflow: their sums are taken anew."""
-    cost = (1 + 50 * torch.rand(2, 20, 30)).to(HALF)
-    check(cost.float(), weights(2, 20), weights(2, 30), 0.05, 8, source={"cost": cost})
+    for n, m in ((20, 30), (70, 300)):
+        cost = (1 + 50 * torch.rand(2, n, m)).to(HALF)
+        check(cost.float(), weights(2, n), weights(2, m), 0.05, 8, source={"cost": cost})
 
 
 def test_padding_zero_weights_and_forbidden_pairs():
@@ -66,6 +87,47 @@ def test_shared_costs_and_nan():
     assert ours.value[1].isnan() and ours.value[::2].isfinite().all()
 
 
+@pytest.mark.parametrize(("n", "m", "dtype"), [(9, 20, HALF), (70, 300, torch.float32), (9, 8200, torch.float32)], ids=str)
+@pytest.mark.parametrize("anneal", [None, (0.4, 0.7)], ids=["", "annealed"])
+def test_tolerance_stops_each_problem(n, m, dtype, anneal):
+    cost = (torch.rand(3, n, m) * torch.tensor([0.01, 1.0, 1.0])[:, None, None]).to(dtype)
+    options = {"epsilon": 0.1, "max_iters": 40, "tol": 1e-4, "anneal": anneal}
+    ours, want = (sinkhorn(moved(cost), **options, impl=impl) for impl in ("cuda", "torch"))
+    assert ours.converged.all() and ours.iterations[0] < ours.iterations[1]
+    assert (ours.iterations - want.iterations).abs().max() <= 1
+    torch.testing.assert_close(ours.value, want.value, rtol=1e-4, atol=1e-4)
+    for i, steps in enumerate(ours.iterations.tolist() if anneal is None else ()):  # as if it had been told to stop there
+        again = sinkhorn(moved(cost), **{**options, "tol": None, "max_iters": steps}, impl="cuda")
+        assert torch.equal(again.f[i], ours.f[i]) and torch.equal(again.g[i], ours.g[i])
+        torch.testing.assert_close(again.error[i], ours.error[i], rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:sinkhorn")
+def test_a_tolerance_that_is_not_met():
+    cost = moved(torch.rand(2, 20, 300))
+    ours = sinkhorn(cost, epsilon=0.05, max_iters=4, tol=0.0, impl="cuda")
+    again = sinkhorn(cost, epsilon=0.05, max_iters=4, impl="cuda")
+    assert (ours.iterations == 4).all() and not ours.converged.any()
+    assert torch.equal(again.f, ours.f) and torch.equal(again.g, ours.g) and torch.equal(again.error, ours.error)
+
+
+@pytest.mark.parametrize("tol", [None, 1e-3])
+def test_histories_have_what_unrolled_gradients_need(tol):
+    """Columns without weight in every iteration, padding, and of problems that stop what they stopped at."""
+    cost = torch.rand(2, 12, 40) * torch.tensor([0.01, 1.0])[:, None, None]
+    lengths, found = (torch.tensor([12, 9]), torch.tensor([33, 40])), []
+    a, b = (weights(2, size) * (torch.arange(size) < length[:, None]) for size, length in zip((12, 40), lengths, strict=True))
+    b[:, 3] = 0
+    a, b = (x / x.sum(-1, keepdim=True) for x in (a, b))
+    for impl in ("cuda", "torch"):
+        leaf = moved(cost.to(HALF)).requires_grad_()
+        out = sinkhorn(
+            leaf, a=moved(a), b=moved(b), lengths=tuple(map(moved, lengths)), epsilon=0.1, max_iters=25, tol=tol, grad="unrolled", impl=impl
+        )
+        found.append(torch.autograd.grad(out.f.square().sum() + out.g.square().sum() + out.transport_cost.sum(), leaf)[0])
+    torch.testing.assert_close(*found, rtol=2e-2, atol=1e-4)
+
+
 @pytest.mark.parametrize("grad", ["envelope", "unrolled"])
 def test_gradients_are_the_portable_ones(grad):
     cost, a, found = torch.rand(2, 10, 270), weights(2, 10), []
@@ -78,12 +140,16 @@ def test_gradients_are_the_portable_ones(grad):
 
 
 @pytest.mark.skipif(not EMULATED, reason="the emulator's order of threads")
-@pytest.mark.parametrize(("n", "m"), [(300, 270), (40, 8200)], ids=str)
-def test_threads_in_any_order(n, m, monkeypatch):
-    cost = torch.rand(1, n, m)
-    forward = sinkhorn(cost, epsilon=0.1, max_iters=2, impl="cuda")
+@pytest.mark.filterwarnings("ignore:sinkhorn")
+@pytest.mark.parametrize("options", [{"tol": 1e-7}, {"method": "proximal"}], ids=["log", "proximal"])
+@pytest.mark.parametrize(("batch", "n", "m", "count"), [(3, 60, 270, 6), (2, 20, 530, 64), (2, 9, 8200, 2)], ids=str)
+def test_threads_in_any_order(batch, n, m, count, options, resident, monkeypatch):
+    """The same bits, whichever block or thread runs first between two barriers: none is missing."""
+    resident(count)
+    cost = torch.rand(batch, n, m)
+    forward = sinkhorn(cost, epsilon=0.1, max_iters=4, **options, impl="cuda")
     for order in ("warps", "lanes"):
         monkeypatch.setenv("KDFAST_EMULATE_BACKWARD", order)
-        backward = sinkhorn(cost, epsilon=0.1, max_iters=2, impl="cuda")
-        for name in ("f", "g", "value", "transport_cost", "error"):
+        backward = sinkhorn(cost, epsilon=0.1, max_iters=4, **options, impl="cuda")
+        for name in ("f", "g", "value", "transport_cost", "error", "iterations"):
             assert torch.equal(getattr(forward, name), getattr(backward, name)), name

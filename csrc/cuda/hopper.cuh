@@ -22,39 +22,11 @@ constexpr bool kHopper = false;
 #endif
 
 using TensorMap = CUtensorMap;
-using Barrier = uint64_t;  // in shared memory
-
-__device__ __forceinline__ uint32_t shared_address(const void* shared) { return uint32_t(__cvta_generic_to_shared(shared)); }
-
-// ---- barriers: a phase ends when `count` threads have arrived and all the bytes expected are there --------------------------
-
-__device__ __forceinline__ void barrier_init(Barrier* barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
-}
 
 // By the thread that made them, before the block's barrier: the copy engine sees them.
 __device__ __forceinline__ void barriers_made() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  barriers_made_for_cluster();
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-// Arrives, and announces bytes that a copy will bring.
-__device__ __forceinline__ void barrier_expect(Barrier* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-
-// Until the phase of this parity has ended; the first phase has parity 0, and the one before it counts as ended.
-__device__ __forceinline__ void barrier_wait(Barrier* barrier, unsigned parity) {
-  uint32_t ended = 0;
-  while (!ended)
-    asm volatile("{\n.reg .pred ended;\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\nselp.u32 %0, 1, 0, ended;\n}"
-                 : "=r"(ended)
-                 : "r"(shared_address(barrier)), "r"(parity)
-                 : "memory");
 }
 
 // After ordinary writes to shared memory that products or copies come upon, by those who wrote, before they meet the others.

@@ -32,6 +32,17 @@ def _has_clusters() -> bool:
 
 
 @torch.compiler.assume_constant_result
+def has_cooperative_launches() -> bool:
+    """Whether blocks of a launch can wait for one another on the GPU in use, as they can wherever its driver lets them."""
+    return _has_cooperative_launches()
+
+
+@functools.cache
+def _has_cooperative_launches() -> bool:
+    return extension.load("_C_cuda")[0].sinkhorn_streams()
+
+
+@torch.compiler.assume_constant_result
 def is_hopper() -> bool:
     """Whether the GPU in use has the instructions of sm_90a: compute capability 9.0, neither earlier nor later."""
     return _is_hopper()

@@ -1,4 +1,5 @@
-// A CUDA device on one CPU thread: every thread of a block, or of a cluster of blocks, is a fiber that runs until it waits for others.
+// A CUDA device on one CPU thread: every thread of a block, of a cluster of blocks or of a cooperative grid is a fiber that runs until it waits
+// for others.
 //
 // What it finds that a GPU may hide: a barrier that not all reach, lanes that meet in different shuffles, writes beyond shared memory, reads
 // of shared memory that nobody wrote or whose block has left (NaN). And most missing barriers: the first warp that can run does, so that one
@@ -45,7 +46,7 @@ struct Group {
 };
 
 struct Block {
-  unsigned index, rank;
+  unsigned index, rank;  // in the grid, in its cluster
   std::vector<char> shared;
   Group all;
   std::map<std::pair<unsigned, unsigned>, Group> lanes;  // of a warp and mask
@@ -64,13 +65,27 @@ struct Thread {
   bool started = false, finished = false;
   Group* waits = nullptr;
   unsigned generation = 0;
+  const unsigned* count = nullptr;  // of signals, while there are fewer than are waited for
+  unsigned signals = 0;
+
+  bool able() const {
+    return !finished && !(waits != nullptr && waits->generation == generation) && !(count != nullptr && int(*count - signals) < 0);
+  }
+};
+
+// In shared memory; it counts bytes as well.
+struct PhaseBarrier {
+  Group phase;  // its generation is the number of phases that have ended
+  unsigned count = 0, pending = 0;
+  int64_t bytes = 0;  // announced and not there yet
 };
 
 struct Device {
-  std::vector<std::unique_ptr<Block>> blocks;  // resident: those of a cluster
+  std::vector<std::unique_ptr<Block>> blocks;  // resident: those of a cluster, or of a cooperative grid
   std::vector<Thread> threads;
   std::vector<void*> stacks;
-  Group cluster;
+  std::vector<Group> clusters;
+  std::map<const void*, PhaseBarrier> barriers;
   Thread* running = nullptr;
   jmp_buf scheduler;
   void (*body)(void*) = nullptr;
@@ -91,11 +106,15 @@ inline Device& device() {
   abort();
 }
 
+inline void give_way() {
+  if (_setjmp(device().running->state) == 0) _longjmp(device().scheduler, 1);
+}
+
 // Until the group's next generation.
 inline void pause(Group& group) {
   Thread& t = *device().running;
   t.waits = &group, t.generation = group.generation;
-  if (_setjmp(t.state) == 0) _longjmp(device().scheduler, 1);
+  give_way();
 }
 
 // Whether all are there.
@@ -109,6 +128,27 @@ inline bool arrive(Group& group, Meeting meeting) {
 
 inline void wait(Group& group, Meeting meeting) {
   if (!arrive(group, meeting)) pause(group);
+}
+
+inline PhaseBarrier& barrier_at(const void* barrier) {
+  PhaseBarrier& b = device().barriers[barrier];
+  if (b.count == 0) fail("a barrier that was not made");
+  return b;
+}
+
+inline void end_phase(PhaseBarrier& b) {
+  if (b.pending > 0 || b.bytes != 0) return;
+  b.pending = b.count, ++b.phase.generation, ++device().meetings;
+}
+
+// What engines do: when all threads wait for something, or at once where KDFAST_EMULATE_BACKWARD=warps.
+inline void deliver(const std::function<void()>& arrive) {
+  Device& d = device();
+  if (d.last_warp_first && !d.last_lane_first) {
+    arrive();
+  } else {
+    d.on_the_way.push_back(arrive);
+  }
 }
 
 inline Group& lanes(unsigned mask) {
@@ -154,7 +194,7 @@ inline void enter() {
 inline void resume(Thread& t) {
   Device& d = device();
   d.running = &t;
-  t.waits = nullptr;
+  t.waits = nullptr, t.count = nullptr;
   if (_setjmp(d.scheduler) == 0) {
     if (t.started) _longjmp(t.state, 1);
     t.started = true;
@@ -174,7 +214,7 @@ inline bool run_warp(size_t warp) {
     progress = false;
     for (int i = 0; i < kWarp; ++i) {
       Thread& t = d.threads[warp * kWarp + size_t(d.last_lane_first ? kWarp - 1 - i : i)];
-      if (t.finished || (t.waits != nullptr && t.waits->generation == t.generation)) continue;
+      if (!t.able()) continue;
       resume(t);
       any = progress = true;
       if (t.finished && --t.block->running == 0) close(*t.block);
@@ -183,18 +223,18 @@ inline bool run_warp(size_t warp) {
   return any;
 }
 
-// Runs the blocks of one cluster to their end.
-inline void run_resident(unsigned first, int cluster, int threads, size_t shared) {
+// Runs blocks, whole clusters of them, to their end.
+inline void run_resident(unsigned first, int blocks, int cluster, int threads, size_t shared) {
   Device& d = device();
   d.blocks.clear(), d.threads.clear();
-  d.cluster = Group{unsigned(cluster * threads)};
-  for (int rank = 0; rank < cluster; ++rank) {
-    d.blocks.push_back(std::make_unique<Block>(Block{first + unsigned(rank), unsigned(rank), std::vector<char>(shared + kGuard, char(0xff)), Group{unsigned(threads)}, {}, unsigned(threads)}));
-    for (int i = 0; i < threads; ++i) {
+  d.clusters.assign(size_t(blocks / cluster), Group{unsigned(cluster * threads)});
+  for (int i = 0; i < blocks; ++i) {
+    d.blocks.push_back(std::make_unique<Block>(Block{first + unsigned(i), unsigned(i % cluster), std::vector<char>(shared + kGuard, char(0xff)), Group{unsigned(threads)}, {}, unsigned(threads)}));
+    for (int thread = 0; thread < threads; ++thread) {
       const size_t slot = d.threads.size();
       if (slot == d.stacks.size()) d.stacks.push_back(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
       Thread t{};
-      t.block = d.blocks.back().get(), t.index = unsigned(i), t.stack = d.stacks[slot];
+      t.block = d.blocks.back().get(), t.index = unsigned(thread), t.stack = d.stacks[slot];
       d.threads.push_back(t);
     }
   }
@@ -208,7 +248,7 @@ inline void run_resident(unsigned first, int cluster, int threads, size_t shared
   }
   for (Thread& t : d.threads) {
     d.running = &t;
-    if (!t.finished) fail("not all threads reach a barrier");
+    if (!t.finished) fail(t.count != nullptr ? "fewer signals than are waited for" : "not all threads reach a barrier");
   }
   d.running = nullptr;
 }
@@ -258,12 +298,64 @@ inline float known_here(float x) { return x; }
 
 constexpr bool kClusters = true;
 inline unsigned cluster_rank() { return emulator::device().running->block->rank; }
-inline void cluster_barrier() { emulator::wait(emulator::device().cluster, emulator::Meeting::kCluster); }
+// Where the clusters of all resident blocks are, the first block of this one's.
+inline size_t first_of_cluster() {
+  emulator::Device& d = emulator::device();
+  const emulator::Block& block = *d.running->block;
+  return size_t(block.index - d.blocks[0]->index - block.rank);
+}
+inline void cluster_barrier() {
+  emulator::Device& d = emulator::device();
+  emulator::wait(d.clusters[first_of_cluster() / (d.blocks.size() / d.clusters.size())], emulator::Meeting::kCluster);
+}
 
 inline float* shared_memory() { return reinterpret_cast<float*>(emulator::device().running->block->shared.data()); }
 
 inline const float* of_block(const float* shared, unsigned rank) {
-  return reinterpret_cast<const float*>(emulator::device().blocks[rank]->shared.data()) + (shared - shared_memory());
+  return reinterpret_cast<const float*>(emulator::device().blocks[first_of_cluster() + rank]->shared.data()) + (shared - shared_memory());
+}
+
+using Barrier = uint64_t;
+
+inline void barrier_init(Barrier* barrier, int count) {
+  emulator::PhaseBarrier& b = emulator::device().barriers[barrier] = {};
+  b.count = b.pending = unsigned(count);
+}
+inline void barriers_made_for_cluster() {}
+
+inline void barrier_expect(Barrier* barrier, int bytes) {
+  emulator::PhaseBarrier& b = emulator::barrier_at(barrier);
+  if (b.pending == 0) emulator::fail("more threads arrive at a barrier than it was made for");
+  b.bytes += bytes, --b.pending;
+  emulator::end_phase(b);
+}
+inline void barrier_arrive(Barrier* barrier) { barrier_expect(barrier, 0); }
+
+inline void barrier_wait(Barrier* barrier, unsigned parity) {
+  emulator::PhaseBarrier& b = emulator::barrier_at(barrier);
+  while (b.phase.generation % 2 == parity) emulator::pause(b.phase);
+}
+
+inline void send_four(float* to, Barrier* barrier, unsigned rank, float x0, float x1, float x2, float x3) {
+  emulator::Block* const block = emulator::device().blocks[first_of_cluster() + rank].get();
+  const auto there = [&](const void* shared) { return block->shared.data() + (static_cast<const char*>(shared) - emulator::device().running->block->shared.data()); };
+  if ((static_cast<char*>(static_cast<void*>(to)) - emulator::device().running->block->shared.data()) % 16 != 0) emulator::fail("four numbers to no multiple of 16 bytes");
+  emulator::deliver([=, place = there(to), bell = there(barrier)] {
+    if (block->running == 0) emulator::fail("numbers arrive after their block has left");
+    const float x[4] = {x0, x1, x2, x3};
+    memcpy(place, x, sizeof(x));
+    emulator::PhaseBarrier& b = emulator::barrier_at(bell);
+    b.bytes -= int64_t(sizeof(x));
+    emulator::end_phase(b);
+  });
+}
+
+inline void signal(unsigned* count) { ++*count, ++emulator::device().meetings; }
+inline void await(const unsigned* count, unsigned signals) {
+  emulator::Thread& t = *emulator::device().running;
+  t.count = count, t.signals = signals;
+  if (!t.able()) emulator::give_way();
+  t.count = nullptr;
 }
 
 }  // namespace device
@@ -273,6 +365,7 @@ inline int processors() {
   return given ? atoi(given) : 1;
 }
 inline bool has_clusters() { return true; }
+inline bool has_cooperative_launches() { return true; }
 
 struct Launch {
   int64_t blocks;
@@ -280,11 +373,18 @@ struct Launch {
   int64_t shared_bytes;
   int cluster;
   void* stream;
+  bool cooperative = false;
 };
+
+inline const char* fill_with_zeros(void* data, int64_t bytes, void*) {
+  memset(data, 0, size_t(bytes));
+  return nullptr;
+}
 
 // Of a multiprocessor's 2048 threads: it has registers for all.
 template <class Params>
 int resident(void (*)(Params), const Launch& how) {
+  if (const char* const given = getenv("KDFAST_EMULATE_RESIDENT")) return atoi(given);
   const int count = 2048 / how.threads * processors() / how.cluster;
   return count > 0 ? count : 1;
 }
@@ -294,6 +394,7 @@ const char* launch(void (*kernel)(Params), const Launch& how, const Params& para
   if (how.blocks < 1 || how.blocks > INT32_MAX || how.threads < 1) return "invalid configuration argument";  // as the CUDA runtime has it
   if (how.blocks % how.cluster != 0) return "blocks must be a multiple of the cluster";
   if (how.threads % emulator::kWarp != 0 || how.threads > 1024 || how.cluster > 8 || how.shared_bytes > (227 << 10)) return "beyond the limits of a device";
+  if (how.cooperative && how.blocks > int64_t(how.cluster) * resident(kernel, how)) return "too many blocks in cooperative launch";
   struct Call {
     void (*kernel)(Params);
     const Params& params;
@@ -303,7 +404,9 @@ const char* launch(void (*kernel)(Params), const Launch& how, const Params& para
   d.argument = &call;
   const char* const backward = getenv("KDFAST_EMULATE_BACKWARD");
   d.last_warp_first = backward != nullptr, d.last_lane_first = backward != nullptr && strcmp(backward, "lanes") == 0;
-  for (int64_t first = 0; first < how.blocks; first += how.cluster) emulator::run_resident(unsigned(first), how.cluster, how.threads, size_t(how.shared_bytes));
+  const int64_t together = how.cooperative ? how.blocks : how.cluster;
+  for (int64_t first = 0; first < how.blocks; first += together)
+    emulator::run_resident(unsigned(first), int(together), how.cluster, how.threads, size_t(how.shared_bytes));
   return nullptr;
 }
 

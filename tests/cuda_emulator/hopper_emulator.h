@@ -9,12 +9,6 @@
 
 namespace emulator {
 
-struct PhaseBarrier {
-  Group phase;  // its generation is the number of phases that have ended
-  unsigned count = 0, pending = 0;
-  int64_t bytes = 0;  // announced and not there yet
-};
-
 struct Product {
   int columns;
   bool add, bfloat;
@@ -34,7 +28,6 @@ struct Warpgroup {
 
 // What blocks have beside emulator.h.
 struct Engines {
-  std::map<const void*, PhaseBarrier> barriers;
   std::map<std::pair<const Block*, int>, Group> named;
   std::map<std::pair<const Block*, unsigned>, Warpgroup> warpgroups;
 };
@@ -58,17 +51,6 @@ inline char* at_address(Block& block, uint32_t address) {
 
 // Of every 1024 bytes, row r of 128 has its 16-byte units in the order u ^ r.
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
-
-inline PhaseBarrier& barrier_at(const void* barrier) {
-  PhaseBarrier& b = engines().barriers[barrier];
-  if (b.count == 0) fail("a barrier that was not made");
-  return b;
-}
-
-inline void end_phase(PhaseBarrier& b) {
-  if (b.pending > 0 || b.bytes != 0) return;
-  b.pending = b.count, ++b.phase.generation, ++device().meetings;
-}
 
 inline float widen(uint16_t bits, bool bfloat) {
   if (bfloat) {
@@ -195,25 +177,8 @@ struct alignas(64) TensorMap {
 
 inline uint32_t shared_address(const void* shared) { return emulator::address_of(shared); }
 
-inline void barrier_init(Barrier* barrier, int count) {
-  emulator::PhaseBarrier& b = emulator::engines().barriers[barrier] = {};
-  b.count = b.pending = unsigned(count);
-}
 inline void barriers_made() {}
 inline void shared_written() {}
-
-inline void barrier_expect(Barrier* barrier, int bytes) {
-  emulator::PhaseBarrier& b = emulator::barrier_at(barrier);
-  if (b.pending == 0) emulator::fail("more threads arrive at a barrier than it was made for");
-  b.bytes += bytes, --b.pending;
-  emulator::end_phase(b);
-}
-inline void barrier_arrive(Barrier* barrier) { barrier_expect(barrier, 0); }
-
-inline void barrier_wait(Barrier* barrier, unsigned parity) {
-  emulator::PhaseBarrier& b = emulator::barrier_at(barrier);
-  while (b.phase.generation % 2 == parity) emulator::pause(b.phase);
-}
 
 inline emulator::Group& named_barrier(int id, int threads) {
   emulator::Group& group = emulator::engines().named[{&emulator::here(), id}];
@@ -241,12 +206,7 @@ inline void copy_box(void* to, const TensorMap* map, int column, int row, int en
     b.bytes -= map.box_rows * 128;
     emulator::end_phase(b);
   };
-  const emulator::Device& d = emulator::device();
-  if (d.last_warp_first && !d.last_lane_first) {
-    arrive();
-  } else {
-    emulator::device().on_the_way.push_back(arrive);
-  }
+  emulator::deliver(arrive);
 }
 
 inline void products_begin() { emulator::warpgroup().fenced[emulator::place()] = true; }

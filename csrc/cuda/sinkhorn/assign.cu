@@ -20,7 +20,7 @@ class Assigner {
   }
 
   __device__ void run() {
-    const int begin = pairs_.first_row(part_), end = pairs_.first_row(part_ + 1);
+    const int begin = pairs_.first_row(part_, int(p_.scores.rows)), end = pairs_.first_row(part_ + 1, int(p_.scores.rows));
     if constexpr (kPass == Pass::kColumnLse) {  // without a barrier: warps wait for their rows only
 #pragma unroll 1
       for (int i = begin; i < end; i += kRows) {
@@ -58,10 +58,11 @@ class Assigner {
 
   // v is read again for every pair, from cache: kept, it would be the registers that the pair ahead is in.
   __device__ void form_exponents(const RowPairs::Tile& scores) {
+    const int columns = int(p_.scores.columns);
 #pragma unroll
     for (int c = 0; c < kWidth; c += 4) {
       float v[4] = {};
-      if constexpr (kPass != Pass::kColumnLse) pairs_.load_columns(p_.v, problem_, c, v);
+      if constexpr (kPass != Pass::kColumnLse) pairs_.load_columns(p_.v, int64_t(problem_) * columns, columns, c, v);
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
 #pragma unroll
@@ -135,7 +136,13 @@ __global__ void __launch_bounds__(256) merge_kernel(const SinkhornAssign p) {
 
 bool sinkhorn_assign_plan(SinkhornAssign& params) {
   const auto kernel = params.codes ? assign_kernel<Pass::kCodes> : params.v == nullptr ? assign_kernel<Pass::kColumnLse> : assign_kernel<Pass::kColumnSums>;
-  return share_rows(params.scores, params.batch, kernel);
+  SinkhornRows& rows = params.scores;
+  if (!share_columns(rows)) return false;
+  // As many ranges of rows as are at work at a time, each to its end: more would be more sums to join, and a last round that is mostly idle.
+  const int64_t most = resident(kernel, Launch{rows.cluster, rows.threads, RowPairs::kSharedBytes, rows.cluster, nullptr}) / params.batch;
+  const int64_t pairs = pairs_of(rows.rows), parts = most < pairs ? most : pairs;
+  rows.parts = int(parts < 1 ? 1 : parts);
+  return true;
 }
 
 const char* sinkhorn_assign(const SinkhornAssign& params, void* stream) {

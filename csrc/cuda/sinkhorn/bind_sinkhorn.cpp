@@ -52,15 +52,12 @@ SinkhornBatch batch_of(const Tensor& cost, const Tensor& a, const Tensor& b, con
 
 const char* streamed(const SinkhornOnChip& whole, const Tensor& cost, const Tensor& like, void* stream) {
   const SinkhornBatch& p = whole.problems;
-  if (whole.schedule.proximal || whole.schedule.tol >= 0) return "problems that do not fit on chip take no tol, nor method 'proximal'";
+  if (!kdfast::sinkhorn_streams()) return "problems that do not fit on chip need a GPU whose blocks may wait for one another";
   SinkhornStreamed s{p.batch, rows_of("cost", cost, p.batch_stride), p.a, p.b, p.epsilon, p.rows, p.columns, p.rho_a, p.rho_b,
-                     whole.schedule, whole.start_g, whole.out, 0, nullptr, nullptr, nullptr, nullptr};
+                     whole.schedule, whole.start_g, whole.out, 1};
   if (!kdfast::sinkhorn_streamed_plan(s)) return "too many columns";
-  const auto scratch = [&](int64_t parts, int64_t each) { return torch::stable::new_empty(like, {p.batch, parts, each}, ScalarType::Float); };
-  const Tensor v = scratch(1, p.m), sums = scratch(s.cost.parts, p.m), spent = scratch(s.cost.parts, kdfast::sinkhorn_warps(s.cost));
-  const Tensor errors = scratch(s.cost.parts, 1);
-  s.v = floats_of(v), s.sums = floats_of(sums), s.spent = floats_of(spent), s.errors = floats_of(errors);
-  return kdfast::sinkhorn_streamed(s, stream);
+  const Tensor scratch = torch::stable::new_empty(like, {kdfast::sinkhorn_streamed_scratch(s)}, ScalarType::Float);
+  return kdfast::sinkhorn_streamed(s, floats_of(scratch), stream);
 }
 
 Solution sinkhorn_solve(const OptionalTensor& cost, const OptionalTensor&, const OptionalTensor&, const Tensor& a, const Tensor& b, const Tensor& epsilon,

@@ -42,7 +42,6 @@ struct SinkhornOnChip {
   int cluster;  // blocks that share a problem
 };
 
-
 // Matrices [B, n, n], or, where `gradient` [B, n, n] is given, what it pulls back to the logits.
 struct SinkhornNormalize {
   int batch, n, iterations;
@@ -73,33 +72,32 @@ struct SinkhornAssign {
   float *sums, *tops;  // [B, parts, columns], scratch
 };
 
-// All iterations of problems of any size, two launches each. Not with a tolerance, nor proximal.
+// All iterations of problems of any size in one launch whose blocks wait for one another.
 struct SinkhornStreamed {
   int64_t batch;
-  SinkhornRows cost;             // [B, n, m]
+  SinkhornRows cost;             // [B, n, m]; as many ranges of a problem's rows as blocks, or clusters, have it at a time
   const float *a, *b, *epsilon;  // as in SinkhornBatch, as all of these
   const int64_t *rows, *columns;
   float rho_a, rho_b;
   SinkhornSchedule schedule;
   const float* start_g;
   SinkhornSolution out;
-  int t;  // the iteration of a launch
-  // Scratch: [B, m]; [B, parts, m]; [B, parts, sinkhorn_warps]; [B, parts]
-  float *v, *sums, *spent, *errors;
+  int slots;  // problems that are solved at a time
 };
-
-// Warps that share a row.
-inline int sinkhorn_warps(const SinkhornRows& rows) { return rows.cluster * (rows.threads / 32); }
 
 // On the current device.
 bool sinkhorn_fits_on_chip(int64_t n, int64_t m);
+// Whether there is SinkhornStreamed on it.
+bool sinkhorn_streams();
 // Set how rows are shared; false where there are too many columns.
 bool sinkhorn_streamed_plan(SinkhornStreamed& params);
 bool sinkhorn_assign_plan(SinkhornAssign& params);
+// In floats, of a plan.
+int64_t sinkhorn_streamed_scratch(const SinkhornStreamed& params);
 
 // Each puts its work in a stream and returns null, or what went wrong.
 const char* sinkhorn_on_chip(SinkhornOnChip params, void* stream);
-const char* sinkhorn_streamed(SinkhornStreamed params, void* stream);
+const char* sinkhorn_streamed(const SinkhornStreamed& params, float* scratch, void* stream);
 const char* sinkhorn_assign(const SinkhornAssign& params, void* stream);
 const char* sinkhorn_normalize(const SinkhornNormalize& params, void* stream);
 

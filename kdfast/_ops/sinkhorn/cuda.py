@@ -1,7 +1,7 @@
 """impl="cuda": the kernels of csrc/cuda/sinkhorn.
 
 A float32 cost of at most 256 columns and 128 rows, 1024 rows on GPUs with clusters (from compute capability 9.0), stays on chip through all
-iterations; others are read once an iteration.
+iterations; others are read once an iteration, by blocks that wait for one another.
 """
 
 import torch
@@ -47,8 +47,8 @@ def refuses(
     blocks = BLOCKS if runtime.has_clusters() else 1
     if dtype == torch.float32 and size[0] <= BLOCK_ROWS * blocks and size[1] <= COLUMNS:
         return None
-    if method == "proximal" or tol is not None:
-        return f"with tol or method='proximal' it takes float32 costs of at most {BLOCK_ROWS * blocks} x {COLUMNS}, which stay on chip"
+    if not runtime.has_cooperative_launches():
+        return f"without cooperative launches it takes float32 costs of at most {BLOCK_ROWS * blocks} x {COLUMNS}, which stay on chip"
     most = STREAMED_COLUMNS * blocks
     return None if size[1] <= most else f"it takes at most {most} columns, not {size[1]}"
 
@@ -85,7 +85,7 @@ def normalize(logits: Tensor, gradient: Tensor | None, iters: int, eps: float) -
 
 
 def solve(p: Problem, g: Tensor, schedule: Schedule, history: bool) -> Solution:
-    """Run `schedule` on every problem from column potentials g [B, m], in one launch where problems fit on chip, else two an iteration."""
+    """Run `schedule` on every problem from column potentials g [B, m], in one launch."""
     cost = p.cost if p.cost.stride(-1) == 1 else p.cost.contiguous()
     fields = (cost, *(None if t is None else t.contiguous() for t in p[1:8]), p.metric, p.rho_a, p.rho_b)
     return Solution(*runtime.OPS.sinkhorn_solve(*fields, g.contiguous(), *schedule, history))
