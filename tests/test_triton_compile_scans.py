@@ -12,6 +12,7 @@ if triton_runtime.INTERPRETED:
 
 from triton_code import MATRIX_INSTRUCTION, SHARED_MEMORY, Code
 
+from kdfast._core.triton_split import split_rows
 from kdfast._ops.gather.triton import kernels as gather_kernels
 from kdfast._ops.knn import triton as knn
 from kdfast._ops.knn.triton import kernels as knn_kernels
@@ -22,6 +23,8 @@ from kdfast._ops.sinkhorn.triton import plan_kernels
 from kdfast._ops.triplet import triton as triplet
 from kdfast._ops.triplet.triton import dense, dense_kernels, mining_kernels, relations, relations_kernels
 from kdfast._ops.triplet.triton import kernels as triplet_kernels
+
+GENERATIONS = pytest.mark.parametrize("arch", [80, 90, 100])
 
 
 def scan_options(width: int, parts: int) -> tuple[dict, int]:
@@ -78,10 +81,11 @@ def test_relations_stay_in_registers(rule, arch, tmp_path):
     assert code.has(MATRIX_INSTRUCTION[arch])
 
 
+@GENERATIONS
 @pytest.mark.parametrize("apex", [True, False])
-def test_angles_stay_in_registers(apex, tmp_path):
+def test_angles_stay_in_registers(apex, arch, tmp_path):
     rules = {"APEX": apex, "GRADIENT": True, "ROWS": relations.ANGLES[0], "COLUMNS": relations.ANGLES[1]}
-    in_registers(Code(relations_kernels.angle_sums, 90, torch.float32, rules, 4, tmp_path), 90)
+    in_registers(Code(relations_kernels.angle_sums, arch, torch.float32, rules, 4, tmp_path), arch)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -107,14 +111,23 @@ def test_group_minima_stay_in_registers(parts, dtype, arch, tmp_path):
     assert code.has(MATRIX_INSTRUCTION[arch])
 
 
+@GENERATIONS
 @pytest.mark.parametrize("metric", [0, 1])
-def test_group_distances_stay_in_registers(metric, tmp_path):
+def test_group_distances_stay_in_registers(metric, arch, tmp_path):
     rules = {"METRIC": metric, "LABELLED": True, "ONLY": False, "OWNED": True, "DROPPED": True, "GROUP": knn.GROUP, "DEPTH": 128}
-    in_registers(Code(knn_kernels.group_distances, 90, torch.bfloat16, rules, 4, tmp_path), 90)
-    in_registers(Code(knn_kernels.row_norms, 90, torch.bfloat16, {"ROWS": 16, "DEPTH": 128}, 4, tmp_path), 90)
+    in_registers(Code(knn_kernels.group_distances, arch, torch.bfloat16, rules, 4, tmp_path), arch)
+    in_registers(Code(knn_kernels.row_norms, arch, torch.bfloat16, {"ROWS": 16, "DEPTH": 128}, 4, tmp_path), arch)
 
 
-@pytest.mark.parametrize(("statistic", "arch"), [(0, 90), (1, 90), (2, 80), (2, 90)])
+@GENERATIONS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_in_parts_stay_in_registers(dtype, arch, tmp_path):
+    made = {"PARTS": 3 if dtype == torch.float32 else 1, "ROWS": 16, "EACH": 64}
+    matrix = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
+    in_registers(Code(split_rows, arch, dtype, made, 4, tmp_path, x=matrix, out="*bf16", square="*fp32", padded="i32"), arch)
+
+
+@pytest.mark.parametrize(("statistic", "arch"), [(0, 80), (0, 90), (0, 100), (1, 90), (2, 80), (2, 90), (2, 100)])
 def test_sampled_rows_stay_in_registers(statistic, arch, tmp_path):
     sums = {"STATISTIC": statistic, "OFFSET": True, "POOLED": True, "SLOTS": 32, "WIDTH": 128}
     code = Code(gather_kernels.row_sums, arch, torch.bfloat16, sums, 4, tmp_path)
@@ -158,9 +171,10 @@ def test_sinkhorn_plans_stay_in_registers(source, arch, tmp_path):
     assert products.has(MATRIX_INSTRUCTION[arch])
 
 
+@GENERATIONS
 @pytest.mark.parametrize("direct", [False, True])
-def test_costs_of_points_stay_in_registers(direct, tmp_path):
+def test_costs_of_points_stay_in_registers(direct, arch, tmp_path):
     options = sinkhorn.tiles(False, True, 64).options(3)
     warps = options.pop("num_warps")
     made = {**options, "DIRECT": direct, "ROOT": direct, "DOT": False}
-    in_registers(Code(sinkhorn_kernels.cost_rows, 90, torch.float32 if direct else torch.bfloat16, made, warps, tmp_path), 90)
+    in_registers(Code(sinkhorn_kernels.cost_rows, arch, torch.float32 if direct else torch.bfloat16, made, warps, tmp_path), arch)

@@ -129,7 +129,7 @@ def test_no_queries_strides_progress_and_refusals():
 def test_opcheck_and_compile():
     query, bank = moved(torch.randn(5, 16)), moved(torch.randn(70, 16))
     ops = torch.ops.kdfast_triton
-    parts = triton_runtime.split(query, 2, 16), triton_runtime.split(bank, 2, 16)
+    parts = triton_runtime.split(query, 2, 16).parts, triton_runtime.split(bank, 2, 16).parts
     zeros = query.new_zeros(5), bank.new_zeros(70), bank.new_zeros(70)
     torch.library.opcheck(ops.knn_minima.default, (*parts, *zeros, None, None, None, None, False))
     chosen = torch.zeros(5, 2, dtype=torch.int64, device=query.device)

@@ -117,17 +117,28 @@ def score_tiles(width: int, parts: int) -> ScoreTiles:
     return ScoreTiles(128, 64, min(32 if parts > 1 else 64, power_of_two(width)), 8, 3)
 
 
-def split(x: Tensor, parts: int, depth: int) -> Tensor:
-    """`x` [N, D] as the sum of `parts` bfloat16 matrices, [parts, N, D'], D' the next multiple of `depth` (zeros beyond D).
+class Split(NamedTuple):
+    """Rows as the sum of bfloat16 matrices."""
+
+    parts: Tensor  # [parts, N, D'] or [B, parts, N, D'], D' the next multiple of a depth (zeros beyond D)
+    square: Tensor  # [N] or [B, N] float32, |x|^2, inf or NaN where the row is
+
+
+def split(x: Tensor, parts: int, depth: int) -> Split:
+    """`x` [N, D] or [B, N, D] in parts, in one launch.
 
     0 where it is not finite: whoever ranks by such scores knows those rows by other means. With one part and 16-bit rows, they are it.
     """
-    x = torch.nn.functional.pad(x, (0, -x.shape[1] % depth))
-    if parts == 1 and x.dtype != torch.float32:
-        return x.nan_to_num(0.0, 0.0, 0.0)[None]
-    most = torch.finfo(torch.bfloat16).max
-    rest, out = x.float().nan_to_num(0.0, 0.0, 0.0).clamp(-most, most), x.new_empty((parts, *x.shape), dtype=torch.bfloat16)
-    for part in out:
-        part.copy_(rest)
-        rest = rest - part.float()
-    return out
+    from .triton_split import split_rows
+
+    x = x.contiguous()
+    *batch, size, width = x.shape
+    padded = -(-width // depth) * depth
+    dtype = torch.bfloat16 if parts > 1 or x.dtype == torch.float32 else x.dtype
+    out, square = x.new_empty((*batch, parts, size, padded), dtype=dtype), x.new_empty((*batch, size), dtype=torch.float32)
+    each = min(16 if INTERPRETED else 64, power_of_two(padded))
+    rows = square.numel()
+    if rows:
+        with torch.cuda.device_of(x):
+            split_rows[(-(-rows // 16),)](x, out, square, rows, size, width, padded, PARTS=parts, ROWS=16, EACH=each, num_warps=4)
+    return Split(out, square)

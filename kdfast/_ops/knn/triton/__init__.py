@@ -59,7 +59,7 @@ def knn(p: portable.Problem, k: int, candidates: int, step: Callable[[], None], 
     parts = _PARTS[products] if bank.dtype == torch.float32 else 1 if cosine else min(2, _PARTS[products])
     depth = runtime.score_tiles(bank.shape[1], parts).depth
     keys, factor, offset = _prepared(bank, centre)
-    keys = runtime.split(keys, parts, depth)
+    keys = torch.ops.kdfast_triton.knn_parts(keys, parts, depth)
     key_labels, dropped = (None if x is None else x.contiguous() for x in (p.bank_labels, p.dropped(slice(0, m))))
     rules = (None if key_labels is None else key_labels.long(), dropped, p.same_class == "only")
     groups = -(-m // _group())
@@ -72,7 +72,7 @@ def knn(p: portable.Problem, k: int, candidates: int, step: Callable[[], None], 
         labels, own = (None if x is None else x.long().contiguous() for x in (some.query_labels, some.own))
         prepared, bad, _ = _prepared(rows, centre)
         minima = torch.ops.kdfast_triton.knn_minima(
-            runtime.split(prepared, parts, depth), keys, 0 * bad, factor, offset, labels, own, *rules
+            torch.ops.kdfast_triton.knn_parts(prepared, parts, depth), keys, 0 * bad, factor, offset, labels, own, *rules
         )
         chosen = portable._first(minima, kept).sort(dim=1).values
         width = max(1, _MINIMA // (kept * _group()))
@@ -184,6 +184,16 @@ def _flags(query_labels, own, dropped, only: bool) -> dict:
     return {**{name: x is not None for name, x in given}, "ONLY": only, "GROUP": _group()}
 
 
+def in_parts(x: Tensor, parts: int, depth: int) -> Tensor:
+    """[parts, N, D'] of x [N, D] (triton_runtime.split)."""
+    return runtime.split(x, parts, depth).parts
+
+
+def _parts_fake(x: Tensor, parts: int, depth: int) -> Tensor:
+    dtype = torch.bfloat16 if parts > 1 or x.dtype == torch.float32 else x.dtype
+    return x.new_empty((parts, len(x), -(-x.shape[1] // depth) * depth), dtype=dtype)
+
+
 def _minima_fake(query: Tensor, keys: Tensor, bad: Tensor, *args) -> Tensor:
     return bad.new_empty(query.shape[1], -(-keys.shape[1] // _group()))
 
@@ -192,5 +202,6 @@ def _distances_fake(query: Tensor, bank: Tensor, chosen: Tensor, *args) -> Tenso
     return query.new_empty((len(query), chosen.shape[1] * _group()), dtype=torch.float32)
 
 
+runtime.register("knn_parts", in_parts, _parts_fake)
 runtime.register("knn_minima", minima, _minima_fake)
 runtime.register("knn_distances", distances, _distances_fake)

@@ -16,7 +16,7 @@ from ..geometry import MAX_EXPONENT, Problem
 from ..portable import Schedule, Solution
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PARTS = 3
+PARTS = 3
 
 
 def missing() -> str | None:
@@ -37,12 +37,6 @@ def tiles(given: bool, along_rows: bool, width: int) -> runtime.ScoreTiles:
     if given:
         return runtime.ScoreTiles(*((16, 256) if along_rows else (64, 64)), 16, 4, 1)
     return runtime.ScoreTiles(64, 64, min(32, runtime.power_of_two(width)), 4, 3)
-
-
-def in_parts(x: Tensor, depth: int) -> Tensor:
-    """[B, PARTS, size, D'] of x [B, size, D] (triton_runtime.split)."""
-    parts = runtime.split(x.flatten(0, 1), _PARTS, depth)
-    return parts.unflatten(1, x.shape[:2]).transpose(0, 1).contiguous()
 
 
 class Side(NamedTuple):
@@ -74,9 +68,10 @@ class Step:
     def _side(self, points: Tensor | None, weight: Tensor, count: Tensor | None, stride: int, rho: float | None) -> Side:
         square = None
         if points is not None:
-            points, square = points.contiguous(), points.square().sum(-1)
-            if not self.flags["DIRECT"]:
-                points = in_parts(points, tiles(False, True, points.shape[2]).depth)
+            if self.flags["DIRECT"]:
+                points = square = points.contiguous()  # of no use there
+            else:
+                points, square = runtime.split(points, PARTS, tiles(False, True, points.shape[2]).depth)
         count = None if count is None else count.contiguous()
         return Side(weight.shape[1], points, square, weight.log().contiguous(), count, stride, rho)
 
@@ -107,7 +102,7 @@ class Step:
                 kernels.half_step[(-(-mine.size // t.rows) * batch,)](
                     *(out if x is None else x for x in tensors), out, lse, spent, 0.0 if mine.rho is None else mine.rho,
                     p.cost.stride(0) if self.given and p.cost.dim() == 3 else 0, mine.stride, others.stride,
-                    mine.size, others.size, width, **self.flags, RELAXED=mine.rho is not None, WITH_COST=with_cost, **t.options(_PARTS),
+                    mine.size, others.size, width, **self.flags, RELAXED=mine.rho is not None, WITH_COST=with_cost, **t.options(PARTS),
                 )  # fmt: skip
         return out, lse, spent
 
@@ -124,7 +119,7 @@ def costs(p: Problem, begin: int, end: int) -> Tensor:
     if out.numel():
         with torch.cuda.device_of(out):
             kernels.cost_rows[(-(-(end - begin) // t.rows) * -(-y.size // t.columns) * batch,)](
-                x.points, y.points, x.square, y.square, out, begin, end, x.size, y.size, x.points.shape[-1], **flags, **t.options(_PARTS)
+                x.points, y.points, x.square, y.square, out, begin, end, x.size, y.size, x.points.shape[-1], **flags, **t.options(PARTS)
             )
     return out
 

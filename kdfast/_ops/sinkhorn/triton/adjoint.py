@@ -15,10 +15,8 @@ from .. import adjoint
 from ..adjoint import Pulled
 from ..geometry import Problem, blocks, damping, row_tiles
 from ..portable import Schedule, effective_epsilon
-from . import Side, Step, in_parts, tiles
+from . import PARTS, Side, Step, tiles
 from .plan import CHUNK, from_differences, from_products, product_tiles
-
-_PARTS = 3
 
 
 def adjoint_tiles(flags: dict, along_rows: bool, width: int, arch: int) -> runtime.ScoreTiles:
@@ -185,7 +183,7 @@ def _pull(p: Problem, w: Tensor, points: Tensor, others: Tensor) -> Tensor:
     from . import adjoint_kernels as kernels
 
     points, apart = points.contiguous(), p.direct
-    values = others.contiguous() if apart else in_parts(others, 16)
+    values = others.contiguous() if apart else runtime.split(others, PARTS, 16).parts
     t, chunk = product_tiles(16), min(CHUNK, runtime.power_of_two(values.shape[-1]))
     batch, size, columns = w.shape
     out, mass = w.new_empty(batch, size, values.shape[-1]), w.new_empty(batch, size)
@@ -221,5 +219,5 @@ def _launch(kernel, step: Step, mine: Side, others: Side, before, after, scalars
             kernel[(count,)](
                 *(p.epsilon if x is None else x for x in (*points, *before, mine.count, others.count)), *after, *scalars,
                 p.cost.stride(0) if step.given and p.cost.dim() == 3 else 0, mine.stride, others.stride, mine.size, others.size, width,
-                *sizes, **step.flags, **constants, **t.options(_PARTS),
+                *sizes, **step.flags, **constants, **t.options(PARTS),
             )  # fmt: skip

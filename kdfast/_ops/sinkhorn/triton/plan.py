@@ -7,9 +7,8 @@ from kdfast._core import triton_runtime as runtime
 
 from ..adjoint import Moments
 from ..geometry import Problem
-from . import Side, Step, in_parts, tiles
+from . import PARTS, Side, Step, tiles
 
-_PARTS = 3
 #: numbers of a row of products that a program makes
 CHUNK = 64
 
@@ -106,7 +105,7 @@ class _Potentials:
         from . import plan_kernels as kernels
 
         batch, d = len(self.p.a), v.shape[-1]
-        values = v if apart else in_parts(v, 16)
+        values = v if apart else runtime.split(v, PARTS, 16).parts
         out, mass = v.new_empty(batch, mine.size, values.shape[-1]), v.new_empty(batch, mine.size)
         t = product_tiles(self.width)
         chunk = min(CHUNK, runtime.power_of_two(values.shape[-1]))
@@ -136,5 +135,5 @@ class _Potentials:
                 kernel[(programs,)](
                     *(self.epsilon if x is None else x for x in tensors), *scales, *outputs,
                     self.batch_stride, mine.stride, others.stride, mine.size, others.size, self.width, *sizes,
-                    **self.step.flags, **constants, **t.options(_PARTS),
+                    **self.step.flags, **constants, **t.options(PARTS),
                 )  # fmt: skip

@@ -66,10 +66,10 @@ def scan(
     x: Tensor, y: Tensor, anchors: Anchors, refs: References, metric: str, kinds: tuple[str, ...], beyond: Tensor | None = None
 ) -> tuple[Extreme, ...]:
     """As extrema.scan, of prepared float32 rows; values are the kernel's, squared where the metric is Euclidean."""
-    tensors = (
-        None if t is None else t.contiguous() for t in (x.detach(), y.detach(), anchors.label, anchors.own, beyond, refs.label, refs.exists)
-    )
-    value, index = torch.ops.kdfast_triton.triplet_extrema(*tensors, metric != "cosine", [kind in kinds for kind in KINDS])
+    mine = x.detach().contiguous()
+    theirs = mine if y is x else y.detach().contiguous()
+    rules = (None if t is None else t.contiguous() for t in (anchors.label, anchors.own, beyond, refs.label, refs.exists))
+    value, index = torch.ops.kdfast_triton.triplet_extrema(mine, theirs, *rules, metric != "cosine", [kind in kinds for kind in KINDS])
     found = []
     for kind in kinds:
         at = list(KINDS).index(kind)
@@ -99,8 +99,8 @@ def extrema(
     value = x.new_full((parts, 4, rows), -torch.inf)
     index = torch.full((parts, 4, rows), -1, dtype=torch.int32, device=x.device)
     if rows and columns:
-        x_square, y_square = (squares(v, euclidean) for v in (x, y))
-        x_parts, y_parts = (runtime.split(v, _PARTS, t.depth) for v in (x, y))
+        x_parts, x_square = parted(x, _PARTS, t.depth, euclidean)
+        y_parts, y_square = (x_parts, x_square) if y is x else parted(y, _PARTS, t.depth, euclidean)
         kernels.extrema[(row_tiles, parts)](
             x_parts, y_parts, x_square, y_square, label, own, x_square if beyond is None else beyond, key_label, exists, value, index,
             rows, columns, x_parts.shape[2], runtime.share(columns, parts, t.columns), **dict(zip(FLAGS, wanted, strict=True)),
@@ -110,10 +110,10 @@ def extrema(
     return best, index.gather(0, part[None])[0].long()
 
 
-def squares(x: Tensor, euclidean: bool) -> Tensor:
-    """What a row adds to its distances, [N]: |x|^2, or of the cosine its half of 1; inf or NaN where the row is."""
-    square = x.square().sum(-1)
-    return square if euclidean else 0.5 + 0 * square
+def parted(x: Tensor, parts: int, depth: int, euclidean: bool) -> runtime.Split:
+    """Rows in parts, and what each adds to its distances, [N]: |x|^2, or of the cosine its half of 1; inf or NaN where the row is."""
+    found = runtime.split(x, parts, depth)
+    return found if euclidean else found._replace(square=0.5 + 0 * found.square)
 
 
 def _fake(x: Tensor, *args) -> tuple[Tensor, Tensor]:

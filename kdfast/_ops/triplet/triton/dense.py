@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...._core import triton_runtime as runtime
 from ..dense import gradients_fake
-from . import squares
+from . import parted
 
 PARTS = 3
 #: columns of an output that a program keeps in registers
@@ -25,7 +25,7 @@ _COSINE = 2  # chosen.METRICS
 
 
 class Side(NamedTuple):
-    """A matrix of rows: as it is, in parts, and its squares (triton.squares)."""
+    """A matrix of rows: as it is, in parts, and its squares (triton.parted)."""
 
     x: Tensor
     parts: Tensor
@@ -93,7 +93,7 @@ def pairs(x: Tensor, y: Tensor | None, first: Tensor, last: Tensor, own: Tensor,
 
 
 def side(x: Tensor, metric: int, depth: int) -> Side:
-    return Side(x, runtime.split(x, PARTS, depth), squares(x, metric != _COSINE))
+    return Side(x, *parted(x, PARTS, depth, metric != _COSINE))
 
 
 def _row_sums(p: Pairs, rule: Rule, marks: Tensor | None = None) -> tuple[Tensor, Tensor]:

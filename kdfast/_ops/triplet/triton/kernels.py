@@ -12,7 +12,7 @@ NOWHERE: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit
 def apart(dot, x_square, y_square, EUCLIDEAN: tl.constexpr):
-    """Squared distances of a tile, or 1 - cos, from its products. The squares have the tile's two dimensions (triton.squares)."""
+    """Squared distances of a tile, or 1 - cos, from its products. The squares have the tile's two dimensions (triton.parted)."""
     scale = x_square + y_square
     if EUCLIDEAN:
         d = scale - 2 * dot
