@@ -21,7 +21,7 @@ setup: $(VENV)/installed.stamp
 test: setup $(VENV)/teacher.stamp
 	@[ "$$KDFAST_REQUIRE_EXT" != 1 ] || $(BIN)/python -c "import sys; from kdfast._core import extension; sys.exit(extension.missing_cpu())"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/test_triton_similarity.py tests/test_triton_pairs.py tests/test_triton_attraction.py tests/test_triton_wide.py tests/test_triton_second.py tests/test_triton_distillation.py tests/test_triton_triplet.py tests/test_triton_triplet_dense.py tests/test_triton_triplet_mining.py tests/test_triton_relations.py tests/test_triton_knn.py tests/test_triton_gather.py tests/test_triton_sinkhorn.py tests/test_triton_sinkhorn_plan.py tests/test_triton_sinkhorn_adjoint.py tests/test_triton_grids.py
+	TRITON_INTERPRET=1 KDFAST_EVERY_KERNEL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/test_triton_similarity.py tests/test_triton_pairs.py tests/test_triton_attraction.py tests/test_triton_wide.py tests/test_triton_second.py tests/test_triton_distillation.py tests/test_triton_triplet.py tests/test_triton_triplet_dense.py tests/test_triton_triplet_mining.py tests/test_triton_relations.py tests/test_triton_knn.py tests/test_triton_gather.py tests/test_triton_sinkhorn.py tests/test_triton_sinkhorn_plan.py tests/test_triton_sinkhorn_adjoint.py tests/test_triton_grids.py
 
 demo: setup $(VENV)/teacher.stamp
 	$(BIN)/kdfast demo $(DEMO_ARGS)

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from interpreted_kernels import pytest_sessionfinish, pytest_testnodedown  # noqa: F401  hooks of the session
 
 from kdfast._core import extension
 

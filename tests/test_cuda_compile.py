@@ -40,6 +40,29 @@ def usages(report: str) -> list[Usage]:
     return [Usage(name, *map(int, numbers), int(size[1]) if size else 0) for (name, *numbers, _), size in zip(found, sizes, strict=True)]
 
 
+def read_with_includes(source: Path) -> dict[Path, str]:
+    """A source and those of csrc/cuda that it includes, with their text."""
+    found, left = {}, [source]
+    while left:
+        path = left.pop()
+        found[path] = path.read_text()
+        included = (CUDA / name for name in re.findall(r'#include "([^"]+)"', found[path]))
+        left += [path for path in included if path.is_file() and path not in found]
+    return found
+
+
+def kernels_of(source: Path) -> list[str]:
+    return re.findall(r"__global__ void(?: __launch_bounds__\([^)]*\))? (\w+)\(", "\n".join(read_with_includes(source).values()))
+
+
+def test_every_kernel_belongs_to_what_is_compiled():
+    compiled = [read_with_includes(source) for source in KERNELS]
+    for path in CUDA.rglob("*"):
+        if path.is_file() and "__global__ void" in path.read_text():
+            assert any(path in texts for texts in compiled), path
+    assert sum(len(kernels_of(source)) for source in KERNELS) >= 12
+
+
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
 def test_kernels_stay_in_registers(source, tmp_path):
     if NVCC is None:
@@ -50,7 +73,8 @@ def test_kernels_stay_in_registers(source, tmp_path):
     done = subprocess.run([NVCC, *options, *targets, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = usages(done.stderr)
-    assert {usage.arch for usage in found} == set(ARCHITECTURES)
+    for name in kernels_of(source):
+        assert {usage.arch for usage in found if re.match(rf"_Z\w*\d{name}[A-Z]", usage.kernel)} == set(ARCHITECTURES), name
     for usage in found:
         assert usage.stack <= STACK[usage.arch] and usage.registers < 255 and usage.shared <= SHARED_MEMORY[usage.arch], usage
         if usage.arch == 90 and re.search(r"(softmax|keys)_kernel", usage.kernel):  # of fewer, those that ask for more would wait for ever

@@ -162,8 +162,9 @@ def test_merging_moments(tmp_path):
         assert Code(second_kernels.merge_moments, arch, torch.float32, made, 4, tmp_path, moments="*fp64").stack == 0
 
 
-def test_merging_statistics(tmp_path):
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_merging_statistics(arch, tmp_path):
     for factors in (True, False):
         made = {"FACTORS": factors, "CLASSES": not factors, "PARTS": 32, "COUNT": 128}
-        code = Code(kernels.merge_statistics, 90, torch.float32, made, 4, tmp_path)
+        code = Code(kernels.merge_statistics, arch, torch.float32, made, 4, tmp_path)
         assert code.local == 0 and code.stack == 0

@@ -139,6 +139,16 @@ def test_programs_of_problems_that_have_converged_end_at_once(name):
     assert (both > 0).all() and torch.equal(first[0], both[0]) and (first[1] == 0).all() and (none == 0).all()
 
 
+@pytest.mark.parametrize("name", ["wide", "nearly meeting", "cosine"])
+def test_costs_of_points_are_those_of_float64(name):
+    source = dict(SOURCES[name])
+    metric = source.pop("metric", "sqeuclidean")
+    ours, exact = (problem(source, dtype, metric=metric) for dtype in (torch.float32, torch.float64))
+    got = torch.ops.kdfast_torch.sinkhorn_costs(*ours, 2, 17)
+    want = 1 - exact.x @ exact.y.mT if metric == "cosine" else torch.cdist(exact.x, exact.y) ** (2 if metric == "sqeuclidean" else 1)
+    torch.testing.assert_close(got.double(), want[:, 2:17], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("balanced", [True, False])
 def test_conjugate_gradients_take_the_steps_of_the_portable_form(balanced):
     """Of four problems: one with two numbers, one of curvature below 0, one that is done."""
