@@ -67,6 +67,8 @@ def toolkit(home: str | None) -> str | None:
 
 def against_cuda(torch, home: str | None) -> str | None:
     """Why CUDA kernels cannot be built (None: they can)."""
+    if torch.version.hip is not None:
+        return "PyTorch is built for ROCm: on AMD's GPUs the kernels are Triton's"
     if torch.version.cuda is None:
         return "PyTorch is not built for CUDA"
     if home is None or not Path(home, "bin", "nvcc").is_file():

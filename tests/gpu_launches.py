@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 from kdfast._core import precision, triton_runtime
+from kdfast._core.architectures import named
 
 #: launch nothing: no memory is written
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "_unsafe_view", "lift_fresh"}
@@ -76,7 +77,7 @@ def h200():
         for owner, name, new in (
             (triton_runtime, "_missing", lambda: None),
             (triton_runtime, "refuses_device", lambda device: None if device == "meta" else "elsewhere"),
-            (triton_runtime, "architecture", lambda index: 90),
+            (triton_runtime, "architecture", lambda index: named("sm_90")),
             (triton_runtime, "processors", lambda index: 132),
             (precision, "resolve", lambda name, device: resolve(name, "cuda")),
             (torch, "is_autocast_enabled", lambda device="cpu": enabled("cpu")),

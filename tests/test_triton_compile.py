@@ -10,7 +10,7 @@ from kdfast._core import triton_runtime  # noqa: E402
 if triton_runtime.INTERPRETED:
     pytest.skip("nothing is compiled under Triton's interpreter", allow_module_level=True)
 
-from triton_code import DOT, MATRIX_INSTRUCTION, SHARED_MEMORY, Code  # noqa: E402
+from triton_code import DOT, MATRIX_INSTRUCTION, SHARED_MEMORY, Code, architecture  # noqa: E402
 
 from kdfast._ops.similarity import triton as launches  # noqa: E402
 from kdfast._ops.similarity.triton import kernels  # noqa: E402
@@ -22,17 +22,21 @@ def constants(
     """A launch's constants: nothing beside the scores, or every term there is; and its warps. `value_width`: of values, 0 none."""
     of_keys, small = kernel is kernels.grad_keys, with_h or kernel is kernels.grad_keys
     streams = 1 + with_h + (of_keys or value_width > 0)
-    t = launches.tiles(max(width, value_width), launches.operands(dtype, small), streams, arch, of_keys * (width + value_width))
+    t = launches.tiles(
+        max(width, value_width), launches.operands(dtype, small), streams, architecture(arch), of_keys * (width + value_width)
+    )
     if of_keys:
         t = t._replace(rows=t.columns, columns=t.rows)
+    options = triton_runtime.pipeline(t.warps, t.stages)
+    warps = options.pop("num_warps")
     flags = ("BIASED", "LABELLED", "LIMITED", "COUNTED", "START_VALUE", "WANT_BIAS")
     made = {
         **dict.fromkeys(flags, everything), "INDICES": 2 if everything else 0, "OVER_KEYS": value_width == 0, "STARTED": True,
         "POOLED": True, "SPLIT": True, "WITH_H": with_h, "WANT_KEYS": True, "WANT_VALUES": value_width > 0, "ROWS": t.rows,
         "COLUMNS": t.columns, "WIDTH": width, "VALUE_WIDTH": value_width or width, "EVEN": not everything, "EVEN_VALUES": not everything,
-        "DOT": DOT[launches.operands(dtype, small)][0], "PRECISION": "tf32", "STAGES": t.stages, "INTERPRETED": False,
+        "DOT": DOT[launches.operands(dtype, small)][0], "PRECISION": "tf32", "INTERPRETED": False, **options,
     }  # fmt: skip
-    return {name: value for name, value in made.items() if name in kernel.arg_names}, t.warps
+    return {name: value for name, value in made.items() if name in kernel.arg_names}, warps
 
 
 NAMES = pytest.mark.parametrize("name", ["forward", "grad_rows", "grad_keys"])

@@ -10,7 +10,7 @@ from kdfast._core import triton_runtime
 if triton_runtime.INTERPRETED:
     pytest.skip("nothing is compiled under Triton's interpreter", allow_module_level=True)
 
-from triton_code import DOT, MATRIX_INSTRUCTION, SHARED_MEMORY, Code
+from triton_code import DOT, MATRIX_INSTRUCTION, SHARED_MEMORY, Code, architecture
 
 from kdfast._ops.similarity import triton
 from kdfast._ops.similarity.triton import distillation as triton_distillation
@@ -22,13 +22,13 @@ BF16, FP32 = torch.bfloat16, torch.float32
 def compiled(arch, tmp_path, width, dtype, teacher_width, teacher_dtype, *, precision="tf32", everything=False, **numbers) -> Code:
     number = triton.KERNELS.products[precision]
     student, teacher = torch.empty(1, width, dtype=dtype), torch.empty(1, teacher_width, dtype=teacher_dtype)
-    made, tiles = triton_distillation.constants(student, teacher, number, number, everything, arch)
+    made, _ = triton_distillation.constants(student, teacher, number, number, everything, architecture(arch))
     made |= {
         "KL": True, "STARTED": True, "BIASED": everything, "INDICES": 2 if everything else 0, "COUNTED": everything,
         "SPLIT": not everything, "INTERPRETED": False, **numbers,
     }  # fmt: skip
     of_teacher = dict.fromkeys(("teacher", "teacher_keys"), DOT[teacher_dtype][1])
-    code = Code(kernels.distillation, arch, dtype, made, tiles.warps, tmp_path, **of_teacher)
+    code = Code(kernels.distillation, arch, dtype, made, made.pop("num_warps"), tmp_path, **of_teacher)
     assert code.local == 0 and code.stack == 0 and not code.has("LDL")
     assert code.shared <= SHARED_MEMORY[arch]
     return code

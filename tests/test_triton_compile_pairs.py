@@ -10,14 +10,14 @@ from kdfast._core import triton_runtime
 if triton_runtime.INTERPRETED:
     pytest.skip("nothing is compiled under Triton's interpreter", allow_module_level=True)
 
-from triton_code import DOT, MATRIX_INSTRUCTION, SHARED_MEMORY, Code
+from triton_code import DOT, MATRIX_INSTRUCTION, SHARED_MEMORY, Code, architecture
 
 from kdfast._ops.similarity.triton import attraction_kernels as class_kernels
 from kdfast._ops.similarity.triton import pairs_kernels as kernels
 from kdfast._ops.similarity.triton import second_kernels, wide_kernels
 from kdfast._ops.similarity.triton import slabs as launches
+from kdfast._ops.similarity.triton.formats import KERNELS
 
-PRECISIONS = {"ieee": 0, "bf16x3": 1, "tf32": 3}
 CASES = pytest.mark.parametrize(
     ("arch", "dtype"),
     [(80, torch.bfloat16), (90, torch.bfloat16), (100, torch.bfloat16), (90, torch.float32)],
@@ -31,10 +31,14 @@ TERMS = ("BIASED", "LABELLED", "LIMITED", "COUNTED")
 def compiled(kernel, arch: int, dtype: torch.dtype, tmp_path, **flags) -> Code:
     """For rows of 512, with tf32 products of float32 unless `precision` is another."""
     x = torch.empty(1, 256, 512, dtype=dtype)
-    narrow = flags.pop("narrow", False) or flags.get("CLASSES", False) or (kernel is kernels.symmetric_weights and arch >= 100)
+    narrow = (
+        flags.pop("narrow", False) or flags.get("CLASSES", False) or (kernel is kernels.symmetric_weights and architecture(arch).blackwell)
+    )
     precision = flags.pop("precision", "tf32")
-    crowded = precision == "bf16x3" and arch in (80, 120)
-    part = launches.Part(x, x, launches.tiles(dtype, narrow), launches.format_of(dtype, PRECISIONS[precision]), crowded)
+    crowded = precision == "bf16x3" and not architecture(arch).from_shared
+    part = launches.Part(
+        x, x, launches.tiles(dtype, narrow), launches.format_of(dtype, KERNELS.products[precision], architecture(arch)), crowded
+    )
     weights = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[part.format.weights]
     options = {**part.options, "COUNTED": False, "FACTORS": False, "WIDTH": 128, **flags}
     if kernel is kernels.weighted_sums:

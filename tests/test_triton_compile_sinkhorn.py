@@ -10,7 +10,7 @@ from kdfast._core import triton_runtime
 if triton_runtime.INTERPRETED:
     pytest.skip("nothing is compiled under Triton's interpreter", allow_module_level=True)
 
-from triton_code import MATRIX_INSTRUCTION, SHARED_MEMORY, Code
+from triton_code import MATRIX_INSTRUCTION, SHARED_MEMORY, Code, architecture
 
 from kdfast._ops.sinkhorn.triton import adjoint as triton_adjoint
 from kdfast._ops.sinkhorn.triton import adjoint_kernels as kernels
@@ -22,7 +22,7 @@ def compiled(kernel, source, arch, tmp_path, *, tiles=None, dtype=None, **consta
     """For a cost along its "rows" or "columns", or points of 64 numbers by "products" or "differences"."""
     given, direct = source in ("rows", "columns"), source == "differences"
     flags = {"GIVEN": given, "DIRECT": direct, "ROOT": direct, "DOT": False, "PADDED": given}
-    options = (tiles or triton_adjoint.adjoint_tiles(flags, source != "columns", 64, arch)).options(3)
+    options = (tiles or triton_adjoint.adjoint_tiles(flags, source != "columns", 64, architecture(arch))).options(3)
     warps = options.pop("num_warps")
     unit = {"column_stride" if source == "rows" else "row_stride": 1} if given else {}
     made = {name: value for name, value in {**options, **flags, **unit, **constants}.items() if name in kernel.arg_names}

@@ -10,6 +10,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kdfast._core.architectures import Architecture, named
+
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 DOT = {torch.bfloat16: (tl.bfloat16, "*bf16"), torch.float16: (tl.float16, "*fp16"), torch.float32: (tl.float32, "*fp32")}
 POINTERS = {
@@ -27,14 +29,27 @@ NUMBERS = (
     *("entries", "first_row", "first_column", "leading", "inner", "first_inner", "split_inner", "parts", "teacher_width"),
     *("step", "steps", "part_count"),
 )
-MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA", 120: "HMMA"}
-SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+MATRIX_INSTRUCTION = {
+    **{80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA", 120: "HMMA"},
+    **dict.fromkeys(("gfx90a", "gfx942", "gfx950"), "v_mfma_f32_"), "gfx1100": "v_wmma_f32_",
+}  # fmt: skip
+SHARED_MEMORY = {
+    **{80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10},
+    **dict.fromkeys(("gfx90a", "gfx942", "gfx1100"), 64 << 10), "gfx950": 160 << 10,
+}  # fmt: skip
+
+
+def architecture(arch: int | str) -> Architecture:
+    return named(arch if isinstance(arch, str) else f"sm_{arch}")
 
 
 class Code:
-    """Registers, bytes of local memory, bytes of shared memory and the instructions of a kernel compiled for one architecture."""
+    """Registers, bytes of local memory, bytes of shared memory and the instructions of a kernel compiled for one architecture.
 
-    def __init__(self, kernel, arch: int, dtype: torch.dtype, constants: dict, warps: int, tmp_path: Path, **pointers: str):
+    `arch`: a compute capability as two digits, or AMD's name of a GPU, whose scratch memory is the stack here.
+    """
+
+    def __init__(self, kernel, arch: int | str, dtype: torch.dtype, constants: dict, warps: int, tmp_path: Path, **pointers: str):
         signature = {name: pointers.get(name) or self._type(name, constants, DOT[dtype][1]) for name in kernel.arg_names}
         aligned = {
             (i,): [["tt.divisibility", 16]]  # as for contiguous tensors whose width is a multiple of 16
@@ -42,14 +57,19 @@ class Code:
             if name not in constants
             and (signature[name].startswith("*") or name in ("width", "value_width", "leading") or name.endswith("_stride"))
         }
-        target = GPUTarget("cuda", arch, 32)
+        target = GPUTarget("hip" if architecture(arch).amd else "cuda", arch, architecture(arch).lanes)
         compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options={"num_warps": warps})
+        self.shared = compiled.metadata.shared
+        if architecture(arch).amd:
+            self.text = compiled.asm["amdgcn"]
+            told = (re.search(rf"\.{name}: +(\d+)", self.text) for name in ("vgpr_count", "private_segment_fixed_size"))
+            (self.registers, self.stack), self.local = (int(found[1]) for found in told), 0
+            return
         cubin = tmp_path / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
         found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
         self.registers, self.stack, self.local = map(int, found.groups())
-        self.shared = compiled.metadata.shared
         self.text = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
 
     @staticmethod

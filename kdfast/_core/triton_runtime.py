@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import architectures
+from .architectures import Architecture
+
 #: kernels run on the CPU, one program after another, for tests. Triton reads it where kernels are defined: it is set before Python starts
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -37,18 +40,25 @@ def refuses_device(device_type: str) -> str | None:
 
 
 @functools.cache
-def architecture(device_index: int) -> int:
-    """Of a GPU, compute capability as two digits; 90 under the interpreter."""
+def architecture(device_index: int) -> Architecture:
+    """Of a GPU; "sm_90" under the interpreter."""
     if INTERPRETED:
-        return 90
+        return architectures.named("sm_90")
+    if torch.version.hip is not None:
+        return architectures.named(torch.cuda.get_device_properties(device_index).gcnArchName)
     major, minor = torch.cuda.get_device_capability(device_index)
-    return 10 * major + minor
+    return architectures.named(f"sm_{major}{minor}")
 
 
-def is_small(arch: int) -> bool:
-    """Of a GPU by its architecture: whether a block has 99 KB of shared memory, not 163 or 227. Those after Hopper among them (12.0) have
-    the matrix instructions of before it."""
-    return arch in (86, 89) or arch >= 120
+def pipeline(warps: int, stages: int) -> dict:
+    """A launch's warps and stages as the current GPU has them; tables count warps of 32 threads.
+
+    On AMD's GPUs there are as many threads, and two stages: the first is in registers, and two blocks share 64 KB of LDS.
+    """
+    if torch.version.hip is not None:
+        lanes = architecture(torch.cuda.current_device()).lanes
+        warps, stages = warps * 32 // lanes, min(stages, 2)
+    return {"num_warps": warps, "STAGES": stages}
 
 
 @functools.cache
@@ -90,7 +100,7 @@ def register(name: str, function: Callable, fake: Callable) -> None:
 
 
 class ScoreTiles(NamedTuple):
-    """Of a launch that uses triton_scores.scores: rows, columns and depth of a tile's products, warps, stages of the pipeline."""
+    """Of a launch that uses triton_scores.scores: rows, columns and depth of a tile's products, warps of 32, stages of the pipeline."""
 
     rows: int
     columns: int
@@ -101,8 +111,7 @@ class ScoreTiles(NamedTuple):
     def options(self, parts: int) -> dict:
         rows, columns, depth, warps, stages = self
         return {
-            "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "STAGES": stages, "PARTS": parts, "INTERPRETED": INTERPRETED,
-            "num_warps": warps,
+            "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "PARTS": parts, "INTERPRETED": INTERPRETED, **pipeline(warps, stages),
         }  # fmt: skip
 
 

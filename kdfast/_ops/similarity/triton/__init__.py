@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ...._core import triton_runtime as runtime
+from ...._core.architectures import Architecture
 from .. import cpu
 from . import second  # noqa: F401, it registers its op
 from . import wide as triton_wide
-from .formats import KERNELS, PRECISIONS, missing, refuses
+from .formats import KERNELS, missing, products, refuses
 
-MAX_BYTES, MAX_BYTES_SMALL = 512, 256  # of a row here, the second where runtime.is_small: wider tiles spill, or exceed shared memory
+MAX_BYTES, MAX_BYTES_SMALL = 512, 256  # of a row here, the second on small GPUs: wider tiles spill, or exceed shared memory
 
 
 __all__ = ["KERNELS", "forward", "grad_keys", "grad_rows", "missing", "refuses", "tiles"]
@@ -38,13 +39,13 @@ def operands(dtype: torch.dtype, small_weights: bool) -> torch.dtype:
 def in_slabs(query: Tensor, values: Tensor | None, precision: int, *, small_weights: bool) -> bool:
     """Whether rows are too wide for a tile of their sums, or exact products of float32, by whole rows here, would spill kilobytes."""
     exact = query.dtype == torch.float32 and precision in (KERNELS.products["ieee"], KERNELS.products["bf16x3"])
-    most = MAX_BYTES_SMALL if runtime.is_small(runtime.architecture(query.device.index or 0)) else MAX_BYTES
+    most = MAX_BYTES_SMALL if runtime.architecture(query.device.index or 0).small else MAX_BYTES
     widest = max(query.shape[2], 0 if values is None else values.shape[2])
     return exact or widest * operands(query.dtype, small_weights).itemsize > most
 
 
-def tiles(width: int, dtype: torch.dtype, streams: int, arch: int, sums: int = 0) -> Tiles:
-    """For operands of `width` (a power of two) in `dtype`, `streams` matrices of them passing by, on a GPU of capability `arch`.
+def tiles(width: int, dtype: torch.dtype, streams: int, arch: Architecture, sums: int = 0) -> Tiles:
+    """For operands of `width` (a power of two) in `dtype`, `streams` matrices of them passing by, on a GPU of `arch`.
 
     The sums of a tile's rows stay in registers, rows x width floats: 64 to 128 of the 255 of a thread; scores and weights take as many
     more (all of them before Hopper, whose matrix instructions read operands from shared memory: float32 has fewer rows there). There lie
@@ -54,12 +55,13 @@ def tiles(width: int, dtype: torch.dtype, streams: int, arch: int, sums: int = 0
     if runtime.INTERPRETED:
         return Tiles(32, 32, 4, 1)
     wide = dtype == torch.float32
-    most = 128 if wide and arch < 90 and (streams < 3 or not sums) else 256  # keys of three streams: fewer of them spill more
+    fewer = arch.wide_warps or (wide and not arch.from_shared and (streams < 3 or not sums))  # keys of three streams: fewer spill more
+    most = 128 if fewer else 256
     rows = 128 if max(sums, width) * (1 + wide) <= most else 64
     columns = 128 if width <= 128 else 64
-    if wide or streams > 1 or arch < 90 or runtime.is_small(arch):
+    if wide or streams > 1 or not arch.from_shared:
         columns //= 2
-    if sums > width or (wide and (sums or streams > 2)):
+    if sums > width or (wide and (sums or streams > 2)) or arch.wide_warps:
         columns = min(columns, 32)
     return Tiles(rows, columns, 8, 2)
 
@@ -75,7 +77,7 @@ class Launch(NamedTuple):
     @property
     def options(self) -> dict:
         rows, columns, warps, stages = self.tiles
-        return {**self.constants, "ROWS": rows, "COLUMNS": columns, "STAGES": stages, "num_warps": warps}
+        return {**self.constants, "ROWS": rows, "COLUMNS": columns, **runtime.pipeline(warps, stages)}
 
 
 def prepare(
@@ -86,7 +88,7 @@ def prepare(
     `of_values`: what there are sums of, where queries pass by."""
     import triton.language as tl
 
-    rows, width = query.shape[1:]
+    arch, (rows, width) = runtime.architecture(query.device.index or 0), query.shape[1:]
     value_width = width if values is None else values.shape[2]
     of_width, of_value = runtime.power_of_two(width), runtime.power_of_two(value_width)
     half = query.dtype == torch.float16
@@ -100,14 +102,11 @@ def prepare(
         "OVER_KEYS": values is None, "BIASED": bias is not None, "LABELLED": key_labels is not None,
         "INDICES": 0 if key_index is None else key_index.shape[2], "LIMITED": limit is not None, "COUNTED": valid is not None,
         "WIDTH": of_width, "VALUE_WIDTH": of_value, "EVEN": width == of_width, "EVEN_VALUES": value_width == of_value, "DOT": dot,
-        "PRECISION": "tf32" if half else PRECISIONS[precision], "INTERPRETED": runtime.INTERPRETED,
+        "PRECISION": products(KERNELS.products["tf32"] if half else precision, arch), "INTERPRETED": runtime.INTERPRETED,
     }  # fmt: skip
     given = (bias, query_labels, key_labels, key_index, limit, valid)
     terms = tuple(scale if x is None else x for x in given)  # what is not there is never read
-    shape = tiles(
-        max(of_width, of_value), operands(query.dtype, small_weights), streams, runtime.architecture(query.device.index or 0),
-        of_keys * of_width + of_values * of_value,
-    )  # fmt: skip
+    shape = tiles(max(of_width, of_value), operands(query.dtype, small_weights), streams, arch, of_keys * of_width + of_values * of_value)
     sizes = (rows, keys.shape[1], width, value_width, *strides)
     return Launch(shape, terms, sizes, constants)
 

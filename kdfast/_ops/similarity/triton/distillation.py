@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...._core import triton_runtime as runtime
+from ...._core.architectures import Architecture
 from .formats import KERNELS, missing, refuses
 from .slabs import format_of
 
@@ -27,8 +28,8 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def tiles(row_bytes: int, exact: bool, many: bool, arch: int) -> Tiles:
-    """For rows of `row_bytes` in both sides together on a GPU of capability `arch`; `exact` products of float32; `many` terms of columns.
+def tiles(row_bytes: int, exact: bool, many: bool, arch: Architecture) -> Tiles:
+    """For rows of `row_bytes` in both sides together on a GPU of `arch`; `exact` products of float32; `many` terms of columns.
 
     A thread holds two tiles of scores, in 64 registers at most. From Hopper on, rows that stay are read from shared memory: up to 194 KB
     with two stages of the columns that stream by. Before it, and on GPUs with its matrix instructions, they would take registers as well:
@@ -36,21 +37,23 @@ def tiles(row_bytes: int, exact: bool, many: bool, arch: int) -> Tiles:
     """
     if runtime.INTERPRETED:
         return Tiles(32, 32, 32 if exact or row_bytes > MAX_BYTES else None, 4, 1)
-    from_registers = arch < 90 or runtime.is_small(arch)
-    narrow = many and arch >= 100  # a column brings so much that registers would spill
+    from_registers = not arch.from_shared
+    narrow = many and arch.blackwell  # a column brings so much that registers would spill
     if exact or from_registers or row_bytes > (512 if narrow else MAX_BYTES):
         return Tiles(128, 32 if exact and narrow else 64, 32 if exact or from_registers or narrow else 64, 8, 3)
     return Tiles(128, 32 if narrow or row_bytes > 512 else 64, None, 8, 2)
 
 
-def constants(student: Tensor, teacher: Tensor, precision: int, teacher_precision: int, many: bool, arch: int) -> tuple[dict, Tiles]:
+def constants(
+    student: Tensor, teacher: Tensor, precision: int, teacher_precision: int, many: bool, arch: Architecture
+) -> tuple[dict, Tiles]:
     """How a launch multiplies the rows of both sides, and its tiles."""
     sides = (student, precision), (teacher, teacher_precision)
     exact = any(x.dtype == torch.float32 and number in (KERNELS.products["ieee"], KERNELS.products["bf16x3"]) for x, number in sides)
     t = tiles(sum(runtime.power_of_two(x.shape[1]) * x.itemsize for x, _ in sides), exact, many, arch)
-    made = {"WHOLE": t.depth is None, "ROWS": t.rows, "COLUMNS": t.columns, "STAGES": t.stages}
+    made = {"WHOLE": t.depth is None, "ROWS": t.rows, "COLUMNS": t.columns, **runtime.pipeline(t.warps, t.stages)}
     for prefix, (x, number) in zip(("", "TEACHER_"), sides, strict=True):
-        format, width = format_of(x.dtype, number), x.shape[1]
+        format, width = format_of(x.dtype, number, arch), x.shape[1]
         step = runtime.power_of_two(width) if t.depth is None else t.depth * 2 // x.itemsize
         given = {"WIDTH": step, "EVEN": width % step == 0, "DOT": format.scores, "PRECISION": format.precision}
         made |= {prefix + name: value for name, value in given.items()}
@@ -92,7 +95,7 @@ def losses(
         student, keys, teacher, teacher_keys, scale.contiguous(), teacher_scale.contiguous(), *terms, out, part,
         rows, columns, student.shape[1], teacher.shape[1], runtime.share(columns, parts, t.columns),
         KL=kl, STARTED=start_logit is not None, BIASED=bias is not None, INDICES=0 if key_index is None else key_index.shape[1],
-        COUNTED=valid is not None, SPLIT=parts > 1, INTERPRETED=runtime.INTERPRETED, num_warps=t.warps, **made,
+        COUNTED=valid is not None, SPLIT=parts > 1, INTERPRETED=runtime.INTERPRETED, **made,
     )  # fmt: skip
     if parts > 1:
         merged = 128  # rows a program

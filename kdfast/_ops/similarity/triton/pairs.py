@@ -118,7 +118,7 @@ def pair_gradients(
     from .pairs_kernels import symmetric_weights
 
     sums = no_sums(x, y, want_x, want_y)
-    narrow = classes is not None or runtime.architecture(x.device.index or 0) >= 100
+    narrow = classes is not None or runtime.architecture(x.device.index or 0).blackwell
     for slab, part in slabs.parts(x, y, precision, slabs.WEIGHTS_PAIRS, narrow=narrow, half=half):
         weights, slope, moment = part.weights() if sums.products else scale, part.of_rows(), part.of_rows()
         given = (*slab.of_rows(x_labels), *slab.of_columns(y_labels), classes, *slab.of_rows(share))

@@ -123,7 +123,7 @@ def pooled_second(
     direction = g.new_zeros(query.shape) if query_direction is None else scale[..., None] * query_direction
     if scale_direction is not None:
         direction = direction + scale_direction[..., None] * query
-    short = slabs.format_of(query.dtype, precision).weights
+    short = slabs.format_of(query.dtype, precision, runtime.architecture(query.device.index or 0)).weights
     over_keys = values is None
     p = Problem(
         g, h.to(short), lse, lse_low, query, keys, direction.to(short), keys_direction, keys if over_keys else values,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...._core import triton_runtime as runtime
-from .formats import KERNELS, PRECISIONS
+from ...._core.architectures import Architecture
+from .formats import KERNELS, products
 
 STATISTICS_PAIRS = 1 << 28  # of a launch: what it leaves of a pair is 2^-3 bytes
 HALF_PAIRS = 1 << 26  # of a launch that leaves out half: programs that have nothing to do take their time as well
@@ -47,14 +48,14 @@ class Format(NamedTuple):
     precision: str  # of float32 products
 
 
-def format_of(dtype: torch.dtype, precision: int) -> Format:
+def format_of(dtype: torch.dtype, precision: int, arch: Architecture) -> Format:
     import triton.language as tl
 
     if dtype == torch.float16:
-        return Format(tl.float16, torch.float32, "tf32")
+        return Format(tl.float16, torch.float32, products(KERNELS.products["tf32"], arch))
     if dtype == torch.bfloat16 or precision == KERNELS.products["bf16"]:
         return Format(tl.bfloat16, torch.bfloat16, "ieee")
-    return Format(tl.float32, torch.float32, PRECISIONS[precision])
+    return Format(tl.float32, torch.float32, products(precision, arch))
 
 
 class Slab(NamedTuple):
@@ -137,7 +138,7 @@ class Part(NamedTuple):
         rows, columns, depth, warps, stages = self.tiles
         return {
             "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "EVEN": self.x.shape[2] % depth == 0, "DOT": self.format.scores,
-            "PRECISION": self.format.precision, "STAGES": stages, "INTERPRETED": runtime.INTERPRETED, "num_warps": warps,
+            "PRECISION": self.format.precision, "INTERPRETED": runtime.INTERPRETED, **runtime.pipeline(warps, stages),
         }  # fmt: skip
 
     def of_rows(self) -> Tensor:
@@ -173,8 +174,9 @@ class Part(NamedTuple):
 
 def parts(x: Tensor, y: Tensor, precision: int, most: int, *, narrow: bool = False, half: bool = False) -> Iterator[tuple[Slab, Part]]:
     """`half`: x [1, N, D] is y, and what is below the diagonal is left out."""
-    format, arch = format_of(x.dtype, precision), runtime.architecture(x.device.index or 0)
-    crowded = format.precision == "tf32x3" and (arch < 90 or runtime.is_small(arch))
+    arch = runtime.architecture(x.device.index or 0)
+    format = format_of(x.dtype, precision, arch)
+    crowded = format.precision in ("tf32x3", "bf16x3") and not arch.from_shared
     shape = tiles(x.dtype, narrow or crowded)
     for slab in cut_half(x.shape[1], most, shape) if half else cut(len(x), x.shape[1], y.shape[1], most, shape):
         yield slab, Part(*slab.of_rows(x), *slab.of_columns(y), shape, format, crowded)
@@ -242,7 +244,7 @@ def add_products(
         weights.stride(1), weights.stride(0), values.stride(0), 0 if valid is None else valid.stride(0), first, entries,
         runtime.share(inner, splits, depth), TRANSPOSED=transposed, ADD=splits == 1, FACTORS=factors is not None, COUNTED=valid is not None,
         EVEN=width % wide == 0, ROWS=high, COLUMNS=columns, WIDTH=wide, DEPTH=depth, DOT=dot, PRECISION=part.format.precision,
-        STAGES=stages, INTERPRETED=runtime.INTERPRETED, num_warps=warps,
+        INTERPRETED=runtime.INTERPRETED, **runtime.pipeline(warps, stages),
     )  # fmt: skip
     if splits > 1:
         out.add_(to.sum(0))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdfast._core import triton_runtime as runtime
+from kdfast._core.architectures import Architecture
 
 from .. import adjoint
 from ..adjoint import Pulled
@@ -19,12 +20,12 @@ from . import PARTS, Side, Step, tiles
 from .plan import CHUNK, from_differences, from_products, product_tiles
 
 
-def adjoint_tiles(flags: dict, along_rows: bool, width: int, arch: int) -> runtime.ScoreTiles:
+def adjoint_tiles(flags: dict, along_rows: bool, width: int, arch: Architecture) -> runtime.ScoreTiles:
     """Fewer entries a thread than a half step has: of each two exponentials are taken, and up to four sums kept."""
     t = tiles(flags["GIVEN"], along_rows, width)
     if flags["GIVEN"] and along_rows:
         return t._replace(columns=min(128, t.columns))
-    if arch < 90 and not flags["GIVEN"]:  # addresses of a third stage are registers too
+    if not arch.from_shared and not flags["GIVEN"]:  # addresses of a third stage are registers too
         return t._replace(columns=32, warps=8, stages=min(2, t.stages))
     return t._replace(columns=32 if flags["DIRECT"] else t.columns, warps=8)
 

@@ -129,7 +129,7 @@ def _gradient(p: Pairs, rule: Rule, up: tuple[Tensor, Tensor], marks: Tensor, tr
     """d/dx_i of the launch's losses, or TRANSPOSED d/dy_j: sum_j w_ij (x_i - y_j), of the cosine -sum_j w_ij y_j."""
     from . import dense_kernels as kernels
 
-    t = small_tiles(p.tiles, transposed and runtime.architecture(p.x.x.device.index or 0) < 100)
+    t = small_tiles(p.tiles, transposed and not runtime.architecture(p.x.x.device.index or 0).blackwell)
     mine, other = (p.y, p.x) if transposed else (p.x, p.y)
     rows, columns, width = len(mine.x), len(other.x), mine.parts.shape[2]
     row_tiles, chunks = -(-rows // t.rows), -(-width // CHUNK)
