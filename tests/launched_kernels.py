@@ -34,7 +34,7 @@ def name_of(kernel) -> str:
     return f"{kernel.fn.__module__}.{kernel.fn.__name__}"
 
 
-COMPILED: set[tuple[str, int]] = set()
+COMPILED: set[tuple[str, int | str]] = set()
 
 
 class Recorded:
@@ -56,4 +56,4 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure(config):
-    print(json.dumps(sorted(COMPILED)))
+    print(json.dumps(sorted(COMPILED, key=str)))

@@ -126,7 +126,7 @@ def test_statistics_of_nan_and_of_rows_left_out():
 
 def test_samples_split_over_programs(monkeypatch):
     query, weights, bank, index = problem(2, 900, 40, 20)
-    monkeypatch.setattr(triton_runtime, "splits", lambda *_: 3)
+    monkeypatch.setattr(triton_runtime, "fill", lambda *_: 3)
     check(query, weights, bank, index)
     for shift in (None, torch.tensor(0.3)):
         check_statistic(query, bank, index, None, shift)

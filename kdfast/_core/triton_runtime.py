@@ -72,16 +72,51 @@ def power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length()) if n > 0 else least
 
 
-def splits(row_tiles: int, columns: int, tile: int, device: torch.device) -> int:
-    """Parts that columns are cut into so that few row tiles still fill the GPU; each has 4 tiles of columns at least."""
+#: columns that a multiprocessor multiplies by and adds up, in 16 bits, while a row's sums over a part are written and read again: of
+#: every sum 8 bytes beside 4 FLOP a column, at 240 FLOP for a byte of memory (an H200's; 150 to 330 of others), is 480
+SUMS = 480
+_ROUNDS = 8  # of programs where columns are split: memory for their sums, 70 MB of 128 a row on an H200
+
+
+def splits(row_tiles: int, columns: int, tile: int, device: torch.device, part: int = 0) -> int:
+    """Parts that columns are cut into, each of 4 tiles at least, so that neither few row tiles nor a last round of few programs leaves
+    much of the GPU idle.
+
+    A program has a multiprocessor to itself: where two fit, each takes twice as long. So as many rounds follow one another as there are
+    programs for a multiprocessor. A program takes as long as its columns, two tiles to begin with, and of a split bank `part` columns
+    for what is written and joined; of all numbers of rounds, that of the least sum is taken, and of it the most parts that fit.
+    """
     if INTERPRETED:
         return max(1, min(2, columns // (4 * tile)))
+    return _splits(max(1, row_tiles), columns, tile, processors(device.index or 0), part)
+
+
+@functools.lru_cache(1024)
+def _splits(row_tiles: int, columns: int, tile: int, processors: int, part: int) -> int:
+    def time(parts: int) -> int:
+        return -(-row_tiles * parts // processors) * (share(columns, parts, tile) + 2 * tile + (part if parts > 1 else 0))
+
+    most = columns // (4 * tile)
+    fitting = (min(rounds * processors // row_tiles, most) for rounds in range(1, _ROUNDS + 1))
+    best = min((1, *(parts for parts in fitting if parts > 1)), key=time)
+    return -(-columns // share(columns, best, tile)) if best > 1 else 1
+
+
+def fill(row_tiles: int, columns: int, tile: int, device: torch.device) -> int:
+    """As splits, of kernels that wait for memory: parts are made only where row tiles are fewer than multiprocessors."""
+    if INTERPRETED:
+        return splits(row_tiles, columns, tile, device)
     return max(1, min(processors(device.index or 0) // max(1, row_tiles), columns // (4 * tile)))
 
 
 def share(columns: int, parts: int, tile: int) -> int:
     """Columns of a part, whole tiles."""
     return -(-columns // (parts * tile)) * tile
+
+
+def joined(parts: Tensor) -> Tensor:
+    """The sum over the first dimension, whose one part need not be copied."""
+    return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 _library = torch.library.Library("kdfast_triton", "DEF")  # the ops live as long as it does

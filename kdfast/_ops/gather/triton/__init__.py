@@ -53,7 +53,7 @@ def gather_similarity(query: Tensor, bank: Tensor, index: Tensor) -> Tensor:
 
 
 def gather_weighted_sum(weights: Tensor, bank: Tensor, index: Tensor) -> Tensor:
-    return _parts(None, weights, bank, index, None, None, 0, True)[2].sum(0)
+    return runtime.joined(_parts(None, weights, bank, index, None, None, 0, True)[2])
 
 
 def gather_statistic(
@@ -65,8 +65,8 @@ def gather_statistic(
         scale = torch.exp(top - torch.where(highest.isinf(), 0.0, highest))
         total = (scale * value).sum(0)
         sums = sums * (scale / torch.where(total == 0, 1.0, total))[..., None] if pooled else sums
-        return highest + total.log(), sums.sum(0)
-    return value.sum(0), sums.sum(0)
+        return highest + total.log(), runtime.joined(sums)
+    return runtime.joined(value), runtime.joined(sums)
 
 
 def _parts(query, weights, bank, index, offset, shift, statistic: int, pooled: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,7 +77,7 @@ def _parts(query, weights, bank, index, offset, shift, statistic: int, pooled: b
     (n, slots), width = index.shape, bank.shape[1]
     tile = min(_WIDEST if statistic else 256, runtime.power_of_two(width))
     step = _TILE // tile
-    shares = runtime.splits(-(-n // 4), slots, step, like.device)  # four programs a multiprocessor
+    shares = runtime.fill(-(-n // 4), slots, step, like.device)  # four programs a multiprocessor
     value, top = like.new_empty(shares, n), like.new_empty(shares, n)
     sums = like.new_empty(shares, n if pooled else 0, width)
     if n and width:

@@ -144,7 +144,7 @@ def forward(
     if lse.numel() == 0:
         return lse, out, lse_low
     row_tiles = -(-rows // t.rows)
-    parts = runtime.splits(row_tiles * batch, columns, t.columns, query.device)
+    parts = runtime.splits(row_tiles * batch, columns, t.columns, query.device, runtime.SUMS if pooled else 0)
     part_top = part_total = part_pooled = scale
     if parts > 1:
         part_top, part_total = scale.new_empty(parts, batch, rows), scale.new_empty(parts, batch, rows)
@@ -198,7 +198,7 @@ def grad_rows(
     if scale.numel() == 0:
         return slope.new_empty(query.shape), torch.empty_like(slope), torch.empty_like(slope)
     row_tiles = -(-rows // t.rows)
-    parts = runtime.splits(row_tiles * batch, columns, t.columns, query.device)
+    parts = runtime.splits(row_tiles * batch, columns, t.columns, query.device, runtime.SUMS)
     out = slope.new_empty(parts, batch, rows, width)
     mass, total = slope.new_empty(parts, batch, rows), slope.new_empty(parts, batch, rows)
     kernels.grad_rows[(row_tiles * parts * batch,)](
@@ -206,7 +206,7 @@ def grad_rows(
         keys if values is None else values, scale, *launch.tensors, out, mass, total,
         *launch.sizes, batch, runtime.share(columns, parts, t.columns), WITH_H=h is not None, **launch.options,
     )  # fmt: skip
-    return out.sum(0), mass.sum(0), total.sum(0)
+    return runtime.joined(out), runtime.joined(mass), runtime.joined(total)
 
 
 def grad_keys(

@@ -236,7 +236,7 @@ def add_products(
     depth = part.depth_of_sums(weights.dtype)
     high, wide = columns if transposed else rows, min(rows, runtime.power_of_two(width))
     programs = -(-width // wide) * -(-count // high) * entries
-    splits = runtime.splits(programs, inner, depth, out.device)
+    splits = runtime.splits(programs, inner, depth, out.device, 2 * runtime.SUMS)  # half as many products a sum
     to = out if splits == 1 else out.new_empty((splits, *out.shape))
     dot = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[weights.dtype]
     weighted_sums[(programs * splits,)](

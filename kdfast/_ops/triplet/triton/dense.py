@@ -14,7 +14,7 @@ from ...._core import triton_runtime as runtime
 from ..dense import gradients_fake
 from . import parted
 
-PARTS = 3
+PARTS, PRODUCTS = 3, 6  # of a row, and of two rows' parts
 #: columns of an output that a program keeps in registers
 CHUNK = 128
 #: numbers in the table of positives' distances
@@ -133,7 +133,7 @@ def _gradient(p: Pairs, rule: Rule, up: tuple[Tensor, Tensor], marks: Tensor, tr
     mine, other = (p.y, p.x) if transposed else (p.x, p.y)
     rows, columns, width = len(mine.x), len(other.x), mine.parts.shape[2]
     row_tiles, chunks = -(-rows // t.rows), -(-width // CHUNK)
-    parts = runtime.splits(row_tiles * chunks, columns, t.columns, mine.x.device)
+    parts = runtime.splits(row_tiles * chunks, columns, t.columns, mine.x.device, runtime.SUMS // PRODUCTS)
     out, total = mine.x.new_empty((parts, rows, width)), mine.x.new_empty((parts, rows))
     like = mine.square
     kernels.gradient[(row_tiles, parts, chunks)](
@@ -142,8 +142,8 @@ def _gradient(p: Pairs, rule: Rule, up: tuple[Tensor, Tensor], marks: Tensor, tr
         RULE=rule.rule, MINING=rule.mining, METRIC=p.metric, TRANSPOSED=transposed, CHUNK=min(CHUNK, runtime.power_of_two(width)),
         MARK_ROWS=p.tiles.rows, MARK_COLUMNS=p.tiles.columns, **t.options(PARTS),
     )  # fmt: skip
-    out = out.sum(0)[:, : mine.x.shape[1]]
-    return -out if p.metric == _COSINE else total.sum(0)[:, None] * mine.x - out
+    out = runtime.joined(out)[:, : mine.x.shape[1]]
+    return -out if p.metric == _COSINE else runtime.joined(total)[:, None] * mine.x - out
 
 
 def pair_hinges(

@@ -131,7 +131,7 @@ def _sums(rule: int, x, y, gradient: bool, *, rates=None, teacher=None, mean=Non
     t = tiles(rule, min(x.x.shape[1], (teacher or x).x.shape[1]))
     rows, columns, width = len(x.x), len(y.x), x.parts.shape[2]
     row_tiles, chunks = -(-rows // t.rows), -(-width // triton_dense.CHUNK) if gradient else 1
-    parts = runtime.splits(row_tiles * chunks, columns, t.columns, x.x.device)
+    parts = runtime.splits(row_tiles * chunks, columns, t.columns, x.x.device, gradient * runtime.SUMS // triton_dense.PRODUCTS)
     sums = x.x.new_empty((parts, 2, rows), dtype=torch.float64)
     out, total = x.x.new_empty((parts, rows, width) if gradient else 0), x.x.new_empty((parts, rows) if gradient else 0)
     other, like = teacher or x, x.square  # what a rule does not read takes any pointer
@@ -143,7 +143,7 @@ def _sums(rule: int, x, y, gradient: bool, *, rates=None, teacher=None, mean=Non
         **t.options(triton_dense.PARTS),
     )  # fmt: skip
     if gradient:
-        out = out.sum(0)[:, : x.x.shape[1]] - total.sum(0)[:, None] * x.x
+        out = runtime.joined(out)[:, : x.x.shape[1]] - runtime.joined(total)[:, None] * x.x
     return sums.sum((0, 2)), out
 
 
