@@ -86,18 +86,19 @@ def test_hopper_kernels_use_its_matrix_units_and_its_copies(tmp_path):
     if NVCC is None or CUOBJDUMP is None:
         pytest.skip("nvcc and cuobjdump are not here")
     source = tmp_path / "kernels.cu"
-    kernel = "template __global__ void softmax_kernel<Element::kBFloat16, {}, true, false>(const __grid_constant__ SoftmaxParams);"
-    kernels = "\n".join(kernel.format(width) for width in (64, 128, 256))
+    kernel = "template __global__ void softmax_kernel<Element::kBFloat16, Tile<{}>, true, false>(const __grid_constant__ SoftmaxParams);"
+    kernels = "\n".join(kernel.format(tile) for tile in ("64", "128", "256", "64, true", "128, true"))
     includes = '#include "similarity/softmax.cuh"\n#include "similarity/keys.cu"\n'
     source.write_text(f"{includes}namespace kdfast {{ namespace {{\n{kernels}\n}} }}\n")
     options = ["-cubin", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", f"-I{CUDA}"]
     subprocess.run([NVCC, *options, "-o", tmp_path / "out.cubin", source], check=True)
     text = subprocess.run([CUOBJDUMP, "-sass", tmp_path / "out.cubin"], capture_output=True, text=True, check=True).stdout
     kernels = [code for code in text.split("Function : ") if re.match(r"\w*(softmax|keys)_kernel", code)]
-    assert len(kernels) == 3 + 5  # the bank's gradient has exclusions at two of three widths
+    assert len(kernels) == 5 + 5  # values of their own at two of three widths, exclusions in the bank's gradient as well
     for code in kernels:
         width = int(re.search(r"Li(\d+)ELb", code)[1])
-        assert len(re.findall(r"\bUTMALDG\.3D", code)) >= 2 and len(re.findall(r"\bUSETMAXREG", code)) == 2
+        boxes = 2 + bool(re.search(r"TileILi\d+ELb1", code))  # rows, columns, values
+        assert len(re.findall(r"\bUTMALDG\.3D", code)) >= boxes and len(re.findall(r"\bUSETMAXREG", code)) == 2
         products = len(re.findall(r"\bHGMMA\.64x", code))
         assert products >= 2 * width // 16
         assert len(re.findall(r"\bWARPGROUP\.DEPBAR", code)) < products / 3  # a wait for each is what ptxas makes of what it cannot follow

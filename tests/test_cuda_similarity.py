@@ -21,8 +21,8 @@ EMULATION = pytest.mark.skipif(not EMULATED, reason="settings of the emulator")
 SHAPES = [(1, 1, 1, 8), (2, 3, 65, 64), (1, 130, 63, 40), (1, 70, 257, 128), (3, 5, 129, 72), (2, 66, 200, 256), (1, 9, 64, 136)]
 
 
-def forward(a, pooled=True):
-    out = cpu.forward(**{k: moved(v) for k, v in a.items()}, pooled=pooled, kernels=implementation.KERNELS)
+def forward(a, pooled=True, values=None):
+    out = cpu.forward(**{k: moved(v) for k, v in a.items()}, pooled=pooled, values=moved(values), kernels=implementation.KERNELS)
     return tuple(x.cpu() for x in out)
 
 
@@ -78,6 +78,24 @@ def test_exclusions(chosen, dtype):
         a = case(*shape, dtype, **chosen_options(chosen, shape, dtype))
         check(a)
         assert_accurate(*grad_keys(a), extra=1e-6)
+
+
+@HALVES
+@pytest.mark.parametrize("shape", [(2, 70, 300, 24, 64), (1, 3, 129, 128, 40), (3, 130, 515, 16, 128), (1, 1, 1, 8, 8)], ids=str)
+def test_values_of_their_own(shape, dtype):
+    """With all options; shared by the batch; values beyond `valid` that are NaN."""
+    *shape, width = shape
+    a = case(*shape, dtype, **chosen_options("all", shape, dtype))
+    a["start_value"] = torch.randn(*shape[:2], width).to(dtype)
+    values = torch.randn(1, shape[2], width).to(dtype).expand(shape[0], -1, -1)
+    lse, pooled, _ = forward(a, values=values)
+    want, naive = (mean({**a, "keys": values}, softmax(candidates(a, t))[1]) for t in (torch.float64, dtype))
+    assert_accurate(pooled, want, naive, extra=1e-6)
+    torch.testing.assert_close(lse, forward(a, pooled=False)[0], rtol=1e-6, atol=1e-6)
+    laid_out = values.contiguous()
+    for batch, count in enumerate(a["valid"]):
+        laid_out[batch, count:] = math.nan
+    assert torch.equal(forward(a, values=begun_later(laid_out))[1], pooled)
 
 
 def test_own_index():
@@ -159,6 +177,9 @@ def test_a_split_bank(processors, monkeypatch):
     for shape in ((2, 130, 1300, 16), (1, 70, 1000, 136)):
         check(case(*shape, torch.bfloat16, **chosen_options("all", shape, torch.bfloat16)))
         check(case(*shape, torch.float16))
+    a, values = case(2, 130, 1300, 16, torch.bfloat16), torch.randn(2, 1300, 72).bfloat16()
+    (_, p), (_, naive_p) = (softmax(candidates(a, t)) for t in (torch.float64, torch.bfloat16))
+    assert_accurate(forward(a, values=values)[1], p @ values.double(), naive_p @ values, extra=1e-6)
 
 
 @EMULATION
@@ -170,7 +191,8 @@ def test_threads_and_copies_in_any_order(width, monkeypatch):
     a = case(*shape, torch.bfloat16, **{k: v for name in ("labels", "valid", "bias") for k, v in chosen_options(name, shape).items()})
 
     def run():
-        return *forward(a), grad_keys(a)[0]
+        valued = forward(a, values=a["keys"].flip(-1))[1] if width <= implementation.VALUED_WIDTH else torch.zeros(0)
+        return *forward(a), grad_keys(a)[0], valued
 
     want = run()
     for order in ("warps", "lanes"):
@@ -254,8 +276,8 @@ def test_empty():
 
 def test_what_it_serves():
     q, keys = leaf(4, 16).detach(), leaf(9, 16).detach()
-    with pytest.raises(ValueError, match="no values"):
-        ops.similarity_softmax(q, keys, values=keys.clone(), impl="cuda")
+    with pytest.raises(ValueError, match="beside values"):
+        ops.similarity_softmax(q, keys, values=keys.repeat(1, 9), impl="cuda")
     with pytest.raises(ValueError, match="bfloat16 or float16"):
         ops.similarity_softmax(q.float(), keys.float(), impl="cuda", precision="ieee")
     with pytest.raises(ValueError, match="stored as"):

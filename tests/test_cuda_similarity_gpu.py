@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from gpu_cases import same_when_replayed
 
-from kdfast import functional
+from kdfast import functional, ops
 from kdfast._core import cuda_runtime, impls
 from kdfast._ops.similarity import similarity_lse
 
@@ -39,7 +39,7 @@ def test_full_sizes(shape, dtype):
     """Beside float64, a few rows of it; the same bits every time."""
     n, m, d = shape
     q, k, bank = rows(n, d, dtype), rows(n, d, dtype, 1), rows(m, d, dtype, 2)
-    for options in ({}, labelled(bank, n)):
+    for options in ({}, labelled(bank, n), {"bank_bias": torch.linspace(-2, 2, m, device="cuda")}):
         first, again = step("cuda", q, k, bank, **options), step("cuda", q, k, bank, **options)
         assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
         some = torch.arange(0, n, max(1, n // 16), device="cuda")
@@ -63,6 +63,14 @@ def test_the_banks_gradient(width):
         assert (first.double() - want).norm() <= 0.01 * want.norm()
 
 
+def test_values_of_their_own():
+    q, keys, values = rows(3000, 128), rows(20_001, 128, seed=1), rows(20_001, 64, seed=2)
+    _, pooled = ops.similarity_softmax(q, keys, values=values, scale=20.0, impl="cuda")
+    p = (20.0 * q.double() @ keys.double().T).softmax(-1)
+    assert (pooled.double() - p @ values.double()).norm() <= 0.01 * pooled.norm()
+    assert torch.equal(pooled, ops.similarity_softmax(q, keys, values=values, scale=20.0, impl="cuda")[1])
+
+
 def test_capture_in_a_graph():
     q, k, bank = rows(300, 128), rows(300, 128, seed=1), rows(9001, 128, seed=2)
     options = labelled(bank, len(q))
@@ -82,10 +90,10 @@ def test_launches():
 
 
 def test_what_is_chosen():
-    facts = {"device_type": "cuda", "dtype": torch.bfloat16, "stored": torch.bfloat16, "over_keys": True}
+    facts = {"device_type": "cuda", "dtype": torch.bfloat16, "stored": torch.bfloat16}
     assert impls.choose("similarity_softmax", None, width=128, **facts) == "cuda"
     assert impls.choose("similarity_softmax", None, width=512, **facts) != "cuda"
-    assert impls.choose("similarity_softmax", None, width=128, **facts | {"over_keys": False}) != "cuda"
+    assert impls.choose("similarity_softmax", None, width=128, **facts | {"value_width": 136}) != "cuda"
 
 
 def test_inductor():

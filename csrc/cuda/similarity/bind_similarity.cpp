@@ -27,7 +27,7 @@ SimilarityProblem problem_of(const Tensor& query, const Tensor& keys, const Tens
                              const OptionalTensor& query_labels, const OptionalTensor& key_labels, const OptionalTensor& key_index, const OptionalTensor& limit, const OptionalTensor& valid) {
   STD_TORCH_CHECK(query.dim() == 3 && keys.dim() == 3, "query and keys must have 3 dimensions, got ", query.dim(), " and ", keys.dim());
   SimilarityProblem p{};
-  p.batch = query.size(0), p.rows = query.size(1), p.columns = keys.size(1), p.width = query.size(2);
+  p.batch = query.size(0), p.rows = query.size(1), p.columns = keys.size(1), p.width = p.value_width = query.size(2);
   STD_TORCH_CHECK(kdfast::similarity_serves(p.width), "it takes widths that are multiples of 8 up to 256, got ", p.width);
   STD_TORCH_CHECK(p.columns > 0, "keys must have at least one row");
   STD_TORCH_CHECK(p.rows < INT32_MAX - 256 && p.columns < INT32_MAX - 256, "at most 2^31 - 257 rows, got ", p.rows, " and ", p.columns);
@@ -65,7 +65,7 @@ Tensor aligned(const Tensor& x, bool shared) {
   return torch::stable::clone(shared ? torch::stable::select(x, 0, 0) : x);
 }
 
-// What `p` reads, to be kept until the launch.
+// What `p` reads of queries and keys, to be kept until the launch.
 std::tuple<Tensor, Tensor> align(SimilarityProblem& p, const Tensor& query_in, const Tensor& keys_in) {
   const Tensor query = aligned(query_in, false), keys = aligned(keys_in, p.keys_stride == 0);
   p.query = query.const_data_ptr(), p.keys = keys.const_data_ptr();
@@ -76,15 +76,23 @@ std::tuple<Tensor, Tensor, Tensor> similarity_softmax(const Tensor& query, const
                                                       const OptionalTensor& start_logit, const OptionalTensor& values, const OptionalTensor& start_value,
                                                       const OptionalTensor& query_labels, const OptionalTensor& key_labels, const OptionalTensor& key_index,
                                                       const OptionalTensor& limit, const OptionalTensor& valid, bool pooled, int64_t, const OptionalTensor&) {
-  STD_TORCH_CHECK(!values.has_value() && !start_value.has_value(), "it takes no values");
+  STD_TORCH_CHECK(!start_value.has_value(), "it takes no start_value");
   SimilarityForward p{};
   p.problem = problem_of(query, keys, scale, bias, start_logit, query_labels, key_labels, key_index, limit, valid);
-  const auto [batch, rows, width] = std::tuple(p.problem.batch, p.problem.rows, p.problem.width);
+  if (values.has_value()) {
+    STD_TORCH_CHECK(values->dim() == 3, "values must have 3 dimensions, got ", values->dim());
+    p.problem.value_width = values->size(2);
+    STD_TORCH_CHECK(kdfast::similarity_serves(p.problem.width, p.problem.value_width), "beside values it takes widths that are multiples of 8 up to 128");
+    p.problem.values_stride = bank_stride("values", *values, query.scalar_type(), {p.problem.batch, p.problem.columns, p.problem.value_width});
+  }
+  const auto [batch, rows, width] = std::tuple(p.problem.batch, p.problem.rows, p.problem.value_width);
   Tensor lse = torch::stable::empty_like(scale), lse_low = torch::stable::empty_like(scale);
   Tensor sums = pooled ? torch::stable::new_empty(scale, {batch, rows, width}) : torch::stable::new_empty(scale, {0});
   p.out = {floats_of(lse), floats_of(lse_low), pooled ? floats_of(sums) : nullptr};
   if (lse.numel() == 0) return {lse, sums, lse_low};
   const auto kept = align(p.problem, query, keys);
+  OptionalTensor kept_values;
+  if (values.has_value()) kept_values = aligned(*values, p.problem.values_stride == 0), p.problem.values = kept_values->const_data_ptr();
   on_device_of(query, [&](void* stream) -> const char* {
     if (!kdfast::similarity_plan(p)) return "too many rows";
     const int64_t parts = p.split.parts > 1 ? p.split.parts : 0;

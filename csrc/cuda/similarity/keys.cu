@@ -42,9 +42,9 @@ __global__ void __launch_bounds__(kTermThreads) terms_kernel(SimilarityKeyGradie
 }
 
 template <Element kType, int kWidth, bool kMasked>
-class Keys : public Consumer<Keys<kType, kWidth, kMasked>, kType, kWidth, true> {
+class Keys : public Consumer<Keys<kType, kWidth, kMasked>, kType, Tile<kWidth>, true> {
  public:
-  using Base = Consumer<Keys, kType, kWidth, true>;
+  using Base = Consumer<Keys, kType, Tile<kWidth>, true>;
   __device__ explicit Keys(const KeysParams& p) : Base(p.streamed), p_(p.call) {}
 
   __device__ void begin(const Unit&) {}
@@ -140,7 +140,7 @@ class Keys : public Consumer<Keys<kType, kWidth, kMasked>, kType, kWidth, true> 
 
 template <Element kType, int kWidth, bool kMasked>
 __global__ void __launch_bounds__(kThreads, 1) keys_kernel(const __grid_constant__ KeysParams p) {
-  if constexpr (device::kHopper) run_block<kWidth>(p.streamed, [&] { Keys<kType, kWidth, kMasked>(p).run(); });
+  if constexpr (device::kHopper) run_block<Tile<kWidth>>(p.streamed, [&] { Keys<kType, kWidth, kMasked>(p).run(); });
 }
 
 template <int kWidth>
@@ -155,7 +155,7 @@ const char* launch_keys(const SimilarityKeyGradient& call, void* stream) {
   const int64_t units = p.batch * ceil_div(p.columns, kRows), seats = processors();
   if (units > INT32_MAX / 2) return "too many keys";
   s.units = int(units), s.blocks = int(units < seats ? units : seats);
-  const char* const error = encode_maps<kWidth>(s, kType, p.width, p.keys, p.query);
+  const char* const error = encode_maps<Tile<kWidth>>(s, kType, p.width, p.keys, p.query);
   if (error != nullptr) return error;
   const Launch how{s.blocks, kThreads, Tile<kWidth>::kShared, 1, stream};
   if (!p.masked()) return launch(keys_kernel<kType, kWidth, false>, how, params);

@@ -14,7 +14,7 @@ struct alignas(16) Four {
 __global__ void __launch_bounds__(kThreads) merge_kernel(SimilarityForward p) {
   const SimilarityParts& in = p.split;
   const int64_t rows = p.problem.batch * p.problem.rows;
-  const int64_t groups = p.out.pooled != nullptr ? p.problem.width / kWidth : 1, at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t groups = p.out.pooled != nullptr ? p.problem.value_width / kWidth : 1, at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t row = at / groups, group = at % groups;
   if (row >= rows) return;
   float top = -INFINITY;
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(SimilarityForward p) {
     const float weight = device::exp2_fast(in.top[s * rows + row] - shift);
     total = fmaf(weight, in.total[s * rows + row], total);
     if (p.out.pooled == nullptr) continue;
-    const Four part = *reinterpret_cast<const Four*>(in.pooled + (s * rows + row) * p.problem.width + group * kWidth);
+    const Four part = *reinterpret_cast<const Four*>(in.pooled + (s * rows + row) * p.problem.value_width + group * kWidth);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) sums.x[i] = fmaf(weight, part.x[i], sums.x[i]);
   }
@@ -37,13 +37,13 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(SimilarityForward p) {
   if (p.out.pooled == nullptr) return;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) sums.x[i] /= total == 0 ? 1.0f : total;
-  *reinterpret_cast<Four*>(p.out.pooled + row * p.problem.width + group * kWidth) = sums;
+  *reinterpret_cast<Four*>(p.out.pooled + row * p.problem.value_width + group * kWidth) = sums;
 }
 
 }  // namespace
 
 const char* similarity_merge(const SimilarityForward& p, void* stream) {
-  const int64_t threads = p.problem.batch * p.problem.rows * (p.out.pooled != nullptr ? p.problem.width / kWidth : 1);
+  const int64_t threads = p.problem.batch * p.problem.rows * (p.out.pooled != nullptr ? p.problem.value_width / kWidth : 1);
   return launch(merge_kernel, {(threads + kThreads - 1) / kThreads, kThreads, 0, 1, stream}, p);
 }
 

@@ -14,6 +14,8 @@ struct SimilarityProblem {
   Element element;           // 16 bits
   const void *query, *keys;  // [B, N, D], [B, M, D], D a multiple of 8, from a multiple of 16 bytes
   int64_t keys_stride;
+  const void* values;  // [B, M, Dv], as the keys; null: they are the keys
+  int64_t value_width, values_stride;
   const float* scale;        // [B, N]
   const float* bias;         // [B, M], or null
   int64_t bias_stride;
@@ -29,17 +31,17 @@ struct SimilarityProblem {
   bool masked() const { return bias != nullptr || key_labels != nullptr || key_index != nullptr || limit != nullptr; }  // beyond `valid`
 };
 
-// lse_i = log sum_j exp(z_ij) in nats, lse_low what it rounded off, pooled_i = sum_j p_ij k_j.
+// lse_i = log sum_j exp(z_ij) in nats, lse_low what it rounded off, pooled_i = sum_j p_ij v_j.
 struct SimilaritySums {
   float *lse, *lse_low;  // [B, N]
-  float* pooled;         // [B, N, D], or null: not wanted
+  float* pooled;         // [B, N, Dv], or null: not wanted
 };
 
-// Parts of a split bank: of the columns in each, a base-2 level, sum 2^(z - level) and sum 2^(z - level) k.
+// Parts of a split bank: of the columns in each, a base-2 level, sum 2^(z - level) and sum 2^(z - level) v.
 struct SimilarityParts {
   int64_t parts, columns;  // columns of a part
   float *top, *total;      // [parts, B, N]; null with one part
-  float* pooled;           // [parts, B, N, D]
+  float* pooled;           // [parts, B, N, Dv]
 };
 
 struct SimilarityForward {
@@ -59,8 +61,9 @@ struct SimilarityKeyGradient {
   float* keys;   // [B, M, D]
 };
 
-// Whether rows of this width fit a tile.
+// Whether rows of this width fit a tile, or one with values of this width beside them.
 bool similarity_serves(int64_t width);
+bool similarity_serves(int64_t width, int64_t value_width);
 // Into how many parts the bank is cut and what each has, and the blocks to launch; false: too many rows.
 bool similarity_plan(SimilarityForward& p);
 // Null, or what went wrong.

@@ -13,10 +13,10 @@ struct SoftmaxParams {
   SimilarityForward call;
 };
 
-template <Element kType, int kWidth, bool kPooled, bool kMasked>
-class Softmax : public Consumer<Softmax<kType, kWidth, kPooled, kMasked>, kType, kWidth, kPooled> {
+template <Element kType, class T, bool kPooled, bool kMasked>
+class Softmax : public Consumer<Softmax<kType, T, kPooled, kMasked>, kType, T, kPooled> {
  public:
-  using Base = Consumer<Softmax, kType, kWidth, kPooled>;
+  using Base = Consumer<Softmax, kType, T, kPooled>;
   __device__ explicit Softmax(const SoftmaxParams& p) : Base(p.streamed), p_(p.call) {}
 
   __device__ void begin(const Unit& unit) {
@@ -32,15 +32,15 @@ class Softmax : public Consumer<Softmax<kType, kWidth, kPooled, kMasked>, kType,
     if (p_.problem.start_logit != nullptr && unit.part == 0) start(unit);
   }
 
-  // Keys beyond `valid` may be NaN, and their weight of 0 would not undo that: zeros in their place. The other warpgroup writes the same;
+  // What is summed beyond `valid` may be NaN, and its weight of 0 would not undo that: zeros in its place. The other warpgroup writes the same;
   // whatever it reads before, it excludes.
   __device__ void finish(const Unit& unit, int stage) {
     const int left = unit.end - (unit.first + (unit.tiles - 1) * kColumns);
     if (left >= kColumns || unit.end == p_.problem.columns) return;
-    char* const keys = memory_.tile(stage);
+    char* const summed = memory_.tile(stage) + T::kSummed;
     for (int i = left * device::kSliceRow + thread() % kWarpgroup * 4; i < T::kSliceBytes; i += kWarpgroup * 4)
 #pragma unroll
-      for (int c = 0; c < T::kSlices; ++c) *reinterpret_cast<uint32_t*>(keys + c * T::kSliceBytes + i) = 0;
+      for (int c = 0; c < T::kSlices; ++c) *reinterpret_cast<uint32_t*>(summed + c * T::kSliceBytes + i) = 0;
     device::shared_written();
     device::named_barrier_wait(Base::kFirstTurn + kConsumers + group(), kWarpgroup);
   }
@@ -97,13 +97,12 @@ class Softmax : public Consumer<Softmax<kType, kWidth, kPooled, kMasked>, kType,
       }
       if constexpr (kPooled) {
         const float factor = split || total == 0 ? 1.0f : 1 / total;
-        this->store_sums((split ? p_.split.pooled : p_.out.pooled) + at * p_.problem.width, p_.problem.width, h, factor);
+        this->store_sums((split ? p_.split.pooled : p_.out.pooled) + at * p_.problem.value_width, p_.problem.value_width, h, factor);
       }
     }
   }
 
  private:
-  using typename Base::T;
   using Base::kColumns, Base::kScores, Base::kSpan, Base::kSpans;
   using Base::group, Base::lane, Base::thread, Base::at, Base::row_of;
   using Base::memory_, Base::scores_, Base::sums_;
@@ -200,9 +199,9 @@ class Softmax : public Consumer<Softmax<kType, kWidth, kPooled, kMasked>, kType,
   }
 };
 
-template <Element kType, int kWidth, bool kPooled, bool kMasked>
+template <Element kType, class T, bool kPooled, bool kMasked>
 __global__ void __launch_bounds__(kThreads, 1) softmax_kernel(const __grid_constant__ SoftmaxParams p) {
-  if constexpr (device::kHopper) run_block<kWidth>(p.streamed, [&] { Softmax<kType, kWidth, kPooled, kMasked>(p).run(); });
+  if constexpr (device::kHopper) run_block<T>(p.streamed, [&] { Softmax<kType, T, kPooled, kMasked>(p).run(); });
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // What the Hopper kernels share: 128 rows stay in shared memory, tiles of columns pass by. One warpgroup loads; two have 64 rows each and take
-// turns at the matrix units. A tile of columns C serves the scores R C^T and the sums W C, W being weights made of scores. docs/gpu-kernels.md
-// tells why.
+// turns at the matrix units. A tile of columns C serves the scores R C^T and the sums W C, W being weights made of scores, but where the columns
+// bring values V of their own, W V. docs/gpu-kernels.md tells why.
 #pragma once
 
 #include "hopper.cuh"
@@ -16,12 +16,15 @@ constexpr int kLoaderRegisters = 24, kConsumerRegisters = 240, kEntryRegisters =
 static_assert(kLoaderRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kEntryRegisters, "consumers would wait for ever");
 
 // Columns of a tile and stages of the pipeline, for rows of up to `width`: scores and sums of a thread are columns/2 + width/2 registers,
-// weights columns/4; tiles and the rows that stay fill shared memory.
-template <int kWidth>
+// weights columns/4; tiles and the rows that stay fill shared memory. `valued`: a tile has values too, of up to `width`.
+template <int width, bool valued = false>
 struct Tile {
-  static constexpr int kColumns = kWidth == 256 ? 80 : 128, kStages = kWidth == 256 ? 4 : kWidth == 128 ? 5 : 8;
+  static constexpr int kWidth = width;
+  static constexpr bool kValued = valued;
+  static constexpr int kColumns = kWidth == 256 ? 80 : 128, kStages = kWidth == 256 ? 4 : kWidth == 128 ? (valued ? 3 : 5) : (valued ? 6 : 8);
   static constexpr int kSlices = kWidth / device::kSlice;
-  static constexpr int kSliceBytes = kColumns * device::kSliceRow, kBytes = kSlices * kSliceBytes;
+  static constexpr int kSliceBytes = kColumns * device::kSliceRow, kBytes = (1 + valued) * kSlices * kSliceBytes;
+  static constexpr int kSummed = valued ? kSlices * kSliceBytes : 0;  // where what is summed begins
   static constexpr int kRowSliceBytes = kRows * device::kSliceRow, kRowBytes = kSlices * kRowSliceBytes;
   static constexpr int kBarriers = 2 * kStages + 2;
   static constexpr int kShared = device::kPattern + kRowBytes + kStages * kBytes + kBarriers * int(sizeof(device::Barrier));
@@ -35,10 +38,10 @@ static_assert(Tile<64>::kColumns == Tile<128>::kColumns);
 
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// Both matrices [entries, rows or columns, width], and how the work is cut: a unit is a tile of rows and a part of the columns.
+// The matrices [entries, rows or columns, width], and how the work is cut: a unit is a tile of rows and a part of the columns.
 struct Streamed {
-  device::TensorMap stay, pass;
-  bool stay_shared, pass_shared;  // by all entries
+  device::TensorMap stay, pass, values;         // values: only where they are not what passes
+  bool stay_shared, pass_shared, values_shared;  // by all entries
   int64_t entries, rows, columns, part_columns;
   const int64_t* valid;  // [entries] columns that count, or null
   int64_t valid_stride;
@@ -46,10 +49,15 @@ struct Streamed {
 };
 
 // Null, or what went wrong.
-template <int kWidth>
+template <class T>
 const char* encode_maps(Streamed& p, Element type, int64_t width, const void* stay, const void* pass) {
   const char* const error = encode_map(p.stay, stay, type, p.stay_shared ? 1 : p.entries, p.rows, width, p.rows * width, kRows);
-  return error != nullptr ? error : encode_map(p.pass, pass, type, p.pass_shared ? 1 : p.entries, p.columns, width, p.columns * width, Tile<kWidth>::kColumns);
+  return error != nullptr ? error : encode_map(p.pass, pass, type, p.pass_shared ? 1 : p.entries, p.columns, width, p.columns * width, T::kColumns);
+}
+
+template <class T>
+const char* encode_values(Streamed& p, Element type, int64_t width, const void* values) {
+  return encode_map(p.values, values, type, p.values_shared ? 1 : p.entries, p.columns, width, p.columns * width, T::kColumns);
 }
 
 // Blocks at work at a time have the same columns, which are read from L2.
@@ -78,10 +86,9 @@ struct Turn {
   }
 };
 
-template <int kWidth>
+template <class T>
 class Memory {
  public:
-  using T = Tile<kWidth>;
   __device__ Memory() : base_(device::patterned_memory()) {}
   __device__ char* rows() const { return base_; }
   __device__ char* tile(int stage) const { return base_ + T::kRowBytes + stage * T::kBytes; }
@@ -102,11 +109,11 @@ class Memory {
 };
 
 // One thread: every tile that the block's units need, as soon as its stage is free.
-template <int kWidth>
+template <class T>
 __device__ void load(const Streamed& p) {
-  using T = Tile<kWidth>;
-  const Memory<kWidth> memory;
+  const Memory<T> memory;
   device::prefetch_map(&p.stay), device::prefetch_map(&p.pass);
+  if constexpr (T::kValued) device::prefetch_map(&p.values);
   Turn<T::kStages> turn;
   unsigned rows = 0;
   for (int number = int(blockIdx.x); number < p.units; number += p.blocks) {
@@ -124,6 +131,11 @@ __device__ void load(const Streamed& p) {
       device::barrier_expect(filled, T::kBytes);
       for (int c = 0; c < T::kSlices; ++c)
         device::copy_box(memory.tile(turn.stage) + c * T::kSliceBytes, &p.pass, c * device::kSlice, unit.first + t * T::kColumns, entry, filled);
+      if constexpr (T::kValued) {
+        char* const values = memory.tile(turn.stage) + T::kSummed;
+        for (int c = 0; c < T::kSlices; ++c)
+          device::copy_box(values + c * T::kSliceBytes, &p.values, c * device::kSlice, unit.first + t * T::kColumns, p.values_shared ? 0 : unit.entry, filled);
+      }
     }
   }
 }
@@ -131,7 +143,7 @@ __device__ void load(const Streamed& p) {
 // A warpgroup's 64 rows. Of its tiles a thread has rows r and r + 8, and of every eight columns two: number 4 g + 2 h + e of an array is column
 // 8 g + 2 (lane % 4) + e of row r + 8 h. Self has, of a unit: begin, weigh (scores of a tile become weights), rescale and store; and
 // finish, before the last tile is added. kSums: else scores are weighed and no weights multiplied.
-template <class Self, Element kType, int kWidth, bool kSums>
+template <class Self, Element kType, class T, bool kSums>
 class Consumer {
  public:
   __device__ void run() {
@@ -153,14 +165,14 @@ class Consumer {
   }
 
  protected:
-  using T = Tile<kWidth>;
+  static constexpr int kWidth = T::kWidth;
   static constexpr int kFirstTurn = 1;  // of the named barriers: two for turns, two of a warpgroup each; 0 is the block's
   static constexpr int kColumns = T::kColumns, kScores = kColumns / 2;
   // sums of 128 columns are one product
   static constexpr int kSpan = kWidth < 128 ? kWidth : 128, kSpans = kWidth / kSpan;
 
   const Streamed& streamed_;
-  const Memory<kWidth> memory_;
+  const Memory<T> memory_;
   float scores_[kScores];
   float sums_[kSpans][kSpan / 2];
 
@@ -259,7 +271,7 @@ class Consumer {
   }
 
   __device__ void add(int stage) {
-    const uint32_t columns = device::shared_address(memory_.tile(stage));
+    const uint32_t columns = device::shared_address(memory_.tile(stage)) + T::kSummed;
 #pragma unroll
     for (int k = 0; k < kColumns / 16; ++k)
 #pragma unroll
@@ -296,13 +308,13 @@ class Consumer {
 };
 
 // A block of kThreads threads. `consume`: what the threads of the other warpgroups do.
-template <int kWidth, class Consume>
+template <class T, class Consume>
 __device__ __forceinline__ void run_block(const Streamed& p, const Consume& consume) {
-  if (threadIdx.x == 0) Memory<kWidth>().make_barriers();
+  if (threadIdx.x == 0) Memory<T>().make_barriers();
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
     device::give_registers<kLoaderRegisters>();
-    if (threadIdx.x == 0) load<kWidth>(p);
+    if (threadIdx.x == 0) load<T>(p);
   } else {
     device::take_registers<kConsumerRegisters>();
     consume();

@@ -99,7 +99,7 @@ def checked_problem(query, keys, scale, values, bias, start, exclude, valid, pre
     valid = None if valid is None else prefix_length(valid, query, keys, batch)
 
     facts = {"device_type": query.device.type, "dtype": compute.dtype, "stored": query.dtype, "width": query.shape[-1]}
-    facts |= {"over_keys": values is None}
+    facts |= {"value_width": None if values is None else values.shape[-1]}
     impl = impls.choose("similarity_softmax", impl, **facts)
     lead = (1, rows)
     if batch:
