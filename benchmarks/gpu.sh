@@ -89,17 +89,21 @@ at_most() {  # SECONDS less than are left, at least 1
   echo $((until - SECONDS > $1 ? until - SECONDS - $1 : 1))
 }
 
-build() {  # what Triton and Inductor compile needs nothing of the modules that are being built
+build() {  # beside it what needs nothing of the modules: what Triton and Inductor compile, and a first check of Triton's kernels
   run build "$python" setup.py -q build_ext --inplace &
   local built=$!
   run compile env KDFAST_NO_EXT=1 nice "$python" -m kdfast bench "${families[@]}" --device cuda --compile-only --seconds "$(at_most 6)" &
   local compiled=$!
+  run triton env KDFAST_NO_EXT=1 nice "$python" -m kdfast doctor &
+  local checked=$!
   wait $built
   local status=$?
   conclude build $status
   [[ $status != 0 || -z ${OUT:-} ]] || cp kdfast/_C*.so "$out"
   wait $compiled
   conclude compile $?
+  wait $checked
+  conclude triton $?
 }
 
 bench() {
@@ -130,12 +134,13 @@ doctor() {
   step doctor "$python" -m kdfast doctor
 }
 
-# Without PyTorch's pool every tensor is memory of its own, which nothing beyond its end belongs to.
+# Of the compiled kernels. Without PyTorch's pool every tensor is memory of its own, which nothing beyond its end belongs to.
 memcheck() { sanitize memcheck; }
 racecheck() { sanitize racecheck; }
 sanitize() {  # TOOL
   command -v compute-sanitizer >/dev/null || return
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1" compute-sanitizer --tool "$1" --error-exitcode 1 "$python" -m kdfast doctor
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1" compute-sanitizer --tool "$1" --error-exitcode 1 "$python" -m pytest -vv --tb=short -p no:cacheprovider \
+    tests/test_cuda_{similarity,sinkhorn}.py
 }
 
 shared=0
