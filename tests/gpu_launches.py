@@ -27,13 +27,17 @@ WAITING = {
     *("unique_consecutive", "repeat_interleave", "histc", "allclose"),
 }
 
+#: on a GPU floats are added up in an order that varies from run to run
+UNORDERED = {"scatter_add", "scatter_add_", "index_add", "index_add_", "scatter_reduce", "scatter_reduce_", "index_reduce", "put_"}
+
 
 class Census(TorchDispatchMode):
-    """Counts by name, while it is on: `ours`, `others`; `waits` are operations for which the host would wait."""
+    """Counts by name, while it is on: `ours`, `others`; `waits` are operations for which the host would wait, `unordered` of UNORDERED."""
 
     def __init__(self):
         super().__init__()
-        self.ours, self.others, self.waits, self.places = Counter(), Counter(), [], Counter()
+        self.ours, self.others, self.places = Counter(), Counter(), Counter()
+        self.waits, self.unordered = [], []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -48,6 +52,8 @@ class Census(TorchDispatchMode):
         )
         if name in WAITING or masks or (name in ("_to_copy", "copy_") and len({x.device for x in all_of_it}) > 1):
             self.waits.append(name)
+        if name in UNORDERED and made[0].is_floating_point():
+            self.unordered.append(name)
         if name not in FREE and not op.is_view and any(x.numel() for x in made):
             self.others[name] += 1
             self.places[_place(), name] += 1

@@ -1,5 +1,7 @@
 """Rows named by an index, row-wise inner products, and the logits of a query's positives."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import dtypes
@@ -22,12 +24,22 @@ def take_rows(rows: Tensor, index: Tensor) -> Tensor:
     """rows[index] for shared rows [M, D] or batched rows [*B, M, D]; index [*B, N] -> [*B, N, D]."""
     if rows.dim() == 2:
         return rows[index]
-    return rows.take_along_dim(index[..., None], dim=-2)
+    *_, count, width = rows.shape
+    entry = torch.arange(rows.shape[:-2].numel(), device=rows.device).view(rows.shape[:-2])
+    return F.embedding(index + count * entry[..., None], rows.reshape(-1, width))  # whose gradient is in a fixed order on a GPU
+
+
+def sum_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
+    """Rows [K, W] added up by their index [K], at least 0 and below `count`: [count, W].
+
+    The gradient of an embedding, which has one itself: a sort and sums of runs on a GPU, where scatter_add's order is not fixed.
+    """
+    return torch.ops.aten.embedding_dense_backward(rows, index, count, -1, False)
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
     """values[index] for shared values [M] or batched values [*B, M]; index [*B, N] -> [*B, N]."""
-    return values[index] if values.dim() == 1 else values.take_along_dim(index, dim=-1)
+    return values[index] if values.dim() == 1 else take_rows(values[..., None], index)[..., 0]
 
 
 def positive_rows(keys: Tensor, columns: Tensor) -> Tensor:

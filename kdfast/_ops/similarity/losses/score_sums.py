@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...._core import dtypes
-from ..positives import per_row, take, take_rows
+from ..positives import per_row, sum_rows, take, take_rows
 
 #: rows without a query's class that are added up one by one
 _BLOCK = 256
@@ -37,7 +37,7 @@ def score_sums(
     Rows past the prefix `valid`, rows whose bias is -inf and, for each query, the columns in `skip` [*B, N, E] (-1: none) are
     left out. Bank rows are added up in bags: one for each query's class and, so that long sums keep their digits, one for each block
     of the other rows. The bank is read once; beside it nothing is larger than O((N + M / 256) D), but for a copy of the bank where rows
-    are left out and there are no labels. With labels a GPU adds rows to their bags in no fixed order.
+    are left out and there are no labels. On a GPU too their order is fixed.
     """
     wide = dtypes.accumulator(rows.dtype)
     query, rows = query.to(wide), rows.to(wide)
@@ -92,12 +92,19 @@ def _place(ordered: Tensor, labels: Tensor) -> Tensor:
 
 def _bag_sums(bags: Tensor, count: int, *tables: Tensor) -> Tensor:
     """Rows of the tables [*B, M, W], side by side, summed by their bag: bags [*B, M] -> [*B, count, total of W]. Bags are read once."""
-    shape = torch.broadcast_shapes(bags.shape, *(x.shape[:-1] for x in tables))
-    bags = bags.expand(shape)[..., None]
-    sums = (
-        x.new_zeros(*shape[:-1], count, x.shape[-1]).scatter_add(-2, bags.expand(*shape, x.shape[-1]), x.expand(*shape, -1)) for x in tables
-    )
-    return torch.cat(list(sums), dim=-1)
+    *batch, size = torch.broadcast_shapes(bags.shape, *(x.shape[:-1] for x in tables))
+    bags = bags.expand(*batch, size).reshape(-1, size)
+    offset = count * torch.arange(len(bags), device=bags.device)[:, None]
+
+    def summed(x: Tensor) -> Tensor:  # [entries of the batch, count, W]
+        width = x.shape[-1]
+        if x.dim() == 2:  # which the whole batch shares, and no entry copies
+            found = [sum_rows(x, of, count) for of in bags.unbind()]
+            return torch.stack(found) if len(found) != 1 else found[0][None]
+        entries = x.expand(*batch, size, width).reshape(-1, width)
+        return sum_rows(entries, (bags + offset).flatten(), len(bags) * count).unflatten(0, (len(bags), count))
+
+    return torch.cat([summed(x) for x in tables], dim=-1).view(*batch, count, -1)
 
 
 def _block_sums(*tables: Tensor) -> Tensor:

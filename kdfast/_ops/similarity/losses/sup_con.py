@@ -8,6 +8,7 @@ is one op, and its gradient another (csrc/cpu/matching/symmetric.inl).
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -18,7 +19,7 @@ from ..arguments import Problem, how_to_compute, problem, rounded, row_parameter
 from ..definition import SecondOrder, with_values
 from ..exclusions import Rules
 from ..passes import KERNELS
-from ..positives import dot
+from ..positives import dot, sum_rows
 from ..triton import pairs as triton_pairs
 from . import sup_con_values
 from .attraction import attracted_rows
@@ -97,8 +98,8 @@ def _definition(call: Call, x: Tensor, scale: float | Tensor) -> tuple[Tensor, T
     lse, *_ = streaming_softmax(spec, tensors.folded(spec), pool=False, need_pooled=False)
     lse = lse[0]
     wide, place = x.to(lse.dtype), torch.searchsorted(labels.sort().values, labels)  # a class is named by its first place in order
-    others = lse.new_zeros(len(place)).index_add(0, place, torch.ones_like(lse.detach())).index_select(0, place) - 1
-    sums = torch.zeros_like(wide).index_add(0, place, wide).index_select(0, place) - wide
+    others = sum_rows(torch.ones_like(lse.detach())[:, None], place, len(place))[:, 0][place] - 1
+    sums = F.embedding(place, sum_rows(wide, place, len(place))) - wide
     counted = others > 0
     return torch.where(counted, lse - scale * dot(x, sums) / others.clamp(min=1), 0.0), counted
 
