@@ -23,6 +23,15 @@ def test_ragged_sizes(method, n, m):
     check(torch.rand(2, n, m), weights(2, n), weights(2, m), 0.1, 5, method=method)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (4, 3), (7, 8), (17, 33), (40, 64), (65, 128), (130, 100)], ids=str)
+def test_half_precision(dtype, n, m):
+    cost = torch.rand(2, n, m).to(dtype)
+    check(cost.float(), weights(2, n), weights(2, m), 0.1, 5, source={"cost": cost})
+    odd = torch.rand(2, n, m + 3).to(dtype)[..., 1 : m + 1]  # rows that begin at no multiple of four bytes
+    check(odd.float(), weights(2, n), weights(2, m), 0.1, 5, source={"cost": odd})
+
+
 def test_many_small_problems():
     """More than a block of teams, the last one not full."""
     check(torch.rand(70, 4, 4), weights(70, 4), weights(70, 4), 0.1, 12)
@@ -176,7 +185,7 @@ def test_what_is_refused(cost, options, reason):
 
 def test_fewer_rows_without_clusters_and_cooperation(monkeypatch):
     monkeypatch.setattr(cuda_runtime, "has_cooperative_launches", lambda: False)
-    for cost in (torch.rand(1, 3, 257), torch.rand(1, 1025, 3), torch.rand(1, 3, 3).bfloat16()):
+    for cost in (torch.rand(1, 3, 257), torch.rand(1, 1025, 3), torch.rand(1, 3, 257).bfloat16()):
         with pytest.raises(ValueError, match="1024 x 256"):
             sinkhorn(moved(cost), impl="cuda")
     monkeypatch.setattr(cuda_runtime, "has_clusters", lambda: False)

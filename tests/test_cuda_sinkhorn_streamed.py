@@ -10,7 +10,7 @@ from sinkhorn_gpu_cases import check, check_padding, check_relaxed_and_alone, we
 from kdfast.ops import sinkhorn
 
 check = functools.partial(check, impl="cuda", moved=moved)
-HALF = torch.bfloat16  # costs in 16 bits are read once an iteration whatever their size
+HALF = torch.bfloat16
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_turns_of_clusters(resident):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("n", "m"), [(1, 1), (5, 3), (300, 20)], ids=str)
+@pytest.mark.parametrize(("n", "m"), [(1, 257), (5, 301), (1030, 20)], ids=str)
 def test_half_precision(dtype, n, m):
     cost = torch.rand(2, n, m).to(dtype)
     check(cost.float(), weights(2, n), weights(2, m), 0.1, 5, source={"cost": cost})
@@ -48,28 +48,28 @@ def test_half_precision(dtype, n, m):
 
 @pytest.mark.parametrize("rho", [(0.5, 0.5), (None, 2.0)])
 def test_relaxed_marginals_and_annealing(rho):
-    cost = torch.rand(2, 12, 20).to(HALF)
-    check(cost.float(), weights(2, 12), weights(2, 20), 0.1, 6, rho=rho, source={"cost": cost})
-    check(cost.float(), weights(2, 12), weights(2, 20), 0.1, 6, anneal=(1.0, 0.5), source={"cost": cost})
+    cost = torch.rand(2, 12, 260).to(HALF)
+    check(cost.float(), weights(2, 12), weights(2, 260), 0.1, 6, rho=rho, source={"cost": cost})
+    check(cost.float(), weights(2, 12), weights(2, 260), 0.1, 6, anneal=(1.0, 0.5), source={"cost": cost})
 
 
-@pytest.mark.parametrize(("n", "m", "dtype"), [(20, 270, torch.float32), (9, 8200, torch.float32), (12, 20, HALF)], ids=str)
+@pytest.mark.parametrize(("n", "m", "dtype"), [(20, 270, torch.float32), (9, 8200, torch.float32), (12, 260, HALF)], ids=str)
 def test_relaxed_and_alone(n, m, dtype):
     check_relaxed_and_alone(n, m, impl="cuda", moved=moved, dtype=dtype)
 
 
 def test_a_large_range():
     """Whole columns of the first iteration underflow: their sums are taken anew."""
-    for n, m in ((20, 30), (70, 300)):
+    for n, m in ((20, 260), (70, 300)):
         cost = (1 + 50 * torch.rand(2, n, m)).to(HALF)
         check(cost.float(), weights(2, n), weights(2, m), 0.05, 8, source={"cost": cost})
 
 
 def test_padding_zero_weights_and_forbidden_pairs():
-    check_padding(torch.rand(2, 20, 40).to(HALF), (torch.tensor([13, 20]), torch.tensor([40, 25])), impl="cuda", moved=moved)
-    a, b = weights(2, 10), weights(2, 12)
+    check_padding(torch.rand(2, 20, 300).to(HALF), (torch.tensor([13, 20]), torch.tensor([300, 25])), impl="cuda", moved=moved)
+    a, b = weights(2, 10), weights(2, 270)
     a[0, 5], b[0, 3] = 0, 0
-    cost = torch.rand(2, 10, 12).to(HALF)
+    cost = torch.rand(2, 10, 270).to(HALF)
     ours = check(cost.float(), a, b, 0.1, 5, source={"cost": cost})
     assert (ours.plan()[0, 5] == 0).all()
     cost[0, 3, 4:9], cost[1, 5] = torch.inf, torch.inf
@@ -81,13 +81,13 @@ def test_padding_zero_weights_and_forbidden_pairs():
 def test_shared_costs_and_nan():
     cost = torch.rand(300, 20)
     check(cost.mT.expand(3, -1, -1), weights(3, 20), weights(3, 300), 0.1, 4, source={"cost": cost.mT})
-    cost = torch.rand(3, 9, 9).to(HALF)
+    cost = torch.rand(3, 9, 270).to(HALF)
     cost[1, 2, 3] = torch.nan
     ours = sinkhorn(moved(cost), epsilon=0.1, max_iters=4, impl="cuda")
     assert ours.value[1].isnan() and ours.value[::2].isfinite().all()
 
 
-@pytest.mark.parametrize(("n", "m", "dtype"), [(9, 20, HALF), (70, 300, torch.float32), (9, 8200, torch.float32)], ids=str)
+@pytest.mark.parametrize(("n", "m", "dtype"), [(9, 260, HALF), (70, 300, torch.float32), (9, 8200, torch.float32)], ids=str)
 @pytest.mark.parametrize("anneal", [None, (0.4, 0.7)], ids=["", "annealed"])
 def test_tolerance_stops_each_problem(n, m, dtype, anneal):
     cost = (torch.rand(3, n, m) * torch.tensor([0.01, 1.0, 1.0])[:, None, None]).to(dtype)
@@ -114,9 +114,9 @@ def test_a_tolerance_that_is_not_met():
 @pytest.mark.parametrize("tol", [None, 1e-3])
 def test_histories_have_what_unrolled_gradients_need(tol):
     """Columns without weight in every iteration, padding, and of problems that stop what they stopped at."""
-    cost = torch.rand(2, 12, 40) * torch.tensor([0.01, 1.0])[:, None, None]
-    lengths, found = (torch.tensor([12, 9]), torch.tensor([33, 40])), []
-    a, b = (weights(2, size) * (torch.arange(size) < length[:, None]) for size, length in zip((12, 40), lengths, strict=True))
+    cost = torch.rand(2, 12, 280) * torch.tensor([0.01, 1.0])[:, None, None]
+    lengths, found = (torch.tensor([12, 9]), torch.tensor([271, 280])), []
+    a, b = (weights(2, size) * (torch.arange(size) < length[:, None]) for size, length in zip((12, 280), lengths, strict=True))
     b[:, 3] = 0
     a, b = (x / x.sum(-1, keepdim=True) for x in (a, b))
     for impl in ("cuda", "torch"):

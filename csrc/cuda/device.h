@@ -33,7 +33,8 @@ __device__ __forceinline__ float float_of_half(uint16_t bits) {
 }
 
 // What the compiler derives nothing from in advance: addresses and logarithms kept through a loop are registers that the loop lacks.
-__device__ __forceinline__ const float* known_here(const float* pointer) {
+template <class T>
+__device__ __forceinline__ const T* known_here(const T* pointer) {
   asm volatile("" : "+l"(pointer));
   return pointer;
 }

@@ -292,7 +292,10 @@ inline float float_of_half(uint16_t bits) {
   return float(half);
 }
 
-inline const float* known_here(const float* pointer) { return pointer; }
+template <class T>
+const T* known_here(const T* pointer) {
+  return pointer;
+}
 inline int known_here(int x) { return x; }
 inline float known_here(float x) { return x; }
 

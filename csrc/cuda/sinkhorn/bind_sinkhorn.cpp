@@ -39,7 +39,7 @@ SinkhornBatch batch_of(const Tensor& cost, const Tensor& a, const Tensor& b, con
   }
   const int64_t d = cost.dim() - 2;
   STD_TORCH_CHECK(p.m <= 1 || cost.stride(d + 1) == 1, "rows of the cost must be contiguous");
-  p.cost = static_cast<const float*>(cost.const_data_ptr());
+  p.cost = cost.const_data_ptr(), p.element = element_of("cost", cost);
   p.row_stride = cost.stride(d), p.batch_stride = shared ? 0 : cost.stride(0);
   STD_TORCH_CHECK(rows.has_value() == columns.has_value(), "rows and cols must be given together");
   if (rows.has_value()) {
@@ -84,8 +84,7 @@ Solution sinkhorn_solve(const OptionalTensor& cost, const OptionalTensor&, const
   if (history) p.out.history_f = floats_of(steps_f), p.out.history_g = floats_of(steps_g);
   if (batch == 0) return {f, g, row, column, transport, error, done, steps_f, steps_g};
   on_device_of(a, [&](void* stream) {
-    const bool on_chip = cost->scalar_type() == ScalarType::Float && kdfast::sinkhorn_fits_on_chip(n, m);
-    return on_chip ? kdfast::sinkhorn_on_chip(p, stream) : streamed(p, *cost, a, stream);
+    return kdfast::sinkhorn_fits_on_chip(n, m) ? kdfast::sinkhorn_on_chip(p, stream) : streamed(p, *cost, a, stream);
   });
   return {f, g, row, column, transport, error, done, steps_f, steps_g};
 }

@@ -13,6 +13,7 @@
 // underflowed in E would count. Then E is formed anew at the potentials reached, and where that is not enough the iteration is exact.
 #include <math.h>
 
+#include "element.h"
 #include "sinkhorn/relaxation.cuh"
 #include "sinkhorn/schedule.cuh"
 #include "sinkhorn/team.cuh"
@@ -24,7 +25,8 @@ constexpr float kDrift = 0x1p28f;   // of a scaling
 constexpr float kTrusted = 1e30f;   // sums beyond it, or below its inverse, may have over- or underflown
 constexpr float kMaxExponent = 115; // only pairs without weight exceed it; times their weight it stays 0
 
-template <class Team>
+// Number: of the cost, float or the bits of a narrow one.
+template <class Team, class Number>
 class OnChip {
  public:
   __device__ OnChip(const SinkhornOnChip& params, int problem)
@@ -82,18 +84,20 @@ class OnChip {
   // ---- what this thread reads -----------------------------------------------------------------------------------------
 
   // A row's costs; padding is as good as forbidden. `columns` are those from this thread's first on, none where there is no row.
-  __device__ static void load_row(const float* at, int columns, float (&out)[C]) {
+  __device__ void load_row(const Number* at, int columns, float (&out)[C]) const {
 #pragma unroll
-    for (int c = 0; c < C; ++c) out[c] = Team::kLanes * c < columns ? at[Team::kLanes * c] : INFINITY;
+    for (int c = 0; c < C; ++c) out[c] = Team::kLanes * c < columns ? wide(at[Team::kLanes * c]) : INFINITY;
   }
+  __device__ float wide(float x) const { return x; }
+  __device__ float wide(uint16_t bits) const { return device::float_of(bits, p_.element); }
   __device__ int columns_of(int r, int rows) const { return r < rows ? columns_ - team_.lane : 0; }
 
-  __device__ const float* first_cost() const {
-    return device::known_here(p_.cost + problem_ * p_.batch_stride + team_.first_row() * p_.row_stride + team_.lane);
+  __device__ const Number* first_cost() const {
+    return device::known_here(static_cast<const Number*>(p_.cost) + problem_ * p_.batch_stride + team_.first_row() * p_.row_stride + team_.lane);
   }
 
   __device__ void load_costs() {
-    const float* at = first_cost();
+    const Number* at = first_cost();
     const int rows = device::known_here(rows_ - team_.first_row());
 #pragma unroll
     for (int r = 0; r < R; ++r, at += p_.row_stride) load_row(at, columns_of(r, rows), e_[r]);
@@ -255,7 +259,7 @@ class OnChip {
   __device__ void finish(int done) {
     const float k = bits();
     float g[C], b[C], paid[C], sums[C], row = 0, spent = 0;
-    const float* at = first_cost();
+    const Number* at = first_cost();
     team_.spread(g_, g);
     team_.spread(b_, b);
 #pragma unroll
@@ -285,16 +289,17 @@ class OnChip {
   }
 };
 
-template <class Team>
+template <class Team, class Number>
 __global__ void __launch_bounds__(Team::kThreads, 512 / Team::kThreads) on_chip_kernel(const SinkhornOnChip params) {
   const int team = int(blockIdx.x) / params.cluster * Team::kTeams + int(threadIdx.x) * Team::kTeams / Team::kThreads;
-  if (team < params.problems.batch) OnChip<Team>(params, team).solve();
+  if (team < params.problems.batch) OnChip<Team, Number>(params, team).solve();
 }
 
 template <class Team>
 const char* run(const SinkhornOnChip& params, void* stream) {
   const int64_t blocks = (params.problems.batch + Team::kTeams - 1) / Team::kTeams * params.cluster;
-  return launch(on_chip_kernel<Team>, Launch{blocks, Team::kThreads, Team::kSharedBytes, params.cluster, stream}, params);
+  const auto kernel = params.problems.element == Element::kFloat32 ? on_chip_kernel<Team, float> : on_chip_kernel<Team, uint16_t>;
+  return launch(kernel, Launch{blocks, Team::kThreads, Team::kSharedBytes, params.cluster, stream}, params);
 }
 
 // A warp or less holds small problems, several to a block; larger ones take 4 or 16 warps, and blocks of a cluster 128 rows each.

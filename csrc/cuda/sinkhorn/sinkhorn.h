@@ -10,7 +10,8 @@ namespace kdfast {
 // B problems: P_ij = a_i b_j exp((f_i + g_j - C_ij)/epsilon). All but the cost is contiguous.
 struct SinkhornBatch {
   int64_t batch, n, m;
-  const float* cost;  // [B, n, m], each row contiguous; a shared cost has batch stride 0
+  const void* cost;  // [B, n, m], each row contiguous; a shared cost has batch stride 0
+  Element element;
   int64_t batch_stride, row_stride;
   const float *a, *b, *epsilon;  // [B, n], [B, m], [B]
   const int64_t *rows, *columns; // [B], the rest is padding and is not read; null: all

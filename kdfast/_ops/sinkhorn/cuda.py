@@ -1,6 +1,6 @@
 """impl="cuda": the kernels of csrc/cuda/sinkhorn.
 
-A float32 cost of at most 256 columns and 128 rows, 1024 rows on GPUs with clusters (from compute capability 9.0), stays on chip through all
+A cost of at most 256 columns and 128 rows, 1024 rows on GPUs with clusters (from compute capability 9.0), stays on chip through all
 iterations; others are read once an iteration, by blocks that wait for one another.
 """
 
@@ -45,10 +45,10 @@ def refuses(
     if wrong is not None or size is None:
         return wrong
     blocks = BLOCKS if runtime.has_clusters() else 1
-    if dtype == torch.float32 and size[0] <= BLOCK_ROWS * blocks and size[1] <= COLUMNS:
+    if size[0] <= BLOCK_ROWS * blocks and size[1] <= COLUMNS:
         return None
     if not runtime.has_cooperative_launches():
-        return f"without cooperative launches it takes float32 costs of at most {BLOCK_ROWS * blocks} x {COLUMNS}, which stay on chip"
+        return f"without cooperative launches it takes costs of at most {BLOCK_ROWS * blocks} x {COLUMNS}, which stay on chip"
     most = STREAMED_COLUMNS * blocks
     return None if size[1] <= most else f"it takes at most {most} columns, not {size[1]}"
 
