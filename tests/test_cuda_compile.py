@@ -60,7 +60,7 @@ def test_every_kernel_belongs_to_what_is_compiled():
     for path in CUDA.rglob("*"):
         if path.is_file() and "__global__ void" in path.read_text():
             assert any(path in texts for texts in compiled), path
-    assert sum(len(kernels_of(source)) for source in KERNELS) >= 12
+    assert sum(len(kernels_of(source)) for source in KERNELS) >= 9
 
 
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
