@@ -14,7 +14,7 @@ from triton_code import DOT, MATRIX_INSTRUCTION, SHARED_MEMORY, Code, architectu
 
 from kdfast._ops.similarity.triton import attraction_kernels as class_kernels
 from kdfast._ops.similarity.triton import pairs_kernels as kernels
-from kdfast._ops.similarity.triton import second_kernels, wide_kernels
+from kdfast._ops.similarity.triton import second_kernels, sigmoid_second_kernels, wide_kernels
 from kdfast._ops.similarity.triton import slabs as launches
 from kdfast._ops.similarity.triton.formats import KERNELS
 
@@ -107,13 +107,13 @@ def second_flags(dtype: torch.dtype, terms: bool) -> dict:
 
 
 @CASES
-def test_second_derivative_of_what_is_pooled(arch, dtype, tmp_path):
-    for kernel in (second_kernels.tile_moments, second_kernels.second_weights):
+def test_second_derivatives(arch, dtype, tmp_path):
+    for kernel in (second_kernels.tile_moments, second_kernels.second_weights, sigmoid_second_kernels.sigmoid_second):
         assert_in_registers(compiled(kernel, arch, dtype, tmp_path, **second_flags(dtype, terms=True)), arch)
 
 
 @pytest.mark.parametrize(("arch", "dtype"), [(86, torch.float16), (120, torch.bfloat16)], ids=str)
-def test_second_derivative_of_what_is_pooled_on_small_gpus(arch, dtype, tmp_path):
+def test_second_derivatives_on_small_gpus(arch, dtype, tmp_path):
     code = compiled(second_kernels.second_weights, arch, dtype, tmp_path, **second_flags(dtype, terms=False))
     assert code.has(MATRIX_INSTRUCTION[arch]) and code.shared <= SHARED_MEMORY[arch] and code.stack < 256
 

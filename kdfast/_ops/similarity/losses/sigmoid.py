@@ -178,6 +178,17 @@ def _run_gradients(impl, compute, want, *tensors) -> tuple[Tensor, Tensor, Tenso
     return rows.mul_(scale[..., None]) if want_rows else rows, dkeys, dscale, dshift
 
 
+def _run_second_order(impl, compute, want_keys, *tensors) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    if impl != "triton":
+        return second_order(compute.dtype, want_keys, *tensors)
+    query, keys = tensors[5:7]
+    *directions, g = tensors[:5]
+    given = (None if x is None else x.contiguous() for x in (g, *directions, *tensors[5:]))
+    number = cpu.product_number(compute.products, query, KERNELS[impl])
+    dg, dquery, dkeys, dscale, dshift = KERNELS[impl].ops.sigmoid_second(*given, want_keys, number)
+    return dg, dquery.to(query.dtype), dkeys.to(keys.dtype) if want_keys else None, dscale, dshift
+
+
 class SigmoidPairs(Function):
     """The losses [B, N]; the first backward is a pass over the tiles."""
 
@@ -215,12 +226,12 @@ class SigmoidGradients(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        _, ctx.compute, _, *tensors = inputs
+        ctx.impl, ctx.compute, _, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        grads = SigmoidSecondOrder.apply(ctx.compute.dtype, ctx.needs_input_grad[5], *cotangents, *ctx.saved_tensors)
+        grads = SigmoidSecondOrder.apply(ctx.impl, ctx.compute, ctx.needs_input_grad[5], *cotangents, *ctx.saved_tensors)
         return (None, None, None, *grads, None)
 
     @staticmethod
@@ -230,8 +241,8 @@ class SigmoidGradients(Function):
 
 class SigmoidSecondOrder(Function):
     @staticmethod
-    def forward(compute, want_keys, *tensors):
-        return second_order(compute, want_keys, *tensors)
+    def forward(impl, compute, want_keys, *tensors):
+        return _run_second_order(impl, compute, want_keys, *tensors)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

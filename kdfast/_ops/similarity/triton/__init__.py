@@ -12,7 +12,7 @@ from torch import Tensor
 from ...._core import triton_runtime as runtime
 from ...._core.architectures import Architecture
 from .. import cpu
-from . import second  # noqa: F401, it registers its op
+from . import second, sigmoid_second  # noqa: F401, they register their ops
 from . import wide as triton_wide
 from .formats import KERNELS, missing, products, refuses
 

@@ -12,52 +12,38 @@ from torch import Tensor
 from ...._core import triton_runtime as runtime
 from .. import cpu
 from . import slabs
+from .tangent import Tangent, no_sums, tangent
 from .wide import Terms
 
 KINDS = 8  # numbers that a row of a tile has of moments
 
 
 class Problem(NamedTuple):
-    """What tiles are made of. Rows' matrices are in the dtype they are multiplied in, or float32."""
+    """What tiles are made of."""
 
+    along: Tangent
     g: Tensor  # [B, N]
-    h: Tensor  # [B, N, Dv]
+    h: Tensor  # [B, N, Dv], in the dtype it is multiplied in
     lse: Tensor  # [B, N]
     low: Tensor  # [B, N]
-    query: Tensor  # [B, N, D]
-    keys: Tensor  # [B, M, D]
-    direction: Tensor  # [B, N, D], e = s u + sigma q
-    keys_direction: Tensor | None  # [B, M, D]
     values: Tensor  # [B, M, Dv]
     values_direction: Tensor | None  # [B, M, Dv]
     bias_direction: Tensor | None  # [B, M]
     terms: Terms
-    precision: int
-
-    def parts(self, most: int):
-        """Slabs and their operands, whose tiles leave room for four tiles of numbers a pair. float16 rows are multiplied as tf32 here, for
-        what is beside them, such as h, has no room in float16."""
-        for slab, part in slabs.parts(self.query, self.keys, self.precision, most, narrow=True):
-            if self.query.dtype == torch.float16:
-                part = part._replace(tiles=part.tiles._replace(depth=min(part.tiles.depth, 32)))
-            yield slab, part
 
     def arguments(self, slab: slabs.Slab, part: slabs.Part) -> tuple[tuple, tuple, tuple, dict]:
         """Tensors before and after the moments', sizes and constants, of a launch."""
-        import triton.language as tl
-
-        direction, h, lse, low = slab.of_rows(self.direction, self.h, self.lse, self.low)
-        moving = slab.of_columns(self.keys_direction, self.values_direction, self.bias_direction)
-        along_keys, along_values, along_bias = (part.x if x is None else x for x in moving)  # what is not there is never read
-        (values,), of_slab = slab.of_columns(self.values), self.terms.of(slab)
-        operands = part.x, part.y, direction, along_keys, h, values, along_values, along_bias, lse, low
-        width = values.shape[2]
-        strides = (x.stride(0) for x in (h, values, along_keys, along_values, along_bias))
+        query, keys, direction, keys_direction = self.along.operands(slab, part)
+        h, lse, low = slab.of_rows(self.h, self.lse, self.low)
+        (values,), moving = slab.of_columns(self.values), slab.of_columns(self.values_direction, self.bias_direction)
+        of_values, of_bias = (query if x is None else x for x in moving)  # what is not there is never read
+        of_slab, width = self.terms.of(slab), values.shape[2]
+        operands = query, keys, direction, keys_direction, h, values, of_values, of_bias, lse, low
+        strides = (x.stride(0) for x in (h, values, keys_direction, of_values, of_bias))
         sizes = *part.sizes, width, *strides, *of_slab.strides, slab.columns.start
         constants = {
-            **part.options, **of_slab.constants, "KEYS_MOVE": moving[0] is not None, "VALUES_MOVE": moving[1] is not None,
-            "BIAS_MOVES": moving[2] is not None, "EVEN_VALUES": width % part.tiles.depth == 0,
-            "DOT": tl.bfloat16 if part.format.weights == torch.bfloat16 else tl.float32,
+            **self.along.constants(part), **of_slab.constants, "VALUES_MOVE": moving[0] is not None, "BIAS_MOVES": moving[1] is not None,
+            "EVEN_VALUES": width % part.tiles.depth == 0,
         }  # fmt: skip
         return operands, of_slab.tensors, sizes, constants
 
@@ -66,7 +52,7 @@ class Problem(NamedTuple):
         and h.(tangent of v), covariance of rate and slope."""
         from .second_kernels import merge_moments, tile_moments
 
-        for slab, part in self.parts(slabs.STATISTICS_PAIRS >> 2):
+        for slab, part in self.along.parts(slabs.STATISTICS_PAIRS >> 2):
             operands, terms, sizes, constants = self.arguments(slab, part)
             found = part.of_rows().new_empty((KINDS, *part.of_rows().shape))
             tile_moments[part.programs](*operands, *terms, found, *sizes, found.stride(0), **constants)
@@ -120,66 +106,38 @@ def pooled_second(
     want_bias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As cpu.pooled_second_order."""
-    direction = g.new_zeros(query.shape) if query_direction is None else scale[..., None] * query_direction
-    if scale_direction is not None:
-        direction = direction + scale_direction[..., None] * query
-    short = slabs.format_of(query.dtype, precision, runtime.architecture(query.device.index or 0)).weights
-    over_keys = values is None
+    along, over_keys = tangent(query, keys, scale, query_direction, keys_direction, scale_direction, precision), values is None
     p = Problem(
-        g, h.to(short), lse, lse_low, query, keys, direction.to(short), keys_direction, keys if over_keys else values,
+        along, g, h.to(along.direction.dtype), lse, lse_low, keys if over_keys else values,
         keys_direction if over_keys else values_direction, bias_direction,
-        Terms(scale, bias, query_labels, key_labels, key_index, limit, valid), precision,
+        Terms(scale, bias, query_labels, key_labels, key_index, limit, valid),
     )  # fmt: skip
     moments = torch.zeros((5, *g.shape), dtype=torch.float64, device=g.device)
     if start is not None:
         moments[:4] = start
     p.add_moments(moments)
-    rows = g.new_zeros(query.shape)
-    of_slopes = g.new_zeros(query.shape if scale_direction is not None or (want_scale and query_direction is not None) else (0,))
-    dh, dkeys, dbias, dvalues = (
-        g.new_zeros(shape if want else (0,))
-        for shape, want in ((h.shape, want_h), (keys.shape, want_keys), (keys.shape[:2], want_bias), (p.values.shape, want_values))
+    sums = no_sums(along, want_keys, want_scale)
+    dh, dbias, dvalues = (
+        g.new_zeros(shape) if want else None
+        for shape, want in ((h.shape, want_h), (keys.shape[:2], want_bias), (p.values.shape, want_values))
     )
-    to_values = dkeys if over_keys else dvalues
-    scaled = (scale[..., None] * query).to(short) if want_keys else query
-    wanted = (
-        keys_direction is not None or want_keys or of_slopes.numel() > 0, want_h or to_values.numel() > 0,
-        want_h and p.values_direction is not None, want_bias,
-    )  # fmt: skip
-    for slab, part in p.parts(slabs.WEIGHTS_PAIRS):
-        a, b, moved, plain, sums = p.weights(slab, part, moments, *wanted)
-        here = {"transposed": False, "valid": None if valid is None else valid[slab.entries], "first": slab.columns.start}
-
-        def add(weights, of, to, part=part, slab=slab, here=here):
-            """Sums over columns."""
-            slabs.add_products(weights, *slab.of_columns(of), *slab.of_rows(to), part, **here)
-
-        def add_transposed(weights, of, to, part=part, slab=slab):
-            slabs.add_products(weights, *slab.of_rows(of), *slab.of_columns(to), part, transposed=True)
-
-        add(a, keys, rows)
-        if keys_direction is not None:
-            add(b, keys_direction, rows)
-        if of_slopes.numel():
-            add(b, keys, of_slopes)
-        if want_h:
-            add(moved, p.values, dh)
-            if plain is not None:
-                add(plain, p.values_direction, dh)
-        if want_keys:
-            add_transposed(a, scaled, dkeys)
-            add_transposed(b, p.direction, dkeys)
-        if to_values.numel():
-            add_transposed(moved, p.h, to_values)
+    of_values = sums.keys if over_keys else dvalues
+    wanted = sums.slopes_weigh, want_h or of_values is not None, want_h and p.values_direction is not None, want_bias
+    for slab, part in along.parts(slabs.WEIGHTS_PAIRS):
+        a, b, moved, plain, of_columns = p.weights(slab, part, moments, *wanted)
+        below = None if valid is None else valid[slab.entries]
+        sums.add(slab, part, a, b, below)
+        for weights, of in ((moved, p.values), (plain, p.values_direction)):
+            if want_h and of is not None:
+                slabs.add_products(
+                    weights, *slab.of_columns(of), *slab.of_rows(dh), part, transposed=False, valid=below, first=slab.columns.start
+                )
+        if of_values is not None:
+            slabs.add_products(moved, *slab.of_rows(p.h), *slab.of_columns(of_values), part, transposed=True)
         if want_bias:
-            slab.of_columns(dbias)[0].add_(sums.sum(0))
-    dquery, dscale = scale[..., None] * rows, g.new_empty(0)
-    if scale_direction is not None:
-        dquery += scale_direction[..., None] * of_slopes
-    if want_scale:
-        dscale = (query * rows).sum(-1)
-        if query_direction is not None:
-            dscale += (query_direction * of_slopes).sum(-1)
+            slab.of_columns(dbias)[0].add_(of_columns.sum(0))
+    dquery, dscale = sums.of_rows(want_scale)
+    dh, dkeys, dvalues, dbias = (g.new_empty(0) if x is None else x for x in (dh, sums.keys, dvalues, dbias))
     return moments[1].float(), dh, dquery, dkeys, dscale, dvalues, dbias, moments
 
 
