@@ -39,7 +39,6 @@ class Assigner {
       }
     }
     if constexpr (kPass != Pass::kCodes) store_parts();
-    pairs_.leave();
   }
 
  private:

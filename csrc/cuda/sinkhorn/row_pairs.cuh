@@ -90,11 +90,6 @@ class RowPairs {
   __device__ float level(int r) const { return __shfl_sync(~0u, most_, r * kWarps); }
   __device__ float total(int r) const { return __shfl_sync(~0u, sum_, r * kWarps); }
 
-  // No block of a cluster leaves while others read its memory.
-  __device__ void leave() const {
-    if (p_.cluster > 1) device::cluster_barrier();
-  }
-
   __device__ int rank() const { return rank_; }
 
   // Of those that share a row.
@@ -125,7 +120,7 @@ class RowPairs {
 
   // Blocks send each other what they have. A barrier of the cluster would wait for the rows that are on their way, and empty the cache of what
   // columns have. A block two pairs ahead cannot write what is still read: it has had this one's numbers of the pair between, which followed
-  // the barrier of all of this one's threads.
+  // the barrier of all of this one's threads; and one that leaves has had all that was sent to it.
   __device__ void join_blocks(float* all, int lane) {
     const int row = lane / kWarps, block = lane % kWarps;
     device::Barrier* const barrier = this->barrier(turn_ & 1);

@@ -47,7 +47,6 @@ class Streamer {
   __device__ void run() {
 #pragma unroll 1
     for (problem_ = slot_; problem_ < p_.batch; problem_ += p_.slots) solve();
-    pairs_.leave();
   }
 
  private:
