@@ -167,6 +167,7 @@ namespace kdfast {
 namespace device {
 
 constexpr bool kHopper = true;
+inline void stop() { emulator::fail("a kernel that was not compiled for this device"); }
 using Barrier = uint64_t;
 
 struct alignas(64) TensorMap {

@@ -140,7 +140,11 @@ class Keys : public Consumer<Keys<kType, kWidth, kMasked>, kType, Tile<kWidth>, 
 
 template <Element kType, int kWidth, bool kMasked>
 __global__ void __launch_bounds__(kThreads, 1) keys_kernel(const __grid_constant__ KeysParams p) {
-  if constexpr (device::kHopper) run_block<Tile<kWidth>>(p.streamed, [&] { Keys<kType, kWidth, kMasked>(p).run(); });
+  if constexpr (device::kHopper) {
+    run_block<Tile<kWidth>>(p.streamed, [&] { Keys<kType, kWidth, kMasked>(p).run(); });
+  } else {
+    device::stop();
+  }
 }
 
 template <int kWidth>

@@ -201,7 +201,11 @@ class Softmax : public Consumer<Softmax<kType, T, kPooled, kMasked>, kType, T, k
 
 template <Element kType, class T, bool kPooled, bool kMasked>
 __global__ void __launch_bounds__(kThreads, 1) softmax_kernel(const __grid_constant__ SoftmaxParams p) {
-  if constexpr (device::kHopper) run_block<T>(p.streamed, [&] { Softmax<kType, T, kPooled, kMasked>(p).run(); });
+  if constexpr (device::kHopper) {
+    run_block<T>(p.streamed, [&] { Softmax<kType, T, kPooled, kMasked>(p).run(); });
+  } else {
+    device::stop();
+  }
 }
 
 }  // namespace
