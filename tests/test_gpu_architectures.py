@@ -7,6 +7,7 @@ import torch
 
 from kdfast._core import triton_runtime
 from kdfast._core.architectures import named
+from kdfast._ops.similarity.triton import KERNELS, in_slabs
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ from kdfast._core.architectures import named
 def test_architectures(name, kilobytes, from_shared, small, lanes):
     arch = named(name)
     assert (arch.shared, arch.from_shared, arch.small, arch.lanes) == (kilobytes << 10, from_shared, small, lanes)
-    assert arch.blackwell == (name in ("sm_100", "sm_120")) and arch.amd == name.startswith("gfx")
+    assert arch.blackwell == (name in ("sm_100", "sm_120")) and arch.amd == name.startswith("gfx") and arch.crowded == (name == "gfx1100")
 
 
 def test_an_amd_gpu_is_not_taken_for_the_other_maker_s(monkeypatch):
@@ -69,3 +70,21 @@ def test_parts_that_would_cost_more_than_they_save(splits):
 def test_kernels_that_wait_for_memory_are_split_to_fill_alone(monkeypatch, splits):
     assert triton_runtime.fill(157, 65536, 64, torch.device("cuda", 0)) == 1
     assert triton_runtime.fill(33, 65536, 64, torch.device("cuda", 0)) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "of_h", "slabs"),
+    [
+        ("sm_80", 256, False, False),
+        ("sm_80", 160, True, True),  # registers hold what Hopper reads from shared memory
+        ("sm_80", 128, True, False),
+        ("sm_90", 256, True, False),
+        ("sm_120", 256, False, True),
+        ("gfx942", 128, True, False),
+        ("gfx1100", 16, False, True),
+    ],
+)
+def test_rows_too_wide_for_a_tile_of_their_sums(name, width, of_h, slabs, monkeypatch):
+    monkeypatch.setattr(triton_runtime, "architecture", lambda _: named(name))
+    keys = torch.empty(1, 4, width, dtype=torch.bfloat16)
+    assert in_slabs(keys, None, KERNELS.products["ieee"], small_weights=True, of_h=of_h) == slabs

@@ -47,6 +47,7 @@ NAMES = pytest.mark.parametrize("name", ["forward", "grad_rows", "grad_keys"])
     ("arch", "dtype", "width"),
     [
         (80, torch.bfloat16, 128),
+        (80, torch.bfloat16, 256),
         (80, torch.float32, 128),
         (90, torch.bfloat16, 128),
         (100, torch.bfloat16, 128),

@@ -35,7 +35,16 @@ def compiled(kernel, source, arch, tmp_path, *, tiles=None, dtype=None, **consta
 
 @pytest.mark.parametrize(
     ("source", "arch"),
-    [("rows", 80), ("rows", 90), ("rows", 100), ("products", 80), ("products", 90), ("products", 100), ("differences", 90)],
+    [
+        ("rows", 80),
+        ("rows", 90),
+        ("rows", 100),
+        ("products", 80),
+        ("products", 90),
+        ("products", 100),
+        ("products", 120),
+        ("differences", 90),
+    ],
 )
 def test_reverse_iterations_stay_in_registers(source, arch, tmp_path):
     of_columns = "columns" if source == "rows" else source  # a given cost is read along its rows, which the columns' launch sums over

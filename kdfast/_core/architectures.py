@@ -27,6 +27,11 @@ class Architecture(NamedTuple):
         return self.lanes == 64
 
     @property
+    def crowded(self) -> bool:
+        """AMD's other GPUs (RDNA): of 256 registers a thread no tile's sums leave enough for the operands that it reads itself."""
+        return self.amd and not self.wide_warps
+
+    @property
     def blackwell(self) -> bool:
         """Compute capability 10 and later, where what belongs to a tile's columns takes more registers."""
         return not self.amd and int(self.name[3:]) >= 100

@@ -36,11 +36,17 @@ def operands(dtype: torch.dtype, small_weights: bool) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and small_weights else dtype
 
 
-def in_slabs(query: Tensor, values: Tensor | None, precision: int, *, small_weights: bool) -> bool:
-    """Whether rows are too wide for a tile of their sums, or exact products of float32, by whole rows here, would spill kilobytes."""
+def in_slabs(query: Tensor, values: Tensor | None, precision: int, *, small_weights: bool, of_h: bool = False) -> bool:
+    """Whether rows are too wide for a tile of their sums, or exact products of float32, by whole rows here, would spill kilobytes.
+
+    `of_h`: where keys stay, and h passes by beside the queries.
+    """
     exact = query.dtype == torch.float32 and precision in (KERNELS.products["ieee"], KERNELS.products["bf16x3"])
-    most = MAX_BYTES_SMALL if runtime.architecture(query.device.index or 0).small else MAX_BYTES
+    arch = runtime.architecture(query.device.index or 0)
+    most = 0 if arch.crowded else MAX_BYTES_SMALL if arch.small else MAX_BYTES
     widest = max(query.shape[2], 0 if values is None else values.shape[2])
+    if of_h and widest > 128 and not arch.from_shared:  # 4 to 10 KB, of 64 keys or 128
+        return True
     return exact or widest * operands(query.dtype, small_weights).itemsize > most
 
 
@@ -48,14 +54,14 @@ def tiles(width: int, dtype: torch.dtype, streams: int, arch: Architecture, sums
     """For operands of `width` (a power of two) in `dtype`, `streams` matrices of them passing by, on a GPU of `arch`.
 
     The sums of a tile's rows stay in registers, rows x width floats: 64 to 128 of the 255 of a thread; scores and weights take as many
-    more (all of them before Hopper, whose matrix instructions read operands from shared memory: float32 has fewer rows there). There lie
+    more (all of them before Hopper, whose matrix instructions read operands from shared memory: wide rows are fewer there). There lie
     what stays, and two stages of what passes by: 96 to 192 KB; on small GPUs, whose rows are narrow here (MAX_BYTES_SMALL), at most 85.
     `sums`: where keys stay and queries pass by, the width of all sums of a key, of it and of its value.
     """
     if runtime.INTERPRETED:
         return Tiles(32, 32, 4, 1)
     wide = dtype == torch.float32
-    fewer = arch.wide_warps or (wide and not arch.from_shared and (streams < 3 or not sums))  # keys of three streams: fewer spill more
+    fewer = arch.wide_warps or (not arch.from_shared and (not sums or (wide and streams < 3)))  # keys of three streams: fewer spill more
     most = 128 if fewer else 256
     rows = 128 if max(sums, width) * (1 + wide) <= most else 64
     columns = 128 if width <= 128 else 64
@@ -230,7 +236,7 @@ def grad_keys(
     precision: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As cpu.grad_keys."""
-    if in_slabs(query, values, precision, small_weights=True):
+    if in_slabs(query, values, precision, small_weights=True, of_h=h is not None):
         return triton_wide.grad_keys(
             slope, h, lse, lse_low, query, keys, scale, bias, values, query_labels, key_labels, key_index, limit, valid,
             want_keys, want_bias, want_values, precision,
