@@ -12,6 +12,7 @@ from similarity_cases import assert_as_good_as
 
 from kdfast._core import triton_runtime
 from kdfast._ops.similarity import triton
+from kdfast._ops.similarity.losses import distillation_values
 from kdfast._ops.similarity.triton import distillation as triton_distillation
 from kdfast.functional import similarity_distillation
 
@@ -205,6 +206,31 @@ def test_through_the_public_function(kl, monkeypatch):
     compiled = results("triton", lambda f: torch.compile(f, fullgraph=True, backend="aot_eager"))
     for x, y in zip(compiled, ours, strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one bank", "a bank each"])
+def test_entries_under_vmap_are_launched(shared, monkeypatch):
+    """Those of one bank together; what PyTorch's operations would make of them is not asked for."""
+    student, teacher, bank, teacher_bank = (unit(3, n, width).to(DEVICE) for n, width in ((5, 6), (5, 8), (40, 6), (40, 8)))
+    launched, tiles = [], triton_distillation.tiles
+
+    def loss(student, teacher, bank):
+        temperatures = {"student_temperature": 0.2, "teacher_temperature": 0.1}
+        options = {"own_index": torch.arange(5, device=DEVICE), "divergence": "kl", "impl": "triton", **temperatures}
+        return similarity_distillation(student, teacher, bank, teacher_bank[0], **options)
+
+    banks = bank[0].expand(3, -1, -1) if shared else bank
+    each = [loss(*entry) for entry in zip(student, teacher, banks, strict=True)]
+    monkeypatch.setattr(triton_distillation, "tiles", lambda *args: launched.append(args) or tiles(*args))
+    monkeypatch.setattr(distillation_values, "losses", None)
+    given, dims = (student, teacher, bank[0] if shared else bank), (0, 0, None if shared else 0)
+    torch.testing.assert_close(torch.vmap(loss, dims)(*given), torch.stack(each), rtol=2e-5, atol=2e-6)
+    assert len(launched) == (1 if shared else 3)
+    slopes, values = torch.vmap(torch.func.grad_and_value(loss), dims)(*given)
+    torch.testing.assert_close(values, torch.stack(each), rtol=2e-5, atol=2e-6)
+    leaf = student[1].clone().requires_grad_()
+    loss(leaf, teacher[1], banks[1]).backward()
+    torch.testing.assert_close(slopes[1], leaf.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_opcheck():

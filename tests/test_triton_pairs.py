@@ -13,6 +13,7 @@ from similarity_kernel_cases import assert_accurate
 
 from kdfast import functional
 from kdfast._core import triton_runtime
+from kdfast._ops.similarity.losses import sup_con_values
 from kdfast._ops.similarity.symmetric import symmetric_lse
 from kdfast._ops.similarity.triton import slabs as triton_slabs
 
@@ -319,6 +320,25 @@ def test_vmap_and_compile():
     compiled(leaf, y[0], "triton").backward()
     losses(other, y[0], "torch").backward()
     torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_values_of_sup_con_are_the_kernels_under_vmap_and_compile(monkeypatch):
+    x, labels = rows(3, 9, 8, torch.float32).to(DEVICE), torch.tensor([0, 1, 1, 2, 2, 2, 3, 0, 1], device=DEVICE)
+
+    def loss(x):
+        return functional.sup_con(x, labels, temperature=0.3, impl="triton")
+
+    leaf, other = (x[0].clone().requires_grad_() for _ in range(2))
+    loss(leaf).backward()
+    each = torch.stack([loss(entry) for entry in x])
+    monkeypatch.setattr(sup_con_values, "losses", None)
+    torch.testing.assert_close(torch.vmap(loss)(x), each)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(x)[0], leaf.grad, rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr(torch.ops.kdfast_torch, "sup_con_losses", None)
+    value = torch.compile(loss, backend="aot_eager", fullgraph=True)(other)
+    value.backward()
+    torch.testing.assert_close(value, each[0])
+    torch.testing.assert_close(other.grad, leaf.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_opcheck():

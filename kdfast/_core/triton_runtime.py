@@ -134,6 +134,24 @@ def register(name: str, function: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"kdfast_triton::{name}", fake, lib=_library)
 
 
+def register_vmap(name: str, rule: Callable) -> None:
+    """The vmap `rule` (op, info, in_dims, *args) of an op registered here."""
+    op = getattr(torch.ops.kdfast_triton, name).default
+    torch.library.register_vmap(f"kdfast_triton::{name}", functools.partial(rule, op), lib=_library)
+
+
+def one_by_one(op: Callable, info, in_dims: tuple, *args):
+    """The vmap rule of an op whose entries fill a GPU each: a call for each of them."""
+
+    def entry(i: int) -> tuple:
+        return tuple(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True))
+
+    found = [op(*entry(i)) for i in range(info.batch_size)]
+    if isinstance(found[0], Tensor):
+        return torch.stack(found), 0
+    return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
+
+
 class ScoreTiles(NamedTuple):
     """Of a launch that uses triton_scores.scores: rows, columns and depth of a tile's products, warps of 32, stages of the pipeline."""
 

@@ -122,8 +122,7 @@ def distillation_rows(
     if chosen == "cpu" and not transforms and not recorded(fixed.scale, teacher_logit, bias):
         return Distillation.apply(call, *inputs)
     losses, lse = _composed(call, *inputs)
-    kernel = chosen == "triton" and not transforms
-    return _reduced(call, fixed, with_values(losses, _values(call, kernel, ours, theirs, *inputs)), lse.detach())
+    return _reduced(call, fixed, with_values(losses, _values(call, chosen == "triton", ours, theirs, *inputs)), lse.detach())
 
 
 def _reduced(call: Call, fixed: Fixed, losses: Tensor, lse: Tensor) -> Tensor:

@@ -65,14 +65,21 @@ def sup_con_rows(
             losses = _mean(losses, counted) if mean else losses
     elif chosen not in KERNELS or transformed() or of_rows:
         losses, counted = _definition(call, x, scale)
-        exactly = torch.ops.kdfast_torch.sup_con_losses if torch.compiler.is_compiling() else sup_con_values.losses
-        losses = with_values(losses, exactly(x.detach(), row_parameter("scale", scale, x).detach(), labels, compute.dtype))
+        if chosen == "triton" and not of_rows:
+            values, _ = kernels.ops.sup_con(x.detach().contiguous(), _scalar(scale, x).detach(), labels, False, call.products)
+        else:
+            exactly = torch.ops.kdfast_torch.sup_con_losses if torch.compiler.is_compiling() else sup_con_values.losses
+            values = exactly(x.detach(), row_parameter("scale", scale, x).detach(), labels, compute.dtype)
+        losses = with_values(losses, values)
         losses = _mean(losses, counted) if mean else losses
     else:
-        scale = scale.to(x.device, torch.float32) if isinstance(scale, Tensor) else x.new_full((), scale, dtype=torch.float32)
-        losses, statistics = SupCon.apply(call, x.contiguous(), scale)
+        losses, statistics = SupCon.apply(call, x.contiguous(), _scalar(scale, x))
         counted = statistics[2] > 0
     return losses, None if mean else counted
+
+
+def _scalar(scale: float | Tensor, x: Tensor) -> Tensor:
+    return scale.to(x.device, torch.float32) if isinstance(scale, Tensor) else x.new_full((), scale, dtype=torch.float32)
 
 
 def _as_bank(call: Call, x: Tensor, scale: Tensor) -> Problem:

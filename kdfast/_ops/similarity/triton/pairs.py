@@ -235,3 +235,4 @@ for _name, _function, _fake in (
     ("sup_con_grad", sup_con_grad, _sup_con_grad_fake),
 ):
     runtime.register(_name, _function, _fake)
+runtime.register_vmap("sup_con", runtime.one_by_one)
