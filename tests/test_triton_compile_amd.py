@@ -71,6 +71,11 @@ def test_slabs(dtype, precision, arch, tmp_path):
         check(pairs.compiled(kernel, arch, dtype, tmp_path, precision=precision, narrow=narrow, **terms, **flags), arch)
 
 
+def test_second_derivatives(arch, tmp_path):
+    for kernel in (pairs.second_kernels.tile_moments, pairs.second_kernels.second_weights, pairs.sigmoid_second_kernels.sigmoid_second):
+        check(pairs.compiled(kernel, arch, BF16, tmp_path, **pairs.second_flags(BF16, terms=True)), arch)
+
+
 def test_scores_that_only_rank(arch, tmp_path):
     tiles = triton_runtime.score_tiles(128, 3)
 

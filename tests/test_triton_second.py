@@ -2,6 +2,8 @@
 float64: on a GPU, or where there is none under Triton's interpreter, in a process that has TRITON_INTERPRET=1 from its start (make test).
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,9 @@ from similarity_cases import assert_as_good_as, everything, normal
 from test_similarity_pooled_exact import near, worst
 from test_similarity_pooled_second import second
 
+from kdfast import functional
 from kdfast._core import triton_runtime
-from kdfast._ops.similarity import reference, second_order_pooled
+from kdfast._ops.similarity import reference, second_order_pooled, tiles
 from kdfast._ops.similarity.losses import sigmoid
 from kdfast._ops.similarity.triton import slabs as triton_slabs
 from kdfast.ops import similarity_softmax
@@ -161,6 +164,45 @@ def test_sigmoid_of_every_pair(monkeypatch, batch, leaves):
     got = twice(fused, torch.float32, index)
     naive, truth = (twice(sigmoid.reference, dtype, index) for dtype in (torch.float32, torch.float64))
     for x, y, z in zip(got, naive, truth, strict=True):
+        assert_as_good_as(x, y, z)
+
+
+def directed(loss, tensors, dtype):
+    """Gradients of <directions, gradients of a loss> in all its tensors."""
+    at = [x.to(DEVICE, dtype, copy=True).requires_grad_() for x in tensors]
+    first = torch.autograd.grad(loss(*at), at, create_graph=True)
+    return [x.cpu() for x in torch.autograd.grad(first, at, [torch.linspace(-1, 2, x.numel()).view(x.shape).to(x) for x in at])]
+
+
+CLASSES, OTHERS = moved(torch.arange(9) % 3), moved(torch.arange(40) % 3)
+LOSSES = {
+    "info_nce": lambda q, k, bank, tau, **to: functional.info_nce(q, k, bank, temperature=tau, **to),
+    "info_nce, classes attract": lambda q, k, bank, tau, **to: functional.info_nce(
+        q, k, bank, temperature=tau, query_labels=CLASSES, bank_labels=OTHERS, same_class="positive", **to
+    ),
+    "clip_loss": lambda q, k, _, tau, **to: functional.clip_loss(q, k, 1 / tau, **to),
+    "siglip_loss": lambda q, k, _, tau, **to: functional.siglip_loss(q, k, 1 / tau, -tau, **to),
+    "nt_xent": lambda q, k, _, tau, **to: functional.nt_xent(q, k, temperature=tau, **to),
+    "sup_con": lambda q, _, bank, tau, **to: functional.sup_con(q, CLASSES, temperature=tau, **to),
+    "similarity_distillation": lambda q, k, bank, tau, **to: functional.similarity_distillation(
+        q, k, bank, student_temperature=tau, teacher_temperature=2 * tau, divergence="kl", **to
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_differentiated_twice(name, monkeypatch):
+    """By kernels alone."""
+
+    def loss(*tensors, **to):  # a loss need not have them all
+        return LOSSES[name](*tensors, **to) + sum(x.sum() ** 2 for x in tensors) / 9
+
+    given = [*(F.normalize(torch.randn(n, 12), dim=-1) for n in (9, 9, 40)), torch.tensor(0.2)]
+    monkeypatch.undo()
+    naive, truth = (directed(partial(loss, impl="torch"), given, dtype) for dtype in (torch.float32, torch.float64))
+    monkeypatch.setattr(tiles, "_contract", None)
+    found = directed(partial(loss, impl="triton"), given, torch.float32)
+    for x, y, z in zip(found, naive, truth, strict=True):
         assert_as_good_as(x, y, z)
 
 
