@@ -207,9 +207,9 @@ class Running(NamedTuple):
 
 def nothing_yet(like: Tensor) -> Running:
     """Of the rows of `like` [B, N, D]."""
-    zeros = like.new_zeros(like.shape[:2], dtype=torch.float32)
-    nothing = torch.full_like(zeros, -math.inf)
-    return Running(nothing, zeros, nothing.clone(), zeros.clone())
+    # two tensors of two, filled at once; what is returned comes first
+    (lse, top), (low, total) = (like.new_full((2, *like.shape[:2]), x, dtype=torch.float32) for x in (-math.inf, 0.0))
+    return Running(top, total, lse, low)
 
 
 def add_products(

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import slabs
 
 LOG2E = 1.4426950408889634
+TINY = torch.finfo(torch.float32).tiny
 
 
 class Terms(NamedTuple):
@@ -86,10 +87,11 @@ def forward(
         running.add((slab.entries, slab.rows), top, total, carry)
         if pooled:
             (to,), (v,) = slab.of_rows(out), slab.of_columns(values)
-            to.mul_(carry[..., None])
+            if slab.columns.start > 0 or start_logit is not None:
+                to.mul_(carry[..., None])
             slabs.add_products(weights, v, to, part, transposed=False, factors=top, valid=of_slab.valid, first=slab.columns.start)
     if pooled:
-        out.div_(torch.where(running.total == 0, 1.0, running.total)[..., None])
+        out.div_(running.total.clamp_min(TINY)[..., None])  # it is 0, as out is, or about 1 at least
     return running.lse, out, running.low
 
 
