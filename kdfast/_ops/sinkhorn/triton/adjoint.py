@@ -193,7 +193,7 @@ def _pull(p: Problem, w: Tensor, points: Tensor, others: Tensor) -> Tensor:
         with torch.cuda.device_of(w):
             kernels.matrix_products[(programs,)](
                 w, points, values, out, mass, *w.stride(), size, columns, values.shape[-1], APART=apart, CHUNK=chunk,
-                ROWS=t.rows, COLUMNS=t.columns, INTERPRETED=runtime.INTERPRETED, num_warps=t.warps,
+                ROWS=t.rows, COLUMNS=t.columns, INTERPRETED=runtime.INTERPRETED, num_warps=runtime.pipeline(t.warps, t.stages)["num_warps"],
             )  # fmt: skip
     return from_differences(p.metric, out) if apart else from_products(p.metric, points, out[..., : points.shape[-1]], mass)
 
