@@ -105,6 +105,22 @@ def test_hopper_kernels_use_its_matrix_units_and_its_copies(tmp_path):
         assert not re.search(r"\b(LDL|STL|HMMA|ATOM|RED)\b", code)
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+def test_blocks_of_a_grid_see_what_others_have_written(arch, tmp_path):
+    """The emulator has no caches: that what a block has written is in the second level before its signal, that nobody keeps numbers in the
+    first level beyond a wait, and that none comes by the path for what never changes (LDG.CONSTANT), is seen in the object code alone."""
+    if NVCC is None or CUOBJDUMP is None:
+        pytest.skip("nvcc and cuobjdump are not here")
+    options = ["-cubin", "-std=c++17", "-O3", f"-arch=sm_{ARCHITECTURES[arch]}", f"-I{CUDA}", "-o", tmp_path / "out.cubin"]
+    subprocess.run([NVCC, *options, CUDA / "sinkhorn/streamed.cu"], check=True)
+    text = subprocess.run([CUOBJDUMP, "-sass", tmp_path / "out.cubin"], capture_output=True, text=True, check=True).stdout
+    order = re.findall(r"MEMBAR\.[A-Z.]*GPU|REDG?\.E\.ADD\.STRONG\.GPU|LDG?\.E\.STRONG\.GPU|CCTL\.IVALL", text)
+    signals, waits = ([i for i, word in enumerate(order) if re.match(kind, word)] for kind in ("RED", "LD"))
+    assert len(signals) == len(waits) >= 4
+    assert all(order[i - 1].startswith("MEMBAR") for i in signals) and all(order[i + 1] == "CCTL.IVALL" for i in waits)
+    assert not re.search(r"\bLDG\S*\.(CONSTANT|NC)\b", text)
+
+
 @pytest.mark.parametrize("source", BINDINGS, ids=lambda path: path.stem)
 def test_bindings_compile_against_any_pytorch(source):
     """Of CUDA they use what the stable ABI has, whose headers are in CPU builds of PyTorch too."""

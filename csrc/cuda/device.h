@@ -100,7 +100,8 @@ __device__ __forceinline__ void barrier_expect(Barrier* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
 
-// Until the phase of this parity has ended; the first phase has parity 0, and the one before it counts as ended.
+// Until the phase of this parity has ended; the first phase has parity 0, and the one before it counts as ended. What other blocks send is
+// in shared memory by then: to acquire in the cluster's scope is the same instruction, and empties the first-level cache as well.
 __device__ __forceinline__ void barrier_wait(Barrier* barrier, unsigned parity) {
   uint32_t ended = 0;
   while (!ended)
