@@ -18,16 +18,23 @@ if not triton_runtime.INTERPRETED or triton_runtime.missing() is not None:
     pytest.skip("it takes Triton, and TRITON_INTERPRET=1", allow_module_level=True)
 
 KERNELS = {
-    "knn.triton.kernels": ("group_minima", "group_distances", "row_norms"),
-    "similarity.triton.kernels": ("forward", "merge", "grad_rows", "grad_keys"),
-    "similarity.triton.distillation_kernels": ("distillation", "merge_losses"),
-    "similarity.triton.wide_kernels": ("wide_probabilities", "wide_weights"),
-    "similarity.triton.second_kernels": ("tile_moments", "merge_moments", "second_weights"),
-    "similarity.triton.pairs_kernels": ("merge_statistics", "weighted_sums", "symmetric_statistics", "symmetric_weights", "sigmoid_pairs"),
-    "gather.triton.kernels": ("scores", "row_sums"),
-    "sinkhorn.triton.kernels": ("half_step", "cost_rows"),
-    "triplet.triton.kernels": ("extrema",),
-    "triplet.triton.relations_kernels": ("relation_sums",),
+    "_core.triton_split": ("split_rows",),
+    "_ops.knn.triton.kernels": ("group_minima", "group_distances", "row_norms"),
+    "_ops.similarity.triton.kernels": ("forward", "merge", "grad_rows", "grad_keys"),
+    "_ops.similarity.triton.distillation_kernels": ("distillation", "merge_losses"),
+    "_ops.similarity.triton.wide_kernels": ("wide_probabilities", "wide_weights"),
+    "_ops.similarity.triton.second_kernels": ("tile_moments", "merge_moments", "second_weights"),
+    "_ops.similarity.triton.pairs_kernels": (
+        "merge_statistics",
+        "weighted_sums",
+        "symmetric_statistics",
+        "symmetric_weights",
+        "sigmoid_pairs",
+    ),
+    "_ops.gather.triton.kernels": ("scores", "row_sums"),
+    "_ops.sinkhorn.triton.kernels": ("half_step", "cost_rows"),
+    "_ops.triplet.triton.kernels": ("extrema",),
+    "_ops.triplet.triton.relations_kernels": ("relation_sums",),
 }
 MANY = 70_000
 
@@ -47,7 +54,7 @@ def grids(monkeypatch):
 
     for module, names in KERNELS.items():
         for name in names:
-            monkeypatch.setattr(importlib.import_module(f"kdfast._ops.{module}"), name, Launch(name))
+            monkeypatch.setattr(importlib.import_module(f"kdfast.{module}"), name, Launch(name))
     return launched
 
 
@@ -101,4 +108,4 @@ def test_many_rows_of_everything(grids):
     ops.row_extrema(x, x, labels, labels, impl="triton")
     functional.mmd_rbf(x, x, sigmas=(1.0,), impl="triton")
     functional.similarity_distillation(x, x, x, student_temperature=1.0, teacher_temperature=1.0, impl="triton")
-    legal(grids, "scores", "extrema", "relation_sums", "distillation")
+    legal(grids, "split_rows", "scores", "extrema", "relation_sums", "distillation")
