@@ -119,10 +119,10 @@ def loaded(at, inside):
 
 @triton.jit
 def merge_moments(
-    per_tile, moments, count, part_count, kind_stride, moments_stride,
+    per_tile, moments, count, parts, kind_stride, moments_stride,
     VALUES_MOVE: tl.constexpr, PARTS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Moments of tiles, `part_count` for each of `count` rows, into running ones in float64, [mass rate slope change covariance, rows]."""
+    """Moments of tiles, `parts` for each of `count` rows, into running ones in float64, [mass rate slope change covariance, rows]."""
     at = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     exists = at < count
     to = moments + at
@@ -134,9 +134,9 @@ def merge_moments(
         loaded(to + 4 * moments_stride, exists),
     )
     mass, rate, slope, change = begun, begun * begun_rate, begun * begun_slope, begun * begun_change
-    for first in range(0, part_count, PARTS):
+    for first in range(0, parts, PARTS):
         part = first + tl.arange(0, PARTS)
-        inside = (part < part_count)[:, None] & exists[None, :]
+        inside = (part < parts)[:, None] & exists[None, :]
         index = per_tile + part[:, None] * count + at[None, :]
         weight = loaded(index, inside)
         mass += tl.sum(weight, 0)
@@ -147,9 +147,9 @@ def merge_moments(
     whole = tl.where(mass == 0, 1.0, mass)
     rate, slope, change = rate / whole, slope / whole, change / whole
     covariance = begun * (begun_covariance + (begun_rate - rate) * (begun_slope - slope))
-    for first in range(0, part_count, PARTS):
+    for first in range(0, parts, PARTS):
         part = first + tl.arange(0, PARTS)
-        inside = (part < part_count)[:, None] & exists[None, :]
+        inside = (part < parts)[:, None] & exists[None, :]
         index = per_tile + part[:, None] * count + at[None, :]
         of_rate = loaded(index + kind_stride, inside) - rate[None, :] + loaded(index + 2 * kind_stride, inside)
         of_slope = loaded(index + 3 * kind_stride, inside) - slope[None, :] + loaded(index + 4 * kind_stride, inside)
